@@ -1,0 +1,70 @@
+"""Collective operations of one group of ranks."""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_cp.comm.traffic import Traffic
+
+
+class Communicator(Protocol):
+    """What attention asks of a group of ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number within the group."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        ...
+
+    def all_to_all(self, send: Tensor) -> Tensor:
+        """Exchange equal parts: `send[p]` goes to rank p, and row p of the result came from rank p.
+
+        send: [size, ...], contiguous. The result has the same shape and dtype.
+        """
+        ...
+
+    def all_gather(self, send: Tensor) -> Tensor:
+        """`send` of every rank, stacked by rank: [size, *send.shape]. send: contiguous."""
+        ...
+
+
+class ProcessGroupCommunicator:
+    """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
+
+    group: None is the default group of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.traffic = traffic if traffic is not None else Traffic()
+
+    def all_to_all(self, send: Tensor) -> Tensor:
+        """See Communicator.all_to_all."""
+        _require_contiguous(send)
+        if send.size(0) != self.size:
+            raise ValueError(f"an all-to-all among {self.size} ranks sends {self.size} parts, not {send.size(0)}.")
+        received = torch.empty(send.shape, dtype=send.dtype, device=send.device)
+        dist.all_to_all_single(received, send, group=self.group)
+        self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
+        return received
+
+    def all_gather(self, send: Tensor) -> Tensor:
+        """See Communicator.all_gather."""
+        _require_contiguous(send)
+        received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
+        dist.all_gather_into_tensor(received, send, group=self.group)
+        self.traffic.record("all_gather", send.nbytes * (self.size - 1))
+        return received
+
+
+def _require_contiguous(send: Tensor) -> None:
+    # Backends read the memory front to back: a permuted tensor would arrive scrambled, without an error.
+    assert send.is_contiguous(), f"communication needs contiguous memory; got strides {send.stride()}"

@@ -1,0 +1,204 @@
+"""The configuration of context parallelism: what the flags say, checked once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.topology import CPTopology
+
+Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
+MaskType = Literal["causal", "general"]
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "context_parallel_algo": get_args(Algorithm),
+    "attention_mask_type": get_args(MaskType),
+}
+"""Fields that take one of a few values, with those values."""
+
+
+class ConfigurationError(ValueError):
+    """A flag or option of the user's that cannot be honoured; the message names it, its value, the rule and a way out."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field's name."""
+    return "--" + name.replace("_", "-")
+
+
+def or_list(values: Iterable[object]) -> str:
+    """`values` as the end of a sentence: "2, 4 or 8"."""
+    *most, last = [str(value) for value in values]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, ascending."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextParallelConfig:
+    """What the context-parallel flags say. Field names are the flags' names, meanings are MindSpeed's.
+
+    Raises ConfigurationError when a value breaks a rule. What depends on the model is checked by `check_model`.
+    """
+
+    context_parallel_size: int = 1
+    context_parallel_algo: Algorithm = field(
+        default="ulysses_cp_algo",
+        metadata={
+            "help": "How attention is computed over the context-parallel ranks: Ulysses (all-to-all over heads), ring "
+            "attention (a double ring with --cp-window-size above 1), or Ulysses inside and a ring outside."
+        },
+    )
+    cp_window_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks in each inner ring of ring attention; 1 is the plain ring, above 1 the double ring. "
+            "It divides the ring's size."
+        },
+    )
+    ulysses_degree_in_cp: int | None = field(
+        default=None,
+        metadata={"help": "Ranks in each Ulysses group of hybrid_cp_algo; above 1, below --context-parallel-size."},
+    )
+    use_cp_send_recv_overlap: bool = field(
+        default=False,
+        metadata={"help": "Let the next K/V block of a ring travel while the present one is computed."},
+    )
+    attention_mask_type: MaskType = field(
+        default="causal",
+        metadata={
+            "help": "causal: each token sees itself and what came before. general: the mask that the batch carries, or "
+            "full attention where it carries none."
+        },
+    )
+    megatron_cp_in_bnsd: bool = field(
+        default=False,
+        metadata={"help": "Hand the fused NPU kernel tensors in BNSD order instead of SBH."},
+    )
+
+    def __post_init__(self) -> None:
+        size, window, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp
+        for name in ("context_parallel_size", "cp_window_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{flag(name)} {getattr(self, name)} is below 1; use 1 or more.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(f"{flag(name)} {getattr(self, name)} is unknown; use {or_list(choices)}.")
+        if size == 1:
+            return
+        if self.context_parallel_algo == "hybrid_cp_algo":
+            self._check_degree(size, degree)
+        if self.context_parallel_algo != "ulysses_cp_algo" and self._ring_size % window:
+            raise ConfigurationError(
+                f"--cp-window-size {window} does not divide the ring of {self._ring_size} ranks; "
+                f"use {or_list(divisors(self._ring_size))}."
+            )
+
+    def _check_degree(self, size: int, degree: int | None) -> None:
+        proper = [divisor for divisor in divisors(size) if 1 < divisor < size]
+        if not proper:
+            raise ConfigurationError(
+                f"--context-parallel-algo hybrid_cp_algo needs a --context-parallel-size with a divisor between 1 and "
+                f"itself, and {size} has none; use another size, ulysses_cp_algo or megatron_cp_algo."
+            )
+        if degree is None:
+            raise ConfigurationError(
+                f"--context-parallel-algo hybrid_cp_algo needs --ulysses-degree-in-cp; use {or_list(proper)}."
+            )
+        if degree <= 1:
+            raise ConfigurationError(
+                f"--ulysses-degree-in-cp {degree} is not above 1; use {or_list(proper)}, or megatron_cp_algo for a ring."
+            )
+        if size % degree:
+            raise ConfigurationError(
+                f"--ulysses-degree-in-cp {degree} does not divide --context-parallel-size {size}; use {or_list(proper)}."
+            )
+        if degree == size:
+            raise ConfigurationError(
+                f"--ulysses-degree-in-cp {degree} leaves no ring in --context-parallel-size {size}; "
+                f"use {or_list(proper)}, or ulysses_cp_algo."
+            )
+
+    @property
+    def _ring_size(self) -> int:
+        return self.context_parallel_size // self.ulysses_size
+
+    @property
+    def ulysses_size(self) -> int:
+        """Ranks in each Ulysses group; 1 for a ring."""
+        if self.context_parallel_algo == "ulysses_cp_algo":
+            return self.context_parallel_size
+        if self.context_parallel_algo == "hybrid_cp_algo" and self.ulysses_degree_in_cp:
+            return self.ulysses_degree_in_cp
+        return 1
+
+    @property
+    def topology(self) -> CPTopology:
+        """The grid that the algorithm spans over the ranks."""
+        inner = self.cp_window_size if self.cp_window_size > 1 else self._ring_size
+        if self.context_parallel_algo == "ulysses_cp_algo":
+            inner = 1
+        return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """How Megatron shards each sequence."""
+        return SequenceLayout(size=self.context_parallel_size)
+
+    def ineffective_flags(self) -> list[str]:
+        """A sentence for each flag that is set and changes nothing with this algorithm and size."""
+        reason: dict[str, str] = {}
+        algorithm_flags = [f.name for f in fields(self) if f.name != "context_parallel_size"]
+        if self.context_parallel_size == 1:
+            reason = dict.fromkeys(algorithm_flags, "--context-parallel-size 1, where attention stays Megatron's own")
+        else:
+            here = f"--context-parallel-algo {self.context_parallel_algo}"
+            if self.context_parallel_algo == "ulysses_cp_algo":
+                reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
+            if self.context_parallel_algo != "hybrid_cp_algo":
+                reason["ulysses_degree_in_cp"] = f"{here}; only hybrid_cp_algo reads it"
+            reason["megatron_cp_in_bnsd"] = "the kernels of this release, none of which is an NPU's"
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return [f"{flag(name)} has no effect with {why}." for name, why in reason.items() if name in changed]
+
+    def check_model(
+        self,
+        *,
+        num_attention_heads: int,
+        num_query_groups: int | None = None,
+        tensor_model_parallel_size: int = 1,
+        seq_length: int | None = None,
+    ) -> None:
+        """Raise ConfigurationError unless a model of this shape can be split as configured.
+
+        num_query_groups: number of K/V heads, where it is not the number of attention heads.
+        seq_length: tokens of a whole sequence, where it is known beforehand.
+        """
+        if self.context_parallel_size == 1:
+            return
+        if seq_length is not None and seq_length % self.layout.num_chunks:
+            raise ConfigurationError(
+                f"--seq-length {seq_length} is not a multiple of 2 * --context-parallel-size "
+                f"{self.context_parallel_size} = {self.layout.num_chunks}; "
+                f"use {seq_length // self.layout.num_chunks * self.layout.num_chunks or self.layout.num_chunks}."
+            )
+        kv_heads = num_query_groups or num_attention_heads
+        for name, heads in (("--num-attention-heads", num_attention_heads), ("--num-query-groups", kv_heads)):
+            self._check_heads(name, heads, tensor_model_parallel_size)
+
+    def _check_heads(self, name: str, heads: int, tensor_model_parallel_size: int) -> None:
+        degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
+        if heads % (degree * tensor_parallel) == 0:
+            return
+        fitting = [divisor for divisor in divisors(max(heads // tensor_parallel, 1)) if divisor > 1]
+        degree_flag = (
+            "--ulysses-degree-in-cp" if self.context_parallel_algo == "hybrid_cp_algo" else "--context-parallel-size"
+        )
+        way_out = f"a {degree_flag} of {or_list(fitting)}" if fitting else "more heads"
+        raise ConfigurationError(
+            f"{name} {heads} is not a multiple of the Ulysses degree {degree} ({degree_flag}) times "
+            f"--tensor-model-parallel-size {tensor_parallel}; use {way_out}."
+        )

@@ -1,0 +1,22 @@
+"""Block attention kernels: exact attention of one block of queries over one block of keys, on each device."""
+
+from mindspeed_cp.kernels.choose import KERNELS, choose_kernel
+from mindspeed_cp.kernels.protocol import (
+    BlockCase,
+    BlockGradients,
+    BlockKernel,
+    BlockMask,
+    BlockOutput,
+    MaskKind,
+)
+
+__all__ = [
+    "KERNELS",
+    "BlockCase",
+    "BlockGradients",
+    "BlockKernel",
+    "BlockMask",
+    "BlockOutput",
+    "MaskKind",
+    "choose_kernel",
+]

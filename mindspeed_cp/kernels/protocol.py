@@ -1,0 +1,134 @@
+"""What a block attention kernel is: the contract that every device's kernel keeps.
+
+Shapes: B batch, N query heads, G key/value heads (G divides N), S query tokens, T key tokens, D key head size, V value
+head size. Tensors are indexed in this order and may have any strides.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class MaskKind(Enum):
+    """Which keys a query sees."""
+
+    NONE = "none"
+    """All of them."""
+    TRIANGLE = "triangle"
+    """Key j is seen by query i where j <= i; as many keys as queries."""
+    ARBITRARY = "arbitrary"
+    """What a boolean tensor says."""
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The mask between the queries and the keys of one block.
+
+    visible: [S, T], [1 or B, 1 or N, S, T] bool, True where the query sees the key; given exactly for ARBITRARY.
+    """
+
+    kind: MaskKind
+    visible: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind is MaskKind.ARBITRARY) != (self.visible is not None):
+            raise ValueError(f"a {self.kind.value} mask goes with{'' if self.visible is None else 'out'} a tensor.")
+        if self.visible is not None and self.visible.dtype != torch.bool:
+            raise ValueError(f"a mask is boolean, True where a query sees a key; this one is {self.visible.dtype}.")
+
+
+class BlockCase(NamedTuple):
+    """What a kernel must know to say whether it can compute a block."""
+
+    device_type: str
+    dtype: torch.dtype
+    mask: MaskKind
+    num_heads: int
+    num_kv_heads: int
+    num_queries: int
+    num_keys: int
+    head_size: int
+    value_head_size: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> "BlockCase":
+        """The case of these tensors. Raises ValueError when they do not fit together."""
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
+            raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V].")
+        if q.size(0) != k.size(0) or q.size(3) != k.size(3) or q.size(1) % k.size(1):
+            raise ValueError(f"{shapes}: batch and head size must agree, and K/V heads divide the query heads.")
+        if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+            raise ValueError(f"q, k and v differ in dtype or device: {[(x.dtype, x.device) for x in (q, k, v)]}.")
+        if mask.kind is MaskKind.TRIANGLE and q.size(2) != k.size(2):
+            raise ValueError(f"{shapes}: a triangle mask needs as many keys as queries.")
+        return cls(
+            device_type=q.device.type,
+            dtype=q.dtype,
+            mask=mask.kind,
+            num_heads=q.size(1),
+            num_kv_heads=k.size(1),
+            num_queries=q.size(2),
+            num_keys=k.size(2),
+            head_size=q.size(3),
+            value_head_size=v.size(3),
+        )
+
+
+class BlockOutput(NamedTuple):
+    """What a kernel's forward pass gives.
+
+    out: [B, N, S, V] in the dtype of q, 0 in rows that see no key.
+    lse: [B, N, S] log-sum-exp of the scaled scores, natural logarithm, -inf in rows that see no key; fp32, or fp64 where
+        the inputs are.
+    state: what the kernel itself needs for its backward pass beside these (a random state, say).
+    """
+
+    out: Tensor
+    lse: Tensor
+    state: tuple[Tensor, ...] = ()
+
+
+class BlockGradients(NamedTuple):
+    """Gradients of a block's inputs, in their shapes and dtype."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class BlockKernel(Protocol):
+    """Exact attention of a block of queries over a block of keys.
+
+    A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out. `out` and `lse` of
+    the backward pass may be those of a row over more keys than this block's: a ring calls it with the merged ones.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name by which users and messages call it."""
+        ...
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Every reason why it cannot compute `case`; empty where it can."""
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """Attention of q over k and v, scores multiplied by `scale` before the softmax."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """Gradients of q, k and v for the gradient `dout` of the output."""
+        ...

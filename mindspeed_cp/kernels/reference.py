@@ -1,0 +1,80 @@
+"""Attention written out in plain torch operations: the oracle that other kernels are held against.
+
+Shapes: B batch, N query heads, G key/value heads, R = N / G, S queries, T keys, D key head size, V value head size.
+"""
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+
+
+class ReferenceKernel:
+    """Any device, floating dtype and mask; computes in fp32, or fp64 for fp64 inputs, and holds all S x T scores."""
+
+    name = "reference"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """None: this kernel computes every case."""
+        return []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        scores = _masked_scores(q, k, mask, scale)
+        lse = torch.logsumexp(scores, dim=-1)
+        probs = _probabilities(scores, lse)
+        out = torch.einsum("bgrst,bgtv->bgrsv", probs, v.to(probs.dtype))
+        return BlockOutput(out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2))
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        num_kv_heads = k.size(1)
+        probs = _probabilities(_masked_scores(q, k, mask, scale), _grouped(output.lse, num_kv_heads))
+        dtype = probs.dtype
+        dout, out, q_grouped = (_grouped(x.to(dtype), num_kv_heads) for x in (dout, output.out, q))
+
+        dv = torch.einsum("bgrst,bgrsv->bgtv", probs, dout)
+        dprobs = torch.einsum("bgrsv,bgtv->bgrst", dout, v.to(dtype))
+        delta = (dout * out).sum(dim=-1, keepdim=True)
+        dscores = probs * (dprobs - delta) * scale
+        dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
+        dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
+        return BlockGradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+
+
+def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, N, ...] as [B, G, R, ...]: query head n reads K/V head n // R."""
+    return x.unflatten(1, (num_kv_heads, -1))
+
+
+def _masked_scores(q: Tensor, k: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Scaled scores, [B, G, R, S, T], -inf where a query does not see a key."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bgrsd,bgtd->bgrst", _grouped(q.to(dtype), k.size(1)), k.to(dtype)) * scale
+    visible = _visible(mask, scores)
+    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
+
+def _visible(mask: BlockMask, scores: Tensor) -> Tensor | None:
+    """The mask as a tensor that broadcasts against scores [B, G, R, S, T]; None where everything is seen."""
+    if mask.kind is MaskKind.NONE:
+        return None
+    if mask.visible is None:
+        return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.visible.dim() == 2:
+        return mask.visible
+    num_kv_heads = scores.size(1) if mask.visible.size(1) > 1 else 1
+    return _grouped(mask.visible, num_kv_heads)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), 0 rather than NaN in rows whose lse is -inf because they see no key."""
+    lse = lse.unsqueeze(-1).to(scores.dtype)
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0))
