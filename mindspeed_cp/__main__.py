@@ -1,0 +1,71 @@
+"""`python -m mindspeed_cp` prints what is here; `torchrun ... -m mindspeed_cp script.py <flags>` runs a script patched."""
+
+import argparse
+import os
+import platform
+import runpy
+import sys
+import textwrap
+
+USAGE = "python -m mindspeed_cp [script.py [flags of the script]]"
+
+
+def main() -> None:
+    """Run the script named on the command line with Megatron patched, or print a report where none is named."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+        print(f"usage: {USAGE}\n\n{__doc__}")
+    elif len(sys.argv) > 1:
+        run_script(sys.argv[1], sys.argv[1:])
+    else:
+        print(report())
+
+
+def run_script(script: str, argv: list[str]) -> None:
+    """Run `script` as the main program, as `python script` would, but with Megatron patched beforehand."""
+    parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE)
+    if not os.path.isfile(script):
+        parser.error(f"there is no script {script!r}")
+    sys.argv = argv
+    # Python put the working directory first because of -m; a script expects its own, where a checkout's megatron lies.
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    from mindspeed_cp.patching import PatchError
+
+    try:
+        import mindspeed_cp.megatron_adaptor  # noqa: F401
+    except (ImportError, PatchError) as error:
+        parser.error(str(error))
+    runpy.run_path(script, run_name="__main__")
+
+
+def report() -> str:
+    """Versions, device, kernels, and every patch with its target, reason and state."""
+    import torch
+
+    from mindspeed_cp import __version__
+    from mindspeed_cp.device import accelerator
+    from mindspeed_cp.kernels import KERNELS
+
+    lines = [
+        f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"device       {accelerator() or 'cpu'}",
+        f"kernels      {', '.join(kernel.name for kernel in KERNELS)} (the preferred first)",
+    ]
+    try:
+        from mindspeed_cp import megatron_adaptor
+    except ImportError as error:
+        return "\n".join([*lines, f"patches      none: {error}"])
+    lines.append(f"megatron     {megatron_adaptor.megatron_version()}")
+    cpu_note = "only with --distributed-backend gloo on a machine without an accelerator"
+    for title, registry in (
+        ("patches", megatron_adaptor.registry),
+        (f"patches for training on a CPU, {cpu_note}", megatron_adaptor.cpu_registry),
+    ):
+        lines += ["", title]
+        for patch, state in registry.status():
+            lines.append(f"  {patch.target}  [{state}]")
+            lines += textwrap.wrap(patch.why, 112, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Importing this module patches Megatron: put `import mindspeed_cp.megatron_adaptor` at the top of a training script.
+
+Scripts that must stay as they are run under `torchrun ... -m mindspeed_cp script.py <flags>` instead. Programs that use
+megatron.core without Megatron's argument parser call `configure` after the import.
+"""
+
+import importlib.metadata
+import importlib.util
+import warnings
+from typing import Any
+
+from packaging.version import Version
+
+from mindspeed_cp.attention import unavailable_reason
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
+from mindspeed_cp.patches.attention import attention_patches
+from mindspeed_cp.patches.cpu_device import cpu_device_patches
+from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.torch_norm import torch_norm_patches
+from mindspeed_cp.patching import PatchRegistry
+
+OLDEST_MEGATRON = "0.19"
+"""The oldest megatron-core that the patches were tried on."""
+
+
+def megatron_version() -> str:
+    """Version of the megatron.core that is imported, from a wheel or a checkout.
+
+    Raises ImportError where there is none, or one that is too old.
+    """
+    try:
+        from megatron.core.package_info import __version__ as version
+    except ImportError as error:
+        raise ImportError(
+            f"mindspeed_cp.megatron_adaptor patches Megatron, and megatron.core cannot be imported ({error}); install "
+            f"megatron-core>={OLDEST_MEGATRON}, or put a Megatron-LM checkout on PYTHONPATH. The attention alone is "
+            f"mindspeed_cp.attention."
+        ) from error
+    if Version(version) < Version(OLDEST_MEGATRON):
+        raise ImportError(
+            f"megatron-core {version} is too old for mindspeed_cp; install megatron-core>={OLDEST_MEGATRON}."
+        )
+    return str(version)
+
+
+def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextParallelConfig:
+    """Set what the flags set, for programs without Megatron's argument parser.
+
+    To be called before `initialize_model_parallel`. flags: fields of ContextParallelConfig, spelled like the flags with
+    underscores: `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`. distributed_backend: "gloo"
+    on a machine without an accelerator asks for training on the CPU.
+
+    Raises ConfigurationError where a rule is broken, NotImplementedError where this release lacks the algorithm.
+    """
+    config = ContextParallelConfig(**flags)
+    if reason := unavailable_reason(config):
+        raise NotImplementedError(reason)
+    if asks_for_cpu(distributed_backend):
+        use_cpu()
+    for sentence in config.ineffective_flags():
+        warnings.warn(sentence, stacklevel=2)
+    plugin.config = config
+    return config
+
+
+def use_cpu() -> None:
+    """Let Megatron train on the CPU, see mindspeed_cp.patches.cpu_device."""
+    import torch
+
+    cpu_registry.apply()
+    # Fused functions of Megatron's are compiled for a GPU; eagerly they run anywhere.
+    torch.compiler.set_stance("force_eager")
+
+
+megatron_version()
+plugin = Plugin()
+cpu_registry = PatchRegistry(cpu_device_patches())
+registry = PatchRegistry(
+    (
+        *argument_patches(plugin, use_cpu),
+        *process_group_patches(plugin),
+        *attention_patches(plugin),
+        *torch_norm_patches(),
+        *dataset_helper_patches(),
+    )
+)
+registry.apply()

@@ -1,0 +1,264 @@
+"""Changes to other people's modules that can be listed, checked, applied once and undone exactly.
+
+A patch is a record: what it replaces or wraps, why, for which versions, and when it can go. It fails loudly: a target that
+is not there, or whose parameters are no longer those that the patch was written against, is an error before anything is
+changed. Nothing is found by sweeping `sys.modules`; where a function is bound under several names, the patch lists them.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+_ABSENT = object()
+"""Stands for an attribute that a class inherits and does not define itself."""
+
+_MARK = "__mindspeed_cp_patch__"
+
+
+class PatchError(RuntimeError):
+    """A patch that cannot be applied, or cannot be undone; the message names its target and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One change to one attribute.
+
+    target: "package.module:attribute" or "package.module:Class.attribute".
+    kind: "replace" puts `function` in the target's place; "wrap" puts `function(original)` there.
+    why: what would not work without it.
+    remove_when: what has to happen elsewhere before it can go.
+    parameters: names that the live target must have among its parameters, or the patch refuses.
+    aliases: other names that modules may have bound to the same function by importing it, written like `target`.
+    package, versions: distribution whose version decides whether the patch is needed, and the versions (PEP 440) that
+        need it; every version where `versions` is empty.
+    needs: modules without which there is nothing to patch.
+    """
+
+    target: str
+    kind: Literal["replace", "wrap"]
+    function: Callable[..., Any]
+    why: str
+    remove_when: str
+    parameters: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    package: str = "megatron-core"
+    versions: str = ""
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for path in (self.target, *self.aliases):
+            if path.count(":") != 1 or not all(path.split(":")):
+                raise ValueError(f"patch target {path!r} is not written 'module:attribute'.")
+        if not self.why or not self.remove_when:
+            raise ValueError(f"the patch of {self.target} has to say why it is there and when it can go.")
+
+    def skip_reason(self) -> str | None:
+        """Why there is nothing to patch on this machine; None where there is."""
+        for module in self.needs:
+            if not _is_installed(module):
+                return f"{module} is not installed"
+        if self.versions:
+            version = importlib.metadata.version(self.package)
+            if not SpecifierSet(self.versions).contains(version, prereleases=True):
+                return f"not needed with {self.package} {version}"
+        return None
+
+
+class PatchStatus(NamedTuple):
+    """A patch and what has become of it: "applied", "not applied" or "skipped: <reason>"."""
+
+    patch: Patch
+    state: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An attribute of a module or class, as stored: a static method stays a static method."""
+
+    path: str
+    owner: ModuleType | type
+    name: str
+
+    @classmethod
+    def resolve(cls, path: str) -> "_Place":
+        module_name, _, attribute = path.partition(":")
+        *parents, name = attribute.split(".")
+        try:
+            owner: Any = importlib.import_module(module_name)
+            for parent in parents:
+                owner = getattr(owner, parent)
+            getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise PatchError(f"cannot patch {path}: {error}. Has it moved in this version?") from error
+        return cls(path, owner, name)
+
+    def stored(self) -> Any:
+        return vars(self.owner).get(self.name, _ABSENT)
+
+    def value(self) -> Any:
+        """The plain function, without the descriptor that a class stores it in."""
+        stored = self.stored()
+        if isinstance(stored, staticmethod | classmethod):
+            return stored.__func__
+        return getattr(self.owner, self.name) if stored is _ABSENT else stored
+
+    def put(self, value: Any) -> None:
+        if value is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, value)
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A patch in force: what its place held before and holds now."""
+
+    patch: Patch
+    place: _Place
+    before: Any
+    after: Any
+
+    def undo(self) -> None:
+        if self.place.stored() is not self.after:
+            raise PatchError(
+                f"cannot restore {self.place.path}: it has been changed again since, to {self.place.stored()!r}; "
+                f"undo that first."
+            )
+        self.place.put(self.before)
+        # Also those that were imported, and so bound, while the patch was in force.
+        for alias in _loaded_aliases(self.patch):
+            if alias.stored() is self.after:
+                alias.put(self.before)
+
+
+@dataclass
+class PatchRegistry:
+    """Patches that belong together: applied all or none, each at most once, and undone in the opposite order."""
+
+    patches: Sequence[Patch]
+    _applied: dict[Patch, _Applied] = field(default_factory=dict)
+
+    def apply(self) -> None:
+        """Apply what is needed on this machine and not applied yet.
+
+        Raises PatchError, with everything as it was before the call, when a target is missing or has changed.
+        """
+        fresh: list[Patch] = []
+        try:
+            for patch in self.patches:
+                if patch not in self._applied and patch.skip_reason() is None:
+                    self._applied[patch] = _apply(patch)
+                    fresh.append(patch)
+        except Exception:
+            for patch in reversed(fresh):
+                self._applied.pop(patch).undo()
+            raise
+
+    def restore(self) -> None:
+        """Put back exactly what was there before `apply`."""
+        for patch in reversed(list(self._applied)):
+            self._applied[patch].undo()
+            del self._applied[patch]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The patches applied for the time of a `with` block."""
+        self.apply()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def status(self) -> list[PatchStatus]:
+        """What has become of each patch."""
+        return [PatchStatus(patch, self._state(patch)) for patch in self.patches]
+
+    def _state(self, patch: Patch) -> str:
+        if patch in self._applied:
+            return "applied"
+        reason = patch.skip_reason()
+        return f"skipped: {reason}" if reason else "not applied"
+
+
+def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by parameter name, defaults filled in, whatever their order in this version of `function`.
+
+    Raises TypeError, like the call itself, when they do not fit.
+    """
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name)
+    return named
+
+
+def _apply(patch: Patch) -> _Applied:
+    place = _Place.resolve(patch.target)
+    original = place.value()
+    if (other := getattr(original, _MARK, None)) is not None and other.function is patch.function:
+        raise PatchError(f"cannot patch {patch.target}: another registry has applied this very patch.")
+    _check_parameters(patch, original)
+
+    new = patch.function if patch.kind == "replace" else patch.function(original)
+    new = _marked(new, patch, original)
+    stored = place.stored()
+    if isinstance(stored, staticmethod | classmethod):
+        new = type(stored)(new)
+    aliases = _loaded_aliases(patch)
+    for alias in aliases:
+        if alias.value() is not original:
+            raise PatchError(f"cannot patch {alias.path}: it is not {patch.target} in this version.")
+    for changed in (place, *aliases):
+        changed.put(new)
+    return _Applied(patch, place, stored, new)
+
+
+def _check_parameters(patch: Patch, original: Any) -> None:
+    if not patch.parameters:
+        return
+    live = inspect.signature(original).parameters
+    missing = [name for name in patch.parameters if name not in live]
+    if missing:
+        raise PatchError(
+            f"cannot patch {patch.target}: it has no parameter {', '.join(missing)} in this version; "
+            f"its parameters are {', '.join(live)}."
+        )
+
+
+def _marked(new: Any, patch: Patch, original: Any) -> Any:
+    """A function of its own for the patch, which carries the original and the record that put it there."""
+    if not inspect.isfunction(new):
+        return new
+
+    @functools.wraps(original, updated=())
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return new(*args, **kwargs)
+
+    setattr(patched, _MARK, patch)
+    return patched
+
+
+def _loaded_aliases(patch: Patch) -> list[_Place]:
+    """The aliases in modules imported so far; a module that is imported later binds what it finds at the target."""
+    return [_Place.resolve(path) for path in patch.aliases if path.partition(":")[0] in sys.modules]
+
+
+def _is_installed(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,161 @@
+"""Megatron's argument parser: the context-parallel flags, and every rule about them, checked right after parsing."""
+
+import argparse
+import functools
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
+
+from mindspeed_cp.attention import unavailable_reason
+from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.device import accelerator
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patching import Patch
+
+ARGUMENTS = "megatron.training.arguments"
+
+
+def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch, ...]:
+    """Patches of megatron.training.arguments.
+
+    use_cpu: called when the arguments ask for training on the CPU.
+    """
+
+    def wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
+            parser = original(*args, **kwargs)
+            add_context_parallel_arguments(parser)
+            return parser
+
+        return add_megatron_arguments
+
+    def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+            try:
+                config = config_from_arguments(args)
+                if asks_for_cpu(args.distributed_backend):
+                    use_cpu()
+            except (ConfigurationError, NotImplementedError) as error:
+                _exit_with_one_line(error)
+            result = original(args, *rest, **kwargs)
+            plugin.config = config
+            if int(os.environ.get("RANK", "0")) == 0:
+                for sentence in config.ineffective_flags():
+                    warnings.warn(sentence, stacklevel=2)
+            return result
+
+        return validate_args
+
+    return (
+        Patch(
+            target=f"{ARGUMENTS}:add_megatron_arguments",
+            kind="wrap",
+            function=wrap_add,
+            parameters=("parser",),
+            needs=("megatron.training",),
+            why="The context-parallel flags have to be known wherever Megatron's are.",
+            remove_when="Never: these are the plugin's own flags.",
+        ),
+        Patch(
+            target=f"{ARGUMENTS}:validate_args",
+            kind="wrap",
+            function=wrap_validate,
+            parameters=("args",),
+            needs=("megatron.training",),
+            why="Each rule is checked right after parsing, before any process group exists.",
+            remove_when="Never: these are the plugin's own flags.",
+        ),
+    )
+
+
+def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of ContextParallelConfig that Megatron does not have."""
+    group = parser.add_argument_group(title="context parallel attention (mindspeed_cp)")
+    hints = typing.get_type_hints(ContextParallelConfig)
+    for option in fields(ContextParallelConfig):
+        if option.name != "context_parallel_size":
+            group.add_argument(flag(option.name), **_argparse_options(option, hints[option.name]))
+
+
+def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
+    shared = {"help": option.metadata["help"], "default": option.default}
+    if hint is bool:
+        return {**shared, "action": "store_true"}
+    if option.name in CHOICES:
+        return {**shared, "choices": CHOICES[option.name]}
+    return {**shared, "type": int}
+
+
+def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
+    """The configuration that parsed arguments describe.
+
+    Raises ConfigurationError where they break a rule, NotImplementedError where this release lacks the algorithm.
+    """
+    config = ContextParallelConfig(**{option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)})
+    refuse_unsupported(args, config)
+    if args.num_attention_heads is not None:
+        config.check_model(
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            seq_length=args.seq_length,
+        )
+    if reason := unavailable_reason(config):
+        raise NotImplementedError(reason)
+    _check_connections(args)
+    return config
+
+
+def asks_for_cpu(distributed_backend: str) -> bool:
+    """Whether training is to run on the CPU: the user said gloo, and there is no accelerator.
+
+    Raises ConfigurationError where there is none and the user did not say so.
+    """
+    if accelerator() is not None:
+        return False
+    if distributed_backend != "gloo":
+        raise ConfigurationError(
+            f"--distributed-backend {distributed_backend} needs an accelerator, and neither torch.cuda nor torch.npu finds "
+            f"one; use --distributed-backend gloo to train on the CPU."
+        )
+    return True
+
+
+def _check_connections(args: argparse.Namespace) -> None:
+    """Say before Megatron does, in one line, that it wants CUDA_DEVICE_MAX_CONNECTIONS=1."""
+    sizes = {
+        name: getattr(args, name)
+        for name in ("context_parallel_size", "tensor_model_parallel_size")
+        if getattr(args, name) > 1
+    }
+    if not sizes or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" or not _wants_one_connection(args):
+        return
+    spelled = " ".join(f"{flag(name)} {size}" for name, size in sizes.items())
+    raise ConfigurationError(
+        f"{spelled}: Megatron needs the environment variable CUDA_DEVICE_MAX_CONNECTIONS set to 1 here; "
+        f"export CUDA_DEVICE_MAX_CONNECTIONS=1."
+    )
+
+
+def _wants_one_connection(args: argparse.Namespace) -> bool:
+    """Whether Megatron will ask for it: not on Blackwell GPUs, nor beside features that need more connections."""
+    import torch
+
+    if any(getattr(args, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp")):
+        return False
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        return False
+    return accelerator() != "cuda" or torch.cuda.get_device_properties(0).major < 10
+
+
+def _exit_with_one_line(error: Exception) -> typing.NoReturn:
+    """End the program as argparse does for a wrong argument: a line on stderr, status 2, no traceback."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,40 @@
+"""What the patches of one plugin share: the configuration in force and the groups built for it."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mindspeed_cp.comm import ContextParallelGroups
+from mindspeed_cp.config import ContextParallelConfig
+
+
+@dataclass
+class Plugin:
+    """State handed to every patch when it is made, so that none of them has to look anything up.
+
+    config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
+    groups: set while Megatron's model-parallel groups exist; None else.
+    """
+
+    config: ContextParallelConfig | None = None
+    groups: ContextParallelGroups | None = None
+
+    def build_groups(self, context_parallel: dist.ProcessGroup) -> None:
+        """Build the groups of the configured topology over Megatron's context-parallel group."""
+        if self.config is not None and self.config.context_parallel_size > 1:
+            self.groups = ContextParallelGroups.build(self.config.topology, context_parallel)
+
+    def drop_groups(self) -> None:
+        """Forget the groups; Megatron has destroyed the ranks that they were built over."""
+        self.groups = None
+
+    def groups_over(self, context_parallel: dist.ProcessGroup) -> ContextParallelGroups:
+        """The groups over this context-parallel group: the plugin's own, or new ones for a group of the caller's."""
+        if self.groups is not None and self.groups.context_parallel is context_parallel:
+            return self.groups
+        if self.config is None:
+            raise RuntimeError(
+                "mindspeed_cp is not configured: its flags were not parsed; call "
+                "mindspeed_cp.megatron_adaptor.configure(...) before initialize_model_parallel."
+            )
+        return ContextParallelGroups.build(self.config.topology, context_parallel)

@@ -1,0 +1,68 @@
+"""Process groups: built when Megatron builds its own, gone when Megatron destroys them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from mindspeed_cp.config import ConfigurationError
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import Patch, bind_by_name
+
+PARALLEL_STATE = "megatron.core.parallel_state"
+
+
+def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
+    """Patches of megatron.core.parallel_state."""
+
+    def wrap_initialize(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
+            _check_size(plugin, bind_by_name(original, args, kwargs)["context_parallel_size"])
+            original(*args, **kwargs)
+            # Taken from Megatron, never recomputed: the order of the axes is an argument of its own.
+            from megatron.core import parallel_state
+
+            plugin.build_groups(parallel_state.get_context_parallel_group())
+
+        return initialize_model_parallel
+
+    def wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def destroy_model_parallel(*args: Any, **kwargs: Any) -> None:
+            plugin.drop_groups()
+            original(*args, **kwargs)
+
+        return destroy_model_parallel
+
+    return (
+        Patch(
+            target=f"{PARALLEL_STATE}:initialize_model_parallel",
+            kind="wrap",
+            function=wrap_initialize,
+            parameters=("context_parallel_size",),
+            why="The grid's groups have to be built by all ranks at once, over the ranks that Megatron chose.",
+            remove_when="Megatron takes a hook that runs after its groups are made.",
+        ),
+        Patch(
+            target=f"{PARALLEL_STATE}:destroy_model_parallel",
+            kind="wrap",
+            function=wrap_destroy,
+            why="Groups that outlive Megatron's would be used by the next model that is built.",
+            remove_when="initialize_model_parallel needs no patch.",
+        ),
+    )
+
+
+def _check_size(plugin: Plugin, context_parallel_size: int) -> None:
+    configured = 1 if plugin.config is None else plugin.config.context_parallel_size
+    if context_parallel_size > 1 and plugin.config is None:
+        raise ConfigurationError(
+            f"initialize_model_parallel(context_parallel_size={context_parallel_size}) before mindspeed_cp was "
+            f"configured; call mindspeed_cp.megatron_adaptor.configure("
+            f"context_parallel_size={context_parallel_size}, ...) first."
+        )
+    if context_parallel_size != configured:
+        raise ConfigurationError(
+            f"initialize_model_parallel(context_parallel_size={context_parallel_size}) after mindspeed_cp was "
+            f"configured with context_parallel_size={configured}; give both the same."
+        )

@@ -1,0 +1,82 @@
+"""Options of Megatron's that context parallelism cannot honour in this release: refused by name, never dropped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+
+
+class _Refusal(NamedTuple):
+    """An option that is refused where `refused` says so of its value.
+
+    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there.
+    """
+
+    option: str
+    refused: Callable[[Any], bool]
+    reason: str
+    way_out: str
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+_PACKED = "packed sequences are not available yet"
+
+_REFUSALS = (
+    _Refusal(
+        "attention_dropout",
+        lambda rate: bool(rate and rate > 0),
+        "attention dropout is not available yet",
+        "set --attention-dropout 0",
+    ),
+    _Refusal("window_size", _is_set, "sliding windows are not available yet", "leave it out"),
+    _Refusal(
+        "softmax_type",
+        lambda kind: kind not in (None, "vanilla"),
+        "softmax sinks are not available yet",
+        "use vanilla",
+    ),
+    _Refusal("multi_latent_attention", _is_set, "latent attention is not available yet", "leave it out"),
+    _Refusal("experimental_attention_variant", _is_set, "it has an attention of its own", "leave it out"),
+    _Refusal("qk_clip", _is_set, "the largest score of each head is not collected", "leave it out"),
+    _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),
+    _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
+    _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
+    _Refusal("sft", _is_set, _PACKED, "leave it out"),
+    _Refusal("dataloader_inter_document_masking", _is_set, _PACKED, "leave it out"),
+    _Refusal("rl_use_sequence_packing", _is_set, _PACKED, "leave it out"),
+    _Refusal(
+        "hybrid_context_parallel",
+        _is_set,
+        "it changes the context-parallel size from batch to batch",
+        "leave it out",
+    ),
+    _Refusal(
+        "position_embedding_type",
+        lambda kind: kind == "relative",
+        "attention bias is not available yet",
+        "use rope or learned_absolute",
+    ),
+)
+
+
+def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError for the first option that is set and cannot be honoured with `config`.
+
+    options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
+    """
+    size = config.context_parallel_size
+    if size == 1:
+        return
+    for option, refused, reason, way_out in _REFUSALS:
+        value = getattr(options, option, None)
+        if refused(value):
+            spelled = flag(option) if value is True else f"{flag(option)} {value}"
+            raise ConfigurationError(f"{spelled} with --context-parallel-size {size}: {reason}; {way_out}.")
+    if getattr(options, "reset_attention_mask", False) and config.attention_mask_type == "causal":
+        raise ConfigurationError(
+            f"--reset-attention-mask with --context-parallel-size {size} and --attention-mask-type causal: the batch's "
+            f"mask would be left out; use --attention-mask-type general."
+        )

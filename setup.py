@@ -1,0 +1,15 @@
+"""Packages by name: `patches` lies at the top level and is imported as `mindspeed_cp.patches`; no tests are installed."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "mindspeed_cp",
+        "mindspeed_cp.attention",
+        "mindspeed_cp.comm",
+        "mindspeed_cp.kernels",
+        "mindspeed_cp.patches",
+    ],
+    package_dir={"mindspeed_cp.patches": "patches"},
+    package_data={"mindspeed_cp": ["py.typed"]},
+)
