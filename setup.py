@@ -1,4 +1,4 @@
-"""Packages by name: `patches` lies at the top level and is imported as `mindspeed_cp.patches`; no tests are installed."""
+"""Packages by name: `patches` lies at the top level and is imported as `mindspeed_cp.patches`; no test is installed."""
 
 from setuptools import setup
 

@@ -1,11 +1,11 @@
-"""`python -m mindspeed_cp` prints what is here; `torchrun ... -m mindspeed_cp script.py <flags>` runs a script patched."""
+"""`python -m mindspeed_cp` prints what is here; `python -m mindspeed_cp script.py <flags>` runs a script patched."""
 
 import argparse
-import os
 import platform
 import runpy
 import sys
 import textwrap
+from pathlib import Path
 
 USAGE = "python -m mindspeed_cp [script.py [flags of the script]]"
 
@@ -23,11 +23,11 @@ def main() -> None:
 def run_script(script: str, argv: list[str]) -> None:
     """Run `script` as the main program, as `python script` would, but with Megatron patched beforehand."""
     parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE)
-    if not os.path.isfile(script):
+    if not Path(script).is_file():
         parser.error(f"there is no script {script!r}")
     sys.argv = argv
     # Python put the working directory first because of -m; a script expects its own, where a checkout's megatron lies.
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.path[0] = str(Path(script).resolve().parent)
     from mindspeed_cp.patching import PatchError
 
     try:

@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigurationError(ValueError):
-    """A flag or option of the user's that cannot be honoured; the message names it, its value, the rule and a way out."""
+    """An option that cannot be honoured as it is set; the message names it, its value, the rule and a way out."""
 
 
 def flag(name: str) -> str:
@@ -110,11 +110,12 @@ class ContextParallelConfig:
             )
         if degree <= 1:
             raise ConfigurationError(
-                f"--ulysses-degree-in-cp {degree} is not above 1; use {or_list(proper)}, or megatron_cp_algo for a ring."
+                f"--ulysses-degree-in-cp {degree} is not above 1; use {or_list(proper)}, or megatron_cp_algo."
             )
         if size % degree:
             raise ConfigurationError(
-                f"--ulysses-degree-in-cp {degree} does not divide --context-parallel-size {size}; use {or_list(proper)}."
+                f"--ulysses-degree-in-cp {degree} does not divide --context-parallel-size {size}; "
+                f"use {or_list(proper)}."
             )
         if degree == size:
             raise ConfigurationError(

@@ -1,14 +1,14 @@
 """Which tokens of a sequence each context-parallel rank holds.
 
 Note [Zigzag]
-    Under a causal mask the last tokens see the most keys. A sequence is therefore cut into 2P chunks for P ranks, and rank
-    r holds chunks r and 2P-1-r; every rank then has the same work. For P = 4:
+    Under a causal mask the last tokens see the most keys. A sequence is therefore cut into 2P chunks for P ranks, and
+    rank r holds chunks r and 2P-1-r; every rank then has the same work. For P = 4:
 
         chunk   0  1  2  3  4  5  6  7
         rank    0  1  2  3  3  2  1  0
 
-    This is Megatron's own sharding (PyTorch calls it head-tail, TransformerEngine DualChunkSwap), and every algorithm here
-    works on it, so that neither the data loader nor the rotary embedding has to know which algorithm runs.
+    This is Megatron's own sharding (PyTorch calls it head-tail, TransformerEngine DualChunkSwap), and every algorithm
+    here works on it, so that neither the data loader nor the rotary embedding has to know which algorithm runs.
     Source: Llama 3, arXiv:2407.21783, section 3.3.2; zhuzilin/ring-flash-attention.
 """
 

@@ -4,8 +4,6 @@ Scripts that must stay as they are run under `torchrun ... -m mindspeed_cp scrip
 megatron.core without Megatron's argument parser call `configure` after the import.
 """
 
-import importlib.metadata
-import importlib.util
 import warnings
 from typing import Any
 
@@ -49,9 +47,11 @@ def megatron_version() -> str:
 def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextParallelConfig:
     """Set what the flags set, for programs without Megatron's argument parser.
 
-    To be called before `initialize_model_parallel`. flags: fields of ContextParallelConfig, spelled like the flags with
-    underscores: `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`. distributed_backend: "gloo"
-    on a machine without an accelerator asks for training on the CPU.
+    To be called before `initialize_model_parallel`.
+
+    distributed_backend: "gloo" on a machine without an accelerator asks for training on the CPU.
+    flags: fields of ContextParallelConfig, which are the flags with underscores:
+        `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
     Raises ConfigurationError where a rule is broken, NotImplementedError where this release lacks the algorithm.
     """

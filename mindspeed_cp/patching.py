@@ -1,8 +1,9 @@
 """Changes to other people's modules that can be listed, checked, applied once and undone exactly.
 
-A patch is a record: what it replaces or wraps, why, for which versions, and when it can go. It fails loudly: a target that
-is not there, or whose parameters are no longer those that the patch was written against, is an error before anything is
-changed. Nothing is found by sweeping `sys.modules`; where a function is bound under several names, the patch lists them.
+A patch is a record: what it replaces or wraps, why, for which versions, and when it can go. It fails loudly: a target
+that is not there, or whose parameters are no longer those that the patch was written against, is an error before
+anything is changed. Nothing is found by sweeping `sys.modules`; where a function is bound under several names, the
+patch lists them.
 """
 
 import functools

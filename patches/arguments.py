@@ -8,6 +8,7 @@ import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 from mindspeed_cp.attention import unavailable_reason
@@ -98,7 +99,9 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
 
     Raises ConfigurationError where they break a rule, NotImplementedError where this release lacks the algorithm.
     """
-    config = ContextParallelConfig(**{option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)})
+    config = ContextParallelConfig(
+        **{option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
+    )
     refuse_unsupported(args, config)
     if args.num_attention_heads is not None:
         config.check_model(
@@ -122,8 +125,8 @@ def asks_for_cpu(distributed_backend: str) -> bool:
         return False
     if distributed_backend != "gloo":
         raise ConfigurationError(
-            f"--distributed-backend {distributed_backend} needs an accelerator, and neither torch.cuda nor torch.npu finds "
-            f"one; use --distributed-backend gloo to train on the CPU."
+            f"--distributed-backend {distributed_backend} needs an accelerator, and neither torch.cuda nor torch.npu "
+            f"finds one; use --distributed-backend gloo to train on the CPU."
         )
     return True
 
@@ -157,5 +160,5 @@ def _wants_one_connection(args: argparse.Namespace) -> bool:
 
 def _exit_with_one_line(error: Exception) -> typing.NoReturn:
     """End the program as argparse does for a wrong argument: a line on stderr, status 2, no traceback."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)

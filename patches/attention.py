@@ -38,7 +38,7 @@ def _class_patches(plugin: Plugin, target: str, needs: tuple[str, ...] = ()) -> 
             kind="wrap",
             function=functools.partial(_wrap_init, plugin),
             parameters=("config", "attn_mask_type", "attention_type", "attention_dropout", "softmax_scale"),
-            why="The local class refuses context parallelism; TransformerEngine's has its own, and needs an NVIDIA GPU.",
+            why="The local class refuses context parallelism; TransformerEngine's needs an NVIDIA GPU for it.",
             remove_when="Megatron's layer specs take the class of the core attention as an option.",
             needs=needs,
         ),
@@ -137,7 +137,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     scale = named["softmax_scale"]
     return LayerAttention(
         attention=build_attention(config, groups),
-        # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is not there.
+        # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=1.0 / math.sqrt(layer_config.kv_channels) if scale is None else scale,
         uses_mask=config.attention_mask_type == "general",
     )

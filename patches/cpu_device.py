@@ -1,7 +1,7 @@
 """Megatron's training loop on a CPU: what it asks of torch.cuda is answered by the processor.
 
-Only applied when the user asks for it, with `--distributed-backend gloo` on a machine without an accelerator: to train on
-a CPU by accident is worse than to stop. torch.cuda.is_available() stays False, so that torch itself is not misled.
+Only applied when the user asks for it, with `--distributed-backend gloo` on a machine without an accelerator: to train
+on a CPU by accident is worse than to stop. torch.cuda.is_available() stays False, so that torch itself is not misled.
 """
 
 import functools
@@ -28,7 +28,7 @@ class CpuStream(torch.cpu.Stream):
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-    def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
+    def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":  # type: ignore[override]
         """An event that has happened."""
         return event or CpuEvent()
 
@@ -44,7 +44,7 @@ class _CpuGenerators:
     """The generator of each device: there is one, whatever the index."""
 
     def __getitem__(self, index: Any) -> torch.Generator:
-        return torch.random.default_generator
+        return torch.default_generator
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -84,7 +84,9 @@ def _device_count() -> int:
 
 def _device_properties(device: Any = None) -> SimpleNamespace:
     """A device older than any GPU, so that whatever Megatron asks of older GPUs is asked here too."""
-    return SimpleNamespace(name="cpu", major=0, minor=0, total_memory=os.sysconf("SC_PHYS_PAGES") * resource.getpagesize())
+    return SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    )
 
 
 def _get_rng_state(device: Any = None) -> torch.Tensor:
@@ -96,7 +98,7 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
 
 
 def _manual_seed(seed: int) -> None:
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 _CUDA_ANSWERS: dict[str, Any] = {
@@ -161,9 +163,7 @@ def cpu_device_patches() -> tuple[Patch, ...]:
     return (
         *answers,
         *factories,
-        Patch(
-            target="torch:Tensor.to", kind="wrap", function=_on_cpu, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE
-        ),
+        Patch(target="torch:Tensor.to", kind="wrap", function=_on_cpu, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE),
         Patch(
             target="torch:Tensor.cuda",
             kind="replace",

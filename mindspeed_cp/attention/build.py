@@ -46,11 +46,21 @@ def build_attention(
     if config.context_parallel_size == 1:
         return attention
     layout = layout or config.layout
-    if not isinstance(group, ContextParallelGroups):
-        group = ContextParallelGroups.build(config.topology, group or dist.group.WORLD)
-    rank = dist.get_rank(group.context_parallel)
+    groups = _groups(config, group)
+    rank = dist.get_rank(groups.context_parallel)
     return UlyssesAttention(
-        communicator=ProcessGroupCommunicator(group.ulysses, traffic),
+        communicator=ProcessGroupCommunicator(groups.ulysses, traffic),
         chunk_order=layout.gather_order(config.topology.ulysses_ranks(rank)),
         inner=attention,
     )
+
+
+def _groups(
+    config: ContextParallelConfig, group: dist.ProcessGroup | ContextParallelGroups | None
+) -> ContextParallelGroups:
+    if isinstance(group, ContextParallelGroups):
+        return group
+    group = group or dist.group.WORLD
+    if group is None:
+        raise ValueError("there is no process group yet; call torch.distributed.init_process_group first.")
+    return ContextParallelGroups.build(config.topology, group)

@@ -4,10 +4,10 @@ Shapes: P ranks of the Ulysses group, C chunks a rank holds, B batch, H heads, S
 s = S / P tokens of one rank, D head size, W numbers that one token sends to one rank.
 
 Note [One message, one copy]
-    A rank sends q, k and v in a single message: for each destination and token, its heads of q, then of k, then of v. The
-    all-to-all needs one copy on either side in any case. The send copy regroups the heads, and the receive copy sorts the
-    chunks of the zigzag by position; on the way back the send copy hands the chunks to their owners, and the receive copy
-    joins the heads. q, k and v are then views of the one buffer, and nothing is copied twice.
+    A rank sends q, k and v in a single message: for each destination and token, its heads of q, then of k, then of v.
+    The all-to-all needs one copy on either side in any case. The send copy regroups the heads, and the receive copy
+    sorts the chunks of the zigzag by position; on the way back the send copy hands the chunks to their owners, and the
+    receive copy joins the heads. q, k and v are then views of the one buffer, and nothing is copied twice.
 
     Received from 2 ranks, and sorted:   0 3 | 1 2   ->   0 1 2 3
 
@@ -62,7 +62,7 @@ class UlyssesAttention:
     def _gather_rows(self, visible: Tensor) -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""
         size = self.communicator.size
-        rows = self.communicator.all_gather(visible.movedim(-2, 0).contiguous()).flatten(0, 1)
+        rows: Tensor = self.communicator.all_gather(visible.movedim(-2, 0).contiguous()).flatten(0, 1)
         chunks = rows.unflatten(0, (len(self.chunk_order), -1))
         rows = chunks.index_select(0, _index(self.chunk_order, rows)).flatten(0, 1).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
@@ -148,9 +148,7 @@ def _width(tensors: Sequence[Tensor]) -> int:
 def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
     widths = [x.size(-2) * x.size(-1) for x in like]
-    return [
-        piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)
-    ]
+    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:

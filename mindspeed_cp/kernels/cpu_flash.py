@@ -7,7 +7,7 @@ from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, 
 
 
 class CpuFlashKernel:
-    """`aten::_scaled_dot_product_flash_attention_for_cpu`, which also gives the log-sum-exp and takes grouped queries."""
+    """`aten::_scaled_dot_product_flash_attention_for_cpu`, which gives the log-sum-exp and takes grouped queries."""
 
     name = "cpu_flash"
 

@@ -82,8 +82,8 @@ class BlockOutput(NamedTuple):
     """What a kernel's forward pass gives.
 
     out: [B, N, S, V] in the dtype of q, 0 in rows that see no key.
-    lse: [B, N, S] log-sum-exp of the scaled scores, natural logarithm, -inf in rows that see no key; fp32, or fp64 where
-        the inputs are.
+    lse: [B, N, S] log-sum-exp of the scaled scores, natural logarithm, -inf in rows that see no key; fp32, or fp64
+        where the inputs are.
     state: what the kernel itself needs for its backward pass beside these (a random state, say).
     """
 
@@ -103,8 +103,8 @@ class BlockGradients(NamedTuple):
 class BlockKernel(Protocol):
     """Exact attention of a block of queries over a block of keys.
 
-    A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out. `out` and `lse` of
-    the backward pass may be those of a row over more keys than this block's: a ring calls it with the merged ones.
+    A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out. `out` and `lse`
+    of the backward pass may be those of a row over more keys than this block's: a ring calls it with the merged ones.
     """
 
     @property

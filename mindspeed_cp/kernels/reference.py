@@ -51,7 +51,8 @@ class ReferenceKernel:
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     """[B, N, ...] as [B, G, R, ...]: query head n reads K/V head n // R."""
-    return x.unflatten(1, (num_kv_heads, -1))
+    grouped: Tensor = x.unflatten(1, (num_kv_heads, -1))
+    return grouped
 
 
 def _masked_scores(q: Tensor, k: Tensor, mask: BlockMask, scale: float) -> Tensor:

@@ -1,0 +1,106 @@
+"""Pretrain a GPT on megatron.training, for those without a Megatron-LM checkout.
+
+Takes Megatron's flags and those of mindspeed_cp, and trains on --data-path (.bin/.idx) or --mock-data:
+
+    torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --context-parallel-size 4 --mock-data ...
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+import mindspeed_cp.megatron_adaptor  # noqa: F401  (patches Megatron)
+from mindspeed_cp.layout import SequenceLayout
+
+
+class Batch(NamedTuple):
+    """This rank's tokens of a micro-batch: [B, S], and [B, 1, S, T] for the mask, with T the tokens of all ranks."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+
+
+def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
+    """The next micro-batch: read by one rank of each tensor-parallel group, sharded over the context-parallel ranks."""
+    data = None if data_iterator is None else {name: x.cuda() for name, x in next(data_iterator).items()}
+    batch = tensor_parallel.broadcast_data(["tokens", "labels", "position_ids"], data, torch.int64)
+    batch |= tensor_parallel.broadcast_data(["loss_mask"], data, torch.float32)
+    if get_args().create_attention_mask_in_dataloader:
+        batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
+
+    layout = SequenceLayout(size=mpu.get_context_parallel_world_size())
+    rank = mpu.get_context_parallel_rank()
+    mask = batch.pop("attention_mask", None)
+    shards = {name: layout.shard(x, rank, dim=1) for name, x in batch.items()}
+    return Batch(**shards, attention_mask=None if mask is None else layout.shard(mask, rank, dim=2))
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTModel) -> tuple[Tensor, partial]:
+    """The losses of one micro-batch, and the function that sums them up."""
+    if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
+        return model(None, None, None), partial(sum_losses, None)
+    batch = load_batch(data_iterator)
+    losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    return losses, partial(sum_losses, batch.loss_mask)
+
+
+def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of this rank's losses, the number of its tokens, and both for the log; Megatron divides over all ranks."""
+    loss = (losses.flatten().float() * loss_mask.flatten()).sum()
+    num_tokens = loss_mask.sum().detach().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[GPTDataset | None, ...]:
+    """Training, validation and test data of these numbers of samples."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()
+
+
+def reads_data() -> bool:
+    """Whether this rank reads the data set; the others are sent their batches or need none."""
+    has_stage = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
+    return has_stage and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def main() -> None:
+    """Parse the flags and train."""
+    args = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    build_datasets.is_distributed = True  # built on all ranks; `reads_data` says on which they are kept
+    pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()
