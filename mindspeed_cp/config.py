@@ -76,7 +76,7 @@ class ContextParallelConfig:
     )
     megatron_cp_in_bnsd: bool = field(
         default=False,
-        metadata={"help": "Hand the fused NPU kernel tensors in BNSD order instead of SBH."},
+        metadata={"help": "Hand the attention kernel contiguous tensors in BNSD order instead of views of SBH."},
     )
 
     def __post_init__(self) -> None:
@@ -161,7 +161,6 @@ class ContextParallelConfig:
                 reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
             if self.context_parallel_algo != "hybrid_cp_algo":
                 reason["ulysses_degree_in_cp"] = f"{here}; only hybrid_cp_algo reads it"
-            reason["megatron_cp_in_bnsd"] = "the kernels of this release, none of which is an NPU's"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         return [f"{flag(name)} has no effect with {why}." for name, why in reason.items() if name in changed]
 

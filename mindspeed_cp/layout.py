@@ -14,10 +14,33 @@ Note [Zigzag]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from enum import Enum
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class MaskKind(Enum):
+    """Which keys a query sees."""
+
+    NONE = "none"
+    """All of them."""
+    TRIANGLE = "triangle"
+    """Key j is seen by query i where j <= i; as many keys as queries."""
+    ARBITRARY = "arbitrary"
+    """What a boolean tensor says."""
+
+
+class BlockWork(NamedTuple):
+    """What is to be computed between the queries of one owner and the keys of another: slices of each one's tokens.
+
+    mask: NONE or TRIANGLE, between the queries and keys of the slices.
+    """
+
+    queries: slice
+    keys: slice
+    mask: MaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +78,23 @@ class SequenceLayout:
         """
         held = [chunk for rank in ranks for chunk in self.chunk_ids(rank)]
         return tuple(sorted(range(len(held)), key=held.__getitem__))
+
+    def work(self, query_owner: int, key_owner: int, *, causal: bool, num_tokens: int) -> BlockWork | None:
+        """The work between the queries of one rank and the keys of another, each of which holds `num_tokens`.
+
+        None where no query sees a key. This is the one place that knows who sees whom: see Note [Zigzag] for why a rank
+        sees the first half of an earlier one's keys, and a later one's keys are seen by the second half of its queries.
+        """
+        everything, half = slice(0, num_tokens), num_tokens // 2
+        if not causal:
+            return BlockWork(everything, everything, MaskKind.NONE)
+        if query_owner == key_owner:
+            return BlockWork(everything, everything, MaskKind.TRIANGLE)
+        if self.kind == "contiguous":
+            return BlockWork(everything, everything, MaskKind.NONE) if key_owner < query_owner else None
+        if key_owner < query_owner:
+            return BlockWork(everything, slice(0, half), MaskKind.NONE)
+        return BlockWork(slice(half, num_tokens), everything, MaskKind.NONE)
 
     def shard(self, sequence: Tensor, rank: int, dim: int) -> Tensor:
         """Tokens of `sequence` that `rank` holds, as a new contiguous tensor.

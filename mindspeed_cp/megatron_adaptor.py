@@ -9,7 +9,6 @@ from typing import Any
 
 from packaging.version import Version
 
-from mindspeed_cp.attention import unavailable_reason
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
@@ -53,11 +52,9 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
     flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
-    Raises ConfigurationError where a rule is broken, NotImplementedError where this release lacks the algorithm.
+    Raises ConfigurationError where a rule is broken.
     """
     config = ContextParallelConfig(**flags)
-    if reason := unavailable_reason(config):
-        raise NotImplementedError(reason)
     if asks_for_cpu(distributed_backend):
         use_cpu()
     for sentence in config.ineffective_flags():

@@ -52,3 +52,7 @@ class CPTopology:
         """Ranks of the Ulysses group that `rank` belongs to, ascending."""
         first = rank - self.coordinates(rank).ulysses
         return tuple(range(first, first + self.ulysses))
+
+    def ring_ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks of the ring that `rank` belongs to, in the ring's order: window by window."""
+        return tuple(range(self.coordinates(rank).ulysses, self.size, self.ulysses))

@@ -11,7 +11,6 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from mindspeed_cp.attention import unavailable_reason
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.patches.plugin import Plugin
@@ -43,7 +42,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 config = config_from_arguments(args)
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
-            except (ConfigurationError, NotImplementedError) as error:
+            except ConfigurationError as error:
                 _exit_with_one_line(error)
             result = original(args, *rest, **kwargs)
             plugin.config = config
@@ -97,7 +96,7 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
 def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
     """The configuration that parsed arguments describe.
 
-    Raises ConfigurationError where they break a rule, NotImplementedError where this release lacks the algorithm.
+    Raises ConfigurationError where they break a rule.
     """
     config = ContextParallelConfig(
         **{option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
@@ -110,8 +109,6 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             seq_length=args.seq_length,
         )
-    if reason := unavailable_reason(config):
-        raise NotImplementedError(reason)
     _check_connections(args)
     return config
 

@@ -1,6 +1,7 @@
 """What the patches of one plugin share: the configuration in force and the groups built for it."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -19,13 +20,15 @@ class Plugin:
     config: ContextParallelConfig | None = None
     groups: ContextParallelGroups | None = None
 
-    def build_groups(self, context_parallel: dist.ProcessGroup) -> None:
+    def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups of the configured topology over Megatron's context-parallel group."""
         if self.config is not None and self.config.context_parallel_size > 1:
-            self.groups = ContextParallelGroups.build(self.config.topology, context_parallel)
+            self.groups = self._build(self.config, context_parallel, timeout)
 
     def drop_groups(self) -> None:
-        """Forget the groups; Megatron has destroyed the ranks that they were built over."""
+        """Destroy the groups; Megatron is about to forget the ranks that they were built over."""
+        if self.groups is not None:
+            self.groups.destroy()
         self.groups = None
 
     def groups_over(self, context_parallel: dist.ProcessGroup) -> ContextParallelGroups:
@@ -37,4 +40,11 @@ class Plugin:
                 "mindspeed_cp is not configured: its flags were not parsed; call "
                 "mindspeed_cp.megatron_adaptor.configure(...) before initialize_model_parallel."
             )
-        return ContextParallelGroups.build(self.config.topology, context_parallel)
+        return self._build(self.config, context_parallel)
+
+    def _build(
+        self, config: ContextParallelConfig, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None
+    ) -> ContextParallelGroups:
+        return ContextParallelGroups.build(
+            config.topology, context_parallel, overlap=config.use_cp_send_recv_overlap, timeout=timeout
+        )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from mindspeed_cp.config import ConfigurationError
@@ -17,12 +18,14 @@ def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def wrap_initialize(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
-            _check_size(plugin, bind_by_name(original, args, kwargs)["context_parallel_size"])
+            named = bind_by_name(original, args, kwargs)
+            _check_size(plugin, named["context_parallel_size"])
             original(*args, **kwargs)
             # Taken from Megatron, never recomputed: the order of the axes is an argument of its own.
             from megatron.core import parallel_state
 
-            plugin.build_groups(parallel_state.get_context_parallel_group())
+            timeout = timedelta(minutes=named["distributed_timeout_minutes"])
+            plugin.build_groups(parallel_state.get_context_parallel_group(), timeout)
 
         return initialize_model_parallel
 
@@ -39,7 +42,7 @@ def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target=f"{PARALLEL_STATE}:initialize_model_parallel",
             kind="wrap",
             function=wrap_initialize,
-            parameters=("context_parallel_size",),
+            parameters=("context_parallel_size", "distributed_timeout_minutes"),
             why="The grid's groups have to be built by all ranks at once, over the ranks that Megatron chose.",
             remove_when="Megatron takes a hook that runs after its groups are made.",
         ),

@@ -3,7 +3,7 @@
     python scripts/build_corpus.py --output runs/corpus docs src/*.py
 
 writes runs/corpus.bin and runs/corpus.idx, to be trained on with
-`--data-path runs/corpus --tokenizer-type NullTokenizer --vocab-size 257`: tokens 0 to 255 are bytes, 256 ends a document.
+`--data-path runs/corpus --tokenizer-type NullTokenizer --vocab-size 257`: tokens 0 to 255 are bytes, 256 ends a text.
 """
 
 import argparse

@@ -5,21 +5,13 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from mindspeed_cp.attention.local import Attention, LocalAttention
+from mindspeed_cp.attention.ring import RingAttention, RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
-from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic
+from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import KERNELS, BlockKernel
+from mindspeed_cp.kernels import KERNELS, BlockKernel, BnsdKernel
 from mindspeed_cp.layout import SequenceLayout
-
-
-def unavailable_reason(config: ContextParallelConfig) -> str | None:
-    """Why this release cannot build the configured attention; None where it can."""
-    if config.topology.ring_size == 1:
-        return None
-    return (
-        f"--context-parallel-algo {config.context_parallel_algo} is not available yet in this release of mindspeed_cp; "
-        f"use ulysses_cp_algo."
-    )
+from mindspeed_cp.schedule import RingSchedule
 
 
 def build_attention(
@@ -37,22 +29,63 @@ def build_attention(
     kernels: what to choose from for each block, the preferred first.
     traffic: where to count what this rank sends.
 
-    Raises NotImplementedError for algorithms that are not available, ValueError where the group's size is not
-    `config.context_parallel_size`.
+    Raises ValueError where the group's size is not `config.context_parallel_size`.
     """
-    if reason := unavailable_reason(config):
-        raise NotImplementedError(reason)
-    attention: Attention = LocalAttention(causal=config.attention_mask_type == "causal", kernels=kernels)
     if config.context_parallel_size == 1:
-        return attention
-    layout = layout or config.layout
+        return LocalAttention(causal=config.attention_mask_type == "causal", kernels=kernels)
     groups = _groups(config, group)
-    rank = dist.get_rank(groups.context_parallel)
-    return UlyssesAttention(
-        communicator=ProcessGroupCommunicator(groups.ulysses, traffic),
-        chunk_order=layout.gather_order(config.topology.ulysses_ranks(rank)),
-        inner=attention,
+    communicators = None
+    if groups.ring is not None:
+        communicators = RingCommunicators(
+            *(
+                ProcessGroupCommunicator(g, traffic)
+                for g in (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
+            )
+        )
+    return compose_attention(
+        config,
+        rank=dist.get_rank(groups.context_parallel),
+        ulysses=None if groups.ulysses is None else ProcessGroupCommunicator(groups.ulysses, traffic),
+        ring=communicators,
+        layout=layout,
+        kernels=kernels,
     )
+
+
+def compose_attention(
+    config: ContextParallelConfig,
+    *,
+    rank: int,
+    ulysses: Communicator | None,
+    ring: RingCommunicators | None,
+    layout: SequenceLayout | None = None,
+    kernels: Sequence[BlockKernel] = KERNELS,
+) -> Attention:
+    """Attention over any kind of communicators, process groups or virtual ranks; see `build_attention`.
+
+    rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
+    where that has one rank.
+    """
+    topology, layout = config.topology, layout or config.layout
+    causal = config.attention_mask_type == "causal"
+    if config.megatron_cp_in_bnsd:
+        kernels = [BnsdKernel(kernel) for kernel in kernels]
+    attention: Attention = LocalAttention(causal=causal, kernels=kernels)
+    if ring is not None:
+        attention = RingAttention(
+            schedule=RingSchedule(outer=topology.outer, inner=topology.inner),
+            # What a Ulysses group holds together is its ring rank's shard, of a ring as long as the number of groups.
+            layout=SequenceLayout(size=topology.ring_size, kind=layout.kind),
+            communicators=ring,
+            causal=causal,
+            overlap=config.use_cp_send_recv_overlap,
+            kernels=kernels,
+        )
+    if ulysses is not None:
+        attention = UlyssesAttention(
+            communicator=ulysses, chunk_order=layout.gather_order(topology.ulysses_ranks(rank)), inner=attention
+        )
+    return attention
 
 
 def _groups(
@@ -63,4 +96,4 @@ def _groups(
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("there is no process group yet; call torch.distributed.init_process_group first.")
-    return ContextParallelGroups.build(config.topology, group)
+    return ContextParallelGroups.build(config.topology, group, overlap=config.use_cp_send_recv_overlap)

@@ -1,7 +1,17 @@
 """Communication between context-parallel ranks, as objects that are passed."""
 
-from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator, Transfer
+from mindspeed_cp.comm.groups import ContextParallelGroups, RingGroups
 from mindspeed_cp.comm.traffic import Traffic
+from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
-__all__ = ["Communicator", "ContextParallelGroups", "ProcessGroupCommunicator", "Traffic"]
+__all__ = [
+    "Communicator",
+    "ContextParallelGroups",
+    "ProcessGroupCommunicator",
+    "RingGroups",
+    "Traffic",
+    "Transfer",
+    "VirtualCommunicator",
+    "VirtualWorld",
+]

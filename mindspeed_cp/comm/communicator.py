@@ -1,5 +1,6 @@
 """Collective operations of one group of ranks."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -7,6 +8,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
+
+
+class Transfer(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Return when what was to be received is there, and what was sent may be overwritten.
+
+        Raises RuntimeError where a peer is gone or does not answer within the group's timeout.
+        """
+        ...
 
 
 class Communicator(Protocol):
@@ -33,6 +45,13 @@ class Communicator(Protocol):
         """`send` of every rank, stacked by rank: [size, *send.shape]. send: contiguous."""
         ...
 
+    def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
+        """Start sending `send` to rank `to` and receiving from rank `source` into `receive`; None is no message.
+
+        send, receive: contiguous, and not to be touched before the transfer has been waited for.
+        """
+        ...
+
 
 class ProcessGroupCommunicator:
     """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
@@ -44,6 +63,7 @@ class ProcessGroupCommunicator:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._global_ranks = dist.get_process_group_ranks(group)
         self.traffic = traffic if traffic is not None else Traffic()
 
     def all_to_all(self, send: Tensor) -> Tensor:
@@ -63,6 +83,29 @@ class ProcessGroupCommunicator:
         dist.all_gather_into_tensor(received, send, group=self.group)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
         return received
+
+    def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
+        """See Communicator.exchange."""
+        operations = []
+        # The receive comes first: gloo sends a payload only after the receiver's ready message, and that one would
+        # queue behind a payload that is already under way on the same connection.
+        if receive is not None:
+            _require_contiguous(receive)
+            operations.append(dist.P2POp(dist.irecv, receive, self._global_ranks[source], self.group))
+        if send is not None:
+            _require_contiguous(send)
+            operations.append(dist.P2POp(dist.isend, send, self._global_ranks[to], self.group))
+            self.traffic.record("exchange", send.nbytes)
+        return _ProcessGroupTransfer(dist.batch_isend_irecv(operations) if operations else ())
+
+
+class _ProcessGroupTransfer:
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 def _require_contiguous(send: Tensor) -> None:

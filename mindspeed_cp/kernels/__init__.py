@@ -1,5 +1,6 @@
 """Block attention kernels: exact attention of one block of queries over one block of keys, on each device."""
 
+from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.choose import KERNELS, choose_kernel
 from mindspeed_cp.kernels.protocol import (
     BlockCase,
@@ -7,8 +8,8 @@ from mindspeed_cp.kernels.protocol import (
     BlockKernel,
     BlockMask,
     BlockOutput,
-    MaskKind,
 )
+from mindspeed_cp.layout import MaskKind
 
 __all__ = [
     "KERNELS",
@@ -17,6 +18,7 @@ __all__ = [
     "BlockKernel",
     "BlockMask",
     "BlockOutput",
+    "BnsdKernel",
     "MaskKind",
     "choose_kernel",
 ]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
+from mindspeed_cp.layout import MaskKind
 
 
 class CpuFlashKernel:

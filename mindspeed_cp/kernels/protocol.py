@@ -5,22 +5,12 @@ head size. Tensors are indexed in this order and may have any strides.
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-
-class MaskKind(Enum):
-    """Which keys a query sees."""
-
-    NONE = "none"
-    """All of them."""
-    TRIANGLE = "triangle"
-    """Key j is seen by query i where j <= i; as many keys as queries."""
-    ARBITRARY = "arbitrary"
-    """What a boolean tensor says."""
+from mindspeed_cp.layout import MaskKind
 
 
 @dataclass(frozen=True)

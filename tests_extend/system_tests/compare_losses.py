@@ -2,11 +2,12 @@
 
     python compare_losses.py reference.log candidate.log --tolerance 1e-5 --plot losses.png
 
-Prints both side by side with their largest relative difference. Exits with 1 where that is above the tolerance, or where
-one log has iterations that the other lacks.
+Prints both side by side with their largest relative difference. Exits with 1 where that is above the tolerance, or
+where one log has iterations that the other lacks.
 """
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,16 +15,22 @@ from pathlib import Path
 ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*?lm loss: ([-+.\dEeNnAaIiFf]+)")
 
 
-def read_losses(log: Path) -> dict[int, float]:
-    """Loss of each iteration in a log."""
-    text = log.read_text(errors="replace")
-    return {int(match[1]): float(match[2]) for match in ITERATION.finditer(text)}
+def losses_in(log: str) -> dict[int, float]:
+    """Loss of each iteration in the text of a log."""
+    return {int(match[1]): float(match[2]) for match in ITERATION.finditer(log)}
 
 
 def relative_difference(reference: float, candidate: float) -> float:
     """|candidate - reference| / |reference|; infinite where one of them is not a number."""
     difference = abs(candidate - reference) / max(abs(reference), 1e-30)
-    return difference if difference == difference else float("inf")
+    return float("inf") if math.isnan(difference) else difference
+
+
+def largest_difference(reference: dict[int, float], candidate: dict[int, float]) -> float:
+    """Largest relative difference of any iteration; infinite where the two have not the same iterations, or none."""
+    if not reference or reference.keys() != candidate.keys():
+        return float("inf")
+    return max(relative_difference(reference[i], candidate[i]) for i in reference)
 
 
 def rows_to_print(iterations: list[int], most: int = 20) -> list[int]:
@@ -68,7 +75,7 @@ def main() -> int:
     args = parser.parse_args()
 
     names = args.names or (args.reference.stem, args.candidate.stem)
-    reference, candidate = read_losses(args.reference), read_losses(args.candidate)
+    reference, candidate = (losses_in(log.read_text(errors="replace")) for log in (args.reference, args.candidate))
     if not reference or reference.keys() != candidate.keys():
         print(f"{args.reference} has {len(reference)} iterations with a loss, {args.candidate} has {len(candidate)}.")
         return 1
@@ -77,7 +84,7 @@ def main() -> int:
     for i in rows_to_print(list(reference)):
         difference = relative_difference(reference[i], candidate[i])
         print(f"{i:9d} {reference[i]:16.6f} {candidate[i]:16.6f}   {difference:.1e}")
-    largest = max(relative_difference(reference[i], candidate[i]) for i in reference)
+    largest = largest_difference(reference, candidate)
     agree = largest <= args.tolerance
     verdict = "within" if agree else "ABOVE"
     print(f"largest relative difference {largest:.2e} over {len(reference)} iterations: {verdict} {args.tolerance:.0e}")

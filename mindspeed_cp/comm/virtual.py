@@ -1,0 +1,109 @@
+"""Virtual ranks: many ranks in one process, each a thread, for tests and for measurements on a single device."""
+
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from threading import Lock
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.comm.communicator import Transfer
+from mindspeed_cp.comm.traffic import Traffic
+
+Result = TypeVar("Result")
+
+
+class VirtualWorld:
+    """`size` virtual ranks. timeout_s: how long a rank waits for another before it gives up."""
+
+    def __init__(self, size: int, timeout_s: float = 60.0) -> None:
+        self.size = size
+        self.timeout_s = timeout_s
+        self._lock = Lock()
+        self._mail: defaultdict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+
+    def run(self, function: Callable[[int], Result]) -> list[Result]:
+        """What `function(rank)` returns on each rank, all of them at the same time. Raises what the first one raised."""
+        with ThreadPoolExecutor(self.size) as threads:
+            futures = [threads.submit(function, rank) for rank in range(self.size)]
+            failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
+            for future in failed:
+                future.result()
+            return [future.result() for future in futures]
+
+    def send(self, channel: str, source: int, to: int, message: Tensor) -> None:
+        """Deliver a copy of `message`."""
+        self._box(channel, source, to).put(message.detach().clone())
+
+    def receive(self, channel: str, source: int, to: int) -> Tensor:
+        """The next message from `source` to `to`. Raises RuntimeError when none comes in time."""
+        try:
+            return self._box(channel, source, to).get(timeout=self.timeout_s)
+        except queue.Empty:
+            raise RuntimeError(f"virtual rank {to} waited {self.timeout_s} s for rank {source} in {channel}") from None
+
+    def _box(self, channel: str, source: int, to: int) -> "queue.Queue[Tensor]":
+        with self._lock:
+            return self._mail[channel, source, to]
+
+
+class VirtualCommunicator:
+    """A Communicator among some ranks of a VirtualWorld, see there.
+
+    ranks: the group, in its order. world_rank: this rank. channel: messages of one channel keep their order; those of
+    different channels have nothing to do with each other.
+    """
+
+    def __init__(
+        self,
+        world: VirtualWorld,
+        ranks: Sequence[int],
+        world_rank: int,
+        channel: str,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.world = world
+        self.ranks = tuple(ranks)
+        self.rank = self.ranks.index(world_rank)
+        self.size = len(self.ranks)
+        self.channel = channel
+        self.traffic = traffic if traffic is not None else Traffic()
+
+    def all_to_all(self, send: Tensor) -> Tensor:
+        """See Communicator.all_to_all."""
+        for rank, part in enumerate(send):
+            self._send(part, rank)
+        self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
+        return torch.stack([self._receive(rank) for rank in range(self.size)])
+
+    def all_gather(self, send: Tensor) -> Tensor:
+        """See Communicator.all_gather."""
+        for rank in range(self.size):
+            self._send(send, rank)
+        self.traffic.record("all_gather", send.nbytes * (self.size - 1))
+        return torch.stack([self._receive(rank) for rank in range(self.size)])
+
+    def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
+        """See Communicator.exchange."""
+        if send is not None:
+            self._send(send, to)
+            self.traffic.record("exchange", send.nbytes)
+        return _VirtualTransfer(self, receive, source)
+
+    def _send(self, message: Tensor, to: int) -> None:
+        self.world.send(self.channel, self.ranks[self.rank], self.ranks[to], message)
+
+    def _receive(self, source: int) -> Tensor:
+        return self.world.receive(self.channel, self.ranks[source], self.ranks[self.rank])
+
+
+class _VirtualTransfer:
+    def __init__(self, communicator: VirtualCommunicator, receive: Tensor | None, source: int) -> None:
+        self._communicator, self._destination, self._source = communicator, receive, source
+
+    def wait(self) -> None:
+        if self._destination is not None:
+            self._destination.copy_(self._communicator._receive(self._source))

@@ -1,0 +1,75 @@
+"""One training run through Megatron, as a function that a rank's process can run again and again."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
+from system_tests.compare_losses import losses_in
+
+from mindspeed_cp.layout import SequenceLayout
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
+
+# A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
+MODEL_FLAGS = """
+    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
+    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64
+    --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
+    --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
+    --micro-batch-size 1 --global-batch-size 2 --train-iters 20 --lr 1e-3 --lr-decay-style constant --log-interval 1
+    --distributed-backend gloo --distributed-timeout-minutes 1
+""".split()
+
+
+def train(world_size: int, port: int, sabotage: str | None, rank: int, flags: tuple[str, ...]) -> dict[int, float]:
+    """Train with MODEL_FLAGS and `flags` as one rank of `world_size`; the losses by iteration, on the last rank.
+
+    sabotage: "chunk order" leaves the zigzag's chunks as they were received.
+    """
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    output = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(sys, "argv", [str(SCRIPT), *MODEL_FLAGS, *flags]),
+        _sabotaged(sabotage),
+        contextlib.redirect_stdout(output),
+    ):
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exit_:
+            raise RuntimeError(f"training ended with status {exit_.code}:\n{output.getvalue()[-2000:]}") from exit_
+        finally:
+            _forget_run()
+    return losses_in(output.getvalue())
+
+
+def _sabotaged(what: str | None) -> contextlib.AbstractContextManager[object]:
+    if what == "chunk order":
+        return mock.patch.object(SequenceLayout, "gather_order", lambda self, ranks: tuple(range(2 * len(ranks))))
+    assert what is None, what
+    return contextlib.nullcontext()
+
+
+def _forget_run() -> None:
+    """What Megatron keeps of a run in globals, so that the next one starts as in a fresh process."""
+    from megatron.training.training import destroy_global_state
+
+    destroy_global_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
