@@ -36,12 +36,8 @@ def build_attention(
     groups = _groups(config, group)
     communicators = None
     if groups.ring is not None:
-        communicators = RingCommunicators(
-            *(
-                ProcessGroupCommunicator(g, traffic)
-                for g in (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
-            )
-        )
+        ring_groups = (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
+        communicators = RingCommunicators(*(ProcessGroupCommunicator(each, traffic) for each in ring_groups))
     return compose_attention(
         config,
         rank=dist.get_rank(groups.context_parallel),

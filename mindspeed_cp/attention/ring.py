@@ -60,7 +60,7 @@ class RingAttention:
             raise ValueError("a causal attention takes no mask tensor; build it with attention_mask_type='general'.")
         if q.size(2) % self.layout.chunks_per_rank:
             raise ValueError(
-                f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks that it holds."
+                f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
             )
         out: Tensor = _Ring.apply(self, q, k, v, visible, default_scale(q) if scale is None else scale)
         return out
@@ -219,7 +219,7 @@ class _Arrival:
 
 
 class BlockBuffers:
-    """Buffers for blocks that arrive, used again as soon as nobody reads them: their number does not grow with the ring.
+    """Buffers for blocks that arrive, used again as soon as they are read: their number does not grow with the ring.
 
     In use at once are the block worked on and the one that arrives; in a double ring also the next window's first
     block, and the present window's while it still travels on.

@@ -26,7 +26,7 @@ class VirtualWorld:
         self._mail: defaultdict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
 
     def run(self, function: Callable[[int], Result]) -> list[Result]:
-        """What `function(rank)` returns on each rank, all of them at the same time. Raises what the first one raised."""
+        """What `function(rank)` returns on each rank, all of them run at once. Raises what the first one raised."""
         with ThreadPoolExecutor(self.size) as threads:
             futures = [threads.submit(function, rank) for rank in range(self.size)]
             failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
