@@ -1,0 +1,118 @@
+"""Real training through Megatron's loop: with context parallelism the losses are those of CP = 1, iteration by iteration."""
+
+import pytest
+from system_tests.compare_losses import largest_difference
+
+TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
+PIPELINE_PARALLEL = "--pipeline-model-parallel-size 2"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+GQA = "--group-query-attention --num-query-groups 4"
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --moe-router-load-balancing-type none"
+
+ULYSSES = "--context-parallel-algo ulysses_cp_algo"
+RING = "--context-parallel-algo megatron_cp_algo"
+OVERLAP = "--use-cp-send-recv-overlap"
+
+
+def double_ring(window: int) -> str:
+    return f"{RING} --cp-window-size {window}"
+
+
+def hybrid(degree: int, window: int = 1) -> str:
+    return f"--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp {degree} --cp-window-size {window}"
+
+
+# Each row: what runs beside context parallelism, ranks without it, context-parallel size and algorithm.
+QUICK = [
+    ("", 1, 2, ULYSSES),
+    ("", 1, 4, ULYSSES),
+    ("", 1, 2, RING),
+    ("", 1, 4, f"{RING} {OVERLAP}"),
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    ("", 1, 4, hybrid(2)),
+    (TENSOR_PARALLEL, 2, 2, ULYSSES),
+    (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
+    (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
+    (PIPELINE_PARALLEL, 2, 2, ULYSSES),
+    (PIPELINE_PARALLEL, 2, 2, RING),
+    ("--use-distributed-optimizer", 2, 2, ULYSSES),
+    ("--use-distributed-optimizer", 2, 2, RING),
+    (RECOMPUTE, 1, 2, ULYSSES),
+    (RECOMPUTE, 1, 2, RING),
+    (GQA, 1, 4, ULYSSES),
+    (GQA, 1, 4, RING),
+    (MOE, 1, 2, RING),
+    ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
+    ("--attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
+    ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
+    ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
+]
+SLOW = [
+    ("", 1, 8, ULYSSES),
+    ("", 1, 8, f"{double_ring(2)} {OVERLAP}"),
+    ("", 1, 8, f"{double_ring(4)} {OVERLAP}"),
+    ("", 1, 8, hybrid(2)),
+    ("", 1, 8, hybrid(4)),
+    ("", 1, 8, f"{hybrid(2, window=2)} {OVERLAP}"),
+]
+
+
+def cases() -> list[object]:
+    return [pytest.param(*row, id=_id(row)) for row in QUICK] + [
+        pytest.param(*row, id=_id(row), marks=pytest.mark.slow) for row in SLOW
+    ]
+
+
+def _id(row: tuple[str, int, int, str]) -> str:
+    beside, _, size, algorithm = row
+    return " ".join([f"cp{size}", algorithm.removeprefix("--context-parallel-algo "), beside]).strip()
+
+
+@pytest.mark.parametrize(("beside", "ranks", "size", "algorithm"), cases())
+def test_losses_equal_those_of_cp_1(training, beside, ranks, size, algorithm):
+    reference = training.losses(ranks, beside)
+    losses = training.losses(ranks * size, f"{beside} --context-parallel-size {size} {algorithm}")
+    assert len(reference) == 20
+    assert largest_difference(reference, losses) <= 1e-5
+
+
+@pytest.mark.parametrize("algorithm", [ULYSSES, RING, hybrid(2)])
+def test_losses_in_bf16_equal_those_of_cp_1(training, algorithm):
+    reference = training.losses(1, "--bf16")
+    losses = training.losses(4, f"--bf16 --context-parallel-size 4 {algorithm}")
+    assert len(reference) == 20
+    assert largest_difference(reference, losses) <= 2e-3
+
+
+def test_a_wrong_chunk_order_changes_the_losses(training):
+    flags = f"--context-parallel-size 2 {ULYSSES}"
+    assert largest_difference(training.losses(1, ""), training.losses(2, flags, sabotage="chunk order")) > 1e-3
+
+
+def test_a_gradient_that_stays_away_changes_the_losses(training):
+    flags = f"--context-parallel-size 2 {RING}"
+    assert largest_difference(training.losses(1, ""), training.losses(2, flags, sabotage="lost gradients")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--context-parallel-size 2 --attention-dropout 0.1", "attention dropout is not available yet"),
+        ("--context-parallel-size 2 --num-attention-heads 1", "--num-attention-heads 1 is not a multiple"),
+    ],
+)
+def test_training_refuses_in_one_line(training, flags, message):
+    assert message in training.refusal(2, flags)
+
+
+def test_a_checkpoint_resumes_with_another_algorithm_and_size(training, tmp_path):
+    reference = training.losses(1, "--train-iters 20")
+    pieces = {}
+    for last, ranks, flags in (
+        (8, 4, f"--context-parallel-size 4 {ULYSSES}"),
+        (14, 2, f"--context-parallel-size 2 {RING}"),
+        (20, 1, "--context-parallel-size 1"),
+    ):
+        checkpoint = f"--save {tmp_path} --load {tmp_path} --save-interval 1000 --exit-interval {last}"
+        pieces |= training.losses(ranks, f"{flags} {checkpoint}")
+    assert largest_difference(reference, pieces) <= 1e-5

@@ -1,0 +1,194 @@
+"""Ulysses over gloo ranks against dense attention: results, gradients, messages, memory and refusals."""
+
+import pytest
+import torch
+from unit_tests import ulysses_cases as cases
+from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
+from unit_tests.ulysses_cases import Case, Shapes
+
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.topology import CPTopology
+
+SIZES = (1, 2, 3, 4, 5, 6, 8)
+
+HEADS = {
+    "mha": dict(heads=2, kv_heads=2),
+    "gqa": dict(heads=4, kv_heads=2, batch=2),
+    "mqa_permuted": dict(heads=3, kv_heads=1, batch=2, memory="SBND"),
+    "value_head_size": dict(heads=2, kv_heads=1, value_head_size=12),
+    "dims_reversed": dict(heads=2, kv_heads=2, batch=2, memory="DSNB"),
+}
+"""MQA is one K/V head a rank."""
+
+MASKS = ("causal", "full", "2d", "per batch", "per head")
+
+
+def dense(case: Case, dtype: torch.dtype) -> Result:
+    """The oracle's results for the case's inputs, computed in `dtype`."""
+    q, k, v, dout, visible = cases.inputs(case)
+    if case.mask == "causal":
+        visible = causal_mask(q.size(2))
+    return dense_attention(*(x.to(dtype) for x in (q, k, v, dout)), visible=visible)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_ulysses_equals_dense_attention(gloo, heads, mask, layout, size):
+    case = Case(size=size, mask=mask, layout=layout, **HEADS[heads])
+    shards = gloo.run(size, cases.attend, case)
+    assert_equal_to(dense(case, torch.float64), cases.restored(case, shards))
+
+
+def test_comparison_with_dense_attention_sees_a_wrong_chunk_order(gloo):
+    case = Case(size=3)
+    right, wrong = case.sequence_layout.gather_order(range(3)), (0, 2, 4, 5, 1, 3)
+    exact = dense(case, torch.float64)
+    assert_equal_to(exact, cases.restored(case, gloo.run(3, cases.attend_with_chunk_order, case, right)))
+    with pytest.raises(AssertionError, match="out: "):
+        assert_equal_to(exact, cases.restored(case, gloo.run(3, cases.attend_with_chunk_order, case, wrong)))
+
+
+@pytest.mark.parametrize("ranks", [[1, 3], [0, 2, 5], [4, 5, 6, 7]])
+def test_ulysses_equals_dense_attention_in_any_group_of_ranks(gloo, ranks):
+    case = Case(size=len(ranks), mask="per head", heads=2)
+    assert_equal_to(dense(case, torch.float64), cases.restored(case, gloo.run(ranks, cases.attend, case)))
+
+
+def test_attention_without_a_group_spans_all_ranks(gloo):
+    case = Case(size=8)
+    shards = gloo.run(8, cases.attend_in_default_group, case)
+    assert_equal_to(dense(case, torch.float64), cases.restored(case, shards))
+
+
+def test_attention_takes_groups_built_beforehand(gloo):
+    case = Case(size=2)
+    shards = gloo.run([2, 6], cases.attend_in_built_groups, case)
+    assert_equal_to(dense(case, torch.float64), cases.restored(case, shards))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["causal", "per head"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_ulysses_is_as_accurate_as_dense_attention_of_the_same_dtype(gloo, size, mask, dtype):
+    case = Case(size=size, mask=mask, heads=2, tokens=64 // size, head_size=32, value_head_size=32, dtype=dtype)
+    result = cases.restored(case, gloo.run(size, cases.attend, case))
+    assert {x.dtype for x in result} == {dtype}
+    assert_as_accurate_as(dense(case, dtype), dense(case, torch.float64), result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_ulysses_sends_exactly_the_formulas_bytes_in_two_all_to_alls_a_pass(gloo, size, heads, dtype):
+    case = Case(size=size, mask="full", dtype=dtype, **HEADS[heads])
+    sent = cases.Sent(calls=2, bytes=case.formula_bytes)
+    one_pass = cases.Count(library=sent, torch=sent)
+    assert gloo.run(size, cases.count_sent, case) == [(one_pass, one_pass)] * size
+
+
+def test_attention_on_one_rank_sends_nothing(gloo):
+    nothing = cases.Count(library=cases.Sent(0, 0), torch=cases.Sent(0, 0))
+    assert gloo.run(1, cases.count_sent, Case(size=1)) == [(nothing, nothing)]
+
+
+@pytest.mark.parametrize("mask", ["causal", "per head"])
+def test_two_runs_give_the_same_bits(gloo, mask):
+    case = Case(size=4, mask=mask, heads=2, head_size=32, value_head_size=32, tokens=16, dtype=torch.bfloat16)
+    for first, second in gloo.run(4, cases.attend_twice, case):
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_backward_keeps_q_k_v_out_and_lse_once(gloo, size, heads, dtype):
+    case = Case(size=size, dtype=dtype, **HEADS[heads])
+    numbers = (case.heads + case.kv_heads) * (case.head_size + case.value_head_size)
+    lse_bytes = case.heads * max(4, dtype.itemsize)
+    expected = case.batch * size * case.tokens * (numbers * dtype.itemsize + lse_bytes)
+    assert gloo.run(size, cases.saved_bytes, case) == [expected] * size
+
+
+def causal(size: int) -> ContextParallelConfig:
+    return ContextParallelConfig(context_parallel_size=size)
+
+
+def general(size: int) -> ContextParallelConfig:
+    return ContextParallelConfig(context_parallel_size=size, attention_mask_type="general")
+
+
+def shapes(q: tuple[int, int, int, int] = (1, 2, 4, 8), **changed: object) -> Shapes:
+    return Shapes(**{"q": q, "k": q, "v": q} | changed)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (causal(2), shapes((1, 3, 4, 8)), "ValueError: q has 3 heads, not a multiple of the Ulysses degree 2."),
+        (causal(2), shapes(k=(1, 1, 4, 8)), "ValueError: k has 1 heads, not a multiple of the Ulysses degree 2."),
+        (causal(2), shapes(v=(1, 1, 4, 8)), "ValueError: v has 1 heads, not a multiple of the Ulysses degree 2."),
+        (causal(2), shapes((1, 2, 3, 8)), "ValueError: q has 3 tokens a rank, not a multiple of its 2 chunks."),
+        (
+            causal(2),
+            shapes(visible=(4, 8)),
+            "ValueError: a causal attention takes no mask tensor: it would be one of the two; build it with "
+            "attention_mask_type='general' to use the tensor.",
+        ),
+    ],
+    ids=["query heads", "key heads", "value heads", "tokens", "causal and mask"],
+)
+def test_attention_refuses(gloo, config, given, message):
+    assert gloo.run(2, cases.call_error, config, given) == [message] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "fault"),
+    [
+        (general(2), shapes(k=(1, 2, 2, 8), v=(1, 2, 2, 8)), "2 tokens"),
+        (general(2), shapes((2, 2, 4, 8), k=(1, 2, 4, 8), v=(1, 2, 4, 8)), "batch"),
+        (general(2), shapes(k=(1, 2, 4, 4)), "head size"),
+        (general(2), shapes((1, 2, 4, 8), kv_dtype=torch.float32), "dtype"),
+        (general(2), shapes((1, 4, 4, 8), visible=(1, 2, 4, 8)), "mask"),
+        (general(2), shapes(visible=(4, 7)), "mask"),
+        (general(2), shapes(visible=(2, 8)), "mask"),
+    ],
+    ids=["tokens", "batch", "head size", "dtype", "heads of the mask", "keys of the mask", "queries of the mask"],
+)
+def test_attention_refuses_tensors_that_do_not_fit_together(gloo, config, given, fault):
+    for message in gloo.run(2, cases.call_error, config, given):
+        assert message.startswith("ValueError: ")
+        assert fault in message
+
+
+def test_attention_refuses_a_group_of_another_size(gloo):
+    message = (
+        "ValueError: the context-parallel group has 2 ranks and the configured topology 4: configure mindspeed_cp and "
+        "initialize_model_parallel with the same context_parallel_size."
+    )
+    assert gloo.run(2, cases.build_error, causal(4)) == [message] * 2
+
+
+@pytest.mark.parametrize(("size", "built"), [(1, None), (4, CPTopology(ulysses=2))], ids=["size 1", "built groups"])
+def test_attention_refuses_a_group_of_another_size_also_for(gloo, size, built):
+    refusal = f"ValueError: the context-parallel group has 2 ranks and the configured topology {size}"
+    for message in gloo.run(2, cases.build_error, causal(size), built):
+        assert message.startswith(refusal)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo"),
+        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo", cp_window_size=2),
+        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="hybrid_cp_algo", ulysses_degree_in_cp=2),
+    ],
+    ids=["ring", "double ring", "hybrid"],
+)
+def test_algorithms_with_a_ring_are_refused_until_they_are_there(gloo, config):
+    message = (
+        f"NotImplementedError: --context-parallel-algo {config.context_parallel_algo} is not available yet in this "
+        f"release of mindspeed_cp; use ulysses_cp_algo."
+    )
+    assert gloo.run(4, cases.build_error, config) == [message] * 4

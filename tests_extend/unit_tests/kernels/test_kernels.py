@@ -1,0 +1,278 @@
+"""Every block kernel against the dense oracle, what each refuses, and the choice between them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
+
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, MaskKind, choose_kernel
+from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One block. visible: shape of an arbitrary mask. memory: order of the dims in memory, outermost first."""
+
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    queries: int = 40
+    keys: int = 40
+    head_size: int = 64
+    value_head_size: int = 64
+    mask: MaskKind = NONE
+    visible: tuple[int, ...] = ()
+    memory: str = "BNSD"
+    scale: float = 0.125
+    dout: str = "random"
+
+
+CASES = {
+    "full": Case(),
+    "causal": Case(mask=TRIANGLE),
+    "causal gqa": Case(mask=TRIANGLE, kv_heads=2),
+    "causal mqa": Case(mask=TRIANGLE, kv_heads=1),
+    "causal head size 128": Case(mask=TRIANGLE, head_size=128, value_head_size=128),
+    "causal more tokens than a tile": Case(mask=TRIANGLE, batch=1, heads=2, kv_heads=1, queries=600, keys=600),
+    "one query": Case(queries=1),
+    "causal other scale": Case(mask=TRIANGLE, scale=0.05),
+    "more keys than queries": Case(keys=72, kv_heads=2),
+    "more queries than keys": Case(keys=24),
+    "value head size": Case(mask=TRIANGLE, kv_heads=2, value_head_size=32),
+    "in memory as SBND": Case(mask=TRIANGLE, kv_heads=2, memory="SBND"),
+    "in memory as BSND": Case(mask=TRIANGLE, kv_heads=2, memory="BSND"),
+    "in memory as BNDS": Case(mask=TRIANGLE, kv_heads=2, memory="BNDS"),
+    "dout expanded": Case(mask=TRIANGLE, dout="expanded"),
+    "mask [S, T]": Case(mask=ARBITRARY, visible=(40, 40)),
+    "mask [S, T], S != T": Case(mask=ARBITRARY, keys=24, visible=(40, 24)),
+    "mask [1, 1, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 1, 40, 40)),
+    "mask [B, 1, S, T]": Case(mask=ARBITRARY, visible=(2, 1, 40, 40)),
+    "mask [1, N, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 4, 40, 40)),
+    "mask [B, N, S, T], mqa": Case(mask=ARBITRARY, kv_heads=1, visible=(2, 4, 40, 40), memory="SBND"),
+}
+
+REFUSALS = {
+    "cpu_flash": {
+        "takes no arbitrary mask": lambda case: case.mask is ARBITRARY,
+        "needs one head size, not 64 for keys and 32 for values": lambda case: case.value_head_size == 32,
+        "takes no grouped queries before torch 2.13": lambda case: case.kv_heads < case.heads and TORCH < (2, 13),
+    },
+    "reference": {},
+}
+"""Of each kernel, the reasons it gives and the cases it gives them for. It computes all others."""
+
+
+def expected_reasons(name: str, case: Case) -> list[str]:
+    return [reason for reason, applies in REFUSALS[name].items() if applies(case)]
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(heads: int, tokens: int, head_size: int) -> Tensor:
+        x = torch.randn(case.batch, heads, tokens, head_size, generator=generator, dtype=torch.float64).to(dtype)
+        order = ["BNSD".index(dim) for dim in case.memory]
+        return x.permute(order).contiguous().permute(sorted(range(4), key=order.__getitem__))
+
+    q, dout = (normal(case.heads, case.queries, size) for size in (case.head_size, case.value_head_size))
+    k, v = (normal(case.kv_heads, case.keys, size) for size in (case.head_size, case.value_head_size))
+    return q, k, v, dout if case.dout == "random" else dout[0, 0, 0, 0].expand_as(dout)
+
+
+def mask_of(case: Case) -> BlockMask:
+    """Arbitrary masks have dead rows, and other ones in each head."""
+    if case.mask is not ARBITRARY:
+        return BlockMask(case.mask)
+    generator = torch.Generator().manual_seed(2)
+    visible = torch.rand(case.visible, generator=generator) < 0.5
+    visible &= torch.rand((*case.visible[:-1], 1), generator=generator) < 0.8
+    visible[..., 3, :] = False
+    return BlockMask(ARBITRARY, visible)
+
+
+def dense(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> Result:
+    """The oracle's results for these tensors, computed in `dtype`."""
+    visible = causal_mask(case.queries) if case.mask is TRIANGLE else mask_of(case).visible
+    return dense_attention(*(x.to(dtype) for x in tensors), visible=visible, scale=case.scale)
+
+
+def computable(kernels: tuple = KERNELS) -> list:
+    """The pairs of kernel and case that this machine's kernels have to compute."""
+    return [
+        pytest.param(kernel, case, id=f"{kernel.name}: {name}")
+        for kernel in kernels
+        for name, case in CASES.items()
+        if not expected_reasons(kernel.name, case)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kernel", "case"), computable())
+def test_kernel_is_as_accurate_as_dense_attention(kernel, case, dtype):
+    q, k, v, dout = tensors = inputs(case, dtype)
+    copies, mask = [x.clone() for x in tensors], mask_of(case)
+    output = kernel.forward(q, k, v, mask, case.scale)
+    result = Result(output.out, output.lse, *kernel.backward(dout, q, k, v, output, mask, case.scale))
+
+    assert {x.dtype for x in (result.out, result.dq, result.dk, result.dv)} == {dtype}
+    assert result.lse.dtype == torch.promote_types(dtype, torch.float32)
+    assert [x.shape for x in result] == [dout.shape, dout.shape[:3], q.shape, k.shape, v.shape]
+    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True)), "inputs were changed"
+    exact = dense(case, torch.float64, tensors)
+    if dtype is torch.float64:
+        assert_equal_to(exact, result)
+    else:
+        assert_as_accurate_as(dense(case, dtype, tensors), exact, result)
+
+
+@pytest.mark.parametrize(("kernel", "case"), [p for p in computable() if p.values[1].mask is ARBITRARY])
+def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case):
+    q, k, v, dout = inputs(case, torch.float32)
+    mask = mask_of(case)
+    dead = ~mask.visible.any(-1).expand(case.batch, case.heads, case.queries)
+    output = kernel.forward(q, k, v, mask, case.scale)
+    gradients = kernel.backward(dout, q, k, v, output, mask, case.scale)
+    assert (output.out[dead] == 0).all()
+    assert torch.equal(output.lse == -torch.inf, dead)
+    assert (gradients.dq[dead] == 0).all()
+    none = BlockMask(ARBITRARY, torch.zeros_like(mask.visible))
+    output = kernel.forward(q, k, v, none, case.scale)
+    assert not any(x.any() for x in (output.out, *kernel.backward(dout, q, k, v, output, none, case.scale)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kernel):
+    """As a ring calls it: the first half of the keys lies before the queries, the second is their own."""
+    case = Case(queries=20, keys=40)
+    q, k, v, dout = inputs(case, torch.float64)
+    visible = causal_mask(40)[20:]
+    exact = dense_attention(q, k, v, dout, visible=visible, scale=case.scale)
+    output = BlockOutput(exact.out, exact.lse)
+    past, own = (
+        kernel.backward(dout, q, k[:, :, keys], v[:, :, keys], output, BlockMask(mask), case.scale)
+        for keys, mask in ((slice(0, 20), NONE), (slice(20, 40), TRIANGLE))
+    )
+    total = (past.dq + own.dq, torch.cat([past.dk, own.dk], dim=2), torch.cat([past.dv, own.dv], dim=2))
+    assert_equal_to(exact, Result(exact.out, exact.lse, *total))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, name):
+    case = CASES[name]
+    block = BlockCase.of(*inputs(case, torch.float32)[:3], mask_of(case))
+    assert kernel.unsupported_reasons(block) == expected_reasons(kernel.name, case)
+
+
+def block_case(**changed: object) -> BlockCase:
+    """The case of causal attention on a CPU."""
+    whole = BlockCase("cpu", torch.float32, TRIANGLE, 4, 4, 16, 16, 64, 64)
+    return whole._replace(**changed)
+
+
+def test_cpu_flash_gives_every_reason_at_once():
+    case = block_case(device_type="cuda", mask=ARBITRARY, value_head_size=32)
+    assert CpuFlashKernel().unsupported_reasons(case) == [
+        "runs on the CPU, not on cuda",
+        "takes no arbitrary mask",
+        "needs one head size, not 64 for keys and 32 for values",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({}, "cpu_flash"),
+        ({"mask": NONE, "num_keys": 24}, "cpu_flash"),
+        ({"mask": ARBITRARY}, "reference"),
+        ({"value_head_size": 32}, "reference"),
+        ({"device_type": "meta"}, "reference"),
+    ],
+)
+def test_choose_kernel_takes_the_first_that_can(changed, name):
+    assert choose_kernel(block_case(**changed)).name == name
+
+
+def test_choose_kernel_keeps_to_the_order_of_the_kernels_it_is_given():
+    assert choose_kernel(block_case(), KERNELS[::-1]).name == KERNELS[-1].name
+
+
+def test_choose_kernel_names_every_reason_of_every_kernel_when_none_can():
+    never = SimpleNamespace(name="never", unsupported_reasons=lambda case: ["is a stub"])
+    case = block_case(mask=ARBITRARY, value_head_size=32)
+    with pytest.raises(NotImplementedError) as error:
+        choose_kernel(case, [CpuFlashKernel(), never])
+    assert str(error.value) == (
+        f"no attention kernel can compute {case}:\n"
+        "  cpu_flash: takes no arbitrary mask; needs one head size, not 64 for keys and 32 for values\n"
+        "  never: is a stub"
+    )
+
+
+def test_block_case_reads_every_size_from_the_tensors():
+    q, k, v = torch.zeros(2, 6, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 4)
+    assert BlockCase.of(q, k, v, BlockMask(NONE)) == BlockCase("cpu", torch.float32, NONE, 6, 3, 5, 7, 8, 4)
+
+
+TRIPLES = {
+    "three dims": ((6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), "expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]."),
+    "keys and values of other lengths": ((2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 4, 8), "expected [B, N, S, D]"),
+    "keys and values of other heads": ((2, 6, 5, 8), (2, 3, 5, 8), (2, 2, 5, 8), "expected [B, N, S, D]"),
+    "batches differ": ((2, 6, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8), "batch and head size must agree"),
+    "head sizes differ": ((2, 6, 5, 8), (2, 3, 5, 4), (2, 3, 5, 8), "batch and head size must agree"),
+    "heads do not divide": ((2, 6, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8), "K/V heads divide the query heads."),
+    "triangle not square": ((2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), "a triangle mask needs as many keys as queries."),
+}
+
+
+@pytest.mark.parametrize("name", TRIPLES)
+def test_block_case_refuses_shapes_that_do_not_fit(name):
+    *shapes, fault = TRIPLES[name]
+    with pytest.raises(ValueError) as error:
+        BlockCase.of(*(torch.zeros(shape) for shape in shapes), BlockMask(TRIANGLE))
+    assert str(error.value).startswith("q {}, k {}, v {}: ".format(*shapes))
+    assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"device": "meta"}])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
+    tensors = [torch.zeros(2, 4, 5, 8) for _ in range(3)]
+    tensors[place] = tensors[place].to(**other)
+    with pytest.raises(ValueError, match="q, k and v differ in dtype or device"):
+        BlockCase.of(*tensors, BlockMask(NONE))
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (4, 5, 7), (5, 6), (4, 7), (1, 7), (1, 2, 5, 7), (3, 1, 5, 7), (1, 1, 5, 1), (1, 1, 5, 6)]
+)
+def test_block_case_refuses_a_mask_of_another_shape(shape):
+    q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 8)
+    with pytest.raises(ValueError, match="mask"):
+        BlockCase.of(q, k, v, BlockMask(ARBITRARY, torch.ones(shape, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "visible", "message"),
+    [
+        (ARBITRARY, None, "a arbitrary mask goes with a tensor."),
+        (TRIANGLE, torch.ones(2, 2, dtype=torch.bool), "a triangle mask goes without a tensor."),
+        (NONE, torch.ones(2, 2, dtype=torch.bool), "a none mask goes without a tensor."),
+        (
+            ARBITRARY,
+            torch.zeros(2, 2),
+            "a mask is boolean, True where a query sees a key; this one is torch.float32.",
+        ),
+    ],
+    ids=["arbitrary without", "triangle with", "none with", "float"],
+)
+def test_block_mask_refuses(kind, visible, message):
+    with pytest.raises(ValueError) as error:
+        BlockMask(kind, visible)
+    assert str(error.value) == message

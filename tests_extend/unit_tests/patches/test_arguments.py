@@ -1,0 +1,420 @@
+"""The flags in Megatron's own parser, and every rule about them, checked right after parsing."""
+
+import argparse
+import sys
+import warnings
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.patches import arguments
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patching import PatchRegistry
+from mindspeed_cp.topology import CPTopology
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0"]
+CP4 = [*MODEL, "--context-parallel-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def parser(adaptor):
+    """Megatron's parser, built while the argument patches are in force."""
+    from megatron.training import arguments as megatron_arguments
+
+    with PatchRegistry(argument_patches(Plugin(), print)).applied():
+        return megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
+
+
+def refusal_of(action, *args):
+    """The message of the ConfigurationError that a call raises."""
+    with pytest.raises(ConfigurationError) as refusal:
+        action(*args)
+    return str(refusal.value)
+
+
+def test_flags_have_the_defaults_of_the_configuration(parser):
+    assert config_from_arguments(parser.parse_args([])) == ContextParallelConfig()
+
+
+def test_every_flag_reaches_the_configuration(parser):
+    flags = [
+        *("--context-parallel-size", "1"),
+        *("--context-parallel-algo", "hybrid_cp_algo"),
+        *("--cp-window-size", "1"),
+        *("--attention-mask-type", "general"),
+        "--use-cp-send-recv-overlap",
+        "--megatron-cp-in-bnsd",
+    ]
+    assert config_from_arguments(parser.parse_args(flags)) == ContextParallelConfig(
+        context_parallel_algo="hybrid_cp_algo",
+        attention_mask_type="general",
+        use_cp_send_recv_overlap=True,
+        megatron_cp_in_bnsd=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--context-parallel-algo", "megatron_cp_algo"], "context_parallel_algo", "megatron_cp_algo"),
+        (["--cp-window-size", "4"], "cp_window_size", 4),
+        (["--ulysses-degree-in-cp", "2"], "ulysses_degree_in_cp", 2),
+        (["--use-cp-send-recv-overlap"], "use_cp_send_recv_overlap", True),
+        (["--attention-mask-type", "general"], "attention_mask_type", "general"),
+        (["--megatron-cp-in-bnsd"], "megatron_cp_in_bnsd", True),
+    ],
+)
+def test_flag_parses_in_megatron_s_parser(parser, flags, name, value):
+    assert getattr(parser.parse_args(flags), name) == value
+    assert getattr(parser.parse_args([]), name) != value
+
+
+@pytest.mark.parametrize("flag", ["--context-parallel-algo", "--attention-mask-type"])
+def test_unknown_choice_is_refused_by_the_parser(parser, flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([flag, "unknown"])
+    assert stop.value.code == 2
+    assert f"argument {flag}: invalid choice: 'unknown'" in capsys.readouterr().err
+
+
+def test_flags_have_a_group_of_their_own_in_the_help(parser):
+    group = next(group for group in parser._action_groups if "mindspeed_cp" in (group.title or ""))
+    assert [action.option_strings[0] for action in group._group_actions] == [
+        "--context-parallel-algo",
+        "--cp-window-size",
+        "--ulysses-degree-in-cp",
+        "--use-cp-send-recv-overlap",
+        "--attention-mask-type",
+        "--megatron-cp-in-bnsd",
+    ]
+
+
+def test_unpatched_parser_does_not_know_the_flags(adaptor, capsys):
+    from megatron.training import arguments as megatron_arguments
+
+    parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--context-parallel-algo", "ulysses_cp_algo"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_arguments_that_keep_the_rules_give_the_configuration(parser):
+    config = config_from_arguments(parser.parse_args(CP4))
+    assert config == ContextParallelConfig(context_parallel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--num-attention-heads", "6"],
+            "--num-attention-heads 6 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
+            "--tensor-model-parallel-size 1; use a --context-parallel-size of 2, 3 or 6.",
+        ),
+        (
+            ["--tensor-model-parallel-size", "4"],
+            "--num-attention-heads 8 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
+            "--tensor-model-parallel-size 4; use a --context-parallel-size of 2.",
+        ),
+        (
+            ["--group-query-attention", "--num-query-groups", "2"],
+            "--num-query-groups 2 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
+            "--tensor-model-parallel-size 1; use a --context-parallel-size of 2.",
+        ),
+        (
+            ["--seq-length", "20"],
+            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16.",
+        ),
+        (
+            ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "3"],
+            "--ulysses-degree-in-cp 3 does not divide --context-parallel-size 4; use 2.",
+        ),
+    ],
+)
+def test_arguments_that_break_a_rule_are_refused(parser, flags, message):
+    assert refusal_of(config_from_arguments, parser.parse_args([*CP4, *flags])) == message
+
+
+def test_query_groups_without_group_query_attention_are_not_read(parser):
+    # Megatron's default of --num-query-groups is 1, whether or not there are groups.
+    args = parser.parse_args(CP4)
+    assert (args.num_query_groups, args.group_query_attention) == (1, False)
+    config_from_arguments(args)
+
+
+def with_cp4(text):
+    """The message of a refusal, from the option and what follows the size."""
+    option, _, reason = text.partition(": ")
+    return f"{option} with --context-parallel-size 4: {reason}"
+
+
+REFUSED_FLAGS = [
+    (
+        ["--attention-dropout", "0.1"],
+        "--attention-dropout 0.1: attention dropout is not available yet; set --attention-dropout 0.",
+    ),
+    (["--window-size", "128,0"], "--window-size (128, 0): sliding windows are not available yet; leave it out."),
+    (["--softmax-type", "off-by-one"], "--softmax-type off-by-one: softmax sinks are not available yet; use vanilla."),
+    (["--softmax-type", "learnable"], "--softmax-type learnable: softmax sinks are not available yet; use vanilla."),
+    (
+        ["--multi-latent-attention"],
+        "--multi-latent-attention: latent attention is not available yet; leave it out.",
+    ),
+    (
+        ["--experimental-attention-variant", "dsa"],
+        "--experimental-attention-variant dsa: it has an attention of its own; leave it out.",
+    ),
+    (["--qk-clip"], "--qk-clip: the largest score of each head is not collected; leave it out."),
+    (
+        ["--log-max-attention-logit"],
+        "--log-max-attention-logit: the largest score of each head is not collected; leave it out.",
+    ),
+    (["--sft"], "--sft: packed sequences are not available yet; leave it out."),
+    (
+        ["--dataloader-inter-document-masking"],
+        "--dataloader-inter-document-masking: packed sequences are not available yet; leave it out.",
+    ),
+    (
+        ["--rl-use-sequence-packing"],
+        "--rl-use-sequence-packing: packed sequences are not available yet; leave it out.",
+    ),
+    (
+        ["--hybrid-context-parallel"],
+        "--hybrid-context-parallel: it changes the context-parallel size from batch to batch; leave it out.",
+    ),
+    (
+        ["--position-embedding-type", "relative"],
+        "--position-embedding-type relative: attention bias is not available yet; use rope or learned_absolute.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED_FLAGS, ids=[" ".join(flags) for flags, _ in REFUSED_FLAGS])
+def test_option_that_cannot_be_honoured_is_refused_by_name(parser, flags, message):
+    args = parser.parse_args([*CP4, *flags])
+    assert refusal_of(config_from_arguments, args) == with_cp4(message)
+    args.context_parallel_size = 1
+    assert config_from_arguments(args).context_parallel_size == 1
+
+
+@pytest.mark.parametrize("option", ["fp8_dot_product_attention", "fp8_multi_head_attention"])
+def test_option_of_a_layer_s_configuration_is_refused_by_name(option):
+    spelled = "--" + option.replace("_", "-")
+    message = with_cp4(f"{spelled}: attention in fp8 is not available; leave it out.")
+    config = ContextParallelConfig(context_parallel_size=4)
+    assert refusal_of(refuse_unsupported, SimpleNamespace(**{option: True}), config) == message
+    refuse_unsupported(SimpleNamespace(**{option: False}), config)
+    refuse_unsupported(SimpleNamespace(**{option: True}), ContextParallelConfig())
+
+
+def test_every_refused_option_is_tested_here():
+    from mindspeed_cp.patches.unsupported import _REFUSALS
+
+    tested = {flags[0].removeprefix("--").replace("-", "_") for flags, _ in REFUSED_FLAGS}
+    assert {refusal.option for refusal in _REFUSALS} == tested | {
+        "fp8_dot_product_attention",
+        "fp8_multi_head_attention",
+    }
+
+
+def test_every_refused_option_is_one_of_megatron_s(parser):
+    from megatron.core.transformer import TransformerConfig
+
+    from mindspeed_cp.patches.unsupported import _REFUSALS
+
+    known = vars(parser.parse_args([])).keys() | TransformerConfig.__dataclass_fields__.keys()
+    assert [refusal.option for refusal in _REFUSALS if refusal.option not in known] == []
+
+
+def test_reset_attention_mask_needs_the_general_mask(parser):
+    flags = [*CP4, "--reset-attention-mask"]
+    assert refusal_of(config_from_arguments, parser.parse_args(flags)) == (
+        "--reset-attention-mask with --context-parallel-size 4 and --attention-mask-type causal: the batch's mask "
+        "would be left out; use --attention-mask-type general."
+    )
+    general = config_from_arguments(parser.parse_args([*flags, "--attention-mask-type", "general"]))
+    assert general.attention_mask_type == "general"
+
+
+@pytest.mark.parametrize(
+    ("flags", "topology"),
+    [
+        ([], CPTopology(ulysses=4)),
+        (["--context-parallel-algo", "megatron_cp_algo"], CPTopology(inner=4)),
+        (["--context-parallel-algo", "megatron_cp_algo", "--cp-window-size", "2"], CPTopology(outer=2, inner=2)),
+        (
+            ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "2"],
+            CPTopology(inner=2, ulysses=2),
+        ),
+    ],
+)
+def test_every_algorithm_is_available(parser, flags, topology):
+    assert config_from_arguments(parser.parse_args([*CP4, *flags])).topology == topology
+
+
+@pytest.mark.parametrize("device", ["cuda", "npu"])
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_an_accelerator_is_used_whatever_the_backend(monkeypatch, device, backend):
+    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    assert asks_for_cpu(backend) is False
+
+
+def test_gloo_without_an_accelerator_asks_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    assert asks_for_cpu("gloo") is True
+
+
+def test_no_accelerator_and_no_gloo_is_refused(monkeypatch):
+    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    assert refusal_of(asks_for_cpu, "nccl") == (
+        "--distributed-backend nccl needs an accelerator, and neither torch.cuda nor torch.npu finds one; "
+        "use --distributed-backend gloo to train on the CPU."
+    )
+
+
+@pytest.mark.parametrize("connections", [None, "8"])
+@pytest.mark.parametrize(
+    ("flags", "spelled"),
+    [
+        (["--context-parallel-size", "4"], "--context-parallel-size 4"),
+        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2"),
+        (
+            ["--context-parallel-size", "4", "--tensor-model-parallel-size", "2"],
+            "--context-parallel-size 4 --tensor-model-parallel-size 2",
+        ),
+    ],
+)
+def test_missing_environment_variable_is_said(parser, monkeypatch, connections, flags, spelled):
+    if connections is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    else:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    assert refusal_of(config_from_arguments, parser.parse_args([*MODEL, *flags])) == (
+        f"{spelled}: Megatron needs the environment variable CUDA_DEVICE_MAX_CONNECTIONS set to 1 here; "
+        f"export CUDA_DEVICE_MAX_CONNECTIONS=1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "major"),
+    [
+        (MODEL, "cuda", 8),
+        (CP4, "cuda", 10),
+        ([*CP4, "--use-torch-fsdp2"], "cuda", 8),
+        ([*CP4, "--use-megatron-fsdp"], "cuda", 8),
+        ([*CP4, "--overlap-moe-expert-parallel-comm"], "cuda", 8),
+    ],
+)
+def test_environment_variable_is_not_asked_for_where_megatron_does_not(parser, monkeypatch, flags, device, major):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    config_from_arguments(parser.parse_args(flags))
+
+
+@pytest.mark.parametrize("device", [None, "npu"])
+def test_environment_variable_is_asked_for_without_a_gpu_too(parser, monkeypatch, device):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    message = refusal_of(config_from_arguments, parser.parse_args(CP4))
+    assert message.startswith("--context-parallel-size 4: Megatron needs the environment variable")
+
+
+@pytest.fixture
+def validation():
+    """The patched validate_args around a stand-in for Megatron's: call it, then look at what was called."""
+    calls, plugin = [], Plugin()
+    patches = {patch.target: patch for patch in argument_patches(plugin, lambda: calls.append("use_cpu"))}
+
+    def validate_args(args, defaults):
+        calls.append(("validate_args", args, defaults, plugin.config))
+        return "validated"
+
+    patched = patches["megatron.training.arguments:validate_args"].function(validate_args)
+    return SimpleNamespace(validate=patched, calls=calls, plugin=plugin)
+
+
+def test_validation_checks_first_and_configures_the_plugin_last(parser, validation):
+    args, defaults = parser.parse_args(CP4), {}
+    assert validation.validate(args, defaults) == "validated"
+    assert validation.calls == [("validate_args", args, defaults, None)]
+    assert validation.plugin.config == ContextParallelConfig(context_parallel_size=4)
+
+
+def test_validation_passes_keywords_on(parser, validation):
+    assert validation.validate(args=parser.parse_args(CP4), defaults={"a": 1}) == "validated"
+    assert validation.calls[0][2] == {"a": 1}
+
+
+def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, validation, monkeypatch):
+    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    validation.validate(parser.parse_args([*CP4, "--distributed-backend", "gloo"]), {})
+    assert [call if call == "use_cpu" else call[0] for call in validation.calls] == ["use_cpu", "validate_args"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--sft"], "--sft with --context-parallel-size 4: packed sequences are not available yet; leave it out."),
+        (
+            ["--seq-length", "20"],
+            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16.",
+        ),
+    ],
+)
+def test_refusal_ends_the_program_with_one_line_and_status_2(parser, validation, monkeypatch, capsys, flags, line):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/pretrain_gpt.py", *CP4, *flags])
+    with pytest.raises(SystemExit) as stop:
+        validation.validate(parser.parse_args([*CP4, *flags]), {})
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", f"pretrain_gpt.py: error: {line}\n")
+    assert (validation.calls, validation.plugin.config) == ([], None)
+
+
+def test_missing_accelerator_ends_the_program_with_one_line_and_status_2(parser, validation, monkeypatch, capsys):
+    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        validation.validate(parser.parse_args(CP4), {})
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert validation.calls == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--context-parallel-algo", "megatron_cp_algo", "--cp-window-size", "2"],
+        ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "2"],
+    ],
+)
+def test_flags_of_a_cluster_script_are_harmless_on_one_rank(parser, validation, flags):
+    with pytest.warns(UserWarning, match="has no effect with --context-parallel-size 1"):
+        assert validation.validate(parser.parse_args([*MODEL, *flags]), {}) == "validated"
+
+
+@pytest.mark.parametrize(("rank", "sentences"), [(None, 2), ("0", 2), ("1", 0)])
+def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation, monkeypatch, rank, sentences):
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    args = parser.parse_args([*CP4, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        validation.validate(args, {})
+    assert len(said) == sentences
+    assert all(" has no effect with --context-parallel-algo ulysses_cp_algo" in str(one.message) for one in said)

@@ -1,0 +1,291 @@
+"""Every patch of the adaptor against the installed Megatron: each keeps what the engine promises, at its target."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mindspeed_cp.patches.arguments import argument_patches
+from mindspeed_cp.patches.attention import attention_patches
+from mindspeed_cp.patches.cpu_device import cpu_device_patches
+from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.torch_norm import torch_norm_patches
+from mindspeed_cp.patching import PatchError, PatchRegistry
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+ROOT = Path(__file__).resolve().parents[3]
+TE = "megatron.core.extensions.transformer_engine"
+TE_IS_INSTALLED = find_spec("transformer_engine") is not None
+
+# Megatron itself is not imported to collect the tests.
+PATCHES = (
+    *argument_patches(Plugin(), print),
+    *process_group_patches(Plugin()),
+    *attention_patches(Plugin()),
+    *torch_norm_patches(),
+    *dataset_helper_patches(),
+    *cpu_device_patches(),
+)
+TARGETS = [patch.target for patch in PATCHES]
+TARGETS_WITH_PARAMETERS = [patch.target for patch in PATCHES if patch.parameters]
+TARGETS_WITH_ALIASES = [patch.target for patch in PATCHES if patch.aliases]
+ABSENT = object()
+
+
+@pytest.fixture(scope="module")
+def patches(adaptor):
+    """The adaptor's patches by target, none of them applied."""
+    by_target = {patch.target: patch for patch in (*adaptor.registry.patches, *adaptor.cpu_registry.patches)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not TE_IS_INSTALLED:
+            monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+            monkeypatch.setitem(sys.modules, TE, transformer_engine_stub())
+        for target in by_target:
+            importlib.import_module(target.partition(":")[0])
+        yield by_target
+
+
+def transformer_engine_stub():
+    """The module of TEDotProductAttention with that class alone, its methods as Megatron declares them, but empty."""
+    tree = ast.parse(Path(find_spec(TE).origin).read_text())
+    stub = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TEDotProductAttention")
+    stub.bases = []
+    stub.body = [node for node in stub.body if isinstance(node, ast.FunctionDef)]
+    for method in stub.body:
+        method.body, method.decorator_list, method.returns = [ast.Pass()], [], None
+        for argument in (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs):
+            argument.annotation = None
+    module = types.ModuleType(TE)
+    exec(ast.unparse(stub), vars(module))
+    return module
+
+
+def owners_of(patch):
+    """The module, and the class if any, that hold the target, then the modules of its aliases; without repetition."""
+    owners = []
+    for path in (patch.target, *patch.aliases):
+        module, _, attribute = path.partition(":")
+        owners.append(importlib.import_module(module))
+        for parent in attribute.split(".")[:-1]:
+            owners.append(getattr(owners[-1], parent))
+    return list(dict.fromkeys(owners))
+
+
+def stored(path):
+    """What the owner of a target or alias stores under its name."""
+    module, _, attribute = path.partition(":")
+    *parents, name = attribute.split(".")
+    owner = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return vars(owner).get(name, ABSENT)
+
+
+def identities(owners):
+    """What each owner stores, by identity."""
+    return {(owner.__name__, name): id(value) for owner in owners for name, value in list(vars(owner).items())}
+
+
+def names_of(patch):
+    """The places that the patch changes, as `identities` names them."""
+    places = set()
+    for path in (patch.target, *patch.aliases):
+        module, _, attribute = path.partition(":")
+        *parents, name = attribute.split(".")
+        places.add((parents[-1] if parents else module, name))
+    return places
+
+
+def test_every_patch_of_the_adaptor_is_tested_here(adaptor):
+    assert [patch.target for patch in (*adaptor.registry.patches, *adaptor.cpu_registry.patches)] == TARGETS
+
+
+def test_no_target_is_patched_twice():
+    assert len(set(TARGETS)) == len(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_patch_replaces_its_target(patches, target):
+    patch, before = patches[target], stored(target)
+    with PatchRegistry([patch]).applied():
+        after = stored(target)
+        assert after is not before
+        if inspect.isfunction(patch.function) or patch.kind == "wrap":
+            assert patch in vars(getattr(after, "__func__", after)).values()
+        else:
+            assert after is patch.function
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_patch_is_idempotent(patches, target):
+    registry = PatchRegistry([patches[target]])
+    with registry.applied():
+        once = identities(owners_of(patches[target]))
+        registry.apply()
+        assert identities(owners_of(patches[target])) == once
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_patch_restores_exactly(patches, target):
+    patch = patches[target]
+    before = identities(owners_of(patch))
+    with PatchRegistry([patch]).applied():
+        assert identities(owners_of(patch)) != before
+    assert identities(owners_of(patch)) == before
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_patch_leaves_siblings_in_module_and_class_untouched(patches, target):
+    patch = patches[target]
+    before = identities(owners_of(patch))
+    with PatchRegistry([patch]).applied():
+        after = identities(owners_of(patch))
+    changed = {place for place in before.keys() | after.keys() if before.get(place) != after.get(place)}
+    assert changed == names_of(patch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_patch_raises_when_its_target_is_missing(patches, target):
+    gone = f"{target}_gone"
+    registry = PatchRegistry([dataclasses.replace(patches[target], target=gone)])
+    with pytest.raises(PatchError) as refusal:
+        registry.apply()
+    assert str(refusal.value).startswith(f"cannot patch {gone}: ")
+    assert str(refusal.value).endswith(" Has it moved in this version?")
+
+
+@pytest.mark.parametrize("target", TARGETS_WITH_PARAMETERS)
+def test_patch_raises_when_a_parameter_is_missing(patches, target):
+    patch, before = patches[target], stored(target)
+    registry = PatchRegistry([dataclasses.replace(patch, parameters=(*patch.parameters, "gone"))])
+    with pytest.raises(PatchError) as refusal:
+        registry.apply()
+    assert str(refusal.value).startswith(f"cannot patch {target}: it has no parameter gone in this version; ")
+    assert stored(target) is before
+
+
+@pytest.mark.parametrize("target", TARGETS_WITH_ALIASES)
+def test_patch_raises_when_an_alias_is_missing(patches, target):
+    gone = f"{patches[target].aliases[0]}_gone"
+    registry = PatchRegistry([dataclasses.replace(patches[target], aliases=(gone,))])
+    with pytest.raises(PatchError) as refusal:
+        registry.apply()
+    assert str(refusal.value).startswith(f"cannot patch {gone}: ")
+
+
+def test_no_patch_is_there_while_its_registry_is_off(adaptor, patches):
+    off = {state for registry in (adaptor.registry, adaptor.cpu_registry) for _, state in registry.status()}
+    assert off == {"not applied"}
+    held = [stored(path) for patch in patches.values() for path in (patch.target, *patch.aliases)]
+    assert not any("mindspeed_cp" in str(getattr(value, "__module__", "")) for value in held)
+    assert not any(hasattr(value, "__mindspeed_cp_patch__") for value in held)
+
+
+def test_all_patches_together_restore_exactly(adaptor, patches):
+    owners = list(dict.fromkeys(owner for patch in patches.values() for owner in owners_of(patch)))
+    before = identities(owners)
+    with adaptor.registry.applied(), adaptor.cpu_registry.applied():
+        assert {state for _, state in (*adaptor.registry.status(), *adaptor.cpu_registry.status())} == {"applied"}
+        assert identities(owners) != before
+    assert identities(owners) == before
+
+
+# Prints as JSON what a program finds that imports Megatron first or last, and then also wants to train on the CPU.
+IMPORT_ORDER = """
+import importlib, json, sys, types
+
+def import_megatron():
+    for module in ("megatron.training", "megatron.core.models.gpt.gpt_layer_specs", "megatron.core.datasets.utils"):
+        importlib.import_module(module)
+
+def held(path):
+    module, _, attribute = path.partition(":")
+    value = importlib.import_module(module)
+    for name in attribute.split("."):
+        value = getattr(value, name)
+    return value
+
+def bindings():
+    modules = [module for name, module in sys.modules.items() if name.startswith("megatron")]
+    modules = [module for module in modules if isinstance(module, types.ModuleType)]
+    return [(module.__name__, key, value) for module in modules for key, value in list(vars(module).items())]
+
+if sys.argv[1] == "first":
+    import_megatron()
+from mindspeed_cp import megatron_adaptor
+registries = megatron_adaptor.registry, megatron_adaptor.cpu_registry
+states = {patch.target: state for registry in registries for patch, state in registry.status()}
+registries[1].apply()
+if sys.argv[1] == "last":
+    import_megatron()
+patches = [patch for registry in registries for patch, state in registry.status() if state == "applied"]
+patched = {patch.target: held(patch.target) for patch in patches}
+apart = [path for patch in patches for path in patch.aliases if held(path) is not patched[patch.target]]
+while_applied = bindings()
+registries[1].restore()
+registries[0].restore()
+original = {patch.target: held(patch.target) for patch in patches}
+
+def find(values, found):
+    # What a module imported from elsewhere and is patched there alone, others may have imported too.
+    own = {target: v for target, v in values.items() if getattr(v, "__module__", None) == target.partition(":")[0]}
+    return [f"{module}:{key}" for module, key, value in found for v in own.values() if value is v]
+
+print(json.dumps({"states": states, "apart": apart, "changed": [t for t in patched if patched[t] is not original[t]],
+                  "stale": find(original, while_applied), "left": find(patched, bindings())}))
+"""
+
+
+@pytest.fixture(scope="module")
+def import_orders():
+    """What the two programs find, which run side by side."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ORDER]
+    programs = {
+        order: subprocess.Popen([*command, order], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for order in ("first", "last")
+    }
+    return {order: json.loads(program.communicate(timeout=120)[0]) for order, program in programs.items()}
+
+
+def test_import_order_of_megatron_and_adaptor_is_irrelevant(import_orders):
+    assert import_orders["first"] == import_orders["last"]
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_import_of_the_adaptor_applies_its_patches_and_not_those_for_the_cpu(adaptor, import_orders, order):
+    states = import_orders[order]["states"]
+    for patch in adaptor.registry.patches:
+        skipped = "transformer_engine" in patch.needs and not TE_IS_INSTALLED
+        assert states[patch.target] == ("skipped: transformer_engine is not installed" if skipped else "applied")
+    assert {states[patch.target] for patch in adaptor.cpu_registry.patches} == {"not applied"}
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_every_patch_is_seen_at_target_and_aliases(import_orders, order):
+    found = import_orders[order]
+    assert found["changed"] == [target for target in TARGETS if TE_IS_INSTALLED or not target.startswith(TE)]
+    assert found["apart"] == []
+
+
+# Bug: megatron.training.training imports destroy_model_parallel by name, in either order, and is no alias of the patch.
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_no_module_of_megatron_keeps_an_original(import_orders, order):
+    assert import_orders[order]["stale"] == []
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_no_module_of_megatron_keeps_a_patched_function_after_restore(import_orders, order):
+    assert import_orders[order]["left"] == []

@@ -1,0 +1,257 @@
+"""What an import brings along, and the program `python -m mindspeed_cp`: each proven in a fresh interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+
+def run_python(*arguments, path=ROOT, cwd=ROOT):
+    """Run Python with the repository, or what `path` says, on its path."""
+    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def modules_imported_by(statement):
+    """Modules that a statement imports, beside those of a bare interpreter."""
+    done = run_python(
+        "-c", f"import sys\nbefore = set(sys.modules)\n{statement}\nprint(*sorted(set(sys.modules) - before))"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def run_blocked(statement, *blocked):
+    """Run a statement where some modules cannot be imported."""
+    return run_python("-c", f"import sys\nsys.modules |= dict.fromkeys({blocked!r})\n{statement}")
+
+
+def test_importing_the_package_imports_nothing_else():
+    # Neither torch nor Megatron, and nothing that could patch them.
+    assert modules_imported_by("import mindspeed_cp") == ["mindspeed_cp"]
+
+
+def test_that_check_sees_what_is_imported():
+    assert {"mindspeed_cp.topology", "dataclasses"} <= set(modules_imported_by("import mindspeed_cp.topology"))
+
+
+def test_importing_the_package_prints_nothing():
+    done = run_python("-c", "import mindspeed_cp")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_that_check_sees_what_is_printed():
+    done = run_python("-c", "import mindspeed_cp, sys; print('out'); print('err', file=sys.stderr)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+
+
+OPTIONAL = ("megatron", "torch_npu", "apex", "transformer_engine", "triton", "flash_attn")
+
+
+def test_attention_works_without_any_vendor():
+    done = run_blocked(
+        "import torch\nfrom mindspeed_cp.attention import build_attention\n"
+        "from mindspeed_cp.config import ContextParallelConfig\n"
+        "x = torch.ones(1, 2, 4, 8)\n"
+        "print(build_attention(ContextParallelConfig())(x, x, x).shape)",
+        *OPTIONAL,
+    )
+    assert (done.returncode, done.stdout) == (0, "torch.Size([1, 2, 4, 8])\n"), done.stderr
+
+
+@pytest.mark.parametrize("vendor", OPTIONAL)
+def test_that_check_finds_a_vendor_that_is_imported(vendor):
+    done = run_blocked(f"import {vendor}", *OPTIONAL)
+    assert done.returncode == 1
+    assert f"import of {vendor} halted" in done.stderr
+
+
+# One interpreter for all Megatrons that will not do, because torch takes seconds to import: prints as JSON, for each of
+# them, how the import of the adaptor, the report and a script end.
+UNFIT_MEGATRONS = """
+import contextlib, io, json, runpy, sys, types
+
+def ending(argv):
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["mindspeed_cp", *argv]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module("mindspeed_cp", run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        except Exception as error:
+            status = repr(error)
+    return status, out.getvalue(), err.getvalue()
+
+script, endings = sys.argv[1], {}
+for version in (None, "0.18.3", "0.19.0rc0", "0.20.0+abc123"):
+    for name in ("megatron", "megatron.core", "megatron.core.package_info"):
+        sys.modules[name] = None if version is None else types.ModuleType(name)
+    if version is not None:
+        sys.modules["megatron"].__path__ = sys.modules["megatron.core"].__path__ = []
+        sys.modules["megatron.core.package_info"].__version__ = version
+    try:
+        import mindspeed_cp.megatron_adaptor
+        adaptor = "imported"
+    except Exception as error:
+        adaptor = f"{type(error).__name__}: {error}"
+    endings[str(version)] = {"adaptor": adaptor, "report": ending([]), "script": ending([script])}
+print(json.dumps(endings))
+"""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    """How things end by version of Megatron, "None" where it is missing."""
+    script = tmp_path_factory.mktemp("unfit") / "script.py"
+    script.write_text("print('ran')\n")
+    done = run_python("-c", UNFIT_MEGATRONS, script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+MISSING = (
+    "mindspeed_cp.megatron_adaptor patches Megatron, and megatron.core cannot be imported (import of "
+    "megatron.core.package_info halted; None in sys.modules); install megatron-core>=0.19, or put a Megatron-LM "
+    "checkout on PYTHONPATH. The attention alone is mindspeed_cp.attention."
+)
+UNFIT = {"None": MISSING} | {
+    version: f"megatron-core {version} is too old for mindspeed_cp; install megatron-core>=0.19."
+    for version in ("0.18.3", "0.19.0rc0")
+}
+
+
+@pytest.mark.parametrize("version", UNFIT)
+def test_adaptor_says_which_megatron_to_install(endings, version):
+    assert endings[version]["adaptor"] == f"ImportError: {UNFIT[version]}"
+
+
+@pytest.mark.parametrize("version", UNFIT)
+def test_report_without_fit_megatron_says_so(endings, version):
+    status, out, err = endings[version]["report"]
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["mindspeed_cp", "device", "kernels", "patches"]
+    assert out.splitlines()[-1] == f"patches      none: {UNFIT[version]}"
+
+
+@pytest.mark.parametrize("version", UNFIT)
+def test_script_without_fit_megatron_is_one_line_and_status_2(endings, version):
+    status, out, err = endings[version]["script"]
+    assert (status, out) == (2, "")
+    assert err.splitlines()[1:] == [f"mindspeed_cp: error: {UNFIT[version]}"]
+
+
+def test_megatron_of_a_fit_version_without_the_targets_is_refused_by_name(endings):
+    # And the three tests above see that a version is fit.
+    ending = endings["0.20.0+abc123"]
+    assert ending["adaptor"].startswith("PatchError: cannot patch megatron.core.parallel_state:")
+    status, out, err = ending["script"]
+    assert (status, out) == (2, "")
+    assert err.splitlines()[1].startswith("mindspeed_cp: error: cannot patch megatron.core.parallel_state:")
+
+
+# Doubtful: the report is there to see what has gone wrong, and ends in a traceback where a patch finds no target.
+def test_report_names_the_patch_that_finds_no_target(endings):
+    status, out, _ = endings["0.20.0+abc123"]["report"]
+    assert status == 0
+    assert "cannot patch megatron.core.parallel_state:" in out
+
+
+def test_missing_script_is_one_line_and_status_2():
+    done = run_python("-m", "mindspeed_cp", "missing.py", "--flag")
+    assert (done.returncode, done.stdout) == (2, "")
+    usage, line = done.stderr.splitlines()
+    assert usage == "usage: python -m mindspeed_cp [script.py [flags of the script]]"
+    assert line == "mindspeed_cp: error: there is no script 'missing.py'"
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_tells_the_usage(option):
+    done = run_python("-m", "mindspeed_cp", option)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m mindspeed_cp [script.py [flags of the script]]\n")
+
+
+SCRIPT = """
+import pickle, sys
+from beside import VALUE
+
+class Picklable:
+    pass
+
+pickle.dumps(Picklable())
+print(__name__, sys.argv[1:], sys.argv[0] == __file__, sys.path[0], VALUE)
+
+from mindspeed_cp import megatron_adaptor
+from mindspeed_cp.__main__ import report
+
+print("== states")
+for patch, state in (*megatron_adaptor.registry.status(), *megatron_adaptor.cpu_registry.status()):
+    print(patch.target, state, patch.why, sep="|")
+print("== report")
+print(report())
+sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def script_run(tmp_path_factory):
+    """A script run under `python -m mindspeed_cp` with real Megatron, from another folder; and its folder."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "beside.py").write_text("VALUE = 'beside'\n")
+    return run_python("-m", "mindspeed_cp", folder / "script.py", "a", "--b"), folder
+
+
+@needs_megatron
+def test_script_runs_as_the_main_program_with_its_own_arguments_and_folder(script_run):
+    done, folder = script_run
+    assert done.stdout.splitlines()[0] == f"__main__ ['a', '--b'] True {folder} beside"
+    assert done.returncode == 7
+
+
+@needs_megatron
+def test_script_runs_patched(script_run):
+    done, _ = script_run
+    states = done.stdout.partition("== states\n")[2].partition("== report\n")[0].splitlines()
+    assert "megatron.training.arguments:validate_args|applied|" in "\n".join(states)
+    assert any(line.startswith("torch.cuda:device_count|not applied|") for line in states)
+
+
+@needs_megatron
+def test_report_lists_every_patch_with_target_reason_and_state(script_run):
+    done, _ = script_run
+    states, _, report = done.stdout.partition("== states\n")[2].partition("== report\n")
+    words = " ".join(report.split())
+    for target, state, why in (line.split("|") for line in states.splitlines()):
+        assert f"{target} [{state}] {' '.join(why.split())}" in words
+    assert len(states.splitlines()) == report.count("  [")
+
+
+@needs_megatron
+def test_report_names_versions_device_and_kernels(script_run):
+    done, _ = script_run
+    report = done.stdout.partition("== report\n")[2].splitlines()
+    assert [line.split()[0] for line in report[:4]] == ["mindspeed_cp", "device", "kernels", "megatron"]
+
+
+def test_patches_cannot_be_imported_by_another_name():
+    done = run_python("-c", "import patches")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: the patches were imported as 'patches'; import them as 'mindspeed_cp.patches', "
+        "so that each patch exists only once."
+    )
+
+
+def test_patches_can_be_imported_by_their_own_name():
+    assert modules_imported_by("import mindspeed_cp.patches") == ["mindspeed_cp", "mindspeed_cp.patches"]

@@ -1,0 +1,231 @@
+"""What the ranks run for attention/test_ulysses.py, and the inputs that they and the oracle start from."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention
+from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.topology import CPTopology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attention over `size` ranks. Heads are counted per rank of the Ulysses group, so that they always divide.
+
+    memory: order of the dims in memory, outermost first, of the q, k, v and dout that each rank hands in.
+    """
+
+    size: int
+    heads: int = 1
+    kv_heads: int = 1
+    batch: int = 1
+    tokens: int = 6
+    head_size: int = 8
+    value_head_size: int = 8
+    mask: Literal["causal", "full", "2d", "per batch", "per head"] = "causal"
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    dtype: torch.dtype = torch.float64
+    memory: str = "BNSD"
+
+    @property
+    def sequence_layout(self) -> SequenceLayout:
+        """Which tokens each rank holds."""
+        return SequenceLayout(size=self.size, kind=self.layout)
+
+    @property
+    def config(self) -> ContextParallelConfig:
+        """The configuration that a user would give."""
+        mask_type = "causal" if self.mask == "causal" else "general"
+        return ContextParallelConfig(context_parallel_size=self.size, attention_mask_type=mask_type)
+
+    @property
+    def formula_bytes(self) -> int:
+        """What a rank sends in the forward pass, and again in the backward.
+
+        (P-1)/P * s * B * (Hq * Dq + Hkv * (Dk + Dv) + Hq * Dv) * e, with H the heads of all ranks together.
+        """
+        heads, kv_heads = self.size * self.heads, self.size * self.kv_heads
+        numbers = heads * self.head_size + kv_heads * (self.head_size + self.value_head_size)
+        numbers += heads * self.value_head_size
+        return (self.size - 1) * self.tokens * self.batch * numbers * self.dtype.itemsize // self.size
+
+
+class Inputs(NamedTuple):
+    """Whole tensors [B, H, S, D], and the mask as a tensor unless there is none or it is the causal one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    visible: Tensor | None
+
+
+class Shard(NamedTuple):
+    """Results for the tokens of one rank, or of all."""
+
+    out: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def inputs(case: Case) -> Inputs:
+    """The same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    heads, kv_heads, length = case.size * case.heads, case.size * case.kv_heads, case.size * case.tokens
+
+    def normal(num_heads: int, head_size: int) -> Tensor:
+        shape = (case.batch, num_heads, length, head_size)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    q, dout = normal(heads, case.head_size), normal(heads, case.value_head_size)
+    k, v = normal(kv_heads, case.head_size), normal(kv_heads, case.value_head_size)
+    if case.mask in ("causal", "full"):
+        return Inputs(q, k, v, dout, None)
+    leading = {"2d": (), "per batch": (case.batch, 1), "per head": (1, heads)}[case.mask]
+    visible = torch.rand((*leading, length, length), generator=generator) < 0.4
+    visible &= torch.rand((*leading, length, 1), generator=generator) < 0.8  # Dead rows, others in each head.
+    visible[..., 1, :] = False
+    return Inputs(q, k, v, dout, visible)
+
+
+def shard_of(case: Case, x: Tensor, rank: int) -> Tensor:
+    """The rank's tokens, laid out in memory as the case says."""
+    order = ["BNSD".index(dim) for dim in case.memory]
+    inverse = sorted(range(4), key=order.__getitem__)
+    return case.sequence_layout.shard(x, rank, dim=2).permute(order).contiguous().permute(inverse)
+
+
+def restored(case: Case, shards: list[Shard]) -> Shard:
+    """The whole sequence from the ranks' results."""
+    return Shard(*(case.sequence_layout.restore(torch.cat(parts, dim=2), dim=2) for parts in zip(*shards, strict=True)))
+
+
+def forward_and_backward(group: dist.ProcessGroup, case: Case, attention: Attention) -> Shard:
+    """This rank's part of the case."""
+    rank, whole = dist.get_rank(group), inputs(case)
+    q, k, v, dout = (shard_of(case, x, rank) for x in whole[:4])
+    visible = None if whole.visible is None else case.sequence_layout.shard(whole.visible, rank, dim=-2)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = attention(q, k, v, visible=visible)
+    return Shard(out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+
+
+def attend(group: dist.ProcessGroup, case: Case) -> Shard:
+    """The case, built as a user builds it."""
+    return forward_and_backward(group, case, build_attention(case.config, group, layout=case.sequence_layout))
+
+
+def attend_in_default_group(group: dist.ProcessGroup, case: Case) -> Shard:
+    """The case over all ranks of the world, with no group given."""
+    return forward_and_backward(group, case, build_attention(case.config, layout=case.sequence_layout))
+
+
+def attend_in_built_groups(group: dist.ProcessGroup, case: Case) -> Shard:
+    """The case over groups that were built beforehand."""
+    groups = ContextParallelGroups.build(case.config.topology, group)
+    return forward_and_backward(group, case, build_attention(case.config, groups, layout=case.sequence_layout))
+
+
+def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunk_order: tuple[int, ...]) -> Shard:
+    """The case with this order in place of the layout's."""
+    inner = build_attention(ContextParallelConfig(attention_mask_type=case.config.attention_mask_type))
+    return forward_and_backward(group, case, UlyssesAttention(ProcessGroupCommunicator(group), chunk_order, inner))
+
+
+class Sent(NamedTuple):
+    """All-to-all calls of one pass and the bytes they send to other ranks."""
+
+    calls: int
+    bytes: int
+
+
+class Count(NamedTuple):
+    """What one pass sent, by the library's own count and by that of a wrapper around torch's function."""
+
+    library: Sent
+    torch: Sent
+
+
+def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
+    """What the forward and the backward pass send."""
+    traffic, sends = Traffic(), []
+    all_to_all_single = dist.all_to_all_single
+
+    def counted(received: Tensor, send: Tensor, **options: Any) -> Any:
+        sends.append(send.nbytes * (case.size - 1) // case.size)
+        return all_to_all_single(received, send, **options)
+
+    def count() -> Count:
+        library = Sent(traffic.calls["all_to_all"], traffic.bytes_sent["all_to_all"])
+        return Count(library, Sent(len(sends), sum(sends)))
+
+    q, k, v, dout = (shard_of(case, x, dist.get_rank(group)) for x in inputs(case)[:4])
+    attention = build_attention(case.config, group, layout=case.sequence_layout, traffic=traffic)
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        out = attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+        forward = count()
+        traffic.clear()
+        sends.clear()
+        out.backward(dout)
+        return forward, count()
+
+
+def attend_twice(group: dist.ProcessGroup, case: Case) -> tuple[Shard, Shard]:
+    """Two runs of the case."""
+    return attend(group, case), attend(group, case)
+
+
+def saved_bytes(group: dist.ProcessGroup, case: Case) -> int:
+    """Bytes of the distinct storages that the forward pass saves for the backward."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    q, k, v = (shard_of(case, x, dist.get_rank(group)).requires_grad_() for x in inputs(case)[:3])
+    attention = build_attention(case.config, group, layout=case.sequence_layout)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attention(q, k, v)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def build_error(group: dist.ProcessGroup, config: ContextParallelConfig, topology: CPTopology | None = None) -> str:
+    """What `build_attention` raises over the group, or over the groups of another topology on it."""
+    try:
+        build_attention(config, group if topology is None else ContextParallelGroups.build(topology, group))
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class Shapes(NamedTuple):
+    """Shapes of what one rank hands in, and the dtype of k and v where it is not fp64."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    visible: tuple[int, ...] | None = None
+    kv_dtype: torch.dtype = torch.float64
+
+
+def call_error(group: dist.ProcessGroup, config: ContextParallelConfig, shapes: Shapes) -> str:
+    """What attention over the group raises for inputs of these shapes."""
+    q = torch.zeros(shapes.q, dtype=torch.float64)
+    k, v = (torch.zeros(shape, dtype=shapes.kv_dtype) for shape in (shapes.k, shapes.v))
+    visible = None if shapes.visible is None else torch.ones(shapes.visible, dtype=torch.bool)
+    attention = build_attention(config, group)
+    try:
+        attention(q, k, v, visible=visible)
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
