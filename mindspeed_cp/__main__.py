@@ -27,7 +27,8 @@ def run_script(script: str, argv: list[str]) -> None:
         parser.error(f"there is no script {script!r}")
     sys.argv = argv
     # Python put the working directory first because of -m; a script expects its own, where a checkout's megatron lies.
-    sys.path[0] = str(Path(script).resolve().parent)
+    # Under -P it did not.
+    sys.path[: 0 if getattr(sys.flags, "safe_path", False) else 1] = [str(Path(script).resolve().parent)]
     from mindspeed_cp.patching import PatchError
 
     try:
@@ -44,6 +45,7 @@ def report() -> str:
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
     from mindspeed_cp.kernels import KERNELS
+    from mindspeed_cp.patching import PatchError
 
     lines = [
         f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -52,7 +54,7 @@ def report() -> str:
     ]
     try:
         from mindspeed_cp import megatron_adaptor
-    except ImportError as error:
+    except (ImportError, PatchError) as error:
         return "\n".join([*lines, f"patches      none: {error}"])
     lines.append(f"megatron     {megatron_adaptor.megatron_version()}")
     cpu_note = "only with --distributed-backend gloo on a machine without an accelerator"

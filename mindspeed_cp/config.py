@@ -130,7 +130,7 @@ class ContextParallelConfig:
     @property
     def ulysses_size(self) -> int:
         """Ranks in each Ulysses group; 1 for a ring."""
-        if self.context_parallel_algo == "ulysses_cp_algo":
+        if self.context_parallel_size == 1 or self.context_parallel_algo == "ulysses_cp_algo":
             return self.context_parallel_size
         if self.context_parallel_algo == "hybrid_cp_algo" and self.ulysses_degree_in_cp:
             return self.ulysses_degree_in_cp
@@ -139,9 +139,9 @@ class ContextParallelConfig:
     @property
     def topology(self) -> CPTopology:
         """The grid that the algorithm spans over the ranks."""
+        if self.context_parallel_size == self.ulysses_size:
+            return CPTopology(ulysses=self.ulysses_size)
         inner = self.cp_window_size if self.cp_window_size > 1 else self._ring_size
-        if self.context_parallel_algo == "ulysses_cp_algo":
-            inner = 1
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
 
     @property
@@ -185,20 +185,27 @@ class ContextParallelConfig:
                 f"{self.context_parallel_size} = {self.layout.num_chunks}; "
                 f"use {seq_length // self.layout.num_chunks * self.layout.num_chunks or self.layout.num_chunks}."
             )
-        kv_heads = num_query_groups or num_attention_heads
-        for name, heads in (("--num-attention-heads", num_attention_heads), ("--num-query-groups", kv_heads)):
-            self._check_heads(name, heads, tensor_model_parallel_size)
-
-    def _check_heads(self, name: str, heads: int, tensor_model_parallel_size: int) -> None:
         degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
-        if heads % (degree * tensor_parallel) == 0:
-            return
-        fitting = [divisor for divisor in divisors(max(heads // tensor_parallel, 1)) if divisor > 1]
-        degree_flag = (
-            "--ulysses-degree-in-cp" if self.context_parallel_algo == "hybrid_cp_algo" else "--context-parallel-size"
-        )
-        way_out = f"a {degree_flag} of {or_list(fitting)}" if fitting else "more heads"
-        raise ConfigurationError(
-            f"{name} {heads} is not a multiple of the Ulysses degree {degree} ({degree_flag}) times "
-            f"--tensor-model-parallel-size {tensor_parallel}; use {way_out}."
-        )
+        heads = {"--num-attention-heads": num_attention_heads}
+        if num_query_groups is not None:
+            heads["--num-query-groups"] = num_query_groups
+        for name, number in heads.items():
+            if degree > 1 and number % (degree * tensor_parallel):
+                raise ConfigurationError(
+                    f"{name} {number} is not a multiple of the Ulysses degree {degree} ({self._degree_flag}) times "
+                    f"--tensor-model-parallel-size {tensor_parallel}; "
+                    f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
+                )
+
+    @property
+    def _degree_flag(self) -> str:
+        hybrid = self.context_parallel_algo == "hybrid_cp_algo"
+        return "--ulysses-degree-in-cp" if hybrid else "--context-parallel-size"
+
+    def _fitting_degrees(self, heads: list[int], tensor_parallel: int) -> str:
+        """The degrees that would divide the heads, as the middle of a sentence; empty where there is none."""
+        fitting = [degree for degree in divisors(min(heads)) if all(n % (degree * tensor_parallel) == 0 for n in heads)]
+        if self.context_parallel_algo == "hybrid_cp_algo":
+            fitting = [degree for degree in fitting if degree in divisors(self.context_parallel_size)[:-1]]
+        fitting = [degree for degree in fitting if degree > 1]
+        return f"a {self._degree_flag} of {or_list(fitting)}, or " if fitting else ""

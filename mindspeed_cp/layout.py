@@ -54,6 +54,10 @@ class SequenceLayout:
     size: int
     kind: Literal["zigzag", "contiguous"] = "zigzag"
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.kind not in ("zigzag", "contiguous"):
+            raise ValueError(f"{self}: a layout is zigzag or contiguous, over 1 rank or more.")
+
     @property
     def chunks_per_rank(self) -> int:
         """Number of chunks that one rank holds."""
@@ -66,6 +70,8 @@ class SequenceLayout:
 
     def chunk_ids(self, rank: int) -> tuple[int, ...]:
         """Chunks that `rank` holds, in the order in which it holds them."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"there is no rank {rank} among {self.size}.")
         if self.kind == "contiguous":
             return (rank,)
         return (rank, 2 * self.size - 1 - rank)
@@ -103,7 +109,7 @@ class SequenceLayout:
         `num_chunks`.
         """
         chunks = self._chunks(sequence, dim)
-        return torch.cat([chunks[chunk] for chunk in self.chunk_ids(rank)], dim=dim)
+        return torch.cat([chunks[chunk] for chunk in self.chunk_ids(rank)], dim=dim).contiguous()
 
     def restore(self, shards: Tensor, dim: int) -> Tensor:
         """The sequence in order, from the shards of ranks 0 to P-1 concatenated along `dim`: the inverse of `shard`."""

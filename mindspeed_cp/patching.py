@@ -69,7 +69,10 @@ class Patch:
             if not _is_installed(module):
                 return f"{module} is not installed"
         if self.versions:
-            version = importlib.metadata.version(self.package)
+            try:
+                version = importlib.metadata.version(self.package)
+            except importlib.metadata.PackageNotFoundError as error:
+                raise PatchError(f"cannot patch {self.target}: {self.package} has no version here.") from error
             if not SpecifierSet(self.versions).contains(version, prereleases=True):
                 return f"not needed with {self.package} {version}"
         return None
@@ -106,12 +109,15 @@ class _Place:
     def stored(self) -> Any:
         return vars(self.owner).get(self.name, _ABSENT)
 
+    def found(self) -> Any:
+        """What is stored here, or inherited from where it is stored."""
+        stored = self.stored()
+        return inspect.getattr_static(self.owner, self.name) if stored is _ABSENT else stored
+
     def value(self) -> Any:
         """The plain function, without the descriptor that a class stores it in."""
-        stored = self.stored()
-        if isinstance(stored, staticmethod | classmethod):
-            return stored.__func__
-        return getattr(self.owner, self.name) if stored is _ABSENT else stored
+        found = self.found()
+        return found.__func__ if isinstance(found, staticmethod | classmethod) else found
 
     def put(self, value: Any) -> None:
         if value is _ABSENT:
@@ -130,16 +136,16 @@ class _Applied:
     after: Any
 
     def undo(self) -> None:
-        if self.place.stored() is not self.after:
-            raise PatchError(
-                f"cannot restore {self.place.path}: it has been changed again since, to {self.place.stored()!r}; "
-                f"undo that first."
-            )
-        self.place.put(self.before)
-        # Also those that were imported, and so bound, while the patch was in force.
-        for alias in _loaded_aliases(self.patch):
-            if alias.stored() is self.after:
-                alias.put(self.before)
+        # The aliases include those that were imported, and so bound, while the patch was in force.
+        places = [self.place, *_loaded_aliases(self.patch)]
+        for place in places:
+            if place.stored() is not self.after:
+                raise PatchError(
+                    f"cannot restore {place.path}: it has been changed again since, to {place.stored()!r}; "
+                    f"undo that first."
+                )
+        for place in places:
+            place.put(self.before)
 
 
 @dataclass
@@ -214,9 +220,9 @@ def _apply(patch: Patch) -> _Applied:
 
     new = patch.function if patch.kind == "replace" else patch.function(original)
     new = _marked(new, patch, original)
-    stored = place.stored()
-    if isinstance(stored, staticmethod | classmethod):
-        new = type(stored)(new)
+    found, stored = place.found(), place.stored()
+    if isinstance(found, staticmethod | classmethod):
+        new = type(found)(new)
     aliases = _loaded_aliases(patch)
     for alias in aliases:
         if alias.value() is not original:
@@ -229,7 +235,10 @@ def _apply(patch: Patch) -> _Applied:
 def _check_parameters(patch: Patch, original: Any) -> None:
     if not patch.parameters:
         return
-    live = inspect.signature(original).parameters
+    try:
+        live = inspect.signature(original).parameters
+    except (TypeError, ValueError) as error:
+        raise PatchError(f"cannot patch {patch.target}: its parameters cannot be read ({error}).") from error
     missing = [name for name in patch.parameters if name not in live]
     if missing:
         raise PatchError(

@@ -47,7 +47,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             result = original(args, *rest, **kwargs)
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
-                for sentence in config.ineffective_flags():
+                for sentence in (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -111,6 +111,13 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
         )
     _check_connections(args)
     return config
+
+
+def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+    """A sentence for each flag of Megatron's that is set and chooses among algorithms that are not in force."""
+    if config.context_parallel_size == 1 or getattr(args, "cp_comm_type", None) in (None, "p2p", ["p2p"]):
+        return []
+    return ["--cp-comm-type has no effect: it is TransformerEngine's, and --context-parallel-algo is in force."]
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

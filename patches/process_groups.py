@@ -50,6 +50,7 @@ def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target=f"{PARALLEL_STATE}:destroy_model_parallel",
             kind="wrap",
             function=wrap_destroy,
+            aliases=("megatron.training.training:destroy_model_parallel",),
             why="Groups that outlive Megatron's would be used by the next model that is built.",
             remove_when="initialize_model_parallel needs no patch.",
         ),

@@ -173,6 +173,10 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 def _make_group(members: tuple[int, ...]) -> None:
     _GROUPS[members] = dist.new_group(list(members), timeout=COLLECTIVE_TIMEOUT)
+    # A group of the others: with use_local_synchronization torch makes a group's name from the number of groups that a
+    # rank is in, and its ranks wait for each other forever where the numbers differ.
+    if others := sorted(set(range(WORLD_SIZE)) - set(members)):
+        dist.new_group(others, timeout=COLLECTIVE_TIMEOUT)
 
 
 def _run_in_group(function: Callable[..., Any], members: tuple[int, ...], args: tuple[Any, ...]) -> Any:

@@ -159,7 +159,6 @@ def test_megatron_of_a_fit_version_without_the_targets_is_refused_by_name(ending
     assert err.splitlines()[1].startswith("mindspeed_cp: error: cannot patch megatron.core.parallel_state:")
 
 
-# Doubtful: the report is there to see what has gone wrong, and ends in a traceback where a patch finds no target.
 def test_report_names_the_patch_that_finds_no_target(endings):
     status, out, _ = endings["0.20.0+abc123"]["report"]
     assert status == 0

@@ -89,8 +89,6 @@ def test_gather_order_of_adjacent_ranks_gives_the_zigzag_shard_of_the_smaller_ri
                 assert torch.equal(gathered, ring_layout.shard(sequence, ring_rank, 0))
 
 
-# Bug: torch.cat keeps the memory order of its inputs, so that a sequence in channels_last order, as the second
-# permutation makes it, gives a shard that is not contiguous.
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("permutation", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 2, 1, 0)])
 def test_shard_is_a_new_contiguous_tensor(kind, permutation):

@@ -246,7 +246,6 @@ def test_parameters_that_are_there_are_accepted(toy):
         assert toy.double(1) == ("patched", 2)
 
 
-# Doubtful: where parameters cannot be read, as those of torch.arange, inspect's TypeError or ValueError comes out.
 def test_parameters_of_a_target_without_any_raise_a_patch_error(toy):
     with pytest.raises(PatchError, match="toy:CONSTANT"):
         PatchRegistry([patch_of("toy:CONSTANT", object(), "replace", parameters=("key",))]).apply()
@@ -364,7 +363,6 @@ def test_restore_is_refused_when_someone_patched_on_top(toy):
     assert toy.double(3) == 6
 
 
-# Doubtful: `restore` looks at the target only. Who wrapped an alias keeps calling the patched function.
 def test_restore_is_refused_when_someone_patched_on_top_of_an_alias(toy, make_module):
     user = make_module("toy_user", "from toy import double")
     registry = PatchRegistry([patch_of("toy:double", aliases=("toy_user:double",))])
@@ -459,8 +457,6 @@ def test_patch_applies_to_the_versions_that_need_it(toy, monkeypatch, versions, 
     assert registry.status() == [PatchStatus(patch, "not applied" if needed else f"skipped: {reason}")]
 
 
-# Bug (latent, no patch names versions yet): a Megatron checkout on PYTHONPATH is no installed distribution, and
-# importlib.metadata's PackageNotFoundError comes out; beside a wheel, the checkout is taken for the wheel's version.
 def test_package_of_unknown_version_raises_a_patch_error(toy):
     with pytest.raises(PatchError, match="toy:double"):
         PatchRegistry([patch_of("toy:double", package="no-such-package", versions=">=0.19")]).apply()

@@ -175,20 +175,3 @@ def test_attention_refuses_a_group_of_another_size_also_for(gloo, size, built):
     refusal = f"ValueError: the context-parallel group has 2 ranks and the configured topology {size}"
     for message in gloo.run(2, cases.build_error, causal(size), built):
         assert message.startswith(refusal)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo"),
-        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo", cp_window_size=2),
-        ContextParallelConfig(context_parallel_size=4, context_parallel_algo="hybrid_cp_algo", ulysses_degree_in_cp=2),
-    ],
-    ids=["ring", "double ring", "hybrid"],
-)
-def test_algorithms_with_a_ring_are_refused_until_they_are_there(gloo, config):
-    message = (
-        f"NotImplementedError: --context-parallel-algo {config.context_parallel_algo} is not available yet in this "
-        f"release of mindspeed_cp; use ulysses_cp_algo."
-    )
-    assert gloo.run(4, cases.build_error, config) == [message] * 4

@@ -280,7 +280,6 @@ def test_every_patch_is_seen_at_target_and_aliases(import_orders, order):
     assert found["apart"] == []
 
 
-# Bug: megatron.training.training imports destroy_model_parallel by name, in either order, and is no alias of the patch.
 @pytest.mark.parametrize("order", ["first", "last"])
 def test_no_module_of_megatron_keeps_an_original(import_orders, order):
     assert import_orders[order]["stale"] == []
