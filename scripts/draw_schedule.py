@@ -1,7 +1,7 @@
 """Draw who holds which chunk and what a ring does at each step, from the layout and the schedule themselves.
 
-    python scripts/draw_schedule.py            # draws them anew into docs/architecture.md
-    python scripts/draw_schedule.py --check    # only says whether they are as the code has them
+python scripts/draw_schedule.py            # draws them anew into docs/architecture.md
+python scripts/draw_schedule.py --check    # only says whether they are as the code has them
 """
 
 import argparse
@@ -46,7 +46,7 @@ def draw_ring(outer: int, inner: int) -> str:
     width = max(4, len(str(schedule.size)) + 2)
     windows = [" ".join(f"{w * inner + i:>{width - 1}d}" for i in range(inner)) for w in range(outer)]
     head = "rank     " + "  |".join(windows)
-    lines = [f"{head}   K/V on its way{"":32}dK/dV on its way"]
+    lines = [f"{head}   K/V on its way{'':32}dK/dV on its way"]
     for step in schedule.steps:
         owners = [
             " ".join(f"{schedule.owner(w * inner + i, step):>{width - 1}d}" for i in range(inner)) for w in range(outer)
@@ -57,7 +57,7 @@ def draw_ring(outer: int, inner: int) -> str:
 
 
 def _draw_kv(schedule: RingSchedule, step: Step) -> str:
-    """The transfers of K/V that are under way while `step` is computed; one from an earlier step is still travelling."""
+    """The transfers of K/V that are under way while `step` is computed, those that left earlier included."""
     under_way = []
     for start in schedule.steps[: schedule.steps.index(step) + 1]:
         for needed_at, hop in schedule.departures(start).items():
@@ -96,7 +96,7 @@ def draw_into(page: str) -> str:
 def main() -> int:
     """Read the command line and draw; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where a drawing is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where one is out of date")
     args = parser.parse_args()
     page = PAGE.read_text()
     drawn = draw_into(page)

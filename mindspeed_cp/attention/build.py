@@ -7,7 +7,7 @@ import torch.distributed as dist
 from mindspeed_cp.attention.local import Attention, LocalAttention
 from mindspeed_cp.attention.ring import RingAttention, RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
-from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic
+from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, BlockKernel, BnsdKernel
 from mindspeed_cp.layout import SequenceLayout
@@ -25,14 +25,17 @@ def build_attention(
     """Attention over the ranks of a group, as configured.
 
     group: the context-parallel ranks, or the groups already built over them; None is the default group of all ranks.
+    Some
+        configurations need groups beside it, which all ranks of the world have to make together: see
+        ContextParallelGroups.build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block, the preferred first.
     traffic: where to count what this rank sends.
 
     Raises ValueError where the group's size is not `config.context_parallel_size`.
     """
-    if config.context_parallel_size == 1:
-        return LocalAttention(causal=config.attention_mask_type == "causal", kernels=kernels)
+    if config.context_parallel_size == 1 and group is None:
+        return compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
     groups = _groups(config, group)
     communicators = None
     if groups.ring is not None:
@@ -63,6 +66,8 @@ def compose_attention(
     where that has one rank.
     """
     topology, layout = config.topology, layout or config.layout
+    if layout.size != topology.size:
+        raise ValueError(f"{layout} is not one of the {topology.size} context-parallel ranks.")
     causal = config.attention_mask_type == "causal"
     if config.megatron_cp_in_bnsd:
         kernels = [BnsdKernel(kernel) for kernel in kernels]
@@ -88,6 +93,7 @@ def _groups(
     config: ContextParallelConfig, group: dist.ProcessGroup | ContextParallelGroups | None
 ) -> ContextParallelGroups:
     if isinstance(group, ContextParallelGroups):
+        check_size(config.topology, group.context_parallel)
         return group
     group = group or dist.group.WORLD
     if group is None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, MaskKind, choose_kernel
 
@@ -64,6 +65,19 @@ class LocalAttention:
         return BlockMask(MaskKind.ARBITRARY, visible)
 
 
+def check_shards(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
+    """Raise ValueError unless these are the shards of one rank, see Attention."""
+    BlockCase.of(q, k, v, BlockMask(MaskKind.NONE))
+    if q.size(2) != k.size(2):
+        raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
+    if visible is None:
+        return
+    if visible.dim() not in (2, 4) or visible.size(-2) != q.size(2):
+        raise ValueError(f"a mask of {tuple(visible.shape)} has not a row for each of the rank's {q.size(2)} queries.")
+    if visible.dim() == 4 and (visible.size(0) not in (1, q.size(0)) or visible.size(1) not in (1, q.size(1))):
+        raise ValueError(f"a mask of {tuple(visible.shape)} does not fit queries of {tuple(q.shape)}.")
+
+
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D)."""
     return 1.0 / math.sqrt(q.size(-1))
@@ -82,6 +96,7 @@ class _BlockAttention(torch.autograd.Function):
         return output.out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out, lse, *state = ctx.saved_tensors
         output = BlockOutput(out, lse, tuple(state))

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from mindspeed_cp.attention.local import default_scale
+from mindspeed_cp.attention.local import check_shards, default_scale
 from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
 from mindspeed_cp.comm import Communicator, Transfer
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, choose_kernel
@@ -56,6 +57,7 @@ class RingAttention:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
     ) -> Tensor:
         """See Attention. Raises ValueError where a causal attention is given a mask, or the chunks do not fit."""
+        check_shards(q, k, v, visible)
         if self.causal and visible is not None:
             raise ValueError("a causal attention takes no mask tensor; build it with attention_mask_type='general'.")
         if q.size(2) % self.layout.chunks_per_rank:
@@ -111,6 +113,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out, lse = ctx.saved_tensors
         ring: RingAttention = ctx.ring

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.local import Attention
+from mindspeed_cp.attention.local import Attention, check_shards
 from mindspeed_cp.comm import Communicator
 
 
@@ -43,7 +44,7 @@ class UlyssesAttention:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
     ) -> Tensor:
         """See Attention. Raises ValueError where the group does not divide the heads, or the chunks the tokens."""
-        self._check(q, k, v)
+        self._check(q, k, v, visible)
         if visible is not None:
             visible = self._gather_rows(visible)
         q, k, v = _ScatterHeads.apply(self.communicator, self.chunk_order, q, k, v)
@@ -51,13 +52,14 @@ class UlyssesAttention:
         gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, self.chunk_order, out)
         return gathered[0]
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
+        check_shards(q, k, v, visible)
         size, chunks = self.communicator.size, len(self.chunk_order) // self.communicator.size
-        for name, x in (("q", q), ("k", k), ("v", v)):
+        for name, x in (("q", q), ("k", k)):
             if x.size(1) % size:
                 raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
-            if x.size(2) % chunks:
-                raise ValueError(f"{name} has {x.size(2)} tokens a rank, not a multiple of its {chunks} chunks.")
+        if q.size(2) % chunks:
+            raise ValueError(f"q has {q.size(2)} tokens a rank, not a multiple of its {chunks} chunks.")
 
     def _gather_rows(self, visible: Tensor) -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""
@@ -81,6 +83,7 @@ class _ScatterHeads(torch.autograd.Function):
         return scatter_heads(shards, communicator, chunk_order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *gather_heads(grads, ctx.communicator, ctx.chunk_order)
 
@@ -96,6 +99,7 @@ class _GatherHeads(torch.autograd.Function):
         return gather_heads(parts, communicator, chunk_order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *scatter_heads(grads, ctx.communicator, ctx.chunk_order)
 

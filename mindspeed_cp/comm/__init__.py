@@ -1,7 +1,7 @@
 """Communication between context-parallel ranks, as objects that are passed."""
 
 from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator, Transfer
-from mindspeed_cp.comm.groups import ContextParallelGroups, RingGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, RingGroups, check_size
 from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
@@ -14,4 +14,5 @@ __all__ = [
     "Transfer",
     "VirtualCommunicator",
     "VirtualWorld",
+    "check_size",
 ]

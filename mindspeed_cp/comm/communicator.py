@@ -60,7 +60,7 @@ class ProcessGroupCommunicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
-        self.group = group
+        self.group = group = group or dist.group.WORLD
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
@@ -80,7 +80,7 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        dist.all_gather_into_tensor(received, send, group=self.group)
+        dist.all_gather_into_tensor(received.view(-1), send.view(-1), group=self.group)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
         return received
 

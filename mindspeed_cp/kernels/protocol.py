@@ -25,7 +25,9 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         if (self.kind is MaskKind.ARBITRARY) != (self.visible is not None):
-            raise ValueError(f"a {self.kind.value} mask goes with{'' if self.visible is None else 'out'} a tensor.")
+            raise ValueError(
+                f"{self.kind.value}: this kind of mask goes with{'' if self.visible is None else 'out'} a tensor."
+            )
         if self.visible is not None and self.visible.dtype != torch.bool:
             raise ValueError(f"a mask is boolean, True where a query sees a key; this one is {self.visible.dtype}.")
 
@@ -55,6 +57,10 @@ class BlockCase(NamedTuple):
             raise ValueError(f"q, k and v differ in dtype or device: {[(x.dtype, x.device) for x in (q, k, v)]}.")
         if mask.kind is MaskKind.TRIANGLE and q.size(2) != k.size(2):
             raise ValueError(f"{shapes}: a triangle mask needs as many keys as queries.")
+        if mask.visible is not None and not _fits(mask.visible, q, k):
+            raise ValueError(
+                f"{shapes}: a mask of {tuple(mask.visible.shape)} is neither [S, T] nor [1 or B, 1 or N, S, T]."
+            )
         return cls(
             device_type=q.device.type,
             dtype=q.dtype,
@@ -66,6 +72,13 @@ class BlockCase(NamedTuple):
             head_size=q.size(3),
             value_head_size=v.size(3),
         )
+
+
+def _fits(visible: Tensor, q: Tensor, k: Tensor) -> bool:
+    *leading, num_queries, num_keys = visible.shape if visible.dim() in (2, 4) else (0, 0, 0, 0)
+    return (num_queries, num_keys) == (q.size(2), k.size(2)) and all(
+        size in (1, expected) for size, expected in zip(leading, q.shape[:2], strict=False)
+    )
 
 
 class BlockOutput(NamedTuple):

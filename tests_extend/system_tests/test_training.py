@@ -1,6 +1,7 @@
-"""Real training through Megatron's loop: with context parallelism the losses are those of CP = 1, iteration by iteration."""
+"""Real training through Megatron's loop: with context parallelism the losses are those of CP = 1."""
 
 import pytest
+
 from system_tests.compare_losses import largest_difference
 
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from unit_tests.gloo_pool import GlooPool
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from unit_tests import communicator_cases as cases
 
 from mindspeed_cp.comm import Traffic
+from unit_tests import communicator_cases as cases
 
 GROUPS = ([0], [0, 1], [1, 3], [0, 2, 5], list(range(8)))
 DTYPES = (torch.float64, torch.bfloat16, torch.int64, torch.bool)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
 
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, MaskKind, choose_kernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
+from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
@@ -261,9 +261,9 @@ def test_block_case_refuses_a_mask_of_another_shape(shape):
 @pytest.mark.parametrize(
     ("kind", "visible", "message"),
     [
-        (ARBITRARY, None, "a arbitrary mask goes with a tensor."),
-        (TRIANGLE, torch.ones(2, 2, dtype=torch.bool), "a triangle mask goes without a tensor."),
-        (NONE, torch.ones(2, 2, dtype=torch.bool), "a none mask goes without a tensor."),
+        (ARBITRARY, None, "arbitrary: this kind of mask goes with a tensor."),
+        (TRIANGLE, torch.ones(2, 2, dtype=torch.bool), "triangle: this kind of mask goes without a tensor."),
+        (NONE, torch.ones(2, 2, dtype=torch.bool), "none: this kind of mask goes without a tensor."),
         (
             ARBITRARY,
             torch.zeros(2, 2),

@@ -1,0 +1,174 @@
+"""Rank processes that stay alive for many tests: send them a function, get back what each rank returns.
+
+A function travels by name, so it must live in a module that a fresh process can import: a case module beside the tests,
+`unit_tests.ulysses_cases` (pytest's `pythonpath` holds tests_extend, and the ranks inherit sys.path). Arguments and
+results travel by value.
+"""
+
+import faulthandler
+import functools
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+START_TIMEOUT_S = 120.0
+GRACE_S = 2.0
+"""How long the other ranks may still answer once one has failed; mostly they wait for it in a collective."""
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message says which and holds its traceback."""
+
+
+class _Answer(NamedTuple):
+    succeeded: bool
+    value: Any
+
+
+class RankPool:
+    """`size` processes of one thread each, started by the first call, and anew by the first after a failure.
+
+    preload: modules that one server imports before it forks the ranks. It must have no threads then.
+    join: called in each process as `join(rank, folder)` before anything else, with a folder that all ranks share.
+    """
+
+    def __init__(self, size: int, preload: Sequence[str], join: Callable[[int, str], None]) -> None:
+        self.size = size
+        self._preload, self._join = list(preload), join
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def call(self, ranks: Sequence[int], timeout_s: float, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns on each of `ranks`, which run it at the same time.
+
+        Raises RankFailure when a rank raises, dies or does not answer within `timeout_s`. The ranks are then ended, as
+        messages may be left between them.
+        """
+        __tracebackhide__ = True
+        message = pickle.dumps((function, args))
+        try:
+            if not self._processes:
+                self._start()
+            for rank in ranks:
+                self._connections[rank].send_bytes(message)
+            return self._results(ranks, timeout_s)
+        except BaseException:
+            self._kill()
+            raise
+
+    @property
+    def started(self) -> bool:
+        """Whether the processes are there."""
+        return bool(self._processes)
+
+    def close(self) -> None:
+        """End the ranks: each leaves when its connection closes; one that does not is killed."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5.0)
+        self._kill()
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(self._preload)
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        self._results(range(self.size), START_TIMEOUT_S)
+
+    def _results(self, ranks: Sequence[int], timeout_s: float) -> list[Any]:
+        __tracebackhide__ = True
+        answers = self._answers(ranks, timeout_s)
+        if failures := [f"rank {rank} {answer.value}" for rank, answer in answers.items() if not answer.succeeded]:
+            raise RankFailure("\n".join(failures))
+        return [answers[rank].value for rank in ranks]
+
+    def _answers(self, ranks: Sequence[int], timeout_s: float) -> dict[int, _Answer]:
+        """Each rank's answer, in the order of their answering; last those who never did, with where they hang."""
+        answers: dict[int, _Answer] = {}
+        waiting = {self._connections[rank]: rank for rank in ranks}
+        start = time.monotonic()
+        deadline = start + timeout_s
+        while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    answers[rank] = _Answer(*pickle.loads(connection.recv_bytes()))
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join(timeout=GRACE_S)
+                    answers[rank] = _Answer(False, f"died with exit code {self._processes[rank].exitcode}")
+                if not answers[rank].succeeded:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        elapsed = time.monotonic() - start
+        for rank in waiting.values():
+            answers[rank] = _Answer(False, f"had not answered after {elapsed:.0f} s, and was at\n{self._stack(rank)}")
+        return answers
+
+    def _stack(self, rank: int) -> str:
+        """Where `rank` is at this moment."""
+        assert self._folder is not None
+        pid = self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        return _stack_file(self._folder.name, rank).read_text()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._connections, self._folder = [], [], None
+
+
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stack_{rank}"
+
+
+def _serve(rank: int, folder: str, join: Callable[[int, str], None], connection: Connection) -> None:
+    """A rank's life: join the others, then run what arrives until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the connection.
+    stack_file = open(_stack_file(folder, rank), "w")
+    faulthandler.register(signal.SIGUSR1, file=stack_file)
+    torch.set_num_threads(1)
+    _answer(connection, functools.partial(join, rank, folder))
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        _answer(connection, functools.partial(_call, message))
+
+
+def _call(message: bytes) -> Any:
+    function, args = pickle.loads(message)
+    return function(*args)
+
+
+def _answer(connection: Connection, compute: Callable[[], Any]) -> None:
+    try:
+        answer = pickle.dumps((True, compute()))
+    except Exception:
+        answer = pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
+    connection.send_bytes(answer)

@@ -1,0 +1,52 @@
+"""Fixtures of all system tests."""
+
+import functools
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from rank_pool import RankFailure, RankPool
+from system_tests import training_cases
+
+
+class TrainingPool:
+    """Ranks that train through Megatron again and again: importing it takes longer than a run of a toy."""
+
+    def __init__(self, size: int) -> None:
+        self._pool = RankPool(size, ["pytest", "torch"], training_cases.import_megatron)
+
+    @functools.cache  # noqa: B019  (one pool for the whole session)
+    def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:
+        """Loss of each iteration of training on so many ranks; see training_cases.train."""
+        return self._train(ranks, flags, sabotage)
+
+    def refusal(self, ranks: int, flags: str) -> str:
+        """How training ends that is refused."""
+        with pytest.raises(RankFailure) as failure:
+            self._train(ranks, flags, None)
+        return str(failure.value)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._pool.close()
+
+    def _train(self, ranks: int, flags: str, sabotage: str | None) -> dict[int, float]:
+        results = self._pool.call(range(ranks), 300.0, training_cases.train, ranks, _free_port(), flags, sabotage)
+        return results[-1]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def training(request: pytest.FixtureRequest) -> Iterator[TrainingPool]:
+    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`. Eight of them only where a slow test asks."""
+    slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    pool = TrainingPool(8 if slow else 4)
+    yield pool
+    pool.close()
