@@ -149,16 +149,16 @@ def _stack_file(folder: str, rank: int) -> Path:
 def _serve(rank: int, folder: str, join: Callable[[int, str], None], connection: Connection) -> None:
     """A rank's life: join the others, then run what arrives until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the connection.
-    stack_file = open(_stack_file(folder, rank), "w")
-    faulthandler.register(signal.SIGUSR1, file=stack_file)
     torch.set_num_threads(1)
-    _answer(connection, functools.partial(join, rank, folder))
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            return
-        _answer(connection, functools.partial(_call, message))
+    with _stack_file(folder, rank).open("w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file)
+        _answer(connection, functools.partial(join, rank, folder))
+        while True:
+            try:
+                message = connection.recv_bytes()
+            except (EOFError, ConnectionResetError):
+                return
+            _answer(connection, functools.partial(_call, message))
 
 
 def _call(message: bytes) -> Any:

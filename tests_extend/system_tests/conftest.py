@@ -45,7 +45,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="session")
 def training(request: pytest.FixtureRequest) -> Iterator[TrainingPool]:
-    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`. Eight of them only where a slow test asks."""
+    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`. Eight of them where a slow test asks."""
     slow = any(item.get_closest_marker("slow") for item in request.session.items)
     pool = TrainingPool(8 if slow else 4)
     yield pool

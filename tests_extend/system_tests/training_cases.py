@@ -27,7 +27,7 @@ MODEL_FLAGS = """
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
     --micro-batch-size 1 --global-batch-size 2 --train-iters 20 --lr 1e-3 --lr-decay-style constant --log-interval 1
-    --distributed-backend gloo --distributed-timeout-minutes 1
+    --distributed-backend gloo --distributed-timeout-minutes 1 --num-workers 0
 """
 
 
@@ -53,6 +53,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "MEGATRON_LOGGING_LEVEL": "40",
     }
     output = io.StringIO()
     with (
@@ -83,8 +84,10 @@ def _sabotaged(what: str | None) -> contextlib.AbstractContextManager[object]:
 
 def _forget_run() -> None:
     """What Megatron keeps of a run in globals, so that the next one starts as in a fresh process."""
-    from megatron.training.training import destroy_global_state
+    from megatron.training import training
 
-    destroy_global_state()
+    training.destroy_global_state()
+    # Where these are set, ranks exchange them: a rank that has run before would wait for one that has not.
+    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Gloo ranks that stay alive for the whole test session; see rank_pool for how a function gets to them.
 
-torch wants all ranks of the world to take part in every `new_group`: a function that makes groups of its own runs on all
-`WORLD_SIZE` ranks, or finds them with `group_of` once `make_group` has made them.
+torch wants all ranks of the world to take part in every `new_group`: a function that makes groups of its own runs on
+all `WORLD_SIZE` ranks, or finds them with `group_of` once `make_group` has made them.
 """
 
 from collections.abc import Callable, Sequence
