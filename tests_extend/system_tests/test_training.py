@@ -8,7 +8,10 @@ TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 PIPELINE_PARALLEL = "--pipeline-model-parallel-size 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 GQA = "--group-query-attention --num-query-groups 4"
-MOE = "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --moe-router-load-balancing-type none"
+MOE = (
+    "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather "
+    "--moe-router-load-balancing-type none"
+)
 
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"

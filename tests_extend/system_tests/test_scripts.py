@@ -1,0 +1,142 @@
+"""The scripts as a user runs them: feature scripts, the environment, the README's example, the package."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FEATURE_TESTS = Path("tests_extend/system_tests/feature_tests")
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.run(
+        command, cwd=cwd, env={**clean, "PYTHON": sys.executable, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder like a Megatron-LM checkout into which tests_extend was copied, with a training script of its own."""
+    shutil.copytree(REPOSITORY / "tests_extend", tmp_path / "tests_extend")
+    shutil.copy(REPOSITORY / "scripts" / "pretrain_gpt.py", tmp_path / "pretrain_gpt.py")
+    return tmp_path
+
+
+def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checkout):
+    script = str(FEATURE_TESTS / "ulysses.sh")
+    done = run(["bash", script], checkout, CP="2", ITERS="3", SEQ_LENGTH="64", PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "over 3 iterations: within 1e-05" in done.stdout
+    assert (checkout / "runs" / "ulysses" / "ulysses-cp2.log").exists()
+
+
+def test_feature_script_fails_with_the_command_and_the_last_lines(tmp_path):
+    done = run(
+        ["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, CP="4", HEADS="6", HIDDEN="96", OUTPUT=str(tmp_path)
+    )
+    assert done.returncode == 1
+    assert "ulysses-cp4: training failed\ncommand: " in done.stderr
+    assert "--num-attention-heads 6" in done.stderr.splitlines()[1]
+    assert "error: --num-attention-heads 6 is not a multiple of the Ulysses degree 4" in done.stderr
+
+
+def test_feature_script_fails_when_the_losses_differ(tmp_path):
+    environment = {"CP": "2", "ITERS": "2", "SEQ_LENGTH": "64", "OUTPUT": str(tmp_path), "TOLERANCE": "-1"}
+    done = run(["bash", str(FEATURE_TESTS / "ring_attention.sh")], REPOSITORY, **environment)
+    assert done.returncode == 1
+    assert "ring_attention: the losses differ from those of CP = 1\ncommand: " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", ["ulysses", "ring_attention", "double_ring", "hybrid"])
+def test_feature_script_passes_as_it_is(feature, tmp_path):
+    done = run(["bash", str(FEATURE_TESTS / f"{feature}.sh")], REPOSITORY, OUTPUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "over 20 iterations: within 1e-05" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM names no Megatron-LM checkout")
+@pytest.mark.parametrize("feature", ["ulysses", "ring_attention", "double_ring", "hybrid"])
+def test_feature_script_passes_with_megatrons_own_training_script(feature, tmp_path):
+    script = str(REPOSITORY / FEATURE_TESTS / f"{feature}.sh")
+    done = run(["bash", script], Path(os.environ["MEGATRON_LM"]), OUTPUT=str(tmp_path), ITERS="10")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nosuch"], "there is no feature 'nosuch'; available: double_ring"), (["a", "b"], "usage:")],
+)
+def test_quickstart_says_what_is_wrong_with_its_arguments(arguments, message, tmp_path):
+    venv = finished_environment(tmp_path)
+    done = run(["bash", "scripts/quickstart.sh", *arguments], REPOSITORY, VENV=str(venv))
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def finished_environment(folder: Path) -> Path:
+    """A folder that the scripts take for an environment that is up to date."""
+    files = [str(REPOSITORY / name) for name in ("pyproject.toml", "setup.py", "scripts/constraints.txt")]
+    stamp = subprocess.run(f"cat {' '.join(files)} | cksum", shell=True, capture_output=True, text=True).stdout
+    (folder / "complete").write_text(stamp)
+    return folder
+
+
+def test_without_a_suitable_python_the_scripts_say_which_one_and_where_they_looked(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cksum", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    environment = {
+        "PATH": str(tools),
+        "HOME": str(tmp_path),
+        "PYENV_ROOT": str(tmp_path),
+        "VENV": str(tmp_path / "venv"),
+    }
+    done = subprocess.run(
+        [str(tools / "bash"), "scripts/test.sh"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "error: CPython 3.12 is needed" in done.stderr
+    assert "looked for: python3.12 python3 python" in done.stderr
+    assert "PYTHON_FOR_VENV=/path/to/python3.12" in done.stderr
+
+
+def test_the_readmes_example_runs(tmp_path):
+    (example,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+        if "build_attention" in block
+    ]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    check = """
+dense = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True)
+torch.testing.assert_close(result, dense)
+"""
+    (tmp_path / "example.py").write_text(example + check)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "example.py"]
+    done = run(launch, tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+
+
+def test_wheel_holds_the_named_packages_and_no_tests(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(REPOSITORY, source, ignore=ignored, symlinks=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(source)]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    code = {name for name in names if name.endswith(".py")}
+    assert {"mindspeed_cp/patches/attention.py", "mindspeed_cp/attention/ring.py", "mindspeed_cp/__main__.py"} <= code
+    assert {name.split("/")[0] for name in code} == {"mindspeed_cp"}
+    assert "mindspeed_cp/py.typed" in names

@@ -1,0 +1,61 @@
+"""The comparison of loss curves, which every training test and feature script rests on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from system_tests import compare_losses
+
+SCRIPT = Path(compare_losses.__file__)
+
+
+def log(losses: dict[int, float]) -> str:
+    """Lines as Megatron prints them."""
+    line = " [2026-01-01] iteration {:8d}/      20 | consumed samples: 2 | lm loss: {:.6E} | loss scale: 1 |"
+    return "noise\n" + "\n".join(line.format(i, loss) for i, loss in losses.items())
+
+
+def test_losses_are_read_by_iteration():
+    assert compare_losses.losses_in(log({1: 7.25, 12: 0.5})) == {1: 7.25, 12: 0.5}
+
+
+def test_largest_difference_is_relative():
+    assert compare_losses.largest_difference({1: 2.0, 2: 4.0}, {1: 2.0, 2: 4.1}) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate"),
+    [({}, {}), ({1: 1.0}, {}), ({1: 1.0, 2: 1.0}, {1: 1.0}), ({1: 1.0}, {1: float("nan")})],
+    ids=["both empty", "one empty", "shorter", "not a number"],
+)
+def test_curves_that_cannot_be_compared_differ_infinitely(reference, candidate):
+    assert compare_losses.largest_difference(reference, candidate) == float("inf")
+
+
+def compare(tmp_path: Path, candidate: dict[int, float], *options: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "a.log").write_text(log({1: 2.0, 2: 1.0}))
+    (tmp_path / "b.log").write_text(log(candidate))
+    command = [sys.executable, str(SCRIPT), "a.log", "b.log", *options]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_equal_curves_pass_and_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = compare(tmp_path, {1: 2.0, 2: 1.000001}, "--plot", "sub/losses.png")
+    assert run.returncode == 0
+    assert "largest relative difference 1.00e-06 over 2 iterations: within 1e-05" in run.stdout
+    assert (tmp_path / "sub" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_that_differ_fail(tmp_path):
+    run = compare(tmp_path, {1: 2.0, 2: 1.001})
+    assert run.returncode == 1
+    assert "ABOVE 1e-05" in run.stdout
+
+
+def test_a_run_that_stopped_early_fails(tmp_path):
+    run = compare(tmp_path, {1: 2.0})
+    assert run.returncode == 1
+    assert "a.log has 2 iterations with a loss, b.log has 1." in run.stdout
