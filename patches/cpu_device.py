@@ -186,6 +186,17 @@ def cpu_device_patches() -> tuple[Patch, ...]:
             remove_when="Megatron's optimizers compare dtypes.",
         ),
         Patch(
+            target="megatron.training.initialize:_warmup_jit_function",
+            kind="replace",
+            function=_ignore,
+            needs=("megatron.training",),
+            why=(
+                "It warms up compiled functions, of which a CPU has none, with random tensors whose size depends on "
+                "the context-parallel size: weights drawn after them (a MoE router's) would differ from those of CP = 1."
+            ),
+            remove_when="Megatron draws them from a generator of their own.",
+        ),
+        Patch(
             target="megatron.training.initialize:initialize_megatron",
             kind="wrap",
             function=_wrap_initialize,

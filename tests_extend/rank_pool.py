@@ -87,7 +87,7 @@ class RankPool:
         context.set_forkserver_preload(self._preload)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs))
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -27,6 +27,13 @@ class TrainingPool:
             self._train(ranks, flags, None)
         return str(failure.value)
 
+    def attend_in_a_core_layer(
+        self, ranks: int, order: str, flags: dict[str, object]
+    ) -> list[training_cases.CoreLayerResult]:
+        """What training_cases.attend_in_a_core_layer gives on each rank."""
+        function = training_cases.attend_in_a_core_layer
+        return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), order, flags)
+
     def close(self) -> None:
         """End the ranks."""
         self._pool.close()

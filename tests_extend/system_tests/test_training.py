@@ -110,13 +110,27 @@ def test_training_refuses_in_one_line(training, flags, message):
 
 
 def test_a_checkpoint_resumes_with_another_algorithm_and_size(training, tmp_path):
-    reference = training.losses(1, "--train-iters 20")
     pieces = {}
     for last, ranks, flags in (
         (8, 4, f"--context-parallel-size 4 {ULYSSES}"),
         (14, 2, f"--context-parallel-size 2 {RING}"),
-        (20, 1, "--context-parallel-size 1"),
+        (20, 1, ""),
     ):
         checkpoint = f"--save {tmp_path} --load {tmp_path} --save-interval 1000 --exit-interval {last}"
-        pieces |= training.losses(ranks, f"{flags} {checkpoint}")
-    assert largest_difference(reference, pieces) <= 1e-5
+        losses = training.losses(ranks, f"{flags} {checkpoint}")
+        first, second = sorted(losses)[:2]
+        if first > 1:
+            # After a resume Megatron logs the mean of the first two iterations at the second.
+            losses[second] = 2 * losses[second] - losses[first]
+        pieces |= losses
+    assert list(pieces) == list(range(1, 21))
+    assert largest_difference(training.losses(1, ""), pieces) <= 1e-5
+
+
+def test_a_layer_of_megatron_core_attends_alike_and_its_groups_are_gone_with_megatrons(training):
+    flags = {"context_parallel_size": 4, "context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2}
+    for order in ("tp-cp-ep-dp-pp", "tp-dp-ep-cp-pp"):
+        for result in training.attend_in_a_core_layer(4, order, flags | {"use_cp_send_recv_overlap": True}):
+            assert result.difference < 1e-5
+            assert result.groups_made == 4  # Ulysses, inner ring, gradients, and the context-parallel one itself
+            assert result.groups_left == 0

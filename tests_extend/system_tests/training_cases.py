@@ -8,8 +8,10 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention.ring import GradientsHome
@@ -45,19 +47,9 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
     sabotage: breaks the library, to see that the comparison notices. "chunk order" leaves the zigzag's chunks as they
     were received, "lost gradients" forgets what other ranks have found for the gradients of K/V.
     """
-    rank = os.environ["RANK"]
-    environment = {
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "MEGATRON_LOGGING_LEVEL": "40",
-    }
     output = io.StringIO()
     with (
-        mock.patch.dict(os.environ, environment),
+        _launched(world_size, port),
         mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
         _sabotaged(sabotage),
         contextlib.redirect_stdout(output),
@@ -71,6 +63,74 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
         finally:
             _forget_run()
     return losses_in(output.getvalue())
+
+
+class CoreLayerResult(NamedTuple):
+    """Largest difference of a layer's output from that of CP = 1, and process groups of ours while it ran and after."""
+
+    difference: float
+    groups_made: int
+    groups_left: int
+
+
+def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[str, object]) -> CoreLayerResult:
+    """A layer of megatron.core as a program without an argument parser uses it, over ranks in this order of axes."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mindspeed_cp import megatron_adaptor
+
+    def layer(context_parallel_size: int) -> DotProductAttention:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=4,
+            attention_dropout=0.0,
+            masked_softmax_fusion=False,
+            context_parallel_size=context_parallel_size,
+        )
+        return DotProductAttention(config, 1, AttnMaskType.causal, "self")
+
+    with _launched(world_size, port):
+        try:
+            dist.init_process_group("gloo")
+            config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
+            size = config.context_parallel_size
+            parallel_state.initialize_model_parallel(context_parallel_size=size, order=order)
+            groups = megatron_adaptor.plugin.groups
+            made = {
+                groups.context_parallel,
+                groups.ulysses,
+                groups.ring.inner,
+                groups.ring.outer,
+                groups.ring.gradients,
+            }
+            whole = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(1))
+            rank = parallel_state.get_context_parallel_rank()
+            shards = (config.layout.shard(x, rank, dim=0) for x in whole)
+            out = layer(size)(*shards, None)
+            difference = (out - config.layout.shard(layer(1)(*whole, None), rank, dim=0)).abs().max().item()
+            parallel_state.destroy_model_parallel()
+            left = made & set(dist.distributed_c10d._world.pg_map) - {groups.context_parallel}
+            return CoreLayerResult(difference, len(made), len(left))
+        finally:
+            _forget_run()
+
+
+def _launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
+    """The environment that torchrun gives a rank."""
+    environment = {
+        "LOCAL_RANK": os.environ["RANK"],
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "MEGATRON_LOGGING_LEVEL": "40",
+    }
+    return mock.patch.dict(os.environ, environment)
 
 
 def _sabotaged(what: str | None) -> contextlib.AbstractContextManager[object]:
