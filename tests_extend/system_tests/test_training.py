@@ -45,6 +45,7 @@ QUICK = [
     (RECOMPUTE, 1, 2, RING),
     (GQA, 1, 4, ULYSSES),
     (GQA, 1, 4, RING),
+    (MOE, 1, 2, ULYSSES),
     (MOE, 1, 2, RING),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     ("--attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
@@ -58,6 +59,8 @@ SLOW = [
     ("", 1, 8, hybrid(2)),
     ("", 1, 8, hybrid(4)),
     ("", 1, 8, f"{hybrid(2, window=2)} {OVERLAP}"),
+    (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 4, hybrid(2)),
+    (PIPELINE_PARALLEL, 2, 4, f"{double_ring(2)} {OVERLAP}"),
 ]
 
 
