@@ -1,5 +1,6 @@
 """What the ranks run for attention/test_ulysses.py, and the inputs that they and the oracle start from."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -19,10 +20,15 @@ from mindspeed_cp.topology import CPTopology
 class Case:
     """One attention over `size` ranks. Heads are counted per rank of the Ulysses group, so that they always divide.
 
+    outer, inner: the ring's windows and the ranks of each; the ranks that are left are those of a Ulysses group.
     memory: order of the dims in memory, outermost first, of the q, k, v and dout that each rank hands in.
     """
 
     size: int
+    outer: int = 1
+    inner: int = 1
+    overlap: bool = False
+    bnsd: bool = False
     heads: int = 1
     kv_heads: int = 1
     batch: int = 1
@@ -40,21 +46,39 @@ class Case:
         return SequenceLayout(size=self.size, kind=self.layout)
 
     @property
+    def topology(self) -> CPTopology:
+        """The grid of ranks."""
+        return CPTopology(outer=self.outer, inner=self.inner, ulysses=self.size // (self.outer * self.inner))
+
+    @property
     def config(self) -> ContextParallelConfig:
         """The configuration that a user would give."""
-        mask_type = "causal" if self.mask == "causal" else "general"
-        return ContextParallelConfig(context_parallel_size=self.size, attention_mask_type=mask_type)
+        topology, algorithm = self.topology, "hybrid_cp_algo"
+        if topology.ring_size == 1:
+            algorithm = "ulysses_cp_algo"
+        elif topology.ulysses == 1:
+            algorithm = "megatron_cp_algo"
+        return ContextParallelConfig(
+            context_parallel_size=self.size,
+            context_parallel_algo=algorithm,
+            cp_window_size=self.inner if self.outer > 1 else 1,
+            ulysses_degree_in_cp=topology.ulysses if algorithm == "hybrid_cp_algo" else None,
+            use_cp_send_recv_overlap=self.overlap,
+            attention_mask_type="causal" if self.mask == "causal" else "general",
+            megatron_cp_in_bnsd=self.bnsd,
+        )
 
     @property
     def formula_bytes(self) -> int:
-        """What a rank sends in the forward pass, and again in the backward.
+        """What Ulysses on u ranks sends from each in the forward pass, and again in the backward.
 
-        (P-1)/P * s * B * (Hq * Dq + Hkv * (Dk + Dv) + Hq * Dv) * e, with H the heads of all ranks together.
+        (u-1)/u * s * B * (Hq * Dq + Hkv * (Dk + Dv) + Hq * Dv) * e, with H the heads of all ranks together.
         """
-        heads, kv_heads = self.size * self.heads, self.size * self.kv_heads
+        degree = self.topology.ulysses
+        heads, kv_heads = degree * self.heads, degree * self.kv_heads
         numbers = heads * self.head_size + kv_heads * (self.head_size + self.value_head_size)
         numbers += heads * self.value_head_size
-        return (self.size - 1) * self.tokens * self.batch * numbers * self.dtype.itemsize // self.size
+        return (degree - 1) * self.tokens * self.batch * numbers * self.dtype.itemsize // degree
 
 
 class Inputs(NamedTuple):
@@ -76,10 +100,11 @@ class Shard(NamedTuple):
     dv: Tensor
 
 
+@functools.lru_cache(maxsize=4)
 def inputs(case: Case) -> Inputs:
     """The same in every process."""
-    generator = torch.Generator().manual_seed(1)
-    heads, kv_heads, length = case.size * case.heads, case.size * case.kv_heads, case.size * case.tokens
+    generator, degree = torch.Generator().manual_seed(1), case.topology.ulysses
+    heads, kv_heads, length = degree * case.heads, degree * case.kv_heads, case.size * case.tokens
 
     def normal(num_heads: int, head_size: int) -> Tensor:
         shape = (case.batch, num_heads, length, head_size)
@@ -108,9 +133,9 @@ def restored(case: Case, shards: list[Shard]) -> Shard:
     return Shard(*(case.sequence_layout.restore(torch.cat(parts, dim=2), dim=2) for parts in zip(*shards, strict=True)))
 
 
-def forward_and_backward(group: dist.ProcessGroup, case: Case, attention: Attention) -> Shard:
-    """This rank's part of the case."""
-    rank, whole = dist.get_rank(group), inputs(case)
+def forward_and_backward(rank: int, case: Case, attention: Attention) -> Shard:
+    """A rank's part of the case."""
+    whole = inputs(case)
     q, k, v, dout = (shard_of(case, x, rank) for x in whole[:4])
     visible = None if whole.visible is None else case.sequence_layout.shard(whole.visible, rank, dim=-2)
     for x in (q, k, v):
@@ -121,24 +146,30 @@ def forward_and_backward(group: dist.ProcessGroup, case: Case, attention: Attent
 
 def attend(group: dist.ProcessGroup, case: Case) -> Shard:
     """The case, built as a user builds it."""
-    return forward_and_backward(group, case, build_attention(case.config, group, layout=case.sequence_layout))
+    return forward_and_backward(
+        dist.get_rank(group), case, build_attention(case.config, group, layout=case.sequence_layout)
+    )
 
 
 def attend_in_default_group(group: dist.ProcessGroup, case: Case) -> Shard:
     """The case over all ranks of the world, with no group given."""
-    return forward_and_backward(group, case, build_attention(case.config, layout=case.sequence_layout))
+    return forward_and_backward(dist.get_rank(group), case, build_attention(case.config, layout=case.sequence_layout))
 
 
 def attend_in_built_groups(group: dist.ProcessGroup, case: Case) -> Shard:
     """The case over groups that were built beforehand."""
     groups = ContextParallelGroups.build(case.config.topology, group)
-    return forward_and_backward(group, case, build_attention(case.config, groups, layout=case.sequence_layout))
+    return forward_and_backward(
+        dist.get_rank(group), case, build_attention(case.config, groups, layout=case.sequence_layout)
+    )
 
 
 def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunk_order: tuple[int, ...]) -> Shard:
     """The case with this order in place of the layout's."""
     inner = build_attention(ContextParallelConfig(attention_mask_type=case.config.attention_mask_type))
-    return forward_and_backward(group, case, UlyssesAttention(ProcessGroupCommunicator(group), chunk_order, inner))
+    return forward_and_backward(
+        dist.get_rank(group), case, UlyssesAttention(ProcessGroupCommunicator(group), chunk_order, inner)
+    )
 
 
 class Sent(NamedTuple):

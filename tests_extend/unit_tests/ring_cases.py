@@ -1,0 +1,407 @@
+"""What the ranks run for the tests of rings, of double rings and of hybrids, over gloo and as virtual ranks."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention, compose_attention
+from mindspeed_cp.attention import ring as ring_module
+from mindspeed_cp.attention.ring import BlockBuffers, RingAttention, RingCommunicators
+from mindspeed_cp.comm import ContextParallelGroups, Traffic, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput, choose_kernel
+from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.topology import CPTopology
+from unit_tests.dense import Result, causal_mask, dense_attention
+from unit_tests.gloo_pool import group_of
+from unit_tests.ulysses_cases import Case, Shard, forward_and_backward, inputs, shard_of
+
+VIRTUAL_TIMEOUT_S = 30.0
+TRAFFIC = ("ulysses", "inner", "outer", "gradients")
+"""Kinds of messages that are counted apart."""
+
+
+def grids(size: int) -> list[CPTopology]:
+    """Every grid of `size` ranks."""
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    return [
+        CPTopology(outer=outer, inner=inner, ulysses=size // (outer * inner))
+        for outer in divisors
+        for inner in divisors
+        if size % (outer * inner) == 0
+    ]
+
+
+def grid_name(topology: CPTopology) -> str:
+    """How a test calls it: outer x inner x Ulysses."""
+    return f"{topology.outer}x{topology.inner}x{topology.ulysses}"
+
+
+def case_on(topology: CPTopology, **options: Any) -> Case:
+    """A case over the grid."""
+    return Case(size=topology.size, outer=topology.outer, inner=topology.inner, **options)
+
+
+def dense(case: Case) -> Result:
+    """The oracle's results for the case's inputs, computed in fp64."""
+    q, k, v, dout, visible = inputs(case)
+    if case.mask == "causal":
+        visible = causal_mask(q.size(2))
+    return dense_attention(*(x.double() for x in (q, k, v, dout)), visible=visible)
+
+
+# Virtual ranks.
+
+
+def virtual_attention(
+    case: Case,
+    world: VirtualWorld,
+    rank: int,
+    *,
+    kernels: Sequence[BlockKernel] = KERNELS,
+    traffic: dict[str, Traffic] | None = None,
+) -> Attention:
+    """The case's attention on a virtual rank. As over process groups, a ring without overlap has a single channel."""
+    topology = case.topology
+
+    def communicator(kind: str, ranks: Sequence[int], channel: str) -> VirtualCommunicator:
+        return VirtualCommunicator(world, ranks, rank, channel, None if traffic is None else traffic[kind])
+
+    ulysses, ring = None, None
+    if topology.ulysses > 1:
+        ulysses = communicator("ulysses", topology.ulysses_ranks(rank), "ulysses")
+    if topology.ring_size > 1:
+        ranks = topology.ring_ranks(rank)
+        kinds = RingCommunicators._fields
+        ring = RingCommunicators(*(communicator(kind, ranks, kind if case.overlap else "ring") for kind in kinds))
+    attention = compose_attention(
+        case.config, rank=rank, ulysses=ulysses, ring=ring, layout=case.sequence_layout, kernels=kernels
+    )
+    return _with_schedule(attention, RingSchedule(outer=case.outer, inner=case.inner))
+
+
+def _with_schedule(attention: Attention, schedule: RingSchedule) -> Attention:
+    """With windows of one rank too, which no flag asks for as they are the plain ring."""
+    if isinstance(attention, UlyssesAttention):
+        return dataclasses.replace(attention, inner=_with_schedule(attention.inner, schedule))
+    return dataclasses.replace(attention, schedule=schedule) if isinstance(attention, RingAttention) else attention
+
+
+def attend_virtually(case: Case, kernels: Sequence[BlockKernel] = KERNELS) -> list[Shard]:
+    """What each rank of the case gets."""
+    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    return world.run(
+        lambda rank: forward_and_backward(rank, case, virtual_attention(case, world, rank, kernels=kernels))
+    )
+
+
+class Message(NamedTuple):
+    """One that left in an exchange. source, to: ranks of the ring."""
+
+    kind: str
+    source: int
+    to: int
+    bytes: int
+
+
+class Pass(NamedTuple):
+    """What a rank sent in one pass: by its communicators' counts, and each message of an exchange."""
+
+    calls: dict[str, int]
+    bytes: dict[str, int]
+    messages: list[Message]
+
+    def sent(self, kind: str) -> tuple[int, int]:
+        """Messages and bytes of one kind."""
+        return self.calls[kind], self.bytes[kind]
+
+
+def passes(case: Case) -> list[tuple[Pass, Pass]]:
+    """What each rank sends in the forward and in the backward pass."""
+    world, exchange = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S), VirtualCommunicator.exchange
+    messages: dict[int, list[Message]] = {rank: [] for rank in range(case.size)}
+    kinds: dict[int, str] = {}
+
+    def recorded(self: VirtualCommunicator, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Any:
+        if send is not None:
+            message = Message(kinds[id(self.traffic)], self.rank, to, send.numel() * send.element_size())
+            messages[self.ranks[self.rank]].append(message)
+        return exchange(self, send, to, receive, source)
+
+    def on_rank(rank: int) -> tuple[Pass, Pass]:
+        traffic = {kind: Traffic() for kind in TRAFFIC}
+        kinds.update({id(count): kind for kind, count in traffic.items()})
+        operation = {kind: "all_to_all" if kind == "ulysses" else "exchange" for kind in TRAFFIC}
+
+        def count() -> Pass:
+            counted = Pass(
+                {kind: traffic[kind].calls[operation[kind]] for kind in TRAFFIC},
+                {kind: traffic[kind].bytes_sent[operation[kind]] for kind in TRAFFIC},
+                messages.pop(rank),
+            )
+            messages[rank] = []
+            for each in traffic.values():
+                each.clear()
+            return counted
+
+        q, k, v, dout = (shard_of(case, x, rank) for x in inputs(case)[:4])
+        attention = virtual_attention(case, world, rank, traffic=traffic)
+        kept.append(traffic)
+        out = attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+        forward = count()
+        out.backward(dout)
+        return forward, count()
+
+    kept: list[dict[str, Traffic]] = []  # So that no id is used again.
+    with mock.patch.object(VirtualCommunicator, "exchange", recorded):
+        return world.run(on_rank)
+
+
+def saved_bytes(case: Case) -> list[int]:
+    """Bytes of the distinct storages that each rank's forward pass saves for the backward."""
+    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+
+    def on_rank(rank: int) -> int:
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        q, k, v = (shard_of(case, x, rank).requires_grad_() for x in inputs(case)[:3])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            virtual_attention(case, world, rank)(q, k, v)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    return world.run(on_rank)
+
+
+def buffers_made(case: Case) -> set[int]:
+    """How many buffers each rank makes in each pass: the different numbers."""
+    made: list[BlockBuffers] = []
+
+    def recorded(own: Tensor) -> BlockBuffers:
+        made.append(BlockBuffers(own))
+        return made[-1]
+
+    with mock.patch.object(ring_module, "BlockBuffers", recorded):
+        attend_virtually(case)
+    assert len(made) == 2 * case.size
+    return {buffers.made for buffers in made}
+
+
+# Kernels.
+
+
+@dataclass
+class RecordingKernel:
+    """The kernel that would be chosen, which notes whether each tensor that it is handed is contiguous."""
+
+    name = "recording"
+    contiguous: list[bool] = field(default_factory=list)
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        return []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        self.contiguous.extend(x.is_contiguous() for x in (q, k, v))
+        return choose_kernel(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+    ) -> BlockGradients:
+        self.contiguous.extend(x.is_contiguous() for x in (dout, q, k, v, output.out, output.lse))
+        return choose_kernel(BlockCase.of(q, k, v, mask)).backward(dout, q, k, v, output, mask, scale)
+
+
+@dataclass
+class FailingKernel(RecordingKernel):
+    """Calls `fail` instead of its forward or backward pass number `at`."""
+
+    name = "failing"
+    fail: Callable[[], None] = lambda: None
+    at: int = 0
+    phase: str = "forward"
+    calls: int = 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        self._count("forward")
+        return super().forward(q, k, v, mask, scale)
+
+    def backward(self, *args: Any) -> BlockGradients:
+        self._count("backward")
+        return super().backward(*args)
+
+    def _count(self, phase: str) -> None:
+        if phase == self.phase:
+            if self.calls == self.at:
+                self.fail()
+            self.calls += 1
+
+
+# Gloo ranks.
+
+
+@functools.cache
+def _groups(topology: CPTopology, overlap: bool, group: dist.ProcessGroup | None) -> ContextParallelGroups | None:
+    """Of the world's first ranks. All ranks of the world call it in the same order, so that all find them made or not.
+
+    A rank outside has no group that would tell one context-parallel group from another, hence only the first ranks.
+    """
+    if group is None:
+        ContextParallelGroups.take_part(topology, overlap=overlap)
+        return None
+    assert dist.get_process_group_ranks(group) == list(range(topology.size))
+    return ContextParallelGroups.build(topology, group, overlap=overlap)
+
+
+def attend_every_way(group: dist.ProcessGroup | None, case: Case) -> list[Shard]:
+    """Two runs of the case without overlap and two with it."""
+    shards = []
+    for overlap in (False, True):
+        way = dataclasses.replace(case, overlap=overlap)
+        groups = _groups(case.topology, overlap, group)
+        if groups is not None:
+            assert way.config.topology == case.topology
+            attention = build_attention(way.config, groups, layout=case.sequence_layout)
+            shards += [forward_and_backward(dist.get_rank(group), case, attention) for _ in range(2)]
+    return shards
+
+
+def attend_in_own_groups(group: dist.ProcessGroup | None, case: Case) -> Shard | None:
+    """The case as a user builds it, in groups that are destroyed afterwards."""
+    if group is None:
+        ContextParallelGroups.take_part(case.topology, overlap=case.overlap)
+        return None
+    groups = ContextParallelGroups.build(case.topology, group, overlap=case.overlap)
+    attention = build_attention(case.config, groups, layout=case.sequence_layout)
+    shard = forward_and_backward(dist.get_rank(group), case, attention)
+    dist.barrier(group)  # Nobody closes a connection over which another one still receives.
+    groups.destroy()
+    return shard
+
+
+def attend_in_one_of(world: dist.ProcessGroup, members: Sequence[Sequence[int]], case: Case) -> Shard:
+    """The case in whichever of these groups has this rank, all of them at once."""
+    (mine,) = (ranks for ranks in members if dist.get_rank() in ranks)
+    shard = attend_in_own_groups(group_of(mine), case)
+    assert shard is not None
+    return shard
+
+
+class Built(NamedTuple):
+    """The groups of a rank, as ranks of the world, and how many different ones they are.
+
+    distinct: different groups among the ring's three. made: groups that `build` added to torch's, left: how many of
+    these are there after `destroy`.
+    """
+
+    ulysses: list[int] | None
+    ring: list[int] | None
+    distinct: int
+    made: int
+    left: int
+
+
+def build_and_destroy(group: dist.ProcessGroup | None, topology: CPTopology, overlap: bool) -> list[Built]:
+    """Done twice."""
+    built = []
+    registered = dist.distributed_c10d._world.pg_map
+    for _ in range(2):
+        before = set(registered)
+        if group is None:
+            ContextParallelGroups.take_part(topology, overlap=overlap)
+            assert set(registered) == before
+            continue
+        groups = ContextParallelGroups.build(topology, group, overlap=overlap)
+        made = set(registered) - before
+        ring = None if groups.ring is None else {groups.ring.inner, groups.ring.outer, groups.ring.gradients}
+        if ring is not None:
+            assert len({tuple(dist.get_process_group_ranks(each)) for each in ring}) == 1
+        ulysses = None if groups.ulysses is None else dist.get_process_group_ranks(groups.ulysses)
+        ring_ranks = None if groups.ring is None else dist.get_process_group_ranks(groups.ring.inner)
+        groups.destroy()
+        left = set(registered) - before
+        built.append(Built(ulysses, ring_ranks, len(ring or ()), len(made), len(left)))
+    return built
+
+
+def build_error(group: dist.ProcessGroup | None, topology: CPTopology) -> str:
+    """What `build` says to a group of another size."""
+    try:
+        ContextParallelGroups.build(topology, group)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def made_timeouts(group: dist.ProcessGroup | None, topology: CPTopology, timeout: timedelta) -> list[timedelta]:
+    """Timeouts of the groups that `build` makes."""
+    if group is None:
+        ContextParallelGroups.take_part(topology, overlap=True)
+        return []
+    registered = dist.distributed_c10d._world.pg_map
+    before = set(registered)
+    groups = ContextParallelGroups.build(topology, group, overlap=True, timeout=timeout)
+    made = set(registered) - before
+    timeouts = [each._get_backend(torch.device("cpu")).options._timeout for each in made]
+    groups.destroy()
+    return timeouts
+
+
+def profiled_names(group: dist.ProcessGroup | None, case: Case) -> list[str]:
+    """Names that the profiler shows for one forward and backward pass, those of the library alone."""
+    groups = _groups(case.topology, case.overlap, group)
+    if groups is None:
+        return []
+    attention = build_attention(case.config, groups, layout=case.sequence_layout)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        forward_and_backward(dist.get_rank(group), case, attention)
+    return sorted(event.name for event in profiler.events() if "ring" in event.name.split(":")[0].split())
+
+
+def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, folder: str) -> None:
+    """The culprit's process ends while it computes its second block; each other one writes what it raised, and ends.
+
+    They end as a training process does that raises, so that whoever waits for them learns of it.
+    """
+    groups = _groups(case.topology, case.overlap, group)
+    if groups is None:
+        return
+    rank = dist.get_rank(group)
+    kernels = [FailingKernel(fail=lambda: os._exit(7), at=1)] if rank == culprit else KERNELS
+    attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
+    try:
+        forward_and_backward(rank, case, attention)
+    except RuntimeError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+    os._exit(8)
+
+
+def errors_of_virtual_ranks(case: Case, culprit: int, phase: str) -> list[str]:
+    """What each rank raises where the culprit leaves while it computes its second block of a phase."""
+
+    def leave() -> None:
+        raise RuntimeError("left")
+
+    world = VirtualWorld(case.size, timeout_s=1.0)
+
+    def on_rank(rank: int) -> str:
+        kernels = [FailingKernel(fail=leave, at=1, phase=phase)] if rank == culprit else KERNELS
+        try:
+            forward_and_backward(rank, case, virtual_attention(case, world, rank, kernels=kernels))
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+    return world.run(on_rank)
