@@ -192,7 +192,7 @@ def cpu_device_patches() -> tuple[Patch, ...]:
             needs=("megatron.training",),
             why=(
                 "It warms up compiled functions, of which a CPU has none, with random tensors whose size depends on "
-                "the context-parallel size: weights drawn after them (a MoE router's) would differ from those of CP = 1."
+                "the context-parallel size: weights drawn after them (a MoE router's) would not be those of CP = 1."
             ),
             remove_when="Megatron draws them from a generator of their own.",
         ),

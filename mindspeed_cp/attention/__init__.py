@@ -2,7 +2,8 @@
 
 from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.local import Attention, LocalAttention
-from mindspeed_cp.attention.ring import RingAttention, RingCommunicators
+from mindspeed_cp.attention.ring import RingAttention
+from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 
 __all__ = [

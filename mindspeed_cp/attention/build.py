@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from mindspeed_cp.attention.local import Attention, LocalAttention
-from mindspeed_cp.attention.ring import RingAttention, RingCommunicators
+from mindspeed_cp.attention.ring import RingAttention
+from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.attention.ring import GradientsHome
+from mindspeed_cp.attention.transit import GradientsHome
 from mindspeed_cp.layout import SequenceLayout
 from system_tests.compare_losses import losses_in
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention, compose_attention
-from mindspeed_cp.attention import ring as ring_module
-from mindspeed_cp.attention.ring import BlockBuffers, RingAttention, RingCommunicators
+from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention, compose_attention, transit
+from mindspeed_cp.attention.ring import RingAttention
+from mindspeed_cp.attention.transit import BlockBuffers, RingCommunicators
 from mindspeed_cp.comm import ContextParallelGroups, Traffic, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput, choose_kernel
 from mindspeed_cp.schedule import RingSchedule
@@ -194,7 +194,7 @@ def buffers_made(case: Case) -> set[int]:
         made.append(BlockBuffers(own))
         return made[-1]
 
-    with mock.patch.object(ring_module, "BlockBuffers", recorded):
+    with mock.patch.object(transit, "BlockBuffers", recorded):
         attend_virtually(case)
     assert len(made) == 2 * case.size
     return {buffers.made for buffers in made}

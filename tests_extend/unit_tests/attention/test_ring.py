@@ -151,7 +151,8 @@ def test_comparison_with_2_ranks_sees_an_output_that_is_rounded_at_every_merge()
 
 
 def test_comparison_with_2_ranks_sees_gradients_that_are_summed_in_bf16():
-    with mock.patch("mindspeed_cp.attention.ring.accumulator_dtype", lambda dtype: dtype):
+    modules = [f"mindspeed_cp.attention.{name}.accumulator_dtype" for name in ("ring", "transit")]
+    with mock.patch(modules[0], lambda dtype: dtype), mock.patch(modules[1], lambda dtype: dtype):
         many = relative_errors(accuracy_case(32, 1))
     two = relative_errors(accuracy_case(2, 1))
     for name in ("dq", "dk", "dv"):
