@@ -126,13 +126,12 @@ class _Arrival:
         communicator = ring.communicators.outer if hop.outer else ring.communicators.inner
         to = ring.schedule.peer(ring.rank, hop)
         source = ring.schedule.peer(ring.rank, Hop(-hop.outer, -hop.inner))
-        self._what = (
-            f"{ring.step_name(phase, needed_at)}: the K/V block did not come from ring rank {source} or get to {to}"
-        )
+        name = ring.step_name(phase, needed_at)
+        self._what = f"{name}: the K/V block did not come from ring rank {source}, or not get to {to}"
         self._sent, self._received, self._buffers = block, buffers.take(), buffers
         buffers.hold(block)
         self._transfer: Transfer | None
-        with _explained(self._what), record_function(f"{ring.step_name(phase, needed_at)}: send K/V on"):
+        with _explained(self._what), record_function(f"{name}: send K/V on"):
             self._transfer = communicator.exchange(block, to, self._received, source)
 
     def wait(self) -> Tensor:
