@@ -110,11 +110,14 @@ def _wrap_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if attention is None:
             return original(self, *args, **kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
-        for argument, what in (("packed_seq_params", "packed sequences"), ("attention_bias", "attention bias")):
+        for argument, what in (("packed_seq_params", "packed sequences"), ("attention_bias", "attention biases")):
             if named[argument] is not None:
                 raise NotImplementedError(
                     f"{argument} with context parallelism: {what} are not available yet; use --context-parallel-size 1."
                 )
+        mask_type = named.get("attn_mask_type")
+        if mask_type is not None:
+            _check_mask_type(mask_type.name, uses_mask=attention.uses_mask)
         return attention(named["query"], named["key"], named["value"], named["attention_mask"])
 
     return forward
@@ -164,8 +167,11 @@ def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:
             f"a layer with attention_dropout {named['attention_dropout']} with --context-parallel-size "
             f"{config.context_parallel_size}: attention dropout is not available yet; give it 0."
         )
-    mask_type = named["attn_mask_type"].name
-    if mask_type != "causal" and config.attention_mask_type == "causal":
+    _check_mask_type(named["attn_mask_type"].name, uses_mask=config.attention_mask_type == "general")
+
+
+def _check_mask_type(mask_type: str, *, uses_mask: bool) -> None:
+    if mask_type != "causal" and not uses_mask:
         raise ConfigurationError(
             f"a layer with the mask type {mask_type} and --attention-mask-type causal: they differ; "
             f"use --attention-mask-type general."

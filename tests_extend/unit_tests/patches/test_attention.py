@@ -1,0 +1,88 @@
+"""A layer's attention in Megatron's terms: shapes, the polarity of its mask, and what it refuses."""
+
+from enum import Enum
+
+import pytest
+import torch
+
+from mindspeed_cp.attention import LocalAttention
+from mindspeed_cp.config import ConfigurationError
+from mindspeed_cp.patches.attention import LayerAttention, _wrap_forward
+from unit_tests.dense import causal_mask, dense_attention
+
+
+class MaskType(Enum):
+    """Names as in Megatron's AttnMaskType, which tests without Megatron cannot import."""
+
+    causal = 1
+    no_mask = 2
+
+
+class Layer:
+    """A layer with the signature of Megatron's, whose own attention answers by name."""
+
+    def __init__(self, attention: LayerAttention | None) -> None:
+        self.context_parallel_attention = attention
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
+        return "Megatron's own"
+
+
+Layer.forward = _wrap_forward(Layer.forward)
+
+
+def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [S, B, N, D], key and value [S, B, G, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((6, 2, 4, 8), (6, 2, 2, 8), (6, 2, 2, 8))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return q, k, v
+
+
+def layer(*, uses_mask: bool = False) -> Layer:
+    return Layer(LayerAttention(LocalAttention(causal=not uses_mask), scale=0.3, uses_mask=uses_mask))
+
+
+@pytest.mark.parametrize("uses_mask", [False, True])
+def test_layer_attends_as_dense_attention_with_megatrons_shapes_and_mask(uses_mask):
+    q, k, v = tensors()
+    # True is masked, as Megatron has it.
+    masked = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    out = layer(uses_mask=uses_mask).forward(q, k, v, masked, attn_mask_type=MaskType.causal)
+    dense = [x.permute(1, 2, 0, 3) for x in (q, k, v)]
+    visible = ~masked if uses_mask else causal_mask(6)
+    exact = dense_attention(*dense, torch.zeros_like(dense[0]), visible=visible, scale=0.3).out
+    torch.testing.assert_close(out, exact.permute(2, 0, 1, 3).flatten(2), rtol=0, atol=1e-12)
+    assert out.is_contiguous()
+
+
+def test_layer_without_context_parallelism_is_megatrons_own():
+    assert Layer(None).forward(*tensors(), None) == "Megatron's own"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"packed_seq_params": object()}, NotImplementedError, "packed sequences are not available yet"),
+        ({"attention_bias": torch.zeros(1)}, NotImplementedError, "attention biases are not available yet"),
+        ({"attn_mask_type": MaskType.no_mask}, ConfigurationError, "a layer with the mask type no_mask"),
+    ],
+)
+def test_layer_refuses_what_it_cannot_honour(given, error, message):
+    with pytest.raises(error, match=message):
+        layer().forward(*tensors(), None, **given)
+
+
+def test_layer_refuses_inference():
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match="1 queries over 6 keys a rank: inference"):
+        layer().forward(q[:1], k, v, None)
