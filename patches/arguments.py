@@ -11,8 +11,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
+from mindspeed_cp.kernels import BlockCase, choose_kernel
+from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
 from mindspeed_cp.patching import Patch
@@ -47,7 +51,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             result = original(args, *rest, **kwargs)
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
-                for sentence in (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config)):
+                notes = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config), *kernel_notes(config))
+                for sentence in notes:
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -120,6 +125,29 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
     return ["--cp-comm-type has no effect: it is TransformerEngine's, and --context-parallel-algo is in force."]
 
 
+def kernel_notes(config: ContextParallelConfig) -> list[str]:
+    """A sentence where this machine's accelerator has no kernel of its own, and so runs the reference."""
+    device = accelerator()
+    if config.context_parallel_size == 1 or device is None:
+        return []
+    kernel = choose_kernel(
+        BlockCase(
+            device_type=device,
+            dtype=torch.bfloat16,
+            mask=MaskKind.NONE,
+            num_heads=1,
+            num_kv_heads=1,
+            num_queries=128,
+            num_keys=128,
+            head_size=128,
+            value_head_size=128,
+        )
+    )
+    if kernel.name != "reference":
+        return []
+    return [f"attention on {device} runs the reference kernel: exact, but slow, and it holds all scores of a block."]
+
+
 def asks_for_cpu(distributed_backend: str) -> bool:
     """Whether training is to run on the CPU: the user said gloo, and there is no accelerator.
 
@@ -153,8 +181,6 @@ def _check_connections(args: argparse.Namespace) -> None:
 
 def _wants_one_connection(args: argparse.Namespace) -> bool:
     """Whether Megatron will ask for it: not on Blackwell GPUs, nor beside features that need more connections."""
-    import torch
-
     if any(getattr(args, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp")):
         return False
     if getattr(args, "overlap_moe_expert_parallel_comm", False):

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
 from mindspeed_cp.patching import PatchRegistry
@@ -412,9 +412,21 @@ def test_flags_of_a_cluster_script_are_harmless_on_one_rank(parser, validation, 
 def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation, monkeypatch, rank, sentences):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(arguments, "kernel_notes", lambda config: [])
     args = parser.parse_args([*CP4, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         validation.validate(args, {})
     assert len(said) == sentences
     assert all(" has no effect with --context-parallel-algo ulysses_cp_algo" in str(one.message) for one in said)
+
+
+def test_an_accelerator_without_a_kernel_of_its_own_is_said(monkeypatch):
+    config = ContextParallelConfig(context_parallel_size=2)
+    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: "cuda")
+    assert kernel_notes(config) == [
+        "attention on cuda runs the reference kernel: exact, but slow, and it holds all scores of a block."
+    ]
+    assert kernel_notes(ContextParallelConfig()) == []
+    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
+    assert kernel_notes(config) == []
