@@ -88,8 +88,8 @@ report_failure() {
         printf 'command:'
         printf ' %q' "$@"
         printf '\nlast lines of %s:\n' "$log"
-        # The program's own last words stand before those of the launcher.
-        grep -v -e '^E[0-9]* ' -e 'torch/distributed/' "$log" | tail -n 30
+        # The ranks' own last words stand before the long ones of torch's launcher.
+        sed '/torch\/distributed\/elastic/,$d' "$log" | tail -n 30
     } >&2
     exit 1
 }

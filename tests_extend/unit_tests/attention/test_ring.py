@@ -132,11 +132,12 @@ def assert_no_less_accurate(many: dict[str, float], two: dict[str, float]) -> No
         assert error <= 1.2 * two[name], f"{name}: error {error:.2e}, with two ranks {two[name]:.2e}"
 
 
-@pytest.mark.parametrize("outer", [1, 8])
+@pytest.mark.parametrize("outer", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_bf16_is_as_accurate_on_64_ranks_as_on_2(outer):
     assert_no_less_accurate(relative_errors(accuracy_case(64, outer)), relative_errors(accuracy_case(2, 1)))
 
 
+@pytest.mark.slow
 def test_comparison_with_2_ranks_sees_an_output_that_is_rounded_at_every_merge():
     merge = MergedOutput.merge
 
@@ -150,6 +151,7 @@ def test_comparison_with_2_ranks_sees_an_output_that_is_rounded_at_every_merge()
         assert_no_less_accurate(many, relative_errors(accuracy_case(2, 1)))
 
 
+@pytest.mark.slow
 def test_comparison_with_2_ranks_sees_gradients_that_are_summed_in_bf16():
     modules = [f"mindspeed_cp.attention.{name}.accumulator_dtype" for name in ("ring", "transit")]
     with mock.patch(modules[0], lambda dtype: dtype), mock.patch(modules[1], lambda dtype: dtype):
