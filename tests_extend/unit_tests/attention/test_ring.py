@@ -47,7 +47,9 @@ def assert_same_bits(*runs: Shard) -> None:
 # Results.
 
 
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    "heads", ["gqa", *(pytest.param(each, marks=pytest.mark.slow) for each in HEADS if each != "gqa")]
+)
 @pytest.mark.parametrize("mask", ["causal", "full", "per head"])
 @pytest.mark.parametrize(
     "topology", [each for size in range(1, 9) for each in grids(size) if reachable(each)], ids=grid_name
