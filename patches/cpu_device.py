@@ -51,6 +51,11 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """What has no meaning on a CPU."""
 
 
+def _stay_on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The tensor or module itself: it is where it is wanted."""
+    return self
+
+
 def _call_now(call: Callable[[], None], **kwargs: Any) -> None:
     """What torch.cuda puts off until a GPU is initialised, as setting a random state: here that would be for ever."""
     call()
@@ -129,10 +134,12 @@ _CUDA_ANSWERS: dict[str, Any] = {
     "torch.cuda:max_memory_allocated": _peak_resident_bytes,
     "torch.cuda:max_memory_reserved": _peak_resident_bytes,
     "torch.cuda:memory_stats": _memory_stats,
+    "torch:Tensor.cuda": _stay_on_cpu,
+    "torch.nn:Module.cuda": _stay_on_cpu,
 }
-"""What Megatron asks of torch.cuda, and who answers."""
+"""What Megatron asks of CUDA, and who answers."""
 
-_FACTORIES = (
+_TAKE_A_DEVICE = (
     "arange",
     "empty",
     "empty_like",
@@ -146,8 +153,9 @@ _FACTORIES = (
     "tensor",
     "zeros",
     "zeros_like",
+    "Tensor.to",
 )
-"""Functions of torch that make tensors on a device."""
+"""What of torch takes a device and gives a tensor on it."""
 
 
 def cpu_device_patches() -> tuple[Patch, ...]:
@@ -156,28 +164,13 @@ def cpu_device_patches() -> tuple[Patch, ...]:
         Patch(target=target, kind="replace", function=answer, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE)
         for target, answer in _CUDA_ANSWERS.items()
     )
-    factories = tuple(
+    take_a_device = tuple(
         Patch(target=f"torch:{name}", kind="wrap", function=_on_cpu, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE)
-        for name in _FACTORIES
+        for name in _TAKE_A_DEVICE
     )
     return (
         *answers,
-        *factories,
-        Patch(target="torch:Tensor.to", kind="wrap", function=_on_cpu, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE),
-        Patch(
-            target="torch:Tensor.cuda",
-            kind="replace",
-            function=_stay_on_cpu,
-            why=_WHY_DEVICE,
-            remove_when=_WHEN_DEVICE,
-        ),
-        Patch(
-            target="torch.nn:Module.cuda",
-            kind="replace",
-            function=_stay_on_cpu,
-            why=_WHY_DEVICE,
-            remove_when=_WHEN_DEVICE,
-        ),
+        *take_a_device,
         Patch(
             target="torch:Tensor.type",
             kind="wrap",
@@ -230,10 +223,6 @@ def _is_cuda(device: Any) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
     return isinstance(device, torch.device) and device.type == "cuda"
-
-
-def _stay_on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self
 
 
 def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ Note [One message, one copy]
 Source: DeepSpeed Ulysses, arXiv:2309.14509.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class UlyssesAttention:
         size = self.communicator.size
         rows: Tensor = self.communicator.all_gather(visible.movedim(-2, 0).contiguous()).flatten(0, 1)
         chunks = rows.unflatten(0, (len(self.chunk_order), -1))
-        rows = chunks.index_select(0, _index(self.chunk_order, rows)).flatten(0, 1).movedim(0, -2)
+        rows = chunks.index_select(0, _index(self.chunk_order, rows.device)).flatten(0, 1).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
             rows = rows.chunk(size, dim=1)[self.communicator.rank]
         return rows
@@ -120,7 +121,7 @@ def scatter_heads(
         place.copy_(part)
     received = communicator.all_to_all(send).view(len(chunk_order), -1, batch, send.size(-1))
     if list(chunk_order) != sorted(chunk_order):
-        received = received.index_select(0, _index(chunk_order, received))
+        received = received.index_select(0, _index(chunk_order, received.device))
     sequence = received.flatten(0, 1)  # [S, B, W]
     return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(sequence, parts))
 
@@ -136,7 +137,7 @@ def gather_heads(
     size = communicator.size
     sequences = [x.permute(2, 0, 1, 3).unflatten(0, (len(chunk_order), -1)) for x in parts]  # [P*C, s/C, B, H/P, D]
     send = parts[0].new_empty((*sequences[0].shape[:3], _width(sequences)))
-    owner_order = _index(_inverse(chunk_order), send)
+    owner_order = _index(_inverse(chunk_order), send.device)
     for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
         torch.index_select(sequence, 0, owner_order, out=place)
     received = communicator.all_to_all(send.view(size, -1, *send.shape[2:]))  # [P, s, B, W]
@@ -160,5 +161,7 @@ def _inverse(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _index(order: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(order, device=like.device)
+@functools.cache
+def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """`order` on a device. Made once: a copy to an accelerator in every layer would have the host wait for it."""
+    return torch.tensor(order, device=device)
