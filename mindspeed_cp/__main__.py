@@ -44,13 +44,19 @@ def report() -> str:
 
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
-    from mindspeed_cp.kernels import KERNELS
+    from mindspeed_cp.kernels import KERNELS, BlockCase, MaskKind
     from mindspeed_cp.patching import PatchError
 
+    device, capability = accelerator() or "cpu", None
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+    sizes = dict(num_heads=8, num_kv_heads=2, num_queries=4096, num_keys=4096, head_size=128, value_head_size=128)
+    case = BlockCase(device, torch.bfloat16, MaskKind.TRIANGLE, **sizes, compute_capability=capability)
     lines = [
         f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device       {accelerator() or 'cpu'}",
-        f"kernels      {', '.join(kernel.name for kernel in KERNELS)} (the preferred first)",
+        f"device       {device}",
+        f"kernels      {', '.join(KERNELS.names)}",
+        f"for example  {KERNELS.explain(case)}",
     ]
     try:
         from mindspeed_cp import megatron_adaptor

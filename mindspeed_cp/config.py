@@ -78,6 +78,13 @@ class ContextParallelConfig:
         default=False,
         metadata={"help": "Hand the attention kernel contiguous tensors in BNSD order instead of views of SBH."},
     )
+    context_parallel_kernels: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Attention kernels to use, the preferred first, and no others; python -m mindspeed_cp lists them. "
+            "By default the fastest that can compute the case at hand."
+        },
+    )
 
     def __post_init__(self) -> None:
         size, window, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp

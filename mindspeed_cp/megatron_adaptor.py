@@ -10,6 +10,7 @@ from typing import Any
 from packaging.version import Version
 
 from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
@@ -52,9 +53,10 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
     flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
-    Raises ConfigurationError where a rule is broken.
+    Raises ValueError where a rule is broken (ConfigurationError) or a kernel is not there.
     """
     config = ContextParallelConfig(**flags)
+    KERNELS.only(config.context_parallel_kernels)
     if asks_for_cpu(distributed_backend):
         use_cpu()
     for sentence in config.ineffective_flags():

@@ -15,7 +15,7 @@ import torch
 
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import BlockCase, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
@@ -51,8 +51,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             result = original(args, *rest, **kwargs)
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
-                notes = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config), *kernel_notes(config))
-                for sentence in notes:
+                ineffective = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config))
+                for sentence in (*ineffective, *kernel_notes(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -95,6 +95,8 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:
         return {**shared, "choices": CHOICES[option.name]}
+    if typing.get_origin(hint) is tuple:
+        return {**shared, "nargs": "+", "choices": KERNELS.names}
     return {**shared, "type": int}
 
 
@@ -103,9 +105,9 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
 
     Raises ConfigurationError where they break a rule.
     """
-    config = ContextParallelConfig(
-        **{option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
-    )
+    values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
+    values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
+    config = ContextParallelConfig(**values)
     refuse_unsupported(args, config)
     if args.num_attention_heads is not None:
         config.check_model(
@@ -115,6 +117,7 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
             seq_length=args.seq_length,
         )
     _check_connections(args)
+    check_kernels(args, config)
     return config
 
 
@@ -125,27 +128,60 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
     return ["--cp-comm-type has no effect: it is TransformerEngine's, and --context-parallel-algo is in force."]
 
 
-def kernel_notes(config: ContextParallelConfig) -> list[str]:
-    """A sentence where this machine's accelerator has no kernel of its own, and so runs the reference."""
-    device = accelerator()
-    if config.context_parallel_size == 1 or device is None:
+def check_kernels(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where no kernel, of those that the user allows, can compute the model's attention."""
+    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
+    for case in _block_cases(args, config):
+        try:
+            kernels.choose(case)
+        except NotImplementedError as error:
+            raise ConfigurationError(
+                f"--context-parallel-kernels {' '.join(config.context_parallel_kernels)}: {error}\n"
+                f"Name another kernel as well, or leave the flag out."
+            ) from error
+
+
+def kernel_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+    """A sentence where an accelerator has no kernel of its own for the model's attention, and so runs the reference."""
+    if config.context_parallel_kernels:
         return []
-    kernel = choose_kernel(
+    slow = [case for case in _block_cases(args, config) if case.device_type != "cpu" and _runs_reference(case)]
+    return [
+        f"attention runs the reference kernel, which is exact, but slow, and holds all scores of a block: "
+        f"{KERNELS.explain(case)}"
+        for case in slow
+    ]
+
+
+def _runs_reference(case: BlockCase) -> bool:
+    return KERNELS.choose(case).name == "reference"
+
+
+def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> list[BlockCase]:
+    """The blocks that the model's attention will be computed in, as far as the arguments tell."""
+    if config.context_parallel_size == 1 or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
+        return []
+    device = accelerator() or "cpu"
+    heads_over = args.tensor_model_parallel_size * config.ulysses_size
+    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
+    tokens = args.seq_length // config.topology.ring_size
+    masks = {"causal": (MaskKind.TRIANGLE, MaskKind.NONE), "general": (MaskKind.NONE, MaskKind.ARBITRARY)}
+    return [
         BlockCase(
             device_type=device,
-            dtype=torch.bfloat16,
-            mask=MaskKind.NONE,
-            num_heads=1,
-            num_kv_heads=1,
-            num_queries=128,
-            num_keys=128,
-            head_size=128,
-            value_head_size=128,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            mask=mask,
+            num_heads=args.num_attention_heads // heads_over,
+            num_kv_heads=max(kv_heads // heads_over, 1),
+            num_queries=tokens,
+            num_keys=tokens,
+            head_size=head_size,
+            value_head_size=head_size,
+            compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
         )
-    )
-    if kernel.name != "reference":
-        return []
-    return [f"attention on {device} runs the reference kernel: exact, but slow, and it holds all scores of a block."]
+        for mask in masks[config.attention_mask_type]
+    ]
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -1,7 +1,5 @@
 """One composed attention for a configuration: what runs inside what."""
 
-from collections.abc import Sequence
-
 import torch.distributed as dist
 
 from mindspeed_cp.attention.local import Attention, LocalAttention
@@ -10,7 +8,7 @@ from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import KERNELS, BlockKernel, BnsdKernel
+from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.schedule import RingSchedule
 
@@ -20,7 +18,7 @@ def build_attention(
     group: dist.ProcessGroup | ContextParallelGroups | None = None,
     *,
     layout: SequenceLayout | None = None,
-    kernels: Sequence[BlockKernel] = KERNELS,
+    kernels: KernelRegistry = KERNELS,
     traffic: Traffic | None = None,
 ) -> Attention:
     """Attention over the ranks of a group, as configured.
@@ -30,7 +28,7 @@ def build_attention(
         configurations need groups beside it, which all ranks of the world have to make together: see
         ContextParallelGroups.build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
-    kernels: what to choose from for each block, the preferred first.
+    kernels: what to choose from for each block; of these the configured ones, where some are named.
     traffic: where to count what this rank sends.
 
     Raises ValueError where the group's size is not `config.context_parallel_size`.
@@ -59,7 +57,7 @@ def compose_attention(
     ulysses: Communicator | None,
     ring: RingCommunicators | None,
     layout: SequenceLayout | None = None,
-    kernels: Sequence[BlockKernel] = KERNELS,
+    kernels: KernelRegistry = KERNELS,
 ) -> Attention:
     """Attention over any kind of communicators, process groups or virtual ranks; see `build_attention`.
 
@@ -70,8 +68,10 @@ def compose_attention(
     if layout.size != topology.size:
         raise ValueError(f"{layout} is not one of the {topology.size} context-parallel ranks.")
     causal = config.attention_mask_type == "causal"
+    if config.context_parallel_kernels:
+        kernels = kernels.only(config.context_parallel_kernels)
     if config.megatron_cp_in_bnsd:
-        kernels = [BnsdKernel(kernel) for kernel in kernels]
+        kernels = kernels.in_bnsd()
     attention: Attention = LocalAttention(causal=causal, kernels=kernels)
     if ring is not None:
         attention = RingAttention(

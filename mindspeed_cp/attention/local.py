@@ -4,7 +4,6 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T key tokens,
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, MaskKind, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, KernelRegistry, MaskKind
 
 
 class Attention(Protocol):
@@ -39,18 +38,18 @@ class LocalAttention:
     """Attention within one rank.
 
     causal: whether a query sees only itself and earlier keys; else it sees all of them, or what `visible` says.
-    kernels: the kernels to choose from, the preferred first.
+    kernels: what to choose from.
     """
 
     causal: bool
-    kernels: Sequence[BlockKernel] = KERNELS
+    kernels: KernelRegistry = KERNELS
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
     ) -> Tensor:
         """See Attention. Raises ValueError where a causal attention is given a mask."""
         mask = self._mask(visible)
-        kernel = choose_kernel(BlockCase.of(q, k, v, mask), self.kernels)
+        kernel = self.kernels.choose(BlockCase.of(q, k, v, mask))
         out: Tensor = _BlockAttention.apply(q, k, v, mask, kernel, default_scale(q) if scale is None else scale)
         return out
 

@@ -8,7 +8,6 @@ SequenceLayout.work. What travels meanwhile is in transit.py. This module only f
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.local import check_shards, default_scale
 from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
 from mindspeed_cp.attention.transit import GradientsHome, Ring, travel
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, KernelRegistry
 from mindspeed_cp.layout import BlockWork, MaskKind
 
 
@@ -28,10 +27,10 @@ from mindspeed_cp.layout import BlockWork, MaskKind
 class RingAttention(Ring):
     """Attention whose keys and values are spread over the ranks of a ring.
 
-    kernels: what to choose from for each block, the preferred first.
+    kernels: what to choose from for each block.
     """
 
-    kernels: Sequence[BlockKernel] = KERNELS
+    kernels: KernelRegistry = KERNELS
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
@@ -71,7 +70,7 @@ class _Ring(torch.autograd.Function):
             with record_function(ring.step_name("forward", step)):
                 block = (q[:, :, work.queries], keys[:, :, work.keys], values[:, :, work.keys])
                 mask = ring.mask(work, owner, visible)
-                output = choose_kernel(BlockCase.of(*block, mask), ring.kernels).forward(*block, mask, scale)
+                output = ring.kernels.choose(BlockCase.of(*block, mask)).forward(*block, mask, scale)
                 if merged is None:
                     merged = MergedOutput(output)
                 else:
@@ -101,7 +100,7 @@ class _Ring(torch.autograd.Function):
                 block = (q[:, :, rows], keys[:, :, work.keys], values[:, :, work.keys])
                 mask = ring.mask(work, owner, visible)
                 output = BlockOutput(out[:, :, rows], lse[:, :, rows], state)
-                kernel = choose_kernel(BlockCase.of(*block, mask), ring.kernels)
+                kernel = ring.kernels.choose(BlockCase.of(*block, mask))
                 grads = kernel.backward(dout[:, :, rows], *block, output, mask, ctx.scale)
                 dq[:, :, rows] += grads.dq
             homing.bring(step, grads.dk, grads.dv)

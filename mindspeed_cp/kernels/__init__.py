@@ -1,7 +1,6 @@
 """Block attention kernels: exact attention of one block of queries over one block of keys, on each device."""
 
-from mindspeed_cp.kernels.bnsd import BnsdKernel
-from mindspeed_cp.kernels.choose import KERNELS, choose_kernel
+from mindspeed_cp.kernels.choose import KERNELS, KernelRegistry
 from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
@@ -18,7 +17,6 @@ __all__ = [
     "BlockKernel",
     "BlockMask",
     "BlockOutput",
-    "BnsdKernel",
+    "KernelRegistry",
     "MaskKind",
-    "choose_kernel",
 ]

@@ -15,8 +15,8 @@ class BnsdKernel:
 
     @property
     def name(self) -> str:
-        """The kernel's own name, and the order."""
-        return f"{self.kernel.name} (BNSD)"
+        """The kernel's own name."""
+        return self.kernel.name
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Those of the kernel itself."""

@@ -1,24 +1,75 @@
 """The choice of a kernel: the first, in order of preference, that can compute the case at hand."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 
-KERNELS: tuple[BlockKernel, ...] = (CpuFlashKernel(), ReferenceKernel())
-"""All kernels, the preferred first."""
+_LOGGER = logging.getLogger(__name__)
 
 
-def choose_kernel(case: BlockCase, kernels: Sequence[BlockKernel] = KERNELS) -> BlockKernel:
-    """The first of `kernels` that can compute `case`.
+@dataclass(frozen=True)
+class KernelRegistry:
+    """Kernels to choose from.
 
-    Raises NotImplementedError with every kernel's reasons when none can.
+    kernels: in order of preference.
+    first_on: names of kernels that go before all others on GPUs of a major compute capability, in their order.
     """
-    refusals = []
-    for kernel in kernels:
-        reasons = kernel.unsupported_reasons(case)
-        if not reasons:
-            return kernel
-        refusals.append(f"  {kernel.name}: {'; '.join(reasons)}")
-    raise NotImplementedError("\n".join([f"no attention kernel can compute {case}:", *refusals]))
+
+    kernels: tuple[BlockKernel, ...]
+    first_on: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    # A ring asks again for every block of every layer.
+    _chosen: dict[BlockCase, BlockKernel] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels' names."""
+        return tuple(kernel.name for kernel in self.kernels)
+
+    def choose(self, case: BlockCase) -> BlockKernel:
+        """The first kernel that can compute `case`; the log says, once for each case, why it is that one.
+
+        Raises NotImplementedError with every kernel's reasons when none can.
+        """
+        if case not in self._chosen:
+            able = [kernel for kernel in self._in_order(case) if not kernel.unsupported_reasons(case)]
+            if not able:
+                raise NotImplementedError(self.explain(case))
+            _LOGGER.info(self.explain(case))
+            self._chosen[case] = able[0]
+        return self._chosen[case]
+
+    def explain(self, case: BlockCase) -> str:
+        """Which kernel computes `case`, and why not each that is preferred to it; every refusal where none does."""
+        refusals: list[str] = []
+        for kernel in self._in_order(case):
+            reasons = kernel.unsupported_reasons(case)
+            if not reasons:
+                return "\n".join([f"{kernel.name} computes {case}", *refusals])
+            refusals.append(f"  not {kernel.name}: {'; '.join(reasons)}")
+        return "\n".join([f"no attention kernel can compute {case}", *refusals])
+
+    def only(self, names: Iterable[str]) -> "KernelRegistry":
+        """The kernels of these names, in this order on every device. Raises ValueError for one that is not there."""
+        by_name = {kernel.name: kernel for kernel in self.kernels}
+        names = tuple(names)
+        for name in names:
+            if name not in by_name:
+                raise ValueError(f"there is no attention kernel {name!r}; there are {', '.join(self.names)}.")
+        return KernelRegistry(tuple(by_name[name] for name in names))
+
+    def in_bnsd(self) -> "KernelRegistry":
+        """The same kernels, each handed contiguous BNSD tensors."""
+        return KernelRegistry(tuple(BnsdKernel(kernel) for kernel in self.kernels), self.first_on)
+
+    def _in_order(self, case: BlockCase) -> list[BlockKernel]:
+        first = self.first_on.get(case.compute_capability[0], ()) if case.compute_capability else ()
+        return sorted(self.kernels, key=lambda kernel: first.index(kernel.name) if kernel.name in first else len(first))
+
+
+KERNELS = KernelRegistry((CpuFlashKernel(), ReferenceKernel()))
+"""All kernels. The reference comes last: it computes everything, and holds all scores of a block."""

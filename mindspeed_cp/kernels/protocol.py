@@ -33,7 +33,10 @@ class BlockMask:
 
 
 class BlockCase(NamedTuple):
-    """What a kernel must know to say whether it can compute a block."""
+    """What a kernel must know to say whether it can compute a block.
+
+    compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -44,6 +47,7 @@ class BlockCase(NamedTuple):
     num_keys: int
     head_size: int
     value_head_size: int
+    compute_capability: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> "BlockCase":
@@ -71,6 +75,7 @@ class BlockCase(NamedTuple):
             num_keys=k.size(2),
             head_size=q.size(3),
             value_head_size=v.size(3),
+            compute_capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
         )
 
 

@@ -19,7 +19,7 @@ from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention,
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.transit import BlockBuffers, RingCommunicators
 from mindspeed_cp.comm import ContextParallelGroups, Traffic, VirtualCommunicator, VirtualWorld
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dense import Result, causal_mask, dense_attention
@@ -68,7 +68,7 @@ def virtual_attention(
     world: VirtualWorld,
     rank: int,
     *,
-    kernels: Sequence[BlockKernel] = KERNELS,
+    kernels: KernelRegistry = KERNELS,
     traffic: dict[str, Traffic] | None = None,
 ) -> Attention:
     """The case's attention on a virtual rank. As over process groups, a ring without overlap has a single channel."""
@@ -97,7 +97,7 @@ def _with_schedule(attention: Attention, schedule: RingSchedule) -> Attention:
     return dataclasses.replace(attention, schedule=schedule) if isinstance(attention, RingAttention) else attention
 
 
-def attend_virtually(case: Case, kernels: Sequence[BlockKernel] = KERNELS) -> list[Shard]:
+def attend_virtually(case: Case, kernels: KernelRegistry = KERNELS) -> list[Shard]:
     """What each rank of the case gets."""
     world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
     return world.run(
@@ -215,13 +215,13 @@ class RecordingKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
         self.contiguous.extend(x.is_contiguous() for x in (q, k, v))
-        return choose_kernel(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
     ) -> BlockGradients:
         self.contiguous.extend(x.is_contiguous() for x in (dout, q, k, v, output.out, output.lse))
-        return choose_kernel(BlockCase.of(q, k, v, mask)).backward(dout, q, k, v, output, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, mask)).backward(dout, q, k, v, output, mask, scale)
 
 
 @dataclass
@@ -379,7 +379,7 @@ def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, f
     if groups is None:
         return
     rank = dist.get_rank(group)
-    kernels = [FailingKernel(fail=lambda: os._exit(7), at=1)] if rank == culprit else KERNELS
+    kernels = KernelRegistry((FailingKernel(fail=lambda: os._exit(7), at=1),)) if rank == culprit else KERNELS
     attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
     try:
         forward_and_backward(rank, case, attention)
@@ -397,7 +397,7 @@ def errors_of_virtual_ranks(case: Case, culprit: int, phase: str) -> list[str]:
     world = VirtualWorld(case.size, timeout_s=1.0)
 
     def on_rank(rank: int) -> str:
-        kernels = [FailingKernel(fail=leave, at=1, phase=phase)] if rank == culprit else KERNELS
+        kernels = KernelRegistry((FailingKernel(fail=leave, at=1, phase=phase),)) if rank == culprit else KERNELS
         try:
             forward_and_backward(rank, case, virtual_attention(case, world, rank, kernels=kernels))
         except RuntimeError as error:

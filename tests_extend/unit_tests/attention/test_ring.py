@@ -11,7 +11,7 @@ import rank_pool
 from mindspeed_cp.attention import compose_attention
 from mindspeed_cp.attention.merge import MergedOutput
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels import BlockOutput, KernelRegistry
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -401,8 +401,8 @@ def test_profile_names_each_step_its_owner_and_what_travels(
 def test_bnsd_flag_hands_the_kernel_contiguous_tensors_and_changes_no_result(topology):
     case = case_on(topology, heads=2, kv_heads=2, batch=2, memory="SBND")
     views, contiguous = cases.RecordingKernel(), cases.RecordingKernel()
-    without = attend_virtually(case, [views])
-    with_flag = attend_virtually(dataclasses.replace(case, bnsd=True), [contiguous])
+    without = attend_virtually(case, KernelRegistry((views,)))
+    with_flag = attend_virtually(dataclasses.replace(case, bnsd=True), KernelRegistry((contiguous,)))
     assert len(views.contiguous) == len(contiguous.contiguous) == 9 * topology.size * topology.ring_size
     assert all(contiguous.contiguous)
     assert not all(views.contiguous)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, MaskKind, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, KernelRegistry, MaskKind
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
 
@@ -102,7 +102,7 @@ def dense(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> Result
     return dense_attention(*(x.to(dtype) for x in tensors), visible=visible, scale=case.scale)
 
 
-def computable(kernels: tuple = KERNELS) -> list:
+def computable(kernels: tuple = KERNELS.kernels) -> list:
     """The pairs of kernel and case that this machine's kernels have to compute."""
     return [
         pytest.param(kernel, case, id=f"{kernel.name}: {name}")
@@ -146,7 +146,7 @@ def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case):
     assert not any(x.any() for x in (output.out, *kernel.backward(dout, q, k, v, output, none, case.scale)))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS.kernels, ids=lambda kernel: kernel.name)
 def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kernel):
     """As a ring calls it: the first half of the keys lies before the queries, the second is their own."""
     case = Case(queries=20, keys=40)
@@ -163,7 +163,7 @@ def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kerne
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS.kernels, ids=lambda kernel: kernel.name)
 def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, name):
     case = CASES[name]
     block = BlockCase.of(*inputs(case, torch.float32)[:3], mask_of(case))
@@ -195,23 +195,52 @@ def test_cpu_flash_gives_every_reason_at_once():
         ({"device_type": "meta"}, "reference"),
     ],
 )
-def test_choose_kernel_takes_the_first_that_can(changed, name):
-    assert choose_kernel(block_case(**changed)).name == name
+def test_registry_chooses_the_first_kernel_that_can(changed, name):
+    assert KERNELS.choose(block_case(**changed)).name == name
 
 
-def test_choose_kernel_keeps_to_the_order_of_the_kernels_it_is_given():
-    assert choose_kernel(block_case(), KERNELS[::-1]).name == KERNELS[-1].name
+@pytest.mark.parametrize("names", [("reference", "cpu_flash"), ("cpu_flash", "reference"), ("reference",)])
+def test_kernels_that_are_named_are_used_in_their_order(names):
+    registry = KERNELS.only(names)
+    assert registry.names == names
+    assert registry.choose(block_case()).name == names[0]
 
 
-def test_choose_kernel_names_every_reason_of_every_kernel_when_none_can():
+def test_a_kernel_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"there is no attention kernel 'flesh'; there are .*cpu_flash.*reference\."):
+        KERNELS.only(["flesh"])
+
+
+def test_kernels_measured_to_be_faster_on_a_gpu_go_first_there_unless_named_in_another_order():
+    a, b, c = (SimpleNamespace(name=name, unsupported_reasons=lambda case: []) for name in "abc")
+    registry = KernelRegistry((a, b, c), first_on={9: ("c", "b")})
+    hopper, ampere = (block_case(device_type="cuda", compute_capability=one) for one in ((9, 0), (8, 0)))
+    assert registry.choose(hopper) is c
+    assert registry.choose(ampere) is a
+    assert registry.choose(block_case()) is a
+    assert registry.only(["a", "c"]).choose(hopper) is a
+
+
+def test_registry_says_in_the_log_once_for_each_case_why_it_chose(caplog):
+    registry, case = KERNELS.only(KERNELS.names), block_case(mask=ARBITRARY)
+    with caplog.at_level("INFO", logger="mindspeed_cp"):
+        registry.choose(case)
+        registry.choose(case)
+    (record,) = caplog.records
+    assert record.getMessage() == registry.explain(case)
+    assert record.getMessage().startswith(f"reference computes {case}\n")
+    assert "\n  not cpu_flash: takes no arbitrary mask" in record.getMessage()
+
+
+def test_registry_names_every_reason_of_every_kernel_when_none_can():
     never = SimpleNamespace(name="never", unsupported_reasons=lambda case: ["is a stub"])
     case = block_case(mask=ARBITRARY, value_head_size=32)
     with pytest.raises(NotImplementedError) as error:
-        choose_kernel(case, [CpuFlashKernel(), never])
+        KernelRegistry((CpuFlashKernel(), never)).choose(case)
     assert str(error.value) == (
-        f"no attention kernel can compute {case}:\n"
-        "  cpu_flash: takes no arbitrary mask; needs one head size, not 64 for keys and 32 for values\n"
-        "  never: is a stub"
+        f"no attention kernel can compute {case}\n"
+        "  not cpu_flash: takes no arbitrary mask; needs one head size, not 64 for keys and 32 for values\n"
+        "  not never: is a stub"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
@@ -39,6 +40,7 @@ def environment(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 def refusal_of(action, *args):
@@ -60,12 +62,14 @@ def test_every_flag_reaches_the_configuration(parser):
         *("--attention-mask-type", "general"),
         "--use-cp-send-recv-overlap",
         "--megatron-cp-in-bnsd",
+        *("--context-parallel-kernels", "reference", "cpu_flash"),
     ]
     assert config_from_arguments(parser.parse_args(flags)) == ContextParallelConfig(
         context_parallel_algo="hybrid_cp_algo",
         attention_mask_type="general",
         use_cp_send_recv_overlap=True,
         megatron_cp_in_bnsd=True,
+        context_parallel_kernels=("reference", "cpu_flash"),
     )
 
 
@@ -78,6 +82,11 @@ def test_every_flag_reaches_the_configuration(parser):
         (["--use-cp-send-recv-overlap"], "use_cp_send_recv_overlap", True),
         (["--attention-mask-type", "general"], "attention_mask_type", "general"),
         (["--megatron-cp-in-bnsd"], "megatron_cp_in_bnsd", True),
+        (
+            ["--context-parallel-kernels", "reference", "cpu_flash"],
+            "context_parallel_kernels",
+            ["reference", "cpu_flash"],
+        ),
     ],
 )
 def test_flag_parses_in_megatron_s_parser(parser, flags, name, value):
@@ -85,7 +94,7 @@ def test_flag_parses_in_megatron_s_parser(parser, flags, name, value):
     assert getattr(parser.parse_args([]), name) != value
 
 
-@pytest.mark.parametrize("flag", ["--context-parallel-algo", "--attention-mask-type"])
+@pytest.mark.parametrize("flag", ["--context-parallel-algo", "--attention-mask-type", "--context-parallel-kernels"])
 def test_unknown_choice_is_refused_by_the_parser(parser, flag, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args([flag, "unknown"])
@@ -102,6 +111,7 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--use-cp-send-recv-overlap",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
+        "--context-parallel-kernels",
     ]
 
 
@@ -412,7 +422,7 @@ def test_flags_of_a_cluster_script_are_harmless_on_one_rank(parser, validation, 
 def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation, monkeypatch, rank, sentences):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(arguments, "kernel_notes", lambda config: [])
+    monkeypatch.setattr(arguments, "kernel_notes", lambda args, config: [])
     args = parser.parse_args([*CP4, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -421,12 +431,33 @@ def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation
     assert all(" has no effect with --context-parallel-algo ulysses_cp_algo" in str(one.message) for one in said)
 
 
-def test_an_accelerator_without_a_kernel_of_its_own_is_said(monkeypatch):
-    config = ContextParallelConfig(context_parallel_size=2)
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: "cuda")
-    assert kernel_notes(config) == [
-        "attention on cuda runs the reference kernel: exact, but slow, and it holds all scores of a block."
-    ]
-    assert kernel_notes(ContextParallelConfig()) == []
+LAYER = [*CP4, "--hidden-size", "512", "--bf16"]
+
+
+def test_an_accelerator_without_a_kernel_of_its_own_is_said(parser, monkeypatch):
+    monkeypatch.setattr("mindspeed_cp.patches.arguments.KERNELS", KERNELS.only(["cpu_flash", "reference"]))
+    args = parser.parse_args(LAYER)
+    for note in (notes := kernel_notes(args, config_from_arguments(args))):
+        assert note.startswith(
+            "attention runs the reference kernel, which is exact, but slow, and holds all scores of a block"
+        )
+        assert "not cpu_flash: runs on the CPU, not on cuda" in note
+    assert len(notes) == 2, "a causal block and a full one"
     monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
-    assert kernel_notes(config) == []
+    args.distributed_backend = "gloo"
+    assert kernel_notes(args, config_from_arguments(args)) == []
+
+
+def test_no_note_about_a_kernel_that_the_user_named_or_on_one_rank(parser):
+    args = parser.parse_args([*LAYER, "--context-parallel-kernels", "reference"])
+    assert kernel_notes(args, config_from_arguments(args)) == []
+    args = parser.parse_args([*MODEL, "--hidden-size", "512"])
+    assert kernel_notes(args, config_from_arguments(args)) == []
+
+
+def test_named_kernels_that_cannot_compute_the_model_are_refused_with_their_reasons(parser):
+    args = parser.parse_args([*LAYER, "--context-parallel-kernels", "cpu_flash"])
+    refusal = refusal_of(config_from_arguments, args)
+    assert refusal.startswith("--context-parallel-kernels cpu_flash: no attention kernel can compute BlockCase(")
+    assert "\n  not cpu_flash: runs on the CPU, not on cuda\n" in refusal
+    assert refusal.endswith("Name another kernel as well, or leave the flag out.")
