@@ -56,7 +56,7 @@ def report() -> str:
         f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"device       {device}",
         f"kernels      {', '.join(KERNELS.names)}",
-        f"for example  {KERNELS.explain(case)}",
+        f"example      {KERNELS.explain(case)}",
     ]
     try:
         from mindspeed_cp import megatron_adaptor

@@ -49,6 +49,17 @@ class BlockCase(NamedTuple):
     value_head_size: int
     compute_capability: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        """The case in words, for messages."""
+        mask = {MaskKind.NONE: "unmasked", MaskKind.TRIANGLE: "causal", MaskKind.ARBITRARY: "masked"}[self.mask]
+        sizes = str(self.head_size) + (f" (values {self.value_head_size})" * (self.head_size != self.value_head_size))
+        capability = "" if self.compute_capability is None else " {}.{}".format(*self.compute_capability)
+        return (
+            f"{mask} attention of {self.num_queries} queries over {self.num_keys} keys, {self.num_heads}:"
+            f"{self.num_kv_heads} heads of {sizes}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.device_type}{capability}"
+        )
+
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> "BlockCase":
         """The case of these tensors. Raises ValueError when they do not fit together."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_cp.kernels import KERNELS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -139,7 +141,7 @@ def test_adaptor_says_which_megatron_to_install(endings, version):
 def test_report_without_fit_megatron_says_so(endings, version):
     status, out, err = endings[version]["report"]
     assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["mindspeed_cp", "device", "kernels", "patches"]
+    assert _headings(out) == ["mindspeed_cp", "device", "kernels", "example", "patches"]
     assert out.splitlines()[-1] == f"patches      none: {UNFIT[version]}"
 
 
@@ -239,8 +241,24 @@ def test_report_lists_every_patch_with_target_reason_and_state(script_run):
 @needs_megatron
 def test_report_names_versions_device_and_kernels(script_run):
     done, _ = script_run
-    report = done.stdout.partition("== report\n")[2].splitlines()
-    assert [line.split()[0] for line in report[:4]] == ["mindspeed_cp", "device", "kernels", "megatron"]
+    report = done.stdout.partition("== report\n")[2]
+    assert _headings(report)[:5] == ["mindspeed_cp", "device", "kernels", "example", "megatron"]
+
+
+@needs_megatron
+def test_report_says_which_kernel_would_be_chosen_and_why_not_each_before_it(script_run):
+    done, _ = script_run
+    example = done.stdout.partition("\nexample ")[2].partition("\nmegatron")[0].splitlines()
+    assert "cpu_flash computes causal attention of 4096 queries over 4096 keys" in example[0]
+    names = KERNELS.names
+    assert [line.split(":")[0] for line in example[1:]] == [
+        f"  not {name}" for name in names[: names.index("cpu_flash")]
+    ]
+
+
+def _headings(report: str) -> list[str]:
+    """First words of the lines that are not indented."""
+    return [line.split()[0] for line in report.splitlines() if line and not line.startswith(" ")]
 
 
 def test_patches_cannot_be_imported_by_another_name():

@@ -458,6 +458,8 @@ def test_no_note_about_a_kernel_that_the_user_named_or_on_one_rank(parser):
 def test_named_kernels_that_cannot_compute_the_model_are_refused_with_their_reasons(parser):
     args = parser.parse_args([*LAYER, "--context-parallel-kernels", "cpu_flash"])
     refusal = refusal_of(config_from_arguments, args)
-    assert refusal.startswith("--context-parallel-kernels cpu_flash: no attention kernel can compute BlockCase(")
+    assert refusal.startswith(
+        "--context-parallel-kernels cpu_flash: no attention kernel can compute causal attention of "
+    )
     assert "\n  not cpu_flash: runs on the CPU, not on cuda\n" in refusal
     assert refusal.endswith("Name another kernel as well, or leave the flag out.")

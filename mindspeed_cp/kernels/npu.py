@@ -1,0 +1,139 @@
+"""Flash attention on Ascend NPUs: torch_npu's fused attention and its gradient.
+
+Shapes: B batch, N query heads, G key/value heads, S queries, T keys, D key head size, V value head size.
+
+Note [NPU statistics]
+    The operator gives each row's largest score and the sum of exp(score - largest), in fp32 and eight times over:
+    [B, N, S, 8]. Both enter its gradient only as exp(score - largest) / sum, so that (lse, 1) says the same of a row as
+    (largest, sum), and says it of a row over all the keys of a ring just as well. Rows that see no key have sentinels
+    there: largest is the lowest fp32 number, and their lse would be finite; and the gradient, which fills masked scores
+    with that number, would find them all visible. They are therefore told apart here: lse is -inf after the forward
+    pass, and 0 before the backward, where exp(lowest - 0) is 0.
+
+Sources: the operators' documentation and tests in Ascend/op-plugin, CANN's ops-transformer; MindSpeed and ms-swift call
+them likewise. Tested against an emulator of what is documented, not on hardware.
+"""
+
+import functools
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
+from mindspeed_cp.layout import MaskKind
+
+_REPEATS = 8
+_DEAD_BELOW = -1e38  # Sentinels are the lowest fp32 number, -3.4e38, whether or not the operator looked for dead rows.
+_COMPRESSED_SIZE = 2048
+_ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
+"""Sparse modes: what a mask means."""
+_HANDLE_DEAD_ROWS = 2
+"""The inner_precise that computes rows that see no key as such."""
+_LARGEST_HEAD, _MOST_HEADS = 512, 256
+
+
+class NpuKernel:
+    """`torch_npu.npu_fusion_attention` and its gradient, on SBH or BNSD tensors, whichever needs no copy."""
+
+    name = "npu"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        reasons = []
+        if case.device_type != "npu":
+            reasons.append(f"runs on the NPU, not on {case.device_type}")
+        if find_spec("torch_npu") is None:
+            reasons.append("torch_npu is not installed")
+        if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            reasons.append(f"takes no {case.dtype}")
+        if case.value_head_size > case.head_size:
+            reasons.append(f"needs values no wider than keys, not {case.value_head_size} over {case.head_size}")
+        if case.head_size > _LARGEST_HEAD:
+            reasons.append(f"takes head sizes up to {_LARGEST_HEAD}, not {case.head_size}")
+        if case.num_heads > _MOST_HEADS:
+            reasons.append(f"takes up to {_MOST_HEADS} heads, not {case.num_heads}")
+        return reasons
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        import torch_npu
+
+        layout = _Layout.of(q, k, v)
+        out, largest, total, *_ = torch_npu.npu_fusion_attention(
+            *(layout.pack(x) for x in (q, k, v)), q.size(1), layout.name, scale=scale, **_mask_options(mask, q)
+        )
+        out = layout.unpack(out, q.size(1))
+        largest, total = largest[..., 0], total[..., 0]
+        dead = largest <= _DEAD_BELOW
+        lse = (largest + total.log()).masked_fill(dead, -torch.inf)
+        # Only a mask tensor can have dead rows.
+        return BlockOutput(out.masked_fill(dead.unsqueeze(-1), 0.0) if mask.visible is not None else out, lse)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        import torch_npu
+
+        layout = _Layout.of(q, k, v)
+        lse = output.lse.float()
+        lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1).expand(*lse.shape, _REPEATS).contiguous()
+        # Its length has grown over the releases: dq, dk and dv come first in all of them.
+        dq, dk, dv = torch_npu.npu_fusion_attention_grad(
+            *(layout.pack(x) for x in (q, k, v, dout)),
+            q.size(1),
+            layout.name,
+            softmax_max=lse,
+            softmax_sum=torch.ones_like(lse),
+            attention_in=layout.pack(output.out),
+            scale_value=scale,
+            **_mask_options(mask, q),
+        )[:3]
+        return BlockGradients(*(layout.unpack(x, like.size(1)) for x, like in ((dq, q), (dk, k), (dv, v))))
+
+
+class _Layout(NamedTuple):
+    """The order in which the operator gets tensors: SBH [S, B, N * D] or BNSD."""
+
+    name: str
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "_Layout":
+        """BNSD where all of them lie in memory like that, else SBH, which is Megatron's own order."""
+        return cls("BNSD" if all(x.is_contiguous() for x in tensors) else "SBH")
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, N, S, D] for the operator; a view where the tensor lies in memory in this order."""
+        return x.contiguous() if self.name == "BNSD" else x.permute(2, 0, 1, 3).contiguous().flatten(2)
+
+    def unpack(self, x: Tensor, num_heads: int) -> Tensor:
+        """What `pack` gives, as [B, N, S, D] again."""
+        return x if self.name == "BNSD" else x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)
+
+
+def _mask_options(mask: BlockMask, q: Tensor) -> dict[str, Any]:
+    """Arguments that say the mask: for the operator True is masked."""
+    if mask.kind is MaskKind.NONE:
+        return {"sparse_mode": _ALL_VISIBLE}
+    if mask.visible is None:
+        return {"sparse_mode": _LEFT_UP_CAUSAL, "atten_mask": _compressed_mask(q.device)}
+    masked = ~mask.visible
+    if masked.dim() == 4 and masked.size(1) > 1:
+        masked = masked.expand(q.size(0), -1, -1, -1)  # It takes no mask of all heads for a batch in common.
+    return {"sparse_mode": _ANY_MASK, "atten_mask": masked.contiguous(), "inner_precise": _HANDLE_DEAD_ROWS}
+
+
+@functools.cache
+def _compressed_mask(device: torch.device) -> Tensor:
+    """The triangle that stands for a causal mask of any size."""
+    size = (_COMPRESSED_SIZE, _COMPRESSED_SIZE)
+    return torch.ones(size, dtype=torch.bool, device=device).triu(diagonal=1)
