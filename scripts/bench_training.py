@@ -1,0 +1,216 @@
+"""Tokens per second and peak memory of Megatron training at growing sequence length, for each way of holding it.
+
+    python scripts/bench_training.py --tokens 1024 2048 4096 8192 --memory-gib 1 --plot training.png
+
+Trains a small GPT on random tokens, on this machine's CPU ranks over gloo, with CP 1, CP 1 with full recomputation, and
+every algorithm on `--ranks` ranks. Each run is a fresh set of processes. Time is the median of the iterations after the
+first. Memory is the largest resident size of any rank, less that of a run with hardly a token, which is Python, torch
+and Megatron: what is left grows with the sequence. A configuration that exceeds `--memory-gib` is not tried on longer
+sequences.
+
+All ranks share this machine's cores, so that more ranks are not faster; what a network costs is measured by
+bench_attention.py. CP 1 is Megatron's own local attention, which holds all scores.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+MODEL_FLAGS = shlex.split("""
+    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
+    --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer
+    --vocab-size 257 --mock-data --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --micro-batch-size 1
+    --global-batch-size 1 --lr 1e-3 --lr-decay-style constant --log-interval 1 --distributed-backend gloo
+    --num-workers 0
+""")
+RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+RING = ("--context-parallel-algo", "megatron_cp_algo")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A way to train. flags: for so many ranks."""
+
+    name: str
+    ranks: int
+    flags: tuple[str, ...]
+
+
+def configurations(ranks: int) -> list[Configuration]:
+    """All that are compared: CP 1, and each algorithm on `ranks` ranks, which are even."""
+    half = str(ranks // 2)
+    parallel = {
+        "Ulysses": (),
+        "ring": RING,
+        "ring, overlap": (*RING, "--use-cp-send-recv-overlap"),
+        "double ring": (*RING, "--cp-window-size", half),
+        "hybrid": ("--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", half),
+    }
+    size = ("--context-parallel-size", str(ranks))
+    return [
+        Configuration("CP 1", 1, ()),
+        Configuration("CP 1, full recomputation", 1, RECOMPUTE),
+        *(Configuration(f"{name}, CP {ranks}", ranks, (*size, *flags)) for name, flags in parallel.items()),
+    ]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run. tokens: length of the sequence. peak_mib: resident size of the largest rank, all of it."""
+
+    configuration: str
+    tokens: int
+    seconds_per_iteration: float
+    peak_mib: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the sequence over the time of an iteration."""
+        return self.tokens / self.seconds_per_iteration
+
+
+def seconds_in(log: str) -> float:
+    """Median time of an iteration in a log's text, the first left out. Raises ValueError where there is no other."""
+    milliseconds = [float(match) for match in ELAPSED.findall(log)][1:]
+    if not milliseconds:
+        raise ValueError("the log has no second iteration")
+    return statistics.median(milliseconds) / 1000
+
+
+def train(configuration: Configuration, tokens: int, model: list[str], iterations: int) -> Measurement:
+    """Train on sequences of `tokens`. Raises RuntimeError with the end of the log where the training fails."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(configuration.ranks),
+    ]
+    length = ["--seq-length", str(tokens), "--max-position-embeddings", str(tokens), "--train-iters", str(iterations)]
+    command = [*launch, str(REPOSITORY / "scripts" / "pretrain_gpt.py"), *MODEL_FLAGS, *model, *length]
+    command += configuration.flags
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"} | dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        # The usage of a process that has ended is the largest of its own and that of the ranks it has waited for.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        text = log.read()
+    if process.returncode:
+        raise RuntimeError(f"{configuration.name} with {tokens} tokens failed:\n{text[-3000:]}")
+    return Measurement(configuration.name, tokens, seconds_in(text), usage.ru_maxrss / 1024)
+
+
+def longest_that_fit(measurements: Iterable[Measurement], baseline_mib: dict[str, float], mib: float) -> dict[str, int]:
+    """The longest sequence of each configuration whose memory above the baseline is at most `mib`; 0 where none is."""
+    longest: dict[str, int] = {}
+    for one in measurements:
+        fits = one.peak_mib - baseline_mib[one.configuration] <= mib
+        longest[one.configuration] = max(longest.get(one.configuration, 0), one.tokens if fits else 0)
+    return longest
+
+
+def table(measurements: list[Measurement], baseline_mib: dict[str, float], mib: float) -> str:
+    """The measurements in Markdown: a row for each configuration, a column for each length."""
+    lengths = sorted({one.tokens for one in measurements})
+    longest = longest_that_fit(measurements, baseline_mib, mib)
+    rows = [
+        ["", *(f"{length} tokens" for length in lengths), f"longest in {mib:.0f} MiB"],
+        ["---"] * (len(lengths) + 2),
+    ]
+    for name in dict.fromkeys(one.configuration for one in measurements):
+        found = {one.tokens: one for one in measurements if one.configuration == name}
+        cells = [
+            f"{found[length].tokens_per_second:.0f} tokens/s, {found[length].peak_mib - baseline_mib[name]:.0f} MiB"
+            if length in found
+            else "-"
+            for length in lengths
+        ]
+        rows.append([name, *cells, str(longest[name])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(measurements: list[Measurement], baseline_mib: dict[str, float], mib: float, image: Path) -> None:
+    """Draw memory and speed over the length of the sequence into one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (memory, speed) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for name in dict.fromkeys(one.configuration for one in measurements):
+        found = [one for one in measurements if one.configuration == name]
+        lengths = [one.tokens for one in found]
+        memory.loglog(lengths, [max(one.peak_mib - baseline_mib[name], 1) for one in found], marker="o", label=name)
+        speed.loglog(lengths, [one.tokens_per_second for one in found], marker="o", label=name)
+    memory.axhline(mib, color="gray", linestyle="--", linewidth=1)
+    memory.set_ylabel("MiB of the largest rank above its start")
+    speed.set_ylabel("tokens per second")
+    for axes in (memory, speed):
+        axes.set_xlabel("tokens of a sequence")
+        axes.grid(alpha=0.3, which="both")
+    memory.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(image, dpi=120)
+
+
+def main() -> None:
+    """Read the command line, train, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="lengths of a sequence")
+    parser.add_argument("--ranks", type=int, default=4, help="context-parallel size, even and above 2 (4)")
+    parser.add_argument("--memory-gib", type=float, default=1.0, help="memory of a rank above its start (1)")
+    parser.add_argument("--iterations", type=int, default=4, help="of each run, the first of which is not counted (4)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the configurations to measure (all)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="file to append a line for each measurement to")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    args = parser.parse_args()
+    if args.ranks < 4 or args.ranks % 2:
+        parser.error(f"--ranks {args.ranks} is not even and above 2; use 4.")
+    if bad := [tokens for tokens in args.tokens if tokens % (2 * args.ranks)]:
+        parser.error(f"--tokens {bad[0]} is not a multiple of 2 * --ranks = {2 * args.ranks}.")
+
+    model = ["--num-layers", str(args.layers), "--hidden-size", str(args.hidden_size)]
+    model += ["--num-attention-heads", str(args.heads)]
+    limit_mib, measurements, baseline_mib = args.memory_gib * 1024, [], {}
+    for configuration in configurations(args.ranks):
+        if args.only and configuration.name not in args.only:
+            continue
+        print(f"{configuration.name}: memory at the start", file=sys.stderr, flush=True)
+        baseline_mib[configuration.name] = train(configuration, 4 * args.ranks, model, iterations=2).peak_mib
+        for tokens in sorted(args.tokens):
+            one = train(configuration, tokens, model, args.iterations)
+            above = one.peak_mib - baseline_mib[configuration.name]
+            line = f"{configuration.name}, {tokens} tokens: {one.tokens_per_second:.0f} tokens/s, {above:.0f} MiB"
+            print(line, file=sys.stderr, flush=True)
+            measurements.append(one)
+            if args.json:
+                with args.json.open("a") as lines:
+                    lines.write(json.dumps(asdict(one) | {"mib_above_start": above}) + "\n")
+            if above > limit_mib:
+                break
+    print(table(measurements, baseline_mib, limit_mib))
+    if args.plot:
+        plot(measurements, baseline_mib, limit_mib, args.plot)
+
+
+if __name__ == "__main__":
+    main()
