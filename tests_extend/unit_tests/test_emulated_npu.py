@@ -138,6 +138,7 @@ DRAWN = {
     "mode 0, own mask within a window": Drawn("##... ###.. .#.#.", {"pre_tockens": 1, "next_tockens": 1}, mask=True),
     "mode 0, dead rows": Drawn("#..#. ..... ####.", {"inner_precise": 2}, mask=True),
     "mode 0, dead rows of a window": Drawn("..... #.... ##...", {"next_tockens": -1}, mask=True),
+    "mode 0, dead row behind a window": Drawn("## ## .# ..", {"pre_tockens": 1}, mask=True),
     "mode 1, own mask": Drawn("#..#. .##.. ####.", {"sparse_mode": 1}, mask=True),
     "mode 1, window ignored": Drawn("....# .##..", {"sparse_mode": 1, "next_tockens": 0}, mask=True),
     "mode 1, dead rows": Drawn("..... #..#.", {"sparse_mode": 1, "inner_precise": 2}, mask=True),
@@ -151,6 +152,7 @@ DRAWN = {
     "mode 4, before the own": Drawn(".... #... ##.. .##.", compressed(4, pre_tockens=2, next_tockens=-1)),
     "mode 4, behind the own": Drawn(".##. ..## ...# ....", compressed(4, pre_tockens=-1, next_tockens=2)),
     "mode 5": Drawn("###.. ###.. ####. #####", {"sparse_mode": 5, "prefix": [3]}, mask=True),
+    "mode 5, dead row": Drawn("... #.. ##. ###", {"sparse_mode": 5, "prefix": [0]}, mask=True),
     "mode 6": Drawn("###.. ###.. ####. #####", compressed(6, prefix=[3])),
     "mode 6, dead row": Drawn("... #.. ##. ###", compressed(6, prefix=[0])),
 }
@@ -236,6 +238,30 @@ def test_results_have_the_dtype_of_query_and_statistics_are_fp32(dtype):
     torch.testing.assert_close(out.double(), dense(tensors).out, rtol=0, atol=2e-2)
 
 
+class Attention(torch.autograd.Function):
+    """The way in which the ops are to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        results = attend(q, k, v)
+        ctx.save_for_backward(q, k, v, *results)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *results = ctx.saved_tensors
+        return gradients((q, k, v, dout), *results)
+
+
+def test_autograd_function_may_call_the_ops_on_tensors_that_want_gradients():
+    tensors = inputs()
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    Attention.apply(*leaves).backward(tensors.dout)
+    exact = dense(tensors)
+    for name, leaf in zip(("dq", "dk", "dv"), leaves, strict=True):
+        assert_near(getattr(exact, name), leaf.grad)
+
+
 # Packed sequences (layout TND).
 
 QUERIES, KEYS = [3, 0, 5, 1], [4, 2, 5, 3]
@@ -306,10 +332,9 @@ def test_packed_sequences_are_dense_attention_of_each(softmax_layout, name):
     assert softmax_max.shape == softmax_sum.shape == (sum(QUERIES), HEADS, 8)
     lse = packed_statistics(softmax_max, softmax_layout) + packed_statistics(softmax_sum, softmax_layout).log()
     assert_near(torch.cat([each.lse[0].t() for each in exact]), lse)
-    for name, actual in zip(
-        ("dq", "dk", "dv"), gradients(memory, out, softmax_max, softmax_sum, "TND", **settings), strict=True
-    ):
-        assert_near(pack([getattr(each, name) for each in exact]), actual)
+    actual = gradients(memory, out, softmax_max, softmax_sum, "TND", **settings)
+    for gradient, packed in zip(("dq", "dk", "dv"), actual, strict=True):
+        assert_near(pack([getattr(each, gradient) for each in exact]), packed)
 
 
 def test_packed_statistics_read_as_their_shape_says_are_wrong_by_default():
@@ -650,6 +675,13 @@ REFUSED = [
     (batched_call, {"prefix": [3, 3]}, "prefix [3, 3] with sparse_mode 0: it belongs to 5 and 6"),
     (batched_call, compressed(6), "prefix None with sparse_mode 6"),
     (batched_call, compressed(6, prefix=[3]), "expected one for each of up to 32 sequences"),
+    (
+        batched_call,
+        {name: ones(33, *shape) for name, shape in (("query", (4, 5, 8)), ("key", (2, 7, 8)), ("value", (2, 7, 8)))}
+        | compressed(6, prefix=[3] * 33),
+        "up to 32 sequences",
+    ),
+    (batched_call, {"query": ones(2, 4, 9, 8)} | compressed(6, prefix=[-1, 3]), "prefix -1 is not in 0 to 7"),
     (batched_call, compressed(6, prefix=[3, 8]), "prefix 8 is not in 2 to 7"),
     (batched_call, compressed(6, prefix=[1, 3]), "prefix 1 is not in 2 to 7"),
     (
@@ -713,10 +745,9 @@ def test_forward_refuses_rows_behind_the_last_sequence():
         torch.ops.npu.npu_fusion_attention(**arguments)
 
 
-@pytest.mark.parametrize("change", ["dropout_mask"])
-def test_forward_refuses_a_dropout_mask(change):
+def test_forward_refuses_a_dropout_mask():
     with pytest.raises(RuntimeError, match="dropout_mask is not emulated"):
-        torch.ops.npu.npu_fusion_attention(**batched_call(), **{change: ones(1)})
+        torch.ops.npu.npu_fusion_attention(**batched_call(), dropout_mask=ones(1))
 
 
 def one_copy_differs(x: Tensor) -> Tensor:
@@ -781,11 +812,16 @@ REFUSED_BY_UPDATE = [
     ("SBH", {"prev_attn_out": ones(5, 2, 8).double(), "cur_attn_out": ones(5, 2, 8).double()}, "fp16, bf16 or fp32"),
     ("SBH", {"cur_softmax_sum": ones(2, 4, 5, 8).half()}, "must be fp32"),
     ("SBH", {"cur_softmax_sum": ones(2, 4, 5, 1).expand(2, 4, 5, 8)}, "must be contiguous"),
+    *[
+        (layout, {f"{part}_softmax_{kind}": ones(8) for part in ("prev", "cur") for kind in ("max", "sum")}, message)
+        for layout, message in (("SBH", "must be 4-D for SBH: (8,)"), ("TND", "must be 3-D for TND: (8,)"))
+    ],
     ("SBH", {"cur_softmax_sum": ones(2, 4, 6, 8)}, "softmax_max and softmax_sum differ in shape"),
     ("SBH", {"prev_attn_out": ones(5, 2, 6), "cur_attn_out": ones(5, 2, 6)}, "expected [S, B, H] and [B, N, S, 8]"),
     ("SBH", {"prev_attn_out": ones(2, 5, 8), "cur_attn_out": ones(2, 5, 8)}, "expected [S, B, H] and [B, N, S, 8]"),
     ("TND", {"prev_attn_out": ones(4, 5, 64), "cur_attn_out": ones(4, 5, 64)}, "expected [T, N, D] and [T, N, 8]"),
     ("TND", {"prev_attn_out": ones(5, 4, 32), "cur_attn_out": ones(5, 4, 32)}, "head size 32: in TND a multiple of 64"),
+    ("TND", {"prev_attn_out": ones(5, 4, 832), "cur_attn_out": ones(5, 4, 832)}, "multiple of 64 up to 768"),
     ("TND", {"actual_seq_qlen": None}, "layout TND needs actual_seq_qlen"),
     ("TND", {"actual_seq_qlen": torch.tensor([0, 2, 5], dtype=torch.int32)}, "an int64 tensor"),
     ("TND", {"actual_seq_qlen": torch.tensor([2, 5])}, "actual_seq_qlen [2, 5] must run from 0 to 5 here"),

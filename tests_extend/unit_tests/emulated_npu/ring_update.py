@@ -62,6 +62,8 @@ def _checked_rows(call: SimpleNamespace, outs: tuple[Tensor, ...], statistics: t
     require(all(x.dtype == torch.float32 for x in statistics), "softmax_max and softmax_sum must be fp32")
     require(all(x.is_contiguous() for x in statistics), "softmax_max and softmax_sum must be contiguous")
     require(len(set(shapes[2:])) == 1, f"softmax_max and softmax_sum differ in shape: {shapes[2:]}")
+    rank = 4 if layout == "SBH" else 3
+    require(statistics[0].dim() == rank, f"softmax_max and softmax_sum must be {rank}-D for {layout}: {shapes[2]}")
     out, num_heads = outs[0], statistics[0].size(1)
     if layout == "SBH":
         fits = shapes[2] == (out.size(1), num_heads, out.size(0), COPIES) and out.size(2) % num_heads == 0
