@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.local import check_shards, default_scale
 from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
 from mindspeed_cp.attention.transit import GradientsHome, Ring, travel
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, choose_kernel
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, add_, choose_kernel
 from mindspeed_cp.layout import BlockWork, MaskKind
 
 
@@ -103,7 +103,7 @@ class _Ring(torch.autograd.Function):
                 output = BlockOutput(out[:, :, rows], lse[:, :, rows], state)
                 kernel = choose_kernel(BlockCase.of(*block, mask), ring.kernels)
                 grads = kernel.backward(dout[:, :, rows], *block, output, mask, ctx.scale)
-                dq[:, :, rows] += grads.dq
+                add_(dq[:, :, rows], grads.dq)
             homing.bring(step, grads.dk, grads.dv)
         dk, dv = homing.finish()
         return None, dq.to(q.dtype), dk, dv, None, None

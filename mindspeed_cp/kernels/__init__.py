@@ -1,7 +1,8 @@
-"""Block attention kernels: exact attention of one block of queries over one block of keys, on each device."""
+"""Kernels on each device: exact attention of one block of queries over one block of keys, and the merging of blocks."""
 
 from mindspeed_cp.kernels.bnsd import BnsdKernel
-from mindspeed_cp.kernels.choose import KERNELS, choose_kernel
+from mindspeed_cp.kernels.choose import KERNELS, MERGE_KERNELS, choose_kernel, choose_merge_kernel
+from mindspeed_cp.kernels.merge import MergeKernel, add_
 from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
@@ -13,6 +14,7 @@ from mindspeed_cp.layout import MaskKind
 
 __all__ = [
     "KERNELS",
+    "MERGE_KERNELS",
     "BlockCase",
     "BlockGradients",
     "BlockKernel",
@@ -20,5 +22,8 @@ __all__ = [
     "BlockOutput",
     "BnsdKernel",
     "MaskKind",
+    "MergeKernel",
+    "add_",
     "choose_kernel",
+    "choose_merge_kernel",
 ]
