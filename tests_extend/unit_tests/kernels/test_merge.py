@@ -71,8 +71,8 @@ def test_merge_passes_a_nan_on_in_its_row_alone(where):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_merge_makes_no_tensor_larger_than_a_piece(dtype):
-    out, lse = torch.zeros(2, 4, 1024, 128), torch.zeros(2, 4, 1024)
-    block = BlockOutput(torch.ones(2, 4, 1024, 128, dtype=dtype), torch.zeros(2, 4, 1024))
+    out, lse = torch.zeros(2, 4, 2048, 128), torch.zeros(2, 4, 2048)
+    block = BlockOutput(torch.ones(2, 4, 2048, 128, dtype=dtype), torch.zeros(2, 4, 2048))
     assert 0 < largest_temporary(TorchMerge().merge_, out, lse, block) <= 4 * merge._PIECE < 4 * out.numel()
 
 
@@ -94,12 +94,12 @@ def test_add_gives_the_sum_rounded_once_and_changes_nothing_else(monkeypatch, dt
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_add_makes_no_tensor_larger_than_a_piece(dtype):
-    total, partial = torch.zeros(2, 4, 1024, 128), torch.ones(2, 4, 1024, 128, dtype=dtype)
+    total, partial = torch.zeros(2, 4, 2048, 128), torch.ones(2, 4, 2048, 128, dtype=dtype)
     assert largest_temporary(add_, total, partial) <= 4 * merge._PIECE < 4 * total.numel()
 
 
 def test_that_check_sees_the_cast_of_the_whole():
-    total, partial = torch.zeros(2, 4, 1024, 128), torch.ones(2, 4, 1024, 128, dtype=torch.bfloat16)
+    total, partial = torch.zeros(2, 4, 2048, 128), torch.ones(2, 4, 2048, 128, dtype=torch.bfloat16)
     assert largest_temporary(total.add_, partial) == 4 * total.numel()
 
 
