@@ -50,12 +50,7 @@ class TritonMerge:
             reasons.append(f"runs on CUDA, not on {device_type}")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             reasons.append(f"merges bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}")
-        if find_spec("triton") is None:
-            reasons.append("triton is not installed")
-        # Triton builds what launches its kernels when the first one is launched.
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            reasons.append("triton needs a C compiler: gcc, clang, or what CC names")
-        return reasons
+        return [*reasons, *missing()]
 
     def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
         """See MergeKernel.merge_."""
@@ -73,6 +68,18 @@ class TritonMerge:
             merge_tile()[(batch * num_heads * tiles,)](
                 *tensors, num_heads, num_queries, head_size, tiles, *strides, queries, values
             )
+
+
+@cache
+def missing() -> tuple[str, ...]:
+    """What this machine lacks for Triton; looked for once, as every layer asks."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    # Triton builds what launches its kernels when the first one is launched.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        reasons.append("triton needs a C compiler: gcc, clang, or what CC names")
+    return tuple(reasons)
 
 
 @cache

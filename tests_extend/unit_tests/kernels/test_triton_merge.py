@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels import BlockOutput, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
 from rank_pool import RankPool
@@ -178,19 +178,27 @@ def test_kernel_compiles_and_reads_16_bytes_at_a_time_and_all_before_it_writes(
     ],
 )
 def test_triton_merge_refuses_with_every_reason(monkeypatch, device_type, dtype, reasons):
-    monkeypatch.setattr("mindspeed_cp.kernels.triton_merge.find_spec", lambda name: name)
-    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(triton_merge, "missing", lambda: ())
     assert TritonMerge().unsupported_reasons(device_type, dtype) == reasons
+    monkeypatch.setattr(triton_merge, "missing", lambda: ("triton is not installed",))
+    assert TritonMerge().unsupported_reasons(device_type, dtype) == [*reasons, "triton is not installed"]
 
 
-def test_triton_merge_refuses_where_triton_finds_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr("mindspeed_cp.kernels.triton_merge.find_spec", lambda name: name)
+@pytest.mark.parametrize("compiler", ["gcc", "clang", "CC"])
+def test_triton_and_a_compiler_are_what_may_be_missing(monkeypatch, tmp_path, compiler):
+    missing = triton_merge.missing.__wrapped__
+    monkeypatch.setattr(triton_merge, "find_spec", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    reason = "triton needs a C compiler: gcc, clang, or what CC names"
-    assert TritonMerge().unsupported_reasons("cuda", torch.bfloat16) == [reason]
-    (tmp_path / "gcc").touch(mode=0o755)
-    assert TritonMerge().unsupported_reasons("cuda", torch.bfloat16) == []
+    no_compiler = "triton needs a C compiler: gcc, clang, or what CC names"
+    assert missing() == ("triton is not installed", no_compiler)
+    monkeypatch.setattr(triton_merge, "find_spec", lambda name: name)
+    assert missing() == (no_compiler,)
+    if compiler == "CC":
+        monkeypatch.setenv("CC", "cc")
+    else:
+        (tmp_path / compiler).touch(mode=0o755)
+    assert missing() == ()
 
 
 WITHOUT_TRITON = """
