@@ -1,20 +1,10 @@
-"""Merging partial attention results over disjoint keys.
+"""The attention of some queries over more and more keys, block by block; Note [Merge] in kernels/merge.py says how."""
 
-Shapes: B batch, N query heads, S query tokens, V value head size.
-
-Note [Merge]
-    Attention over keys A and keys B, each with its log-sum-exp, is exactly attention over both:
-
-        lse = log(exp(lse_A) + exp(lse_B))          out = exp(lse_A - lse) * out_A + exp(lse_B - lse) * out_B
-
-    A row that has seen no key yet has lse = -inf and out = 0. Where both are such, lse stays -inf, and the differences
-    would be NaN: they are taken against 0 instead, and both factors are exp(-inf) = 0.
-    Sources: FlashAttention arXiv:2205.14135; Ring Attention arXiv:2310.01889; zhuzilin/ring-flash-attention#34.
-"""
+from collections.abc import Sequence
 
 import torch
 
-from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, choose_merge_kernel
 
 
 class MergedOutput:
@@ -23,20 +13,15 @@ class MergedOutput:
     The blocks may come in any order; the first has to be of all queries.
     """
 
-    def __init__(self, first: BlockOutput) -> None:
+    def __init__(self, first: BlockOutput, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> None:
         dtype = accumulator_dtype(first.out.dtype)
         self._out = first.out.to(dtype, copy=True)
         self._lse = first.lse.to(dtype, copy=True)
+        self._kernel = choose_merge_kernel(first.out.device.type, first.out.dtype, kernels)
 
     def merge(self, block: BlockOutput, queries: slice) -> None:
-        """Add the attention of `queries` over the keys of one more block, see Note [Merge]."""
-        out, lse = self._out[:, :, queries], self._lse[:, :, queries]
-        merged = torch.logaddexp(lse, block.lse)
-        anchor = merged.masked_fill(merged == -torch.inf, 0.0)
-        out.mul_(torch.exp(lse - anchor).unsqueeze(-1)).addcmul_(
-            block.out.to(out.dtype), torch.exp(block.lse - anchor).unsqueeze(-1)
-        )
-        lse.copy_(merged)
+        """Add the attention of `queries` over the keys of one more block."""
+        self._kernel.merge_(self._out[:, :, queries], self._lse[:, :, queries], block)
 
     def result(self, dtype: torch.dtype) -> BlockOutput:
         """Output in `dtype`, rounded once, and log-sum-exp."""

@@ -8,6 +8,7 @@ SequenceLayout.work. What travels meanwhile is in transit.py. This module only f
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,16 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.local import check_shards, default_scale
 from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
 from mindspeed_cp.attention.transit import GradientsHome, Ring, travel
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import (
+    KERNELS,
+    MERGE_KERNELS,
+    BlockCase,
+    BlockMask,
+    BlockOutput,
+    KernelRegistry,
+    MergeKernel,
+    add_,
+)
 from mindspeed_cp.layout import BlockWork, MaskKind
 
 
@@ -27,10 +37,12 @@ from mindspeed_cp.layout import BlockWork, MaskKind
 class RingAttention(Ring):
     """Attention whose keys and values are spread over the ranks of a ring.
 
-    kernels: what to choose from for each block.
+    kernels: what to choose from for each block. merge_kernels: what to choose from for merging them, the preferred
+    first.
     """
 
     kernels: KernelRegistry = KERNELS
+    merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
@@ -72,7 +84,7 @@ class _Ring(torch.autograd.Function):
                 mask = ring.mask(work, owner, visible)
                 output = ring.kernels.choose(BlockCase.of(*block, mask)).forward(*block, mask, scale)
                 if merged is None:
-                    merged = MergedOutput(output)
+                    merged = MergedOutput(output, ring.merge_kernels)
                 else:
                     merged.merge(output, work.queries)
             states.append(output.state)
@@ -102,7 +114,7 @@ class _Ring(torch.autograd.Function):
                 output = BlockOutput(out[:, :, rows], lse[:, :, rows], state)
                 kernel = ring.kernels.choose(BlockCase.of(*block, mask))
                 grads = kernel.backward(dout[:, :, rows], *block, output, mask, ctx.scale)
-                dq[:, :, rows] += grads.dq
+                add_(dq[:, :, rows], grads.dq)
             homing.bring(step, grads.dk, grads.dv)
         dk, dv = homing.finish()
         return None, dq.to(q.dtype), dk, dv, None, None

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from mindspeed_cp.attention.merge import accumulator_dtype
 from mindspeed_cp.comm import Communicator, Transfer
+from mindspeed_cp.kernels import add_
 from mindspeed_cp.layout import BlockWork, SequenceLayout
 from mindspeed_cp.schedule import Hop, RingSchedule, Step
 
@@ -259,7 +260,7 @@ class GradientsHome:
 
     def _add(self, total: Tensor, keys: slice, dk: Tensor, dv: Tensor) -> None:
         for summed, partial in zip(self._format.unpack(total), (dk, dv), strict=True):
-            summed[:, :, keys] += partial
+            add_(summed[:, :, keys], partial)
 
     def add_message(self, total: Tensor, keys: slice, message: Tensor) -> None:
         """Add to the sum `total` what has arrived for its `keys`."""

@@ -1,6 +1,7 @@
-"""Block attention kernels: exact attention of one block of queries over one block of keys, on each device."""
+"""Kernels on each device: exact attention of one block of queries over one block of keys, and the merging of blocks."""
 
-from mindspeed_cp.kernels.choose import KERNELS, KernelRegistry
+from mindspeed_cp.kernels.choose import KERNELS, MERGE_KERNELS, KernelRegistry, choose_merge_kernel
+from mindspeed_cp.kernels.merge import MergeKernel, add_
 from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
@@ -12,6 +13,7 @@ from mindspeed_cp.layout import MaskKind
 
 __all__ = [
     "KERNELS",
+    "MERGE_KERNELS",
     "BlockCase",
     "BlockGradients",
     "BlockKernel",
@@ -19,4 +21,7 @@ __all__ = [
     "BlockOutput",
     "KernelRegistry",
     "MaskKind",
+    "MergeKernel",
+    "add_",
+    "choose_merge_kernel",
 ]

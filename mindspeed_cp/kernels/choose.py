@@ -1,15 +1,25 @@
 """The choice of a kernel: the first, in order of preference, that can compute the case at hand."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
 
 from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
+from mindspeed_cp.kernels.merge import MergeKernel, TorchMerge
+from mindspeed_cp.kernels.npu_merge import NpuMerge
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
+from mindspeed_cp.kernels.triton_merge import TritonMerge
+
+MERGE_KERNELS: tuple[MergeKernel, ...] = (TritonMerge(), NpuMerge(), TorchMerge())
+"""All kernels that merge, the preferred first."""
 
 _LOGGER = logging.getLogger(__name__)
+_Kernel = TypeVar("_Kernel", BlockKernel, MergeKernel)
 
 
 @dataclass(frozen=True)
@@ -36,22 +46,18 @@ class KernelRegistry:
         Raises NotImplementedError with every kernel's reasons when none can.
         """
         if case not in self._chosen:
-            able = [kernel for kernel in self._in_order(case) if not kernel.unsupported_reasons(case)]
-            if not able:
+            kernel, _ = self._first_able(case)
+            if kernel is None:
                 raise NotImplementedError(self.explain(case))
             _LOGGER.info(self.explain(case))
-            self._chosen[case] = able[0]
+            self._chosen[case] = kernel
         return self._chosen[case]
 
     def explain(self, case: BlockCase) -> str:
         """Which kernel computes `case`, and why not each that is preferred to it; every refusal where none does."""
-        refusals: list[str] = []
-        for kernel in self._in_order(case):
-            reasons = kernel.unsupported_reasons(case)
-            if not reasons:
-                return "\n".join([f"{kernel.name} computes {case}", *refusals])
-            refusals.append(f"  not {kernel.name}: {'; '.join(reasons)}")
-        return "\n".join([f"no attention kernel can compute {case}", *refusals])
+        kernel, refusals = self._first_able(case)
+        answer = f"no attention kernel can compute {case}" if kernel is None else f"{kernel.name} computes {case}"
+        return "\n".join([answer, *refusals])
 
     def only(self, names: Iterable[str]) -> "KernelRegistry":
         """The kernels of these names, in this order on every device. Raises ValueError for one that is not there."""
@@ -66,9 +72,38 @@ class KernelRegistry:
         """The same kernels, each handed contiguous BNSD tensors."""
         return KernelRegistry(tuple(BnsdKernel(kernel) for kernel in self.kernels), self.first_on)
 
-    def _in_order(self, case: BlockCase) -> list[BlockKernel]:
+    def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
         first = self.first_on.get(case.compute_capability[0], ()) if case.compute_capability else ()
-        return sorted(self.kernels, key=lambda kernel: first.index(kernel.name) if kernel.name in first else len(first))
+        order = sorted(
+            self.kernels, key=lambda kernel: first.index(kernel.name) if kernel.name in first else len(first)
+        )
+        return _first_able(order, lambda kernel: kernel.unsupported_reasons(case))
+
+
+def choose_merge_kernel(
+    device_type: str, dtype: torch.dtype, kernels: Sequence[MergeKernel] = MERGE_KERNELS
+) -> MergeKernel:
+    """The first of `kernels` that can merge blocks of this dtype on this device.
+
+    Raises NotImplementedError with every kernel's reasons when none can.
+    """
+    kernel, refusals = _first_able(kernels, lambda kernel: kernel.unsupported_reasons(device_type, dtype))
+    if kernel is None:
+        raise NotImplementedError("\n".join([f"no kernel can merge blocks of {dtype} on {device_type}", *refusals]))
+    return kernel
+
+
+def _first_able(
+    kernels: Sequence[_Kernel], reasons_of: Callable[[_Kernel], list[str]]
+) -> tuple[_Kernel | None, list[str]]:
+    """The first kernel without a reason against it, and a line for each one before it."""
+    refusals: list[str] = []
+    for kernel in kernels:
+        reasons = reasons_of(kernel)
+        if not reasons:
+            return kernel, refusals
+        refusals.append(f"  not {kernel.name}: {'; '.join(reasons)}")
+    return None, refusals
 
 
 KERNELS = KernelRegistry((CpuFlashKernel(), ReferenceKernel()))

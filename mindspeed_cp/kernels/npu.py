@@ -15,6 +15,7 @@ them likewise. Tested against an emulator of what is documented, not on hardware
 """
 
 import functools
+import sys
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
 from mindspeed_cp.layout import MaskKind
 
-_REPEATS = 8
-_DEAD_BELOW = -1e38  # Sentinels are the lowest fp32 number, -3.4e38, whether or not the operator looked for dead rows.
+DEAD_BELOW = -1e38
+"""A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of dead rows."""
+
 _COMPRESSED_SIZE = 2048
 _ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
 """Sparse modes: what a mask means."""
@@ -41,11 +43,9 @@ class NpuKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = []
         if case.device_type != "npu":
-            reasons.append(f"runs on the NPU, not on {case.device_type}")
-        if find_spec("torch_npu") is None:
-            reasons.append("torch_npu is not installed")
+            return [f"runs on the NPU, not on {case.device_type}"]
+        reasons = missing("npu_fusion_attention")
         if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             reasons.append(f"takes no {case.dtype}")
         if case.value_head_size > case.head_size:
@@ -66,7 +66,7 @@ class NpuKernel:
         )
         out = layout.unpack(out, q.size(1))
         largest, total = largest[..., 0], total[..., 0]
-        dead = largest <= _DEAD_BELOW
+        dead = largest <= DEAD_BELOW
         lse = (largest + total.log()).masked_fill(dead, -torch.inf)
         # Only a mask tensor can have dead rows.
         return BlockOutput(out.masked_fill(dead.unsqueeze(-1), 0.0) if mask.visible is not None else out, lse)
@@ -86,7 +86,7 @@ class NpuKernel:
 
         layout = _Layout.of(q, k, v)
         lse = output.lse.float()
-        lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1).expand(*lse.shape, _REPEATS).contiguous()
+        lse = eightfold(lse.masked_fill(lse == -torch.inf, 0.0))
         # Its length has grown over the releases: dq, dk and dv come first in all of them.
         dq, dk, dv = torch_npu.npu_fusion_attention_grad(
             *(layout.pack(x) for x in (q, k, v, dout)),
@@ -99,6 +99,20 @@ class NpuKernel:
             **_mask_options(mask, q),
         )[:3]
         return BlockGradients(*(layout.unpack(x, like.size(1)) for x, like in ((dq, q), (dk, k), (dv, v))))
+
+
+def missing(operator: str) -> list[str]:
+    """Why torch_npu's `operator` cannot be had; empty where it can."""
+    if "torch_npu" not in sys.modules and find_spec("torch_npu") is None:
+        return ["torch_npu is not installed"]
+    import torch_npu
+
+    return [] if hasattr(torch_npu, operator) else [f"this build of torch_npu has no {operator}"]
+
+
+def eightfold(statistic: Tensor) -> Tensor:
+    """[B, N, S] as the operators take it: [B, N, S, 8]."""
+    return statistic.unsqueeze(-1).expand(*statistic.shape, 8).contiguous()
 
 
 class _Layout(NamedTuple):
