@@ -26,7 +26,7 @@ from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, 
 from mindspeed_cp.layout import MaskKind
 
 DEAD_BELOW = -1e38
-"""A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of dead rows."""
+"""A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of such."""
 
 _COMPRESSED_SIZE = 2048
 _ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
