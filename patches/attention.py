@@ -1,6 +1,7 @@
 """Megatron's attention layers: with context parallelism above 1 they compute what `mindspeed_cp.attention` computes.
 
-Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, G K/V heads of it, D head size.
+Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, G K/V heads of it, D head size,
+V head size of the values (D but in latent attention).
 """
 
 import copy
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention import Attention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -38,7 +40,8 @@ def _class_patches(plugin: Plugin, target: str, needs: tuple[str, ...] = ()) -> 
             kind="wrap",
             function=functools.partial(_wrap_init, plugin),
             parameters=("config", "attn_mask_type", "attention_type", "attention_dropout", "softmax_scale"),
-            why="The local class refuses context parallelism; TransformerEngine's needs an NVIDIA GPU for it.",
+            why="The local class refuses context parallelism and the two head sizes of latent attention; "
+            "TransformerEngine's needs an NVIDIA GPU.",
             remove_when="Megatron's layer specs take the class of the core attention as an option.",
             needs=needs,
         ),
@@ -68,10 +71,10 @@ class LayerAttention:
     uses_mask: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Attention of this rank's tokens over those of all ranks, [S, B, N * D].
+        """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
 
-        query: [S, B, N, D]; key, value: [S, B, G, D]; attention_mask: [B or 1, 1, S, T] bool, True where masked (as
-        Megatron has it), with T the tokens of all ranks.
+        query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, 1, S, T] bool, True where
+        masked (as Megatron has it), with T the tokens of all ranks.
         """
         if query.size(0) != key.size(0):
             raise NotImplementedError(
@@ -87,15 +90,20 @@ class LayerAttention:
 def _wrap_init(plugin: Plugin, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        head_sizes = take_head_sizes(original, kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
         config = named["config"]
-        if config.context_parallel_size == 1:
+        if config.context_parallel_size == 1 and head_sizes is None:
             original(self, *args, **kwargs)
             return
-        layer_attention = _build_layer_attention(plugin, named)
-        # Megatron's own constructor sets everything else; it is shown a copy of the configuration without CP.
+        # Megatron's own constructor sets everything else; it is shown a copy of the configuration that it can honour.
         named["config"] = copy.copy(config)
-        named["config"].context_parallel_size = 1
+        if head_sizes is not None:
+            head_sizes.fit(named)
+        layer_attention = None
+        if config.context_parallel_size > 1:
+            layer_attention = _build_layer_attention(plugin, named)
+            named["config"].context_parallel_size = 1
         original(**named)
         self.config = config
         self.context_parallel_attention = layer_attention
@@ -137,11 +145,12 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         tensor_model_parallel_size=layer_config.tensor_model_parallel_size,
     )
     _check_layer(named, config)
+    head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
     return LayerAttention(
         attention=build_attention(config, groups),
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
-        scale=1.0 / math.sqrt(layer_config.kv_channels) if scale is None else scale,
+        scale=1.0 / math.sqrt(head_size) if scale is None else scale,
         uses_mask=config.attention_mask_type == "general",
     )
 

@@ -38,7 +38,7 @@ _REFUSALS = (
         "softmax sinks are not available yet",
         "use vanilla",
     ),
-    _Refusal("multi_latent_attention", _is_set, "latent attention is not available yet", "leave it out"),
+    _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, "it has an attention of its own", "leave it out"),
     _Refusal("qk_clip", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),

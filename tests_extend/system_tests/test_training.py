@@ -12,6 +12,12 @@ MOE = (
     "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather "
     "--moe-router-load-balancing-type none"
 )
+LATENT_WITHOUT_LOW_RANK_QUERIES = (
+    "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 12"
+)
+LATENT = f"{LATENT_WITHOUT_LOW_RANK_QUERIES} --q-lora-rank 24"
+YARN = f"{LATENT} --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1"
+RECOMPUTE_LATENT = f"{LATENT} --recompute-granularity selective --recompute-modules mla_up_proj"
 
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
@@ -41,6 +47,8 @@ QUICK = [
     (RECOMPUTE, 1, 2, ULYSSES),
     (GQA, 1, 4, RING),
     (MOE, 1, 2, RING),
+    (YARN, 1, 2, RING),
+    (YARN, 1, 4, hybrid(2)),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
 ]
@@ -52,6 +60,21 @@ SLOW = [
     (GQA, 1, 4, ULYSSES),
     (MOE, 1, 2, ULYSSES),
     ("--attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
+    (YARN, 1, 2, ULYSSES),
+    (YARN, 1, 4, ULYSSES),
+    (YARN, 1, 4, f"{RING} {OVERLAP}"),
+    (YARN, 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (YARN, 1, 8, f"{hybrid(2, window=2)} {OVERLAP}"),
+    (f"{LATENT} --rope-type rope --qk-layernorm", 1, 4, hybrid(2)),
+    (LATENT_WITHOUT_LOW_RANK_QUERIES, 1, 4, hybrid(2)),
+    (f"{LATENT} {TENSOR_PARALLEL}", 2, 2, RING),
+    (f"{LATENT} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
+    (f"{LATENT} {TENSOR_PARALLEL} --sequence-parallel", 2, 4, hybrid(2)),
+    (f"{LATENT} {PIPELINE_PARALLEL}", 2, 2, ULYSSES),
+    (RECOMPUTE_LATENT, 1, 2, RING),
+    (RECOMPUTE_LATENT, 1, 4, hybrid(2)),
+    (f"{LATENT} {MOE}", 1, 2, RING),
+    (f"{LATENT} --attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
     ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
     ("", 1, 8, ULYSSES),
     ("", 1, 8, f"{double_ring(2)} {OVERLAP}"),
@@ -112,22 +135,40 @@ def test_training_refuses_in_one_line(training, flags, message):
     assert message in training.refusal(2, flags)
 
 
-def test_a_checkpoint_resumes_with_another_algorithm_and_size(training, tmp_path):
+CHANGED_ALGORITHM = (
+    (8, 4, f"--context-parallel-size 4 {ULYSSES}"),
+    (14, 2, f"--context-parallel-size 2 {RING}"),
+    (20, 1, ""),
+)
+# Only after a resume do runs with and without tensor parallelism have the same weights.
+CHANGED_TENSOR_PARALLELISM = (
+    (8, 1, ""),
+    (14, 2, TENSOR_PARALLEL),
+    (20, 4, f"{TENSOR_PARALLEL} --sequence-parallel --context-parallel-size 2 {RING}"),
+)
+# Padded to 384 on one tensor-parallel rank and on two.
+SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
+
+
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [
+        pytest.param("", CHANGED_ALGORITHM, id="another algorithm and size"),
+        pytest.param(f"{LATENT} {SAME_VOCABULARY}", CHANGED_TENSOR_PARALLELISM, id="latent attention, TP and CP"),
+    ],
+)
+def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model, stages):
     pieces = {}
-    for last, ranks, flags in (
-        (8, 4, f"--context-parallel-size 4 {ULYSSES}"),
-        (14, 2, f"--context-parallel-size 2 {RING}"),
-        (20, 1, ""),
-    ):
+    for last, ranks, flags in stages:
         checkpoint = f"--save {tmp_path} --load {tmp_path} --save-interval 1000 --exit-interval {last}"
-        losses = training.losses(ranks, f"{flags} {checkpoint}")
+        losses = training.losses(ranks, f"{model} {flags} {checkpoint}")
         first, second = sorted(losses)[:2]
         if first > 1:
             # After a resume Megatron logs the mean of the first two iterations at the second.
             losses[second] = 2 * losses[second] - losses[first]
         pieces |= losses
     assert list(pieces) == list(range(1, 21))
-    assert largest_difference(training.losses(1, ""), pieces) <= 1e-5
+    assert largest_difference(training.losses(1, model), pieces) <= 1e-5
 
 
 def test_a_layer_of_megatron_core_attends_alike_and_its_groups_are_gone_with_megatrons(training):

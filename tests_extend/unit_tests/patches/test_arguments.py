@@ -182,10 +182,7 @@ REFUSED_FLAGS = [
     (["--window-size", "128,0"], "--window-size (128, 0): sliding windows are not available yet; leave it out."),
     (["--softmax-type", "off-by-one"], "--softmax-type off-by-one: softmax sinks are not available yet; use vanilla."),
     (["--softmax-type", "learnable"], "--softmax-type learnable: softmax sinks are not available yet; use vanilla."),
-    (
-        ["--multi-latent-attention"],
-        "--multi-latent-attention: latent attention is not available yet; leave it out.",
-    ),
+    (["--cache-mla-latents"], "--cache-mla-latents: inference is not available; leave it out."),
     (
         ["--experimental-attention-variant", "dsa"],
         "--experimental-attention-variant dsa: it has an attention of its own; leave it out.",

@@ -65,6 +65,15 @@ def test_layer_attends_as_dense_attention_with_megatrons_shapes_and_mask(uses_ma
     assert out.is_contiguous()
 
 
+def test_layer_takes_expanded_keys_and_values_of_another_head_size():
+    q, k, _ = tensors()
+    one_head, values = k[:, :, :1], torch.randn(2, 6, 2, 5, generator=torch.Generator().manual_seed(2)).double()
+    out = layer().forward(q, one_head.expand(-1, -1, 2, -1), values.transpose(0, 1), None)
+    dense = [x.permute(1, 2, 0, 3) for x in (q, one_head.repeat(1, 1, 2, 1), values.transpose(0, 1).contiguous())]
+    exact = dense_attention(*dense, torch.zeros(2, 4, 6, 5).double(), visible=causal_mask(6), scale=0.3).out
+    torch.testing.assert_close(out, exact.permute(2, 0, 1, 3).flatten(2), rtol=0, atol=1e-12)
+
+
 def test_layer_without_context_parallelism_is_megatrons_own():
     assert Layer(None).forward(*tensors(), None) == "Megatron's own"
 
