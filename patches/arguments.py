@@ -164,7 +164,9 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     device = accelerator() or "cpu"
     heads_over = args.tensor_model_parallel_size * config.ulysses_size
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
+    head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
+    if args.multi_latent_attention:
+        head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     tokens = args.seq_length // config.topology.ring_size
     masks = {"causal": (MaskKind.TRIANGLE, MaskKind.NONE), "general": (MaskKind.NONE, MaskKind.ARBITRARY)}
     return [
@@ -177,7 +179,7 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
             num_queries=tokens,
             num_keys=tokens,
             head_size=head_size,
-            value_head_size=head_size,
+            value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
         )
         for mask in masks[config.attention_mask_type]

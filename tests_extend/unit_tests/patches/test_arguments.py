@@ -445,6 +445,12 @@ def test_an_accelerator_without_a_kernel_of_its_own_is_said(parser, monkeypatch)
     assert kernel_notes(args, config_from_arguments(args)) == []
 
 
+def test_latent_attention_is_asked_about_with_its_own_head_sizes(parser):
+    latent = ["--multi-latent-attention", "--qk-head-dim", "16", "--qk-pos-emb-head-dim", "8", "--v-head-dim", "12"]
+    args = parser.parse_args([*LAYER, *latent, "--context-parallel-kernels", "cpu_flash"])
+    assert " heads of 24 (values 12), bfloat16, cuda 8.0" in refusal_of(config_from_arguments, args)
+
+
 def test_no_note_about_a_kernel_that_the_user_named_or_on_one_rank(parser):
     args = parser.parse_args([*LAYER, "--context-parallel-kernels", "reference"])
     assert kernel_notes(args, config_from_arguments(args)) == []
