@@ -391,10 +391,10 @@ def draw(rows: Sequence[Row], title: str, image: Path) -> None:
         panel.set_xscale("log", base=2)
         sizes = sorted({row.case.tokens for row in rows})
         panel.set_xticks(sizes, [str(size) for size in sizes])
-        panel.set_ylim(bottom=0)
         panel.set_title(phase.replace("_", " "))
         panel.set_xlabel("tokens a rank")
         panel.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)  # Of both, after the last line: it ends the scaling to what is drawn.
     panels[0].set_ylabel("percent of one dense call")
     panels[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(title)
@@ -427,6 +427,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG to draw percent of dense into")
     args = parser.parse_args(argv)
 
+    here = accelerator() or "cpu"
+    if args.device not in (here, "cpu"):
+        parser.error(f"--device {args.device} is not on this machine; use {here}.")
     for name, default in (ON_CPU if args.device == "cpu" else ON_GPU).items():
         if getattr(args, name) is None:
             setattr(args, name, default)

@@ -172,6 +172,20 @@ def test_peak_memory_is_what_a_pass_holds_above_its_inputs(monkeypatch):
     assert "| 1.50 GiB |" in printed and "not measured" not in printed
 
 
+def test_picture_shows_every_point_of_both_phases(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    row = measure(CASE, KERNELS, least_s=0.001)
+    slow, fast = Comparison(1.0, {0: 1.0}, 0.5), Comparison(1.0, {0: 1.0}, 3.0)
+    rows = [replace(row, forward=slow, forward_and_backward=fast)]
+    rows.append(replace(rows[0], case=replace(CASE, tokens=16), forward_and_backward=slow))
+    bench_one_gpu.draw(rows, "title", tmp_path / "bench.png")
+    for panel, percents in zip(drawn[0].axes, ([50, 50], [300, 50]), strict=True):
+        assert [list(each) for each in panel.lines[0].get_data()] == [[8, 16], percents]
+        assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 300
+
+
 def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--seconds", "0.001", "--tokens", "8", "16"]
     command += ["--ranks", "2", "--heads", "2:1", "--head-size", "8", "--dtype", "float32", "--kernels", "all"]
@@ -219,6 +233,13 @@ def test_kernel_that_cannot_compute_a_case_is_left_out_with_its_reason(monkeypat
     assert bench_one_gpu.main(small) == 0
     printed = capsys.readouterr().out
     assert "cpu_flash computes" in printed and "not refusing: computes nothing" in printed
+
+
+def test_device_that_is_not_here_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench_one_gpu, "accelerator", lambda: None)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--device", "cuda"])
+    assert "--device cuda is not on this machine; use cpu." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
