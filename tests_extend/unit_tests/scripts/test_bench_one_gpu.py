@@ -187,6 +187,7 @@ def test_picture_shows_every_point_of_both_phases(monkeypatch, tmp_path):
 
 
 def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--seconds", "0.001", "--tokens", "8", "16"]
     command += ["--ranks", "2", "--heads", "2:1", "--head-size", "8", "--dtype", "float32", "--kernels", "all"]
     command += ["--json", str(tmp_path / "sub" / "bench.jsonl"), "--plot", str(tmp_path / "sub" / "bench.png")]
