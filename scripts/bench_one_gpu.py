@@ -2,6 +2,7 @@
 
     python scripts/bench_one_gpu.py --json runs/bench.jsonl --plot runs/bench.png   # all of it, on the GPU that is here
     python scripts/bench_one_gpu.py --kernels all --tokens 8192 --ranks 8           # every kernel that can compute it
+    python scripts/bench_one_gpu.py --merge torch                                   # without the fused merge
     python scripts/bench_one_gpu.py --device cpu                                    # small sizes: a smoke test
 
 with mindspeed_cp installed, or PYTHONPATH=. in a checkout; pictures need matplotlib.
@@ -38,7 +39,7 @@ from mindspeed_cp.attention import Attention, LocalAttention, RingCommunicators,
 from mindspeed_cp.attention.transit import BlockFormat
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry, MaskKind
+from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind, choose_merge_kernel
 
 FORWARD_AND_BACKWARD = 3.5
 """FLOPs of both passes over those of the forward: the backward has five matrix products, the forward two."""
@@ -140,11 +141,22 @@ class ImmediateCommunicator:
         """See Transfer.wait."""
 
 
-def ring_attention(case: RingCase, rank: int, kernels: KernelRegistry, stand_in: Tensor | None) -> Attention:
+@dataclass(frozen=True)
+class Kernels:
+    """What a ring is made of. merge: name of the kernel that merges its blocks."""
+
+    blocks: KernelRegistry
+    merge: str
+
+
+def ring_attention(case: RingCase, rank: int, kernels: Kernels, stand_in: Tensor | None) -> Attention:
     """The rank's attention, composed as a training layer composes it: here is said what it is made of."""
     communicator = ImmediateCommunicator(rank, case.num_ranks, stand_in)
     ring = RingCommunicators(inner=communicator, outer=communicator, gradients=communicator)
-    return compose_attention(case.config, rank=rank, ulysses=None, ring=ring, kernels=kernels)
+    merge_kernels = [kernel for kernel in MERGE_KERNELS if kernel.name == kernels.merge]
+    return compose_attention(
+        case.config, rank=rank, ulysses=None, ring=ring, kernels=kernels.blocks, merge_kernels=merge_kernels
+    )
 
 
 class Measured(NamedTuple):
@@ -193,12 +205,13 @@ class Comparison:
 class Row:
     """What was measured of one case.
 
-    kernels: names of those that computed the blocks. dense_kernel, dense_tokens: the call that it is held against.
+    kernels: names of those that computed the blocks. merge: of that which merged them. dense_kernel, dense_tokens: the call that it is held against.
     spread: the largest interquartile range of all its times, over the median.
     """
 
     case: RingCase
     kernels: tuple[str, ...]
+    merge: str
     dense_kernel: str
     dense_tokens: int
     forward: Comparison
@@ -225,22 +238,23 @@ class Row:
         }
 
 
-def measure(case: RingCase, kernels: KernelRegistry, least_s: float) -> Row:
+def measure(case: RingCase, kernels: Kernels, least_s: float) -> Row:
     """Time the case's first and last rank and the dense call, each for `least_s` seconds at least.
 
     Raises NotImplementedError where no kernel can compute it, torch.OutOfMemoryError where it does not fit.
     """
     ranks = (0, case.num_ranks - 1)
-    names = dict.fromkeys(kernels.choose(block).name for rank in ranks for block in case.blocks(rank))
+    names = dict.fromkeys(kernels.blocks.choose(block).name for rank in ranks for block in case.blocks(rank))
     ring = {rank: _measure_rank(case, rank, kernels, least_s) for rank in ranks}
     # The very kernel of the ring's triangles, whatever is preferred for longer sequences.
-    dense_kernel = kernels.choose(case.dense(case.tokens)).name
-    dense_tokens, dense = _measure_dense(case, kernels.only([dense_kernel]), least_s)
+    dense_kernel = kernels.blocks.choose(case.dense(case.tokens)).name
+    dense_tokens, dense = _measure_dense(case, kernels.blocks.only([dense_kernel]), least_s)
     flops = sum(forward_flops(block) for block in case.blocks(0))
     share = flops / forward_flops(case.dense(dense_tokens))
     return Row(
         case,
         tuple(names),
+        kernels.merge,
         dense_kernel,
         dense_tokens,
         Comparison(flops, {rank: each.forward_s for rank, each in ring.items()}, dense.forward_s * share),
@@ -253,7 +267,7 @@ def measure(case: RingCase, kernels: KernelRegistry, least_s: float) -> Row:
     )
 
 
-def _measure_rank(case: RingCase, rank: int, kernels: KernelRegistry, least_s: float) -> Measured:
+def _measure_rank(case: RingCase, rank: int, kernels: Kernels, least_s: float) -> Measured:
     q, k, v, dout = case.inputs(case.tokens)
     peak_bytes = _peak_bytes(_passes(ring_attention(case, rank, kernels, None), q, k, v, dout)[1], case.device)
     stand_in = torch.randn(BlockFormat.of(k, v).numel(case.tokens), dtype=case.dtype, device=case.device)
@@ -360,6 +374,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"| {case} | {phases[0]} | {phases[1]} | {memory} |")
     sizes = f"head size {rows[0].case.head_size}, {_name(rows[0].case.dtype)}, batch 1, causal"
     lines += ["", f"The slower of the first and the last rank of a zigzag ring; no communication. {sizes}."]
+    lines.append(f"Blocks are merged by {rows[0].merge}.")
     lines.append(f"Interquartile range of the times over their median: {max(row.spread for row in rows):.1%} at most.")
     if any(row.dense_is_whole_sequence for row in rows):
         lines.append("dense: the same kernel on the tokens of all ranks in one call, divided by the ranks.")
@@ -422,6 +437,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="measure each of these by itself, or `all`; else those that are chosen",
     )
+    parser.add_argument(
+        "--merge", choices=[kernel.name for kernel in MERGE_KERNELS], help="what merges blocks; else what is chosen"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each time is measured, at least")
     parser.add_argument("--json", type=Path, help="file to write a line for each case to")
     parser.add_argument("--plot", type=Path, help="PNG to draw percent of dense into")
@@ -451,6 +469,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--kernels: {error}")
     dtype = getattr(torch, args.dtype)
+    merge_kernels = [kernel for kernel in MERGE_KERNELS if args.merge in (None, kernel.name)]
+    try:
+        args.merge = choose_merge_kernel(args.device, dtype, merge_kernels).name
+    except NotImplementedError as error:
+        parser.error(f"--merge {args.merge}: {error}")
     args.cases = [
         RingCase(num_ranks, tokens, *each, args.head_size, dtype, args.device)
         for each, num_ranks, tokens in itertools.product(heads, args.ranks, args.tokens)
@@ -483,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, (case, (name, kernels)) in enumerate(runs, start=1):
         print(f"{number}/{len(runs)}  {case}, {name}", end="  ", file=sys.stderr, flush=True)
         try:
-            row = measure(case, kernels, args.seconds)
+            row = measure(case, Kernels(kernels, args.merge), args.seconds)
         except RuntimeError as error:  # No kernel for it, no memory, a kernel that fails: the others are worth having.
             left_out.append(f"{case}, {name}: {type(error).__name__}: {error}")
             print(f"left out: {type(error).__name__}", file=sys.stderr)

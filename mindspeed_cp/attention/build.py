@@ -1,5 +1,7 @@
 """One composed attention for a configuration: what runs inside what."""
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from mindspeed_cp.attention.local import Attention, LocalAttention
@@ -8,7 +10,7 @@ from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import KERNELS, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.schedule import RingSchedule
 
@@ -58,11 +60,12 @@ def compose_attention(
     ring: RingCommunicators | None,
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
+    merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
 ) -> Attention:
     """Attention over any kind of communicators, process groups or virtual ranks; see `build_attention`.
 
     rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
-    where that has one rank.
+    where that has one rank. merge_kernels: what to choose from for merging a ring's blocks, the preferred first.
     """
     topology, layout = config.topology, layout or config.layout
     if layout.size != topology.size:
@@ -82,6 +85,7 @@ def compose_attention(
             causal=causal,
             overlap=config.use_cp_send_recv_overlap,
             kernels=kernels,
+            merge_kernels=merge_kernels,
         )
     if ulysses is not None:
         attention = UlyssesAttention(

@@ -32,8 +32,10 @@ class KernelRegistry:
 
     kernels: tuple[BlockKernel, ...]
     first_on: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    # A ring asks again for every block of every layer.
-    _chosen: dict[BlockCase, BlockKernel] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # A ring asks again for every block of every layer. Some kernels refuse where torch is to be deterministic.
+    _chosen: dict[tuple[BlockCase, bool], BlockKernel] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,13 +47,14 @@ class KernelRegistry:
 
         Raises NotImplementedError with every kernel's reasons when none can.
         """
-        if case not in self._chosen:
+        key = (case, torch.are_deterministic_algorithms_enabled())
+        if key not in self._chosen:
             kernel, _ = self._first_able(case)
             if kernel is None:
                 raise NotImplementedError(self.explain(case))
             _LOGGER.info(self.explain(case))
-            self._chosen[case] = kernel
-        return self._chosen[case]
+            self._chosen[key] = kernel
+        return self._chosen[key]
 
     def explain(self, case: BlockCase) -> str:
         """Which kernel computes `case`, and why not each that is preferred to it; every refusal where none does."""

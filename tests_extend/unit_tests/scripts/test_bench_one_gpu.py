@@ -27,6 +27,7 @@ from scripts import bench_one_gpu
 from scripts.bench_one_gpu import (
     Comparison,
     ImmediateCommunicator,
+    Kernels,
     Measured,
     RingCase,
     forward_flops,
@@ -93,7 +94,7 @@ def test_each_rank_has_its_share_of_the_dense_flops(num_ranks):
 @pytest.mark.parametrize("rank", range(CASE.num_ranks))
 def test_a_single_rank_computes_all_its_blocks_forward_and_backward(rank):
     kernel = CountingKernel()
-    grads = attend(ring_attention(CASE, rank, KernelRegistry((kernel,)), torch.randn(10**4)), CASE)
+    grads = attend(ring_attention(CASE, rank, Kernels(KernelRegistry((kernel,)), "torch"), torch.randn(10**4)), CASE)
     by_size = sorted(CASE.blocks(rank), key=str)
     assert sorted(kernel.forward_cases, key=str) == sorted(kernel.backward_cases, key=str) == by_size
     assert len(by_size) == CASE.num_ranks
@@ -116,7 +117,7 @@ def test_steps_without_work_and_double_rings_are_driven_to_their_end(window, ran
 
 def test_received_keys_are_the_stand_in_itself():
     stand_in, kernel = torch.randn(10**4), CountingKernel()
-    attend(ring_attention(CASE, 0, KernelRegistry((kernel,)), stand_in), CASE)
+    attend(ring_attention(CASE, 0, Kernels(KernelRegistry((kernel,)), "torch"), stand_in), CASE)
     storages = [keys.untyped_storage().data_ptr() for keys in kernel.keys]
     assert storages[0] != stand_in.data_ptr()
     assert storages[1:] == [stand_in.data_ptr()] * (CASE.num_ranks - 1)
@@ -130,12 +131,12 @@ def test_slowest_rank_is_held_against_the_dense_call():
 def test_dense_call_of_the_same_flops_where_the_whole_sequence_does_not_fit():
     case = replace(CASE, tokens=128)
     kernel = CountingKernel(most=300)
-    row = measure(case, KernelRegistry((kernel,)), least_s=0.001)
+    row = measure(case, Kernels(KernelRegistry((kernel,)), "torch"), least_s=0.001)
     assert (row.dense_tokens, row.dense_is_whole_sequence) == (256, False)
     assert forward_flops(case.dense(256)) == row.forward.flops
     assert "*: that did not fit into memory" in bench_one_gpu.table([row])
     with pytest.raises(torch.OutOfMemoryError):
-        measure(case, KernelRegistry((CountingKernel(most=200),)), least_s=0.001)
+        measure(case, Kernels(KernelRegistry((CountingKernel(most=200),)), "torch"), least_s=0.001)
 
 
 def test_time_of_another_dense_call_counts_by_its_share_of_flops(monkeypatch):
@@ -149,7 +150,7 @@ def test_time_of_another_dense_call_counts_by_its_share_of_flops(monkeypatch):
 
     monkeypatch.setattr(bench_one_gpu, "_timed", timed)
     case = replace(CASE, num_ranks=2, tokens=256)
-    row = measure(case, KernelRegistry((CountingKernel(most=511),)), least_s=0.001)
+    row = measure(case, Kernels(KernelRegistry((CountingKernel(most=511),)), "torch"), least_s=0.001)
     assert row.dense_tokens == 384, "256 * sqrt(2) tokens, rounded up to whole tiles"
     assert (row.forward.ring_s, row.forward_and_backward.ring_s) == ({0: 1.0, 1: 2.0}, {0: 3.0, 1: 4.0})
     share = 2 * 256**2 / 384**2
@@ -166,7 +167,7 @@ def test_peak_memory_is_what_a_pass_holds_above_its_inputs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
     peak = bench_one_gpu._peak_bytes(run, "cuda")
-    row = measure(CASE, KERNELS, least_s=0.001)
+    row = measure(CASE, Kernels(KERNELS, "torch"), least_s=0.001)
     assert row.ring_peak_bytes is None
     printed = bench_one_gpu.table([replace(row, ring_peak_bytes=peak)])
     assert "| 1.50 GiB |" in printed and "not measured" not in printed
@@ -176,7 +177,7 @@ def test_picture_shows_every_point_of_both_phases(monkeypatch, tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    row = measure(CASE, KERNELS, least_s=0.001)
+    row = measure(CASE, Kernels(KERNELS, "torch"), least_s=0.001)
     slow, fast = Comparison(1.0, {0: 1.0}, 0.5), Comparison(1.0, {0: 1.0}, 3.0)
     rows = [replace(row, forward=slow, forward_and_backward=fast)]
     rows.append(replace(rows[0], case=replace(CASE, tokens=16), forward_and_backward=slow))
@@ -214,6 +215,7 @@ def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
     assert len({line.count("|") for line in lines}) == 1
     percent = records[-1]["forward_and_backward"]["percent_of_dense"]
     assert lines[-1].endswith(f"| {percent:.1f} | - |")
+    assert first["merge"] == "torch" and "Blocks are merged by torch." in done.stdout
     assert "CPU: a smoke test" in done.stdout and "Peak memory is not measured on a CPU." in done.stdout
     assert "reference computes causal attention of 8 queries over 8 keys" in done.stdout
     assert f"1/{2 * len(KERNELS.names)}  2 ranks, 8 tokens a rank" in done.stderr
@@ -250,11 +252,12 @@ def test_device_that_is_not_here_is_one_line(monkeypatch, capsys):
         (["--ranks", "1"], "--ranks 1: a ring has 2 ranks or more."),
         (["--heads", "8:3"], "--heads 8:3: query heads, a multiple of the key/value heads, like 32:8."),
         (["--heads", "8"], "--heads 8: query heads, a multiple of the key/value heads, like 32:8."),
-        (["--kernels", "cpu_flsh"], "--kernels: there is no attention kernel 'cpu_flsh'; there are cpu_flash"),
+        (["--kernels", "cpu_flsh"], "--kernels: there is no attention kernel 'cpu_flsh'; there are "),
+        (["--merge", "triton"], "  not triton: runs on CUDA, not on cpu"),
     ],
 )
 def test_wrong_input_is_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(["--device", "cpu", *flags])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in "\n".join(capsys.readouterr().err.splitlines()[-2:])
