@@ -1,4 +1,4 @@
-"""The operators that the kernels for NVIDIA GPUs call, on the CPU: torch's fused attention, flash_attn and its successor.
+"""The operators that the kernels for NVIDIA GPUs call, on the CPU: torch's fused attention, and FlashAttention 2 and 3.
 
 They take what the real ones take, give tensors of the same shapes, dtypes and strides, and refuse what those refuse, or
 would silently read wrongly. They compute in fp32 and round once; what a real one leaves undefined is NaN here. Sources:
@@ -129,7 +129,10 @@ def efficient_backward(
     require((logsumexp[:, :, queries:] == torch.inf).all(), "rows past the last query count with exp(score - lse)")
     check_backward(grad_out_, query, value, out, logsumexp[:, :, :queries].contiguous())
     check_aligned(out, "out")
-    require(out.stride(2) == out.size(1) * out.size(3), "out's stride from token to token is taken to be N * V")
+    require(
+        queries == 1 or out.stride(2) == out.size(1) * out.size(3),
+        "out's stride from token to token is taken to be N * V",
+    )
     require(philox_seed.dtype == philox_offset.dtype == torch.long, "the random state is not the forward pass's")
     require(dropout_p == 0 and list(grad_input_mask) == [True] * 3 + [False], "is called with other options")
     lse = logsumexp[:, :, :queries]
@@ -194,7 +197,8 @@ def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, causal):
     check_backward(dout, tensors[0], tensors[2], out, lse)
     check_aligned(dout, "dout")
     check_aligned(out, "out")
-    for gradient, x, result in zip((dq, dk, dv), (q, k, v), gradients(dout, *tensors, out, lse, causal, scale)):
+    results = gradients(dout, *tensors, out, lse, causal, scale)
+    for gradient, x, result in zip((dq, dk, dv), (q, k, v), results, strict=True):
         require(gradient.shape == x.shape and gradient.dtype == x.dtype, "dq, dk or dv has another shape or dtype")
         check_aligned(gradient, "dq, dk or dv")
         gradient.copy_(result.transpose(1, 2))
