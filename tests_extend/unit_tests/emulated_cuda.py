@@ -1,8 +1,8 @@
 """The operators that the kernels for NVIDIA GPUs call, on the CPU: torch's fused attention, and FlashAttention 2 and 3.
 
 They take what the real ones take, give tensors of the same shapes, dtypes and strides, and refuse what those refuse, or
-would silently read wrongly. They compute in fp32 and round once; what a real one leaves undefined is NaN here. Sources:
-those that kernels/cuda.py and kernels/flash_attn.py name. test_cuda.py holds shapes and dtypes against torch's own.
+would silently read wrongly. They compute in fp32 and round once. Sources: those that kernels/cuda.py and
+kernels/flash_attn.py name. test_cuda.py holds shapes and dtypes against torch's own.
 
 Shapes: B batch, N query heads, G key/value heads, S queries, T keys, D key head size, V value head size.
 """
@@ -263,11 +263,11 @@ def check_backward(dout: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor)
 
 
 def attend(q, k, v, causal, scale, bias=None) -> tuple[Tensor, Tensor]:
-    """Output in the dtype of q and log-sum-exp in fp32. NaN for rows that see nothing."""
+    """Output in the dtype of q and log-sum-exp in fp32."""
     scores = scores_of(q, k, causal, scale, bias)
-    out = scores.softmax(dim=-1) @ per_query_head(v, q)
     lse = scores.logsumexp(dim=-1)
-    return out.to(q.dtype), lse.masked_fill(lse == -torch.inf, torch.nan)
+    require((lse > -torch.inf).all(), "releases differ in what they give for rows that see nothing")
+    return (scores.softmax(dim=-1) @ per_query_head(v, q)).to(q.dtype), lse
 
 
 def gradients(dout, q, k, v, out, lse, causal, scale, bias=None) -> tuple[Tensor, Tensor, Tensor]:

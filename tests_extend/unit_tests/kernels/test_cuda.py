@@ -310,6 +310,7 @@ def on_emulator(kernel) -> KernelRegistry:
 RING, DOUBLE, HYBRID = CPTopology(inner=4), CPTopology(outer=2, inner=2), CPTopology(inner=2, ulysses=2)
 RINGS = [
     *((kernel, topology, dict(dtype=BF16)) for kernel in FLASH_KERNELS for topology in (RING, HYBRID)),
+    (CudaFlashKernel(), CPTopology(ulysses=2), dict(dtype=BF16)),
     (CudnnKernel(), RING, dict(dtype=BF16, tokens=256, value_head_size=8)),
     (CudnnKernel(), HYBRID, dict(dtype=BF16, tokens=256, mask="full", memory="SBND")),
     (EfficientKernel(), RING, dict(dtype=FP32)),

@@ -81,6 +81,7 @@ CASES = {
     "128 queries, 256 keys, gqa": Case(queries=128, keys=256, kv_heads=2),
     "mask [S, T]": Case(mask=ARBITRARY, visible=(40, 40)),
     "mask [S, T], S != T": Case(mask=ARBITRARY, keys=24, visible=(40, 24)),
+    "mask [S, T], odd lengths": Case(mask=ARBITRARY, queries=39, keys=37, visible=(39, 37)),
     "mask [1, 1, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 1, 40, 40)),
     "mask [B, 1, S, T]": Case(mask=ARBITRARY, visible=(2, 1, 40, 40)),
     "mask [1, N, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 4, 40, 40)),
@@ -135,6 +136,7 @@ REFUSALS = {
         **cudnn_refuses_lengths(1, 40),
         **cudnn_refuses_lengths(40, 72),
         **cudnn_refuses_lengths(40, 24),
+        **cudnn_refuses_lengths(39, 37),
         **cudnn_refuses_lengths(600, 600),
     },
     "cuda_efficient": {
