@@ -205,7 +205,8 @@ class Comparison:
 class Row:
     """What was measured of one case.
 
-    kernels: names of those that computed the blocks. merge: of that which merged them. dense_kernel, dense_tokens: the call that it is held against.
+    kernels: names of those that computed the blocks. merge: of that which merged them. dense_kernel, dense_tokens: the
+    call that it is held against.
     spread: the largest interquartile range of all its times, over the median.
     """
 

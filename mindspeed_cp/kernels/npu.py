@@ -47,7 +47,7 @@ class NpuKernel:
             return [f"runs on the NPU, not on {case.device_type}"]
         reasons = missing("npu_fusion_attention")
         if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            reasons.append(f"takes no {case.dtype}")
+            reasons.append(f"takes no {str(case.dtype).removeprefix('torch.')}")
         if case.value_head_size > case.head_size:
             reasons.append(f"needs values no wider than keys, not {case.value_head_size} over {case.head_size}")
         if case.head_size > _LARGEST_HEAD:

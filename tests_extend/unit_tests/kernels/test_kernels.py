@@ -1,5 +1,6 @@
 """Every block kernel against the dense oracle, what each refuses, and the choice between them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -7,9 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, BlockOutput, KernelRegistry, MaskKind
+from mindspeed_cp.kernels import (
+    KERNELS,
+    BlockCase,
+    BlockGradients,
+    BlockKernel,
+    BlockMask,
+    BlockOutput,
+    KernelRegistry,
+    MaskKind,
+)
+from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
+from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
+from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
+from mindspeed_cp.kernels.npu import NpuKernel
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
+from unit_tests.emulated_cuda import emulated_cuda
+from unit_tests.emulated_npu import fake_torch_npu
+from unit_tests.emulation import OnEmulator, running
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
@@ -17,7 +34,11 @@ NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One block. visible: shape of an arbitrary mask. memory: order of the dims in memory, outermost first."""
+    """One block.
+
+    visible: shape of an arbitrary mask. memory: order of the dims in memory, outermost first. offset: numbers that
+    lie before a tensor's first in its storage.
+    """
 
     batch: int = 2
     heads: int = 4
@@ -29,6 +50,7 @@ class Case:
     mask: MaskKind = NONE
     visible: tuple[int, ...] = ()
     memory: str = "BNSD"
+    offset: int = 0
     scale: float = 0.125
     dout: str = "random"
 
@@ -48,28 +70,111 @@ CASES = {
     "in memory as SBND": Case(mask=TRIANGLE, kv_heads=2, memory="SBND"),
     "in memory as BSND": Case(mask=TRIANGLE, kv_heads=2, memory="BSND"),
     "in memory as BNDS": Case(mask=TRIANGLE, kv_heads=2, memory="BNDS"),
+    "misaligned in memory": Case(mask=TRIANGLE, kv_heads=2, offset=1),
+    "odd head size": Case(mask=TRIANGLE, head_size=7, value_head_size=7),
+    "head size 320": Case(mask=TRIANGLE, head_size=320, value_head_size=320),
     "dout expanded": Case(mask=TRIANGLE, dout="expanded"),
+    "128 tokens": Case(queries=128, keys=128),
+    "128 tokens, causal, gqa": Case(queries=128, keys=128, mask=TRIANGLE, kv_heads=2),
+    "128 tokens, causal, mqa": Case(queries=128, keys=128, mask=TRIANGLE, kv_heads=1),
+    "128 tokens, causal, dout expanded": Case(queries=128, keys=128, mask=TRIANGLE, dout="expanded"),
+    "128 tokens, in memory as SBND": Case(queries=128, keys=128, mask=TRIANGLE, memory="SBND"),
+    "128 tokens, misaligned as BSND": Case(queries=128, keys=128, mask=TRIANGLE, memory="BSND", offset=1),
+    "128 tokens, value head size": Case(queries=128, keys=128, mask=TRIANGLE, head_size=128, value_head_size=32),
+    "128 queries, 256 keys, gqa": Case(queries=128, keys=256, kv_heads=2),
     "mask [S, T]": Case(mask=ARBITRARY, visible=(40, 40)),
     "mask [S, T], S != T": Case(mask=ARBITRARY, keys=24, visible=(40, 24)),
+    "mask [S, T], odd lengths": Case(mask=ARBITRARY, queries=39, keys=37, visible=(39, 37)),
     "mask [1, 1, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 1, 40, 40)),
     "mask [B, 1, S, T]": Case(mask=ARBITRARY, visible=(2, 1, 40, 40)),
     "mask [1, N, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 4, 40, 40)),
     "mask [B, N, S, T], mqa": Case(mask=ARBITRARY, kv_heads=1, visible=(2, 4, 40, 40), memory="SBND"),
 }
 
+HALF, UP_TO_FP32 = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.float64, *reversed(UP_TO_FP32))
+
+
+def masked(case: Case, dtype: torch.dtype) -> bool:
+    return case.mask is ARBITRARY
+
+
+def other_value_head_size(case: Case, dtype: torch.dtype) -> bool:
+    return case.value_head_size != case.head_size
+
+
+FUSED_REFUSALS = {
+    "takes bfloat16 and float16, not float32": lambda case, dtype: dtype is torch.float32,
+    "takes bfloat16 and float16, not float64": lambda case, dtype: dtype is torch.float64,
+    "takes no arbitrary mask": masked,
+    "takes head sizes that are multiples of 8, not 7": lambda case, dtype: case.head_size == 7 and dtype in HALF,
+    "takes head sizes that are multiples of 4, not 7": lambda case, dtype: case.head_size == 7 and dtype.itemsize == 4,
+    "takes head sizes that are multiples of 2, not 7": lambda case, dtype: case.head_size == 7 and dtype.itemsize == 8,
+}
+FLASH_REFUSALS = {
+    **FUSED_REFUSALS,
+    "needs one head size, not 64 for keys and 32 for values": lambda case, dtype: (
+        other_value_head_size(case, dtype) and case.head_size == 64
+    ),
+    "needs one head size, not 128 for keys and 32 for values": lambda case, dtype: (
+        other_value_head_size(case, dtype) and case.head_size == 128
+    ),
+    "takes head sizes up to 256, not 320": lambda case, dtype: case.head_size == 320,
+}
+
+
+def cudnn_refuses_lengths(queries: int, keys: int) -> dict:
+    reason = f"is used for multiples of 128 queries and keys only, not for {queries} and {keys}"
+    return {reason: lambda case, dtype: (case.queries, case.keys) == (queries, keys)}
+
+
 REFUSALS = {
+    "flash_attn": FLASH_REFUSALS,
+    "cuda_flash": FLASH_REFUSALS,
+    "flash_attn_3": FLASH_REFUSALS,
+    "cuda_cudnn": {
+        **FUSED_REFUSALS,
+        "takes head sizes up to 128, not 320": lambda case, dtype: case.head_size == 320,
+        **cudnn_refuses_lengths(40, 40),
+        **cudnn_refuses_lengths(1, 40),
+        **cudnn_refuses_lengths(40, 72),
+        **cudnn_refuses_lengths(40, 24),
+        **cudnn_refuses_lengths(39, 37),
+        **cudnn_refuses_lengths(600, 600),
+    },
+    "cuda_efficient": {
+        "takes float32 and float16 and bfloat16 here, not float64": lambda case, dtype: dtype is torch.float64,
+        **{reason: applies for reason, applies in FUSED_REFUSALS.items() if "multiples" in reason},
+    },
+    "npu": {"takes no float64": lambda case, dtype: dtype is torch.float64},
     "cpu_flash": {
-        "takes no arbitrary mask": lambda case: case.mask is ARBITRARY,
-        "needs one head size, not 64 for keys and 32 for values": lambda case: case.value_head_size == 32,
-        "takes no grouped queries before torch 2.13": lambda case: case.kv_heads < case.heads and TORCH < (2, 13),
+        "takes no arbitrary mask": masked,
+        **{reason: applies for reason, applies in FLASH_REFUSALS.items() if "one head size" in reason},
+        "takes no grouped queries before torch 2.13": lambda case, dtype: (
+            case.kv_heads < case.heads and TORCH < (2, 13)
+        ),
     },
     "reference": {},
 }
 """Of each kernel, the reasons it gives and the cases it gives them for. It computes all others."""
 
+EMULATED = (
+    OnEmulator(FlashAttnKernel(), emulated_cuda, "cuda", (8, 0)),
+    OnEmulator(CudaFlashKernel(), emulated_cuda, "cuda", (8, 0)),
+    OnEmulator(FlashAttn3Kernel(), emulated_cuda, "cuda", (9, 0)),
+    OnEmulator(CudnnKernel(), emulated_cuda, "cuda", (9, 0)),
+    OnEmulator(EfficientKernel(), emulated_cuda, "cuda", (8, 0)),
+    OnEmulator(NpuKernel(), fake_torch_npu, "npu"),
+    OnEmulator(BnsdKernel(NpuKernel()), fake_torch_npu, "npu"),
+)
+"""The kernels of devices that are not here: add yours, and what it refuses to REFUSALS."""
 
-def expected_reasons(name: str, case: Case) -> list[str]:
-    return [reason for reason, applies in REFUSALS[name].items() if applies(case)]
+HERE = (*KERNELS.only(["cpu_flash", "reference"]).kernels, *EMULATED)
+"""The kernels that can run on this CPU."""
+
+
+def expected_reasons(name: str, case: Case, dtype: torch.dtype) -> list[str]:
+    return [reason for reason, applies in REFUSALS[name].items() if applies(case, dtype)]
 
 
 def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,7 +183,10 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
     def normal(heads: int, tokens: int, head_size: int) -> Tensor:
         x = torch.randn(case.batch, heads, tokens, head_size, generator=generator, dtype=torch.float64).to(dtype)
         order = ["BNSD".index(dim) for dim in case.memory]
-        return x.permute(order).contiguous().permute(sorted(range(4), key=order.__getitem__))
+        x = x.permute(order)
+        storage = torch.empty(case.offset + x.numel(), dtype=dtype)
+        x = storage[case.offset :].view(x.shape).copy_(x)
+        return x.permute(sorted(range(4), key=order.__getitem__))
 
     q, dout = (normal(case.heads, case.queries, size) for size in (case.head_size, case.value_head_size))
     k, v = (normal(case.kv_heads, case.keys, size) for size in (case.head_size, case.value_head_size))
@@ -102,28 +210,44 @@ def dense(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> Result
     return dense_attention(*(x.to(dtype) for x in tensors), visible=visible, scale=case.scale)
 
 
-def computable(kernels: tuple = KERNELS.kernels) -> list:
-    """The pairs of kernel and case that this machine's kernels have to compute."""
+def computable() -> list:
+    """The kernels, cases and dtypes that have to be computed here."""
     return [
-        pytest.param(kernel, case, id=f"{kernel.name}: {name}")
-        for kernel in kernels
+        pytest.param(kernel, case, dtype, id=f"{kernel.name}: {name}, {str(dtype).removeprefix('torch.')}")
+        for kernel in HERE
         for name, case in CASES.items()
-        if not expected_reasons(kernel.name, case)
+        for dtype in DTYPES
+        if not expected_reasons(kernel.name, case, dtype)
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kernel", "case"), computable())
-def test_kernel_is_as_accurate_as_dense_attention(kernel, case, dtype):
-    q, k, v, dout = tensors = inputs(case, dtype)
-    copies, mask = [x.clone() for x in tensors], mask_of(case)
+def on_gpu() -> list:
+    """The kernels and cases that a GPU in this machine may compute."""
+    if not torch.cuda.is_available():
+        return [pytest.param(None, None, None, marks=pytest.mark.skip(reason="there is no CUDA GPU"), id="no GPU")]
+    return [
+        pytest.param(kernel, case, dtype, id=f"{kernel.name}: {name}, {str(dtype).removeprefix('torch.')}")
+        for kernel in (each.kernel for each in EMULATED if each.device_type == "cuda")
+        for name, case in CASES.items()
+        for dtype in UP_TO_FP32
+    ]
+
+
+def attend(kernel: BlockKernel, case: Case, tensors: Sequence[Tensor], mask: BlockMask) -> Result:
+    """Forward and backward pass on the device of the tensors; the inputs are the same afterwards."""
+    copies = [x.clone() for x in tensors]
+    q, k, v, dout = tensors
     output = kernel.forward(q, k, v, mask, case.scale)
     result = Result(output.out, output.lse, *kernel.backward(dout, q, k, v, output, mask, case.scale))
+    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True)), "inputs were changed"
+    return result
 
+
+def assert_accurate(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], result: Result) -> None:
+    dout = tensors[-1]
     assert {x.dtype for x in (result.out, result.dq, result.dk, result.dv)} == {dtype}
     assert result.lse.dtype == torch.promote_types(dtype, torch.float32)
-    assert [x.shape for x in result] == [dout.shape, dout.shape[:3], q.shape, k.shape, v.shape]
-    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True)), "inputs were changed"
+    assert [x.shape for x in result] == [x.shape for x in (dout, dout[..., 0], *tensors[:3])]
     exact = dense(case, torch.float64, tensors)
     if dtype is torch.float64:
         assert_equal_to(exact, result)
@@ -131,43 +255,114 @@ def test_kernel_is_as_accurate_as_dense_attention(kernel, case, dtype):
         assert_as_accurate_as(dense(case, dtype, tensors), exact, result)
 
 
-@pytest.mark.parametrize(("kernel", "case"), [p for p in computable() if p.values[1].mask is ARBITRARY])
-def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case):
-    q, k, v, dout = inputs(case, torch.float32)
+@pytest.mark.parametrize(("kernel", "case", "dtype"), computable())
+def test_kernel_is_as_accurate_as_dense_attention(kernel, case, dtype):
+    tensors = inputs(case, dtype)
+    with running(kernel):
+        result = attend(kernel, case, tensors, mask_of(case))
+    assert_accurate(case, dtype, tensors, result)
+
+
+@pytest.mark.parametrize(("kernel", "case", "dtype"), on_gpu())
+def test_kernel_on_a_gpu_is_as_accurate_as_dense_attention(kernel, case, dtype):
+    tensors, mask = inputs(case, dtype), mask_of(case)
+    there = [x.cuda() for x in tensors]
+    visible = None if mask.visible is None else mask.visible.cuda()
+    mask = BlockMask(mask.kind, visible)
+    reasons = kernel.unsupported_reasons(BlockCase.of(*there[:3], mask))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    result = attend(kernel, case, there, mask)
+    assert_accurate(case, dtype, tensors, Result(*(x.cpu() for x in result)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "dtype"),
+    [p for p in computable() if p.values[1].mask is ARBITRARY and p.values[2] in (torch.float32, torch.bfloat16)],
+)
+def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case, dtype):
+    q, k, v, dout = inputs(case, dtype)
     mask = mask_of(case)
     dead = ~mask.visible.any(-1).expand(case.batch, case.heads, case.queries)
-    output = kernel.forward(q, k, v, mask, case.scale)
-    gradients = kernel.backward(dout, q, k, v, output, mask, case.scale)
+    none = BlockMask(ARBITRARY, torch.zeros_like(mask.visible))
+    with running(kernel):
+        output = kernel.forward(q, k, v, mask, case.scale)
+        gradients = kernel.backward(dout, q, k, v, output, mask, case.scale)
+        nothing = kernel.forward(q, k, v, none, case.scale)
+        no_gradients = kernel.backward(dout, q, k, v, nothing, none, case.scale)
     assert (output.out[dead] == 0).all()
     assert torch.equal(output.lse == -torch.inf, dead)
     assert (gradients.dq[dead] == 0).all()
-    none = BlockMask(ARBITRARY, torch.zeros_like(mask.visible))
-    output = kernel.forward(q, k, v, none, case.scale)
-    assert not any(x.any() for x in (output.out, *kernel.backward(dout, q, k, v, output, none, case.scale)))
+    assert not any(x.any() for x in (nothing.out, *no_gradients))
 
 
-@pytest.mark.parametrize("kernel", KERNELS.kernels, ids=lambda kernel: kernel.name)
-def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kernel):
+@pytest.mark.parametrize(("kernel", "case", "dtype"), [p for p in computable() if p.values[1].mask is ARBITRARY])
+def test_rows_that_see_no_key_here_but_some_in_another_block_give_no_gradients(kernel, case, dtype):
+    """As a ring calls it: `out` and `lse` are of all blocks' keys."""
+    q, k, v, dout = inputs(case, dtype)
+    mask = mask_of(case)
+    dead = ~mask.visible.any(-1).expand(case.batch, case.heads, case.queries)
+    with running(kernel):
+        output = kernel.forward(q, k, v, mask, case.scale)
+        alive = output._replace(out=output.out.masked_fill(dead.unsqueeze(-1), 1.0), lse=output.lse.clamp(min=0.0))
+        gradients = kernel.backward(dout, q, k, v, alive, mask, case.scale)
+    assert (gradients.dq[dead] == 0).all()
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        pytest.param(kernel, dtype, id=kernel.name)
+        for kernel in HERE
+        for dtype in DTYPES
+        if not expected_reasons(kernel.name, CASES["128 tokens"], dtype)
+        and (dtype is torch.bfloat16 or not isinstance(kernel, OnEmulator))
+    ],
+)
+def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kernel, dtype):
     """As a ring calls it: the first half of the keys lies before the queries, the second is their own."""
-    case = Case(queries=20, keys=40)
-    q, k, v, dout = inputs(case, torch.float64)
-    visible = causal_mask(40)[20:]
-    exact = dense_attention(q, k, v, dout, visible=visible, scale=case.scale)
-    output = BlockOutput(exact.out, exact.lse)
-    past, own = (
-        kernel.backward(dout, q, k[:, :, keys], v[:, :, keys], output, BlockMask(mask), case.scale)
-        for keys, mask in ((slice(0, 20), NONE), (slice(20, 40), TRIANGLE))
+    case = Case(queries=128, keys=256)
+    q, k, v, dout = tensors = inputs(case, dtype)
+    visible = causal_mask(256)[128:]
+    exact, same = (
+        dense_attention(*(x.to(each) for x in tensors), visible=visible, scale=case.scale)
+        for each in (torch.float64, dtype)
     )
-    total = (past.dq + own.dq, torch.cat([past.dk, own.dk], dim=2), torch.cat([past.dv, own.dv], dim=2))
-    assert_equal_to(exact, Result(exact.out, exact.lse, *total))
+    total = []
+    with running(kernel):
+        for keys, mask in ((slice(0, 128), NONE), (slice(128, 256), TRIANGLE)):
+            block = (q, k[:, :, keys], v[:, :, keys])
+            state = kernel.forward(*block, BlockMask(mask), case.scale).state
+            output = BlockOutput(exact.out.to(dtype), exact.lse.to(torch.promote_types(dtype, torch.float32)), state)
+            total.append(kernel.backward(dout, *block, output, BlockMask(mask), case.scale))
+    past, own = total
+    whole = (past.dq + own.dq, torch.cat([past.dk, own.dk], dim=2), torch.cat([past.dv, own.dv], dim=2))
+    if dtype is torch.float64:
+        assert_equal_to(exact, BlockGradients(*whole))
+    else:
+        assert_as_accurate_as(same, exact, BlockGradients(*whole))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kernel", KERNELS.kernels, ids=lambda kernel: kernel.name)
-def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, name):
+@pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
+def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, name, dtype):
     case = CASES[name]
-    block = BlockCase.of(*inputs(case, torch.float32)[:3], mask_of(case))
-    assert kernel.unsupported_reasons(block) == expected_reasons(kernel.name, case)
+    block = BlockCase.of(*inputs(case, dtype)[:3], mask_of(case))
+    with running(kernel):
+        reasons = kernel.unsupported_reasons(block)
+    assert sorted(reasons) == sorted(expected_reasons(kernel.name, case, dtype))
+
+
+@pytest.mark.parametrize("kernel", EMULATED, ids=lambda kernel: kernel.name)
+def test_an_emulator_leaves_nothing_behind(kernel):
+    case = CASES["128 tokens"]
+    q, k, v, _ = inputs(case, torch.bfloat16)
+    with running(kernel):
+        kernel.forward(q, k, v, BlockMask(NONE), case.scale)
+    with pytest.raises((ImportError, NotImplementedError)):
+        kernel.forward(q, k, v, BlockMask(NONE), case.scale)
 
 
 def block_case(**changed: object) -> BlockCase:

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, add_, choose_merge_kernel, merge, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
-from unit_tests import triton_cases as cases
-from unit_tests.triton_cases import Case
+from unit_tests import merge_cases as cases
+from unit_tests.merge_cases import Case
 
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 

@@ -19,8 +19,8 @@ from mindspeed_cp.kernels import BlockOutput, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
 from rank_pool import RankPool
-from unit_tests import triton_cases as cases
-from unit_tests.triton_cases import Case, Merged, merged_part
+from unit_tests import merge_cases as cases
+from unit_tests.merge_cases import Case, Merged, merged_part
 
 ROOT = Path(__file__).resolve().parents[3]
 

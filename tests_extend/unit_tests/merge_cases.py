@@ -1,4 +1,4 @@
-"""Merges that a process with Triton's interpreter computes, and the process of the tests with plain torch.
+"""Merges of one block into what was seen before, for each kernel that merges, here or in a process with Triton's interpreter.
 
 Shapes: B batch, N query heads, S query tokens, V value head size.
 """

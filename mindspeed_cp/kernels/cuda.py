@@ -1,0 +1,279 @@
+"""Fused attention on NVIDIA GPUs with what torch itself ships: its flash, cuDNN and memory-efficient kernels.
+
+Shapes: B batch, N query heads, G key/value heads, S queries, T keys, D key head size, V value head size.
+
+The operators are those behind torch.nn.functional.scaled_dot_product_attention, which chooses among them and makes the
+tensors fit before it calls them; both are done here. Their backward passes take `out` and `lse` as arguments, and so
+those of a row over all the keys of a ring.
+
+Sources: PyTorch's transformers/cuda/{sdp_utils.cpp, attention.cu, attention_backward.cu, flash_attn/flash_api.cpp,
+mem_eff_attention/kernel_{forward,backward}.h} and cudnn/MHA.cpp. Tested against an emulator of what is written there,
+not on hardware.
+"""
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch import Tensor
+
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
+from mindspeed_cp.layout import MaskKind
+
+_ALIGNMENT = 16
+"""Bytes that the kernels read at once."""
+_CUDNN_LENGTHS = 128
+_LSE_ROWS = 32
+_BIAS_COLUMNS = 16
+# Since then cuDNN's log-sum-exp is [B, N, S, 1]; before, [B, N, S]. Its backward pass wants what its forward gives.
+_CUDNN_LSE_HAS_A_LAST_DIM = Version("2.9") <= Version(Version(torch.__version__).base_version)
+
+
+class CudaFlashKernel:
+    """`aten::_scaled_dot_product_flash_attention`, torch's copy of FlashAttention 2; it takes grouped queries.
+
+    Deterministic with torch.use_deterministic_algorithms(True): the operator asks for that itself.
+    """
+
+    name = "cuda_flash"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        reasons = flash_reasons(case)
+        if not torch.backends.cuda.is_flash_attention_available():
+            reasons.append("this torch is built without it")
+        return reasons
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+            fit(q), fit(k), fit(v), 0.0, causal, scale=scale
+        )
+        return BlockOutput(out, lse, tuple(random_state))
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        return BlockGradients(
+            *torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                *(dout, fit(q), fit(k), fit(v), output.out),
+                output.lse.contiguous(),  # Its strides are never looked at.
+                *(None, None, q.size(2), k.size(2), 0.0, causal),
+                *output.state,
+                scale=scale,
+            )
+        )
+
+
+class CudnnKernel:
+    """`aten::_scaled_dot_product_cudnn_attention`; takes grouped queries and another head size for values.
+
+    It computes lengths that are multiples of 128 and no others. With others the backward pass reads outside its tensors
+    before cuDNN 9.15.1 (pytorch/pytorch#169849), and releases up to 9.26 have given NaN for some of them
+    (pytorch/pytorch#196678, NVIDIA/cudnn-frontend#1072).
+    """
+
+    name = "cuda_cudnn"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        reasons = fused_reasons(case)
+        largest = max(case.head_size, case.value_head_size)
+        if largest > 128:
+            reasons.append(f"takes head sizes up to 128, not {largest}")
+        if case.num_queries % _CUDNN_LENGTHS or case.num_keys % _CUDNN_LENGTHS:
+            reasons.append(
+                f"is used for multiples of {_CUDNN_LENGTHS} queries and keys only, not for {case.num_queries} and "
+                f"{case.num_keys}"
+            )
+        version = torch.backends.cudnn.version()
+        if version is None or version < 90000:
+            reasons.append(f"needs cuDNN 9, {'which torch does not find' if version is None else f'not {version}'}")
+        if torch.are_deterministic_algorithms_enabled():
+            reasons.append("is not deterministic, and torch.use_deterministic_algorithms asks for that")
+        return reasons
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            fit(q), fit(k), fit(v), None, True, 0.0, causal, scale=scale
+        )
+        return BlockOutput(out, lse.reshape(q.shape[:3]), tuple(random_state))
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        # The plan that cuDNN made for some strides of dout, out and lse is used again for others: the older releases'
+        # key to it has only those of q, k and v. So there is one order for all.
+        dout, out, lse = fit(dout.contiguous()), fit(output.out.contiguous()), output.lse.contiguous()
+        return BlockGradients(
+            *torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *(dout, fit(q), fit(k), fit(v), out),
+                lse.unsqueeze(-1) if _CUDNN_LSE_HAS_A_LAST_DIM else lse,
+                *output.state,
+                *(None, None, None, q.size(2), k.size(2), 0.0, causal),
+                scale=scale,
+            )
+        )
+
+
+class EfficientKernel:
+    """`aten::_scaled_dot_product_efficient_attention`, from xformers: fp32 as well, older GPUs, and arbitrary masks.
+
+    A mask is an additive bias in the dtype of q, of the mask's own shape. Rows that see no key are told apart here,
+    since releases differ in what they give for them: the forward pass sees them unmasked and throws the result away,
+    the backward pass sees them masked with a log-sum-exp of 0, where exp(-inf - 0) is 0.
+    """
+
+    name = "cuda_efficient"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        reasons = gpu_reasons(case, oldest=(5, 0))
+        dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+        if case.compute_capability is None or case.compute_capability >= (8, 0):
+            dtypes += (torch.bfloat16,)
+        if case.dtype not in dtypes:
+            reasons.append(f"takes {_names(dtypes)} here, not {_names([case.dtype])}")
+        return reasons + _head_size_reasons(case)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        dead = None if mask.visible is None else ~mask.visible.any(dim=-1, keepdim=True)
+        bias = None if mask.visible is None or dead is None else _bias(mask.visible | dead, q)
+        out, lse, *random_state = torch.ops.aten._scaled_dot_product_efficient_attention(
+            fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q), bias, True, 0.0, causal, scale=scale
+        )
+        lse = lse[:, :, : q.size(2)]
+        if dead is not None:
+            out, lse = out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), -torch.inf)
+        return BlockOutput(out, lse, tuple(random_state))
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        lse = output.lse.masked_fill(output.lse == -torch.inf, 0.0)
+        lse = F.pad(lse, (0, -lse.size(2) % _LSE_ROWS), value=torch.inf)  # As its forward pass does.
+        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            *(dout, fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q)),
+            None if mask.visible is None else _bias(mask.visible, q),
+            # Of the strides of `out` it reads two, and takes it that a token's heads follow each other.
+            fit(output.out.transpose(1, 2).contiguous()).transpose(1, 2),
+            lse.contiguous(),
+            *output.state,
+            *(0.0, [True, True, True, False], causal),
+            scale=scale,
+        )
+        return BlockGradients(dq, _sum_of_groups(dk, k), _sum_of_groups(dv, v))
+
+
+def _for_each_query_head(x: Tensor, q: Tensor) -> Tensor:
+    """[B, G, T, D] as [B, N, T, D]: a view where there is one K/V head for all or for each, else a copy."""
+    repeats = q.size(1) // x.size(1)
+    return fit(x).unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+
+
+def _sum_of_groups(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient [B, N, T, D] of what `_for_each_query_head` gives, as that of `x`."""
+    if gradient.size(1) == x.size(1):
+        return gradient
+    summed: Tensor = gradient.unflatten(1, (x.size(1), -1)).sum(dim=2)
+    return summed
+
+
+def _bias(visible: Tensor, q: Tensor) -> Tensor:
+    """[B, N, S, T]: 0 where `visible`, else -inf; its rows start at multiples of 16 numbers, as SDPA's own."""
+    num_keys = visible.size(-1)
+    bias = q.new_zeros(*visible.shape[:-1], num_keys + -num_keys % _BIAS_COLUMNS)[..., :num_keys]
+    return bias.masked_fill_(~visible, -torch.inf).expand(*q.shape[:3], -1)
+
+
+def fit(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: heads dense in memory, each at a multiple of 16 bytes. A copy only if need be."""
+    step = _ALIGNMENT // x.element_size()
+    dense = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
+    return x if dense and x.data_ptr() % _ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def flash_reasons(case: BlockCase) -> list[str]:
+    """Why FlashAttention 2 and 3 cannot compute `case`, whoever ships them."""
+    reasons = fused_reasons(case)
+    if case.head_size != case.value_head_size:
+        reasons.append(f"needs one head size, not {case.head_size} for keys and {case.value_head_size} for values")
+    if case.head_size > 256:
+        reasons.append(f"takes head sizes up to 256, not {case.head_size}")
+    capability = case.compute_capability or (8, 0)
+    small = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
+    if small and 192 < case.head_size <= 224:
+        reasons.append(
+            f"has no backward pass for head size {case.head_size} on compute capability {_dotted(capability)}"
+        )
+    return reasons
+
+
+def fused_reasons(case: BlockCase) -> list[str]:
+    """What all kernels for half precision without a mask tensor refuse."""
+    reasons = gpu_reasons(case, oldest=(8, 0))
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"takes bfloat16 and float16, not {_names([case.dtype])}")
+    if case.mask is MaskKind.ARBITRARY:
+        reasons.append("takes no arbitrary mask")
+    return reasons + _head_size_reasons(case)
+
+
+def gpu_reasons(case: BlockCase, oldest: tuple[int, int]) -> list[str]:
+    """Why the device is not one for these kernels."""
+    if case.device_type != "cuda":
+        return [f"runs on NVIDIA GPUs, not on {case.device_type}"]
+    if torch.version.hip is not None:
+        return ["runs on NVIDIA GPUs, and this torch is built for AMD's"]
+    if case.compute_capability is not None and case.compute_capability < oldest:
+        return [f"needs compute capability {_dotted(oldest)} or above, not {_dotted(case.compute_capability)}"]
+    return []
+
+
+def _head_size_reasons(case: BlockCase) -> list[str]:
+    """Heads have to start at multiples of 16 bytes."""
+    step = _ALIGNMENT // case.dtype.itemsize
+    return [
+        f"takes head sizes that are multiples of {step}, not {size}"
+        for size in dict.fromkeys((case.head_size, case.value_head_size))
+        if size % step
+    ]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
+def _names(dtypes: list[torch.dtype] | tuple[torch.dtype, ...]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,146 @@
+"""FlashAttention 2 and 3 where their packages are installed: `flash_attn` and `flash_attn_interface`.
+
+Both take and give tensors in the order [B, S, N, D], and log-sum-exps [B, N, S] in fp32, natural logarithm. They are
+imported when they are to compute something on a GPU, not before.
+
+Sources: flash_attn/flash_attn_interface.py and hopper/flash_attn_interface.py of Dao-AILab/flash-attention, releases
+2.7.0 to 2.8.4, and csrc/flash_attn/flash_api.cpp, hopper/flash_api.cpp. Tested against stand-ins with these signatures,
+not on hardware.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from mindspeed_cp.kernels.cuda import fit, flash_reasons
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
+from mindspeed_cp.layout import MaskKind
+
+_OLDEST = "2.7"
+"""From this release on the functions' arguments are as they are called here."""
+_NO_WINDOW, _NO_SOFTCAP, _NO_DROPOUT, _NO_ALIBI = (-1, -1), 0.0, 0.0, None
+
+
+class FlashAttnKernel:
+    """The package `flash_attn`; deterministic with torch.use_deterministic_algorithms(True)."""
+
+    name = "flash_attn"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        missing = _import_reasons("flash_attn.flash_attn_interface", case)
+        if not missing and case.device_type == "cuda":
+            version = import_module("flash_attn").__version__
+            if Version(version) < Version(_OLDEST):
+                missing = [f"needs flash_attn {_OLDEST} or newer, not {version}"]
+        return flash_reasons(case) + missing
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
+            *(_tokens_first(x) for x in (q, k, v)),
+            *(_NO_DROPOUT, scale, causal, *_NO_WINDOW, _NO_SOFTCAP, _NO_ALIBI, False),
+        )
+        return BlockOutput(out.transpose(1, 2), lse)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        causal, deterministic = mask.kind is MaskKind.TRIANGLE, torch.are_deterministic_algorithms_enabled()
+        gradients = [_new_tokens_first(x) for x in (q, k, v)]
+        import_module("flash_attn.flash_attn_interface")._flash_attn_backward(
+            *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
+            output.lse.contiguous(),  # Its strides are never looked at.
+            *gradients,
+            *(_NO_DROPOUT, scale, causal, *_NO_WINDOW, _NO_SOFTCAP, _NO_ALIBI, deterministic),
+        )
+        return BlockGradients(*(x.transpose(1, 2) for x in gradients))
+
+
+class FlashAttn3Kernel:
+    """The module `flash_attn_interface` that FlashAttention 3 installs, for Hopper GPUs.
+
+    Deterministic with torch.use_deterministic_algorithms(True), up to head size 192.
+    """
+
+    name = "flash_attn_3"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot compute `case`."""
+        reasons = flash_reasons(case)
+        if case.compute_capability is not None and case.compute_capability != (9, 0):
+            reasons.append("is for compute capability 9.0 only")
+        if case.head_size > 192 and torch.are_deterministic_algorithms_enabled():
+            reasons.append(
+                f"is not deterministic with head size {case.head_size}, and torch.use_deterministic_algorithms asks "
+                "for that"
+            )
+        return reasons + _import_reasons("flash_attn_interface", case)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward."""
+        causal = mask.kind is MaskKind.TRIANGLE
+        # By position: its releases name some of the arguments differently, and the earlier ones have no defaults for
+        # the 20 (of caches, packed sequences, rotary embeddings and fp8) between the tensors and the scale.
+        out, lse, *_ = import_module("flash_attn_interface")._flash_attn_forward(
+            *(_tokens_first(x) for x in (q, k, v)), *[None] * 20, scale, causal
+        )
+        return BlockOutput(out.transpose(1, 2), lse)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        gradients = [_new_tokens_first(x) for x in (q, k, v)]
+        import_module("flash_attn_interface")._flash_attn_backward(
+            *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
+            output.lse.contiguous(),
+            *[None] * 6,  # Packed sequences.
+            *gradients,
+            *(scale, mask.kind is MaskKind.TRIANGLE),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return BlockGradients(*(x.transpose(1, 2) for x in gradients))
+
+
+def _import_reasons(module: str, case: BlockCase) -> list[str]:
+    """Why `module` cannot be had; where it would not be used anyway, only whether its package is there."""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        return [f"{package} is not installed"]
+    if case.device_type != "cuda":
+        return []
+    try:
+        import_module(module)
+    except ImportError as error:
+        return [f"{module} cannot be imported: {error}"]
+    return []
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, N, S, D] as [B, S, N, D], fit for the kernels."""
+    return fit(x).transpose(1, 2)
+
+
+def _new_tokens_first(x: Tensor) -> Tensor:
+    """A new tensor [B, S, N, D] for the gradient of `x`."""
+    return x.new_empty(x.transpose(1, 2).shape)

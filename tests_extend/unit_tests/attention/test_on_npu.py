@@ -1,0 +1,105 @@
+"""Every algorithm with the NPU's kernel, on the emulator of its operators: results, gradients, layouts and calls."""
+
+import pytest
+import torch
+
+from mindspeed_cp.kernels import KernelRegistry
+from mindspeed_cp.kernels.npu import NpuKernel
+from mindspeed_cp.kernels.npu_merge import NpuMerge
+from mindspeed_cp.topology import CPTopology
+from unit_tests.dense import Result, assert_as_accurate_as, causal_mask, dense_attention
+from unit_tests.emulated_npu import Call, fake_torch_npu
+from unit_tests.emulation import OnEmulator
+from unit_tests.ring_cases import attend_virtually, case_on, dense, grid_name, grids
+from unit_tests.ulysses_cases import Case, inputs, restored
+
+ON_NPU = KernelRegistry((OnEmulator(NpuKernel(), fake_torch_npu, "npu"),))
+GRIDS = [each for size in range(1, 9) for each in grids(size)]
+HEADS = {
+    "mha": dict(heads=2, kv_heads=2, memory="SBND"),
+    "gqa": dict(heads=4, kv_heads=2, batch=2),
+    "mqa_value_head_size": dict(heads=3, kv_heads=1, batch=2, head_size=12, value_head_size=8, memory="DSNB"),
+}
+
+
+def attend(case: Case, **build: bool) -> list[Call]:
+    """Check the case against dense attention, and give what was called."""
+    with fake_torch_npu(**build) as calls:
+        actual = restored(case, attend_virtually(case, ON_NPU))
+    exact = dense(case)
+    if case.dtype is torch.float32:  # Of so few numbers the errors are too few to compare.
+        for name, value in actual._asdict().items():
+            torch.testing.assert_close(value.double(), getattr(exact, name), rtol=0, atol=1e-5, msg=f"{name}: error")
+    else:
+        assert_as_accurate_as(same_dtype(case), exact, actual)
+    return calls
+
+
+def same_dtype(case: Case) -> Result:
+    """Dense attention in the case's own dtype."""
+    q, k, v, dout, visible = inputs(case)
+    return dense_attention(q, k, v, dout, visible=causal_mask(q.size(2)) if case.mask == "causal" else visible)
+
+
+@pytest.mark.parametrize("bnsd", [False, True], ids=["SBH", "BNSD"])
+@pytest.mark.parametrize(
+    "heads", ["gqa", *(pytest.param(each, marks=pytest.mark.slow) for each in HEADS if each != "gqa")]
+)
+@pytest.mark.parametrize("mask", ["causal", "full", "2d", "per batch", "per head"])
+@pytest.mark.parametrize("topology", GRIDS, ids=grid_name)
+def test_every_grid_is_as_accurate_as_dense_attention(topology, mask, heads, bnsd):
+    case = case_on(topology, mask=mask, dtype=torch.float32, tokens=8, bnsd=bnsd, overlap=True, **HEADS[heads])
+    calls = attend(case)
+    assert {call.op for call in calls} == {"npu_fusion_attention", "npu_fusion_attention_grad"}
+    if bnsd:
+        assert {call.arguments["input_layout"] for call in calls} == {"BNSD"}
+
+
+RING, DOUBLE, HYBRID = CPTopology(inner=4), CPTopology(outer=2, inner=2), CPTopology(inner=2, ulysses=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("topology", [RING, DOUBLE, HYBRID], ids=grid_name)
+def test_half_precision_is_as_accurate_as_dense_attention(topology, dtype):
+    sizes = dict(tokens=64, heads=4, kv_heads=2, head_size=32, value_head_size=32)
+    attend(case_on(topology, dtype=dtype, memory="SBND", **sizes))
+
+
+@pytest.mark.parametrize("topology", [RING, DOUBLE], ids=grid_name)
+def test_a_ring_hands_over_megatrons_own_order_without_a_copy(topology):
+    """Its q lies in memory as SBH, and what travels as well."""
+    case = case_on(topology, dtype=torch.float32, heads=2, kv_heads=2, batch=2, tokens=8, memory="SBND")
+    assert {call.arguments["input_layout"] for call in attend(case)} == {"SBH"}
+
+
+def test_a_causal_ring_uses_the_compressed_mask_once_a_pass_and_none_elsewhere():
+    with fake_torch_npu() as calls:
+        attend_virtually(case_on(RING, dtype=torch.float32, tokens=8), ON_NPU)
+    modes = [(call.op, call.arguments["sparse_mode"], call.arguments["atten_mask"] is None) for call in calls]
+    for op in ("npu_fusion_attention", "npu_fusion_attention_grad"):
+        assert modes.count((op, 2, False)) == 4
+        assert modes.count((op, 0, True)) == 12
+    assert len(modes) == 32
+
+
+@pytest.mark.parametrize("mask", ["causal", "per head"])
+def test_builds_of_before_the_newer_arguments_compute_the_same(mask):
+    case = case_on(HYBRID, mask=mask, dtype=torch.float32, tokens=8, heads=2, kv_heads=2)
+    attend(case, old_schemas=True, ring_update=False)
+
+
+@pytest.mark.parametrize("mask", ["causal", "per head"])
+@pytest.mark.parametrize("topology", [RING, DOUBLE, HYBRID], ids=grid_name)
+def test_rings_that_merge_with_the_npus_operator_are_as_exact(monkeypatch, topology, mask):
+    monkeypatch.setattr(NpuMerge, "unsupported_reasons", lambda self, device_type, dtype: [])
+    calls = attend(case_on(topology, mask=mask, dtype=torch.float32, tokens=8, heads=2, kv_heads=2, memory="SBND"))
+    merges = [call for call in calls if call.op == "npu_ring_attention_update"]
+    assert len(merges) == topology.size * (topology.ring_size - 1)
+
+
+def test_comparison_sees_a_lost_scale(monkeypatch):
+    case = case_on(CPTopology(inner=2), dtype=torch.float32, tokens=8)
+    forward = NpuKernel.forward
+    monkeypatch.setattr(NpuKernel, "forward", lambda self, q, k, v, mask, scale: forward(self, q, k, v, mask, 1.0))
+    with pytest.raises(AssertionError, match="out: error"):
+        attend(case)
