@@ -1,4 +1,4 @@
-"""Merges of one block into what was seen before, for each kernel that merges, here or in a process with Triton's interpreter.
+"""Merges of a block into what was seen before, for every kernel that merges; in a process with Triton's interpreter, too.
 
 Shapes: B batch, N query heads, S query tokens, V value head size.
 """

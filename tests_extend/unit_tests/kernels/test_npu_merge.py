@@ -28,8 +28,6 @@ def test_npu_merge_is_the_definition_also_for_rows_that_have_seen_no_key(name):
     _, expected = cases.merge(TorchMerge(), CASES[name])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # Both leave the margins as they are.
     assert not torch.equal(actual.out, before.out)
-    dead = cases.merged_part(CASES[name], actual).lse == -torch.inf
-    assert dead.any() or CASES[name].queries == 1
 
 
 def test_npu_merge_goes_before_plain_torch_where_the_build_has_the_operator():
