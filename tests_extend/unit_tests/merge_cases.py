@@ -1,4 +1,4 @@
-"""Merges of a block into what was seen before, for every kernel that merges; in a process with Triton's interpreter, too.
+"""Merges of a block into what was seen before, for every kernel that merges, also in a process of its own.
 
 Shapes: B batch, N query heads, S query tokens, V value head size.
 """
