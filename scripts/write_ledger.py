@@ -18,8 +18,8 @@ from mindspeed_cp.patching import Patch, targets_by_module
 PAGE = Path(__file__).resolve().parents[1] / "patches" / "LEDGER.md"
 HEAD = """# Ledger of patches
 
-What mindspeed_cp changes in Megatron and torch, why, and when each change can go. `python scripts/write_ledger.py` writes
-it from the records in this folder: edit those. `python -m mindspeed_cp` says which of them are in force on a machine.
+What mindspeed_cp changes in Megatron and torch, why, and when each change can go. `python scripts/write_ledger.py`
+writes it from the records in this folder: edit those. `python -m mindspeed_cp` says which are in force on a machine.
 """
 SECTIONS = (
     ("On import of mindspeed_cp.megatron_adaptor", megatron_adaptor.registry),
