@@ -276,7 +276,8 @@ def _check_parameters(patch: Patch, original: Any) -> None:
         live = inspect.signature(original).parameters
     except (TypeError, ValueError) as error:
         raise PatchError(f"cannot patch {patch.target}: its parameters cannot be read ({error}).") from error
-    missing = [name for name in patch.parameters if name not in live]
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [name for name in patch.parameters if name not in live or live[name].kind in rest]
     if missing:
         message = (
             f"cannot patch {patch.target}: it has no parameter {', '.join(missing)} in this version; "
