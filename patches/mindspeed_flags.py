@@ -55,12 +55,12 @@ MINDSPEED_FLAGS = (
     MindSpeedFlag(
         "--context-parallel-kv-cache-policy",
         {"choices": ("full", "half")},
-        note="K/V travel again in the backward pass; results are the same, with less memory and more bytes",
+        note="what is kept for the backward pass is not a choice; results are the same",
     ),
     MindSpeedFlag(
         "--context-parallel-cache-interval",
         _INTEGER,
-        note="it belongs to --context-parallel-kv-cache-policy, which has none either",
+        note="it belongs to --context-parallel-kv-cache-policy",
     ),
     MindSpeedFlag(
         "--use-ulysses-allgather-kv",
