@@ -82,6 +82,7 @@ class CoreLayerResult(NamedTuple):
 def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[str, object]) -> CoreLayerResult:
     """A layer of megatron.core as a program without an argument parser uses it, over ranks in this order of axes."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from mindspeed_cp import megatron_adaptor
 
@@ -91,6 +92,8 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
             size = config.context_parallel_size
             parallel_state.initialize_model_parallel(context_parallel_size=size, order=order)
+            # The layer of CP = 1 draws from it, and no training may have run in this process.
+            model_parallel_cuda_manual_seed(1)
             groups = megatron_adaptor.plugin.groups
             made = {
                 groups.context_parallel,
