@@ -39,13 +39,13 @@ def run_script(script: str, argv: list[str]) -> None:
 
 
 def report() -> str:
-    """Versions, device, kernels, and every patch with its target, reason and state."""
+    """Versions, device, kernels, and every patch with its state, reason and target; those of one reason together."""
     import torch
 
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
     from mindspeed_cp.kernels import KERNELS, BlockCase, MaskKind
-    from mindspeed_cp.patching import PatchError
+    from mindspeed_cp.patching import Patch, PatchError, targets_by_module
 
     device, capability = accelerator() or "cpu", None
     if device == "cuda":
@@ -69,9 +69,14 @@ def report() -> str:
         (f"patches for training on a CPU, {cpu_note}", megatron_adaptor.cpu_registry),
     ):
         lines += ["", title]
+        groups: dict[tuple[str, str], list[Patch]] = {}
         for patch, state in registry.status():
-            lines.append(f"  {patch.target}  [{state}]")
-            lines += textwrap.wrap(patch.why, 112, initial_indent="      ", subsequent_indent="      ")
+            groups.setdefault((state, patch.why), []).append(patch)
+        for (state, why), patches in groups.items():
+            lines += textwrap.wrap(f"[{state}] {why}", 114, initial_indent="  ", subsequent_indent="  ")
+            for module, attributes in targets_by_module(patches).items():
+                listed = f"{module}: {', '.join(attributes)}"
+                lines += textwrap.wrap(listed, 114, initial_indent="      ", subsequent_indent="          ")
     return "\n".join(lines)
 
 

@@ -86,6 +86,7 @@ registry = PatchRegistry(
         *latent_attention_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),
-    )
+    ),
+    in_use=plugin.reason_to_stay,
 )
 registry.apply()

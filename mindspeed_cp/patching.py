@@ -43,6 +43,7 @@ class Patch:
     package, versions: distribution whose version decides whether the patch is needed, and the versions (PEP 440) that
         need it; every version where `versions` is empty.
     needs: modules without which there is nothing to patch.
+    upstream: address of the issue or pull request that is about it, where there is one.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Patch:
     package: str = "megatron-core"
     versions: str = ""
     needs: tuple[str, ...] = ()
+    upstream: str = ""
 
     def __post_init__(self) -> None:
         for path in (self.target, *self.aliases):
@@ -79,7 +81,10 @@ class Patch:
 
 
 class PatchStatus(NamedTuple):
-    """A patch and what has become of it: "applied", "not applied" or "skipped: <reason>"."""
+    """A patch and what has become of it.
+
+    state: "applied", "not applied", "skipped: <reason>", or "applied, then changed by others: <to what>".
+    """
 
     patch: Patch
     state: str
@@ -135,24 +140,24 @@ class _Applied:
     before: Any
     after: Any
 
+    def places(self) -> list[_Place]:
+        """Where it is: the target, and the aliases, also those imported, and so bound, while it was in force."""
+        return [self.place, *_loaded_aliases(self.patch)]
+
     def undo(self) -> None:
-        # The aliases include those that were imported, and so bound, while the patch was in force.
-        places = [self.place, *_loaded_aliases(self.patch)]
-        for place in places:
-            if place.stored() is not self.after:
-                raise PatchError(
-                    f"cannot restore {place.path}: it has been changed again since, to {place.stored()!r}; "
-                    f"undo that first."
-                )
-        for place in places:
+        for place in self.places():
             place.put(self.before)
 
 
 @dataclass
 class PatchRegistry:
-    """Patches that belong together: applied all or none, each at most once, and undone in the opposite order."""
+    """Patches that belong together: applied all or none, each at most once, and undone in the opposite order.
+
+    in_use: why they must not be undone at present; None where they may be.
+    """
 
     patches: Sequence[Patch]
+    in_use: Callable[[], str | None] = lambda: None
     _applied: dict[Patch, _Applied] = field(default_factory=dict)
 
     def apply(self) -> None:
@@ -172,7 +177,14 @@ class PatchRegistry:
             raise
 
     def restore(self) -> None:
-        """Put back exactly what was there before `apply`."""
+        """Put back exactly what was there before `apply`.
+
+        Raises PatchError, with everything as it was before the call, when somebody has patched on top since, or while
+        the patches are in use.
+        """
+        if self._applied and (reason := self.in_use()) is not None:
+            raise PatchError(f"cannot restore the patches: {reason}")
+        self._check_nobody_patched_on_top()
         for patch in reversed(list(self._applied)):
             self._applied[patch].undo()
             del self._applied[patch]
@@ -190,11 +202,36 @@ class PatchRegistry:
         """What has become of each patch."""
         return [PatchStatus(patch, self._state(patch)) for patch in self.patches]
 
+    def _check_nobody_patched_on_top(self) -> None:
+        held: dict[tuple[int, str], Any] = {}  # What each place will hold once the patches above are undone.
+        for applied in reversed(self._applied.values()):
+            for place in applied.places():
+                key = (id(place.owner), place.name)
+                found = held.get(key, place.stored())
+                if found is not applied.after:
+                    raise PatchError(
+                        f"cannot restore {place.path}: it has been changed again since, to {_describe(found)}; "
+                        f"undo that first."
+                    )
+                held[key] = applied.before
+
     def _state(self, patch: Patch) -> str:
         if patch in self._applied:
-            return "applied"
+            found = self._applied[patch].place.stored()
+            if any(found is applied.after for applied in self._applied.values()):
+                return "applied"
+            return f"applied, then changed by others: {_describe(found)}"
         reason = patch.skip_reason()
         return f"skipped: {reason}" if reason else "not applied"
+
+
+def targets_by_module(patches: Sequence[Patch]) -> dict[str, list[str]]:
+    """The attributes that patches change, in each module."""
+    targets: dict[str, list[str]] = {}
+    for patch in patches:
+        module, _, attribute = patch.target.partition(":")
+        targets.setdefault(module, []).append(attribute)
+    return targets
 
 
 def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -239,12 +276,27 @@ def _check_parameters(patch: Patch, original: Any) -> None:
         live = inspect.signature(original).parameters
     except (TypeError, ValueError) as error:
         raise PatchError(f"cannot patch {patch.target}: its parameters cannot be read ({error}).") from error
-    missing = [name for name in patch.parameters if name not in live]
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [name for name in patch.parameters if name not in live or live[name].kind in rest]
     if missing:
-        raise PatchError(
+        message = (
             f"cannot patch {patch.target}: it has no parameter {', '.join(missing)} in this version; "
             f"its parameters are {', '.join(live)}."
         )
+        if original.__module__ != (module := patch.target.partition(":")[0]):
+            message += (
+                f" It is not {module}'s own: another plugin may have been there first, it is {_describe(original)}."
+            )
+        raise PatchError(message)
+
+
+def _describe(value: Any) -> str:
+    """What somebody has put in a place: a wrapper often bears the name of what it wraps, its code never does."""
+    function = getattr(value, "__func__", value)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(value)
+    return f"{function.__module__}.{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _marked(new: Any, patch: Patch, original: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 import sys
 import typing
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
 from mindspeed_cp.patching import Patch
@@ -34,7 +36,11 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
             parser = original(*args, **kwargs)
-            add_context_parallel_arguments(parser)
+            try:
+                add_context_parallel_arguments(parser)
+            except ConfigurationError as error:
+                _exit_with_one_line(error)
+            add_mindspeed_arguments(parser)
             return parser
 
         return add_megatron_arguments
@@ -52,7 +58,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
                 ineffective = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config))
-                for sentence in (*ineffective, *kernel_notes(args, config)):
+                for sentence in (*ineffective, *mindspeed_notes(args), *kernel_notes(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -81,12 +87,20 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
 
 
 def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of ContextParallelConfig that Megatron does not have."""
+    """Add one flag for each field of ContextParallelConfig that Megatron does not have.
+
+    Raises ConfigurationError where one is there already.
+    """
+    own = [option for option in fields(ContextParallelConfig) if option.name != "context_parallel_size"]
+    if taken := [name for option in own if (name := flag(option.name)) in parser._option_string_actions]:
+        raise ConfigurationError(
+            f"{', '.join(taken)}: another plugin has added them to Megatron's parser already; "
+            f"import either mindspeed_cp or that one (MindSpeed?), not both."
+        )
     group = parser.add_argument_group(title="context parallel attention (mindspeed_cp)")
     hints = typing.get_type_hints(ContextParallelConfig)
-    for option in fields(ContextParallelConfig):
-        if option.name != "context_parallel_size":
-            group.add_argument(flag(option.name), **_argparse_options(option, hints[option.name]))
+    for option in own:
+        group.add_argument(flag(option.name), **_argparse_options(option, hints[option.name]))
 
 
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
@@ -108,7 +122,9 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
     values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
     config = ContextParallelConfig(**values)
+    refuse_mindspeed_flags(args)
     refuse_unsupported(args, config)
+    _check_world_size(args)
     if args.num_attention_heads is not None:
         config.check_model(
             num_attention_heads=args.num_attention_heads,
@@ -199,6 +215,22 @@ def asks_for_cpu(distributed_backend: str) -> bool:
             f"finds one; use --distributed-backend gloo to train on the CPU."
         )
     return True
+
+
+def _check_world_size(args: argparse.Namespace) -> None:
+    """Say before Megatron does, with a way out, that the ranks cannot be split as configured."""
+    names = ("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    size, *others = (getattr(args, name) for name in names)
+    ranks, beside = getattr(args, "world_size", None), math.prod(others)
+    if size == 1 or ranks is None or ranks % (size * beside) == 0:
+        return
+    spelled = " * ".join(f"{flag(name)} {getattr(args, name)}" for name in names)
+    fitting = [] if ranks % beside else divisors(ranks // beside)
+    sizes = f"a --context-parallel-size of {or_list(fitting)}, or " if fitting else ""
+    needed = size * beside
+    raise ConfigurationError(
+        f"{spelled} = {needed} does not divide the {ranks} ranks; use {sizes}a multiple of {needed} ranks."
+    )
 
 
 def _check_connections(args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ def _class_patches(plugin: Plugin, target: str, needs: tuple[str, ...] = ()) -> 
             "TransformerEngine's needs an NVIDIA GPU.",
             remove_when="Megatron's layer specs take the class of the core attention as an option.",
             needs=needs,
+            upstream="https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/6120",
         ),
         Patch(
             target=f"{target}.forward",

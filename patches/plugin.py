@@ -31,6 +31,12 @@ class Plugin:
             self.groups.destroy()
         self.groups = None
 
+    def reason_to_stay(self) -> str | None:
+        """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""
+        if self.groups is None:
+            return None
+        return "training is under way on context-parallel groups; call parallel_state.destroy_model_parallel() first."
+
     def groups_over(self, context_parallel: dist.ProcessGroup) -> ContextParallelGroups:
         """The groups over this context-parallel group: the plugin's own, or new ones for a group of the caller's."""
         if self.groups is not None and self.groups.context_parallel is context_parallel:

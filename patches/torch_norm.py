@@ -37,5 +37,6 @@ def torch_norm_patches() -> tuple[Patch, ...]:
             parameters=("config", "hidden_size", "eps"),
             why="--sequence-parallel needs TransformerEngine's or apex's norms otherwise, and neither runs on a CPU.",
             remove_when="Megatron's WrappedTorchNorm takes sequence_parallel itself.",
+            upstream="https://github.com/NVIDIA/Megatron-LM/issues/1448",
         ),
     )

@@ -37,14 +37,16 @@ class ReferenceKernel:
         scale: float,
     ) -> BlockGradients:
         num_kv_heads = k.size(1)
-        probs = _probabilities(_masked_scores(q, k, mask, scale), _grouped(output.lse, num_kv_heads))
+        scores = _masked_scores(q, k, mask, scale)
+        probs = _probabilities(scores, _grouped(output.lse, num_kv_heads))
         dtype = probs.dtype
         dout, out, q_grouped = (_grouped(x.to(dtype), num_kv_heads) for x in (dout, output.out, q))
 
         dv = torch.einsum("bgrst,bgrsv->bgtv", probs, dout)
         dprobs = torch.einsum("bgrsv,bgtv->bgrst", dout, v.to(dtype))
         delta = (dout * out).sum(dim=-1, keepdim=True)
-        dscores = probs * (dprobs - delta) * scale
+        # What is not seen has no gradient, not even 0 * NaN.
+        dscores = (probs * (dprobs - delta) * scale).masked_fill(scores == -torch.inf, 0.0)
         dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
         return BlockGradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
@@ -77,6 +79,5 @@ def _visible(mask: BlockMask, scores: Tensor) -> Tensor | None:
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), 0 rather than NaN in rows whose lse is -inf because they see no key."""
-    lse = lse.unsqueeze(-1).to(scores.dtype)
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0))
+    """exp(scores - lse), 0 rather than NaN where a key is not seen: in rows that see none, and where lse is NaN."""
+    return torch.exp(scores - lse.unsqueeze(-1).to(scores.dtype)).masked_fill(scores == -torch.inf, 0.0)

@@ -89,8 +89,16 @@ def main() -> int:
     verdict = "within" if agree else "ABOVE"
     print(f"largest relative difference {largest:.2e} over {len(reference)} iterations: {verdict} {args.tolerance:.0e}")
     if args.plot:
-        plot(dict(zip(names, (reference, candidate), strict=True)), args.plot)
-        print(f"drawn into {args.plot}")
+        try:
+            plot(dict(zip(names, (reference, candidate), strict=True)), args.plot)
+            print(f"drawn into {args.plot}")
+        except OSError as error:
+            # A full disk must not turn a run that went well into a failed one.
+            print(
+                f"warning: {args.plot} could not be written ({error.strerror}); the losses are in {args.reference} and "
+                f"{args.candidate}.",
+                file=sys.stderr,
+            )
     return 0 if agree else 1
 
 

@@ -21,10 +21,10 @@ class TrainingPool:
         """Loss of each iteration of training on so many ranks; see training_cases.train."""
         return self._train(ranks, flags, sabotage)
 
-    def refusal(self, ranks: int, flags: str) -> str:
-        """How training ends that is refused."""
+    def refusal(self, ranks: int, flags: str, sabotage: str | None = None) -> str:
+        """How training ends that is refused, or fails."""
         with pytest.raises(RankFailure) as failure:
-            self._train(ranks, flags, None)
+            self._train(ranks, flags, sabotage)
         return str(failure.value)
 
     def attend_in_a_core_layer(
@@ -33,6 +33,10 @@ class TrainingPool:
         """What training_cases.attend_in_a_core_layer gives on each rank."""
         function = training_cases.attend_in_a_core_layer
         return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), order, flags)
+
+    def restore_in_mid_training(self, ranks: int) -> list[training_cases.RestoreDrill]:
+        """What training_cases.restore_in_mid_training gives on each rank."""
+        return self._pool.call(range(ranks), 120.0, training_cases.restore_in_mid_training, ranks, _free_port())
 
     def close(self) -> None:
         """End the ranks."""

@@ -127,6 +127,28 @@ torch.testing.assert_close(result, dense)
     assert done.returncode == 0, done.stderr
 
 
+def losses_of_core_training(ranks: int, **environment: str) -> list[float]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = run([*launch, "scripts/train_with_megatron_core.py"], REPOSITORY, **environment)
+    assert done.returncode == 0, done.stderr
+    return [float(loss) for loss in re.findall(r"^iteration +\d+  loss (\d+\.\d+)$", done.stdout, re.MULTILINE)]
+
+
+def test_training_on_megatron_core_alone_has_the_losses_of_cp_1():
+    reference, ring = losses_of_core_training(1), losses_of_core_training(4)
+    assert len(reference) == 10
+    assert ring == pytest.approx(reference, rel=1e-5, abs=0)
+    assert len(set(reference)) == 10, "it learns"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["2", "4"])
+def test_training_on_megatron_core_alone_has_the_losses_of_cp_1_with_data_parallelism_too(ranks):
+    with_cp = losses_of_core_training(4, CP=ranks, ALGORITHM="ulysses_cp_algo")
+    assert with_cp == pytest.approx(losses_of_core_training(4 // int(ranks), CP="1"), rel=1e-5, abs=0)
+
+
 def test_wheel_holds_the_named_packages_and_no_tests(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")

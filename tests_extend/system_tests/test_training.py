@@ -114,6 +114,14 @@ def test_losses_in_bf16_equal_those_of_cp_1(training, algorithm):
     assert largest_difference(reference, losses) <= 2e-3
 
 
+def test_flags_of_a_mindspeed_script_that_change_nothing_change_nothing(training):
+    ours = f"--context-parallel-size 2 {RING}"
+    theirs = (
+        "--use-fused-ring-attention-update --use-flash-attn --context-parallel-kv-cache-policy full --sparse-mode 2"
+    )
+    assert training.losses(2, f"{ours} {theirs}") == training.losses(2, ours)
+
+
 def test_a_wrong_chunk_order_changes_the_losses(training):
     flags = f"--context-parallel-size 2 {ULYSSES}"
     assert largest_difference(training.losses(1, ""), training.losses(2, flags, sabotage="chunk order")) > 1e-3

@@ -5,17 +5,22 @@ import io
 import os
 import runpy
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.transit import GradientsHome
+from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.patching import PatchError
 from system_tests.compare_losses import losses_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,14 +49,15 @@ def import_megatron(rank: int, folder: str) -> None:
 def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[int, float]:
     """Train with MODEL_FLAGS and `flags` as one rank of `world_size`; the losses by iteration, on the last rank.
 
-    sabotage: breaks the library, to see that the comparison notices. "chunk order" leaves the zigzag's chunks as they
-    were received, "lost gradients" forgets what other ranks have found for the gradients of K/V.
+    sabotage: breaks the library, to see that somebody notices. "chunk order" leaves the zigzag's chunks as they were
+    received, "lost gradients" forgets what other ranks have found for the gradients of K/V, "nan key" puts a NaN among
+    the last rank's keys in a ring, and "killed rank" kills the last rank within a ring, some iterations on.
     """
     output = io.StringIO()
     with (
         _launched(world_size, port),
         mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
-        _sabotaged(sabotage),
+        _sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
@@ -76,22 +82,9 @@ class CoreLayerResult(NamedTuple):
 def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[str, object]) -> CoreLayerResult:
     """A layer of megatron.core as a program without an argument parser uses it, over ranks in this order of axes."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from mindspeed_cp import megatron_adaptor
-
-    def layer(context_parallel_size: int) -> DotProductAttention:
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=32,
-            num_attention_heads=4,
-            attention_dropout=0.0,
-            masked_softmax_fusion=False,
-            context_parallel_size=context_parallel_size,
-        )
-        return DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
     with _launched(world_size, port):
         try:
@@ -99,6 +92,8 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
             size = config.context_parallel_size
             parallel_state.initialize_model_parallel(context_parallel_size=size, order=order)
+            # The layer of CP = 1 draws from it, and no training may have run in this process.
+            model_parallel_cuda_manual_seed(1)
             groups = megatron_adaptor.plugin.groups
             made = {
                 groups.context_parallel,
@@ -110,13 +105,74 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             whole = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(1))
             rank = parallel_state.get_context_parallel_rank()
             shards = (config.layout.shard(x, rank, dim=0) for x in whole)
-            out = layer(size)(*shards, None)
-            difference = (out - config.layout.shard(layer(1)(*whole, None), rank, dim=0)).abs().max().item()
+            out = _core_layer(size)(*shards, None)
+            difference = (out - config.layout.shard(_core_layer(1)(*whole, None), rank, dim=0)).abs().max().item()
             parallel_state.destroy_model_parallel()
             left = made & set(dist.distributed_c10d._world.pg_map) - {groups.context_parallel}
             return CoreLayerResult(difference, len(made), len(left))
         finally:
             _forget_run()
+
+
+class RestoreDrill(NamedTuple):
+    """What happened when the patches were to be undone in mid-training.
+
+    refusal: what restore said. kept: whether the layer then gave the same bits. left: states of the patches after
+    Megatron's groups were destroyed and restore was called again.
+    """
+
+    refusal: str
+    kept: bool
+    left: set[str]
+
+
+def restore_in_mid_training(world_size: int, port: int) -> RestoreDrill:
+    """Try to undo the patches while a layer of megatron.core is at work on a ring of these ranks."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import megatron_adaptor
+
+    with _launched(world_size, port):
+        try:
+            dist.init_process_group("gloo")
+            flags = {"context_parallel_size": world_size, "context_parallel_algo": "megatron_cp_algo"}
+            config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
+            parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+            rank = parallel_state.get_context_parallel_rank()
+            whole = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(1))
+            shards = [config.layout.shard(x, rank, dim=0) for x in whole]
+            layer = _core_layer(world_size)
+            before = layer(*shards, None)
+            try:
+                megatron_adaptor.registry.restore()
+                refusal = "none"
+            except PatchError as error:
+                refusal = str(error)
+            kept = torch.equal(layer(*shards, None), before)
+            parallel_state.destroy_model_parallel()
+            megatron_adaptor.registry.restore()
+            left = {state for _, state in megatron_adaptor.registry.status() if not state.startswith("skipped")}
+            megatron_adaptor.registry.apply()
+            return RestoreDrill(refusal, kept, left)
+        finally:
+            _forget_run()
+
+
+def _core_layer(context_parallel_size: int) -> Any:
+    """The attention of one layer of megatron.core's."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        context_parallel_size=context_parallel_size,
+    )
+    return DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
 def _launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
@@ -133,13 +189,40 @@ def _launched(world_size: int, port: int) -> contextlib.AbstractContextManager[o
     return mock.patch.dict(os.environ, environment)
 
 
-def _sabotaged(what: str | None) -> contextlib.AbstractContextManager[object]:
+def _sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextManager[object]:
+    is_culprit = int(os.environ["RANK"]) == world_size - 1
     if what == "chunk order":
         return mock.patch.object(SequenceLayout, "gather_order", lambda self, ranks: tuple(range(2 * len(ranks))))
     if what == "lost gradients":
         return mock.patch.object(GradientsHome, "add_message", lambda self, total, keys, message: None)
-    assert what is None, what
+    if what == "nan key" and is_culprit:
+        return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
+    if what == "killed rank" and is_culprit:
+        return mock.patch.object(ProcessGroupCommunicator, "exchange", _DyingExchange(after=20))
+    assert what in (None, "nan key", "killed rank"), what
     return contextlib.nullcontext()
+
+
+def _attend_with_nan(
+    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, attend: Any = RingAttention.__call__, **options: Any
+) -> Tensor:
+    k = k.clone()
+    k[:, :, 0, 0] = torch.nan
+    out: Tensor = attend(ring, q, k, v, **options)
+    return out
+
+
+class _DyingExchange:
+    """An exchange after some of which the process is killed, as the machine does that runs out of memory."""
+
+    def __init__(self, after: int) -> None:
+        self._left, self._exchange = after, ProcessGroupCommunicator.exchange
+
+    def __get__(self, communicator: ProcessGroupCommunicator, owner: type) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._exchange.__get__(communicator, owner)
 
 
 def _forget_run() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -385,6 +386,28 @@ def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, f
         forward_and_backward(rank, case, attention)
     except RuntimeError as error:
         (Path(folder) / str(rank)).write_text(str(error))
+    os._exit(8)
+
+
+def hang_in_mid_ring(
+    group: dist.ProcessGroup | None, case: Case, culprit: int, timeout: timedelta, folder: str
+) -> None:
+    """The culprit sleeps far beyond the groups' timeout in its second block; each other one writes what it raised.
+
+    The groups are unusable then, and all ranks end.
+    """
+    if group is None:
+        ContextParallelGroups.take_part(case.topology, overlap=case.overlap)
+        return
+    groups = ContextParallelGroups.build(case.topology, group, overlap=case.overlap, timeout=timeout)
+    rank, sleep_s = dist.get_rank(group), 10 * timeout.total_seconds()
+    kernels = KernelRegistry((FailingKernel(fail=lambda: time.sleep(sleep_s), at=1),)) if rank == culprit else KERNELS
+    attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
+    start = time.monotonic()
+    try:
+        forward_and_backward(rank, case, attention)
+    except RuntimeError as error:
+        (Path(folder) / str(rank)).write_text(f"{time.monotonic() - start:.1f} {error}")
     os._exit(8)
 
 

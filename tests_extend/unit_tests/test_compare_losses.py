@@ -49,6 +49,28 @@ def test_equal_curves_pass_and_are_drawn(tmp_path):
     assert (tmp_path / "sub" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_full_disk_under_the_picture_does_not_lose_the_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    (tmp_path / "losses.png").symlink_to("/dev/full")
+    run = compare(tmp_path, {1: 2.0, 2: 1.0}, "--plot", "losses.png")
+    assert run.returncode == 0, run.stderr
+    assert "over 2 iterations: within 1e-05" in run.stdout
+    assert run.stderr.splitlines()[-1] == (
+        "warning: losses.png could not be written (No space left on device); the losses are in a.log and b.log."
+    )
+    assert compare_losses.losses_in((tmp_path / "b.log").read_text()) == {1: 2.0, 2: 1.0}
+
+
+def test_curves_that_differ_fail_whatever_becomes_of_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "losses.png").mkdir()
+    run = compare(tmp_path, {1: 2.0, 2: 1.1}, "--plot", "losses.png")
+    assert run.returncode == 1
+    assert "warning: losses.png could not be written (Is a directory)" in run.stderr
+
+
 def test_curves_that_differ_fail(tmp_path):
     run = compare(tmp_path, {1: 2.0, 2: 1.001})
     assert run.returncode == 1

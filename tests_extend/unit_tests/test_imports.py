@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -232,10 +233,23 @@ def test_script_runs_patched(script_run):
 def test_report_lists_every_patch_with_target_reason_and_state(script_run):
     done, _ = script_run
     states, _, report = done.stdout.partition("== states\n")[2].partition("== report\n")
-    words = " ".join(report.split())
+    groups = {
+        " ".join(heading.split()): heading_and_targets
+        for group in re.split(r"\n  (?=\[)", report)
+        for heading, _, heading_and_targets in [group.partition("\n      ")]
+    }
     for target, state, why in (line.split("|") for line in states.splitlines()):
-        assert f"{target} [{state}] {' '.join(why.split())}" in words
-    assert len(states.splitlines()) == report.count("  [")
+        module, attribute = target.split(":")
+        listed = " ".join(groups[f"[{state}] {' '.join(why.split())}"].split())
+        assert re.search(rf"(^| ){re.escape(module)}:( [\w.]+,)* {re.escape(attribute)}(,| |$)", listed), target
+
+
+@needs_megatron
+def test_report_gives_each_reason_once(script_run):
+    done, _ = script_run
+    states, _, report = done.stdout.partition("== states\n")[2].partition("== report\n")
+    reasons = {tuple(line.split("|")[1:]) for line in states.splitlines()}
+    assert report.count("\n  [") == len(reasons) < len(states.splitlines())
 
 
 @needs_megatron

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import re
 import sys
 import types
 
 import pytest
 
-from mindspeed_cp.patching import Patch, PatchError, PatchRegistry, PatchStatus, bind_by_name
+from mindspeed_cp.patching import Patch, PatchError, PatchRegistry, PatchStatus, bind_by_name, targets_by_module
 
 TOY = """
 CONSTANT = object()
@@ -353,8 +354,10 @@ def test_restore_is_refused_when_someone_patched_on_top(toy):
     registry.apply()
     ours = toy.double
     toy.double = theirs = lambda x: x
+    line = theirs.__code__.co_firstlineno
     assert refusal_of(registry.restore) == (
-        f"cannot restore toy:double: it has been changed again since, to {theirs!r}; undo that first."
+        f"cannot restore toy:double: it has been changed again since, to {__name__}.{theirs.__qualname__} "
+        f"({__file__}:{line}); undo that first."
     )
     assert toy.double is theirs
     toy.double = ours
@@ -370,6 +373,88 @@ def test_restore_is_refused_when_someone_patched_on_top_of_an_alias(toy, make_mo
     user.double = lambda x: ours(x)
     with pytest.raises(PatchError, match="toy_user:double"):
         registry.restore()
+
+
+def other_plugin(original):
+    """What another plugin puts around a function, as plugins do."""
+
+    @functools.wraps(original)
+    def theirs(*args, **kwargs):
+        return "theirs", original(*args, **kwargs)
+
+    return theirs
+
+
+def test_another_plugin_s_wrapper_that_was_there_before_is_kept_and_left_behind(toy):
+    toy.double = theirs = other_plugin(toy.double)
+    with PatchRegistry([patch_of("toy:double", parameters=("x", "factor"))]).applied():
+        assert toy.double(3) == ("patched", ("theirs", 6))
+    assert toy.double is theirs
+
+
+def test_another_plugin_s_wrapper_that_comes_later_is_named_while_both_hold(toy):
+    registry = PatchRegistry([patch_of("toy:double"), patch_of("toy:sibling")])
+    registry.apply()
+    ours = toy.double
+    toy.double = other_plugin(toy.double)
+    assert toy.double(3) == ("theirs", ("patched", 6))
+    changed, untouched = (state for _, state in registry.status())
+    assert re.fullmatch(rf"applied, then changed by others: toy\.double \({re.escape(__file__)}:\d+\)", changed)
+    assert untouched == "applied"
+    toy.double = ours  # They go, and all is as before.
+    assert {state for _, state in registry.status()} == {"applied"}
+    registry.restore()
+    assert toy.double(3) == 6
+
+
+def test_another_plugin_that_puts_the_original_back_under_us_is_seen(toy):
+    original = toy.double
+    toy.double = other_plugin(original)
+    registry = PatchRegistry([patch_of("toy:double")])
+    registry.apply()
+    toy.double = original  # They restore what they saw, and our patch is gone with theirs.
+    (status,) = registry.status()
+    assert status.state.startswith("applied, then changed by others: toy.double (<string>:")
+    assert "cannot restore toy:double: it has been changed again since, to toy.double" in refusal_of(registry.restore)
+
+
+def test_restore_in_the_middle_of_a_stack_undoes_nothing(toy):
+    registry = PatchRegistry([patch_of(f"toy:{name}") for name in ("double", "sibling", "Child.method")])
+    registry.apply()
+    toy.sibling = other_plugin(toy.sibling)
+    before = snapshot(toy, toy.Child)
+    assert refusal_of(registry.restore).startswith("cannot restore toy:sibling: it has been changed again since, to ")
+    assert same(snapshot(toy, toy.Child), before)
+
+
+def test_parameters_hidden_by_another_plugin_are_said_to_be_hidden_by_it(toy):
+    def theirs(*args, **kwargs):
+        return None
+
+    toy.double = theirs
+    message = refusal_of(PatchRegistry([patch_of("toy:double", parameters=("factor",))]).apply)
+    assert message == (
+        "cannot patch toy:double: it has no parameter factor in this version; its parameters are args, kwargs. "
+        "It is not toy's own: another plugin may have been there first, it is "
+        f"{__name__}.{theirs.__qualname__} ({__file__}:{theirs.__code__.co_firstlineno})."
+    )
+
+
+def test_patches_in_use_stay(toy):
+    reasons = ["somebody counts on them."]
+    registry = PatchRegistry([patch_of("toy:double")], in_use=lambda: reasons[0] if reasons else None)
+    registry.restore()  # Nothing is applied, and so nothing in use.
+    registry.apply()
+    assert refusal_of(registry.restore) == "cannot restore the patches: somebody counts on them."
+    assert toy.double(3) == ("patched", 6)
+    reasons.clear()
+    registry.restore()
+    assert toy.double(3) == 6
+
+
+def test_targets_are_listed_by_module():
+    patches = [patch_of(target) for target in ("a:f", "b.c:g", "a:C.h")]
+    assert targets_by_module(patches) == {"a": ["f", "C.h"], "b.c": ["g"]}
 
 
 def test_patches_hold_for_the_time_of_a_with_block_even_if_it_fails(toy):

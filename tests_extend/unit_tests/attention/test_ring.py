@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -335,6 +336,18 @@ def test_a_rank_that_dies_in_mid_ring_fails_the_others_with_the_step_and_the_pee
             rf"or not get to {(rank + 1) % 4}: .+"
         )
         assert re.fullmatch(explanation, (tmp_path / str(rank)).read_text(), re.DOTALL)
+
+
+def test_rank_that_hangs_ends_its_ring_with_step_and_peer_after_the_groups_timeout(gloo, tmp_path):
+    case = case_on(CPTopology(inner=2, ulysses=2))
+    with pytest.raises(RankFailure):
+        gloo.run_on_all(4, cases.hang_in_mid_ring, case, 3, timedelta(seconds=2), str(tmp_path))
+    # Ranks 1 and 3 are a ring; 0 and 2 wait in the all-to-all for what these would send next.
+    waited_s, error = (tmp_path / "1").read_text().split(maxsplit=1)
+    assert 1.5 < float(waited_s) < 8
+    assert re.match(
+        r"ring (forward|backward) step 1 of 2, block of ring rank 1: .* from ring rank 1, or .*[Tt]ime", error
+    )
 
 
 WAITED = "virtual rank {} waited 1.0 s for rank {} in ring"

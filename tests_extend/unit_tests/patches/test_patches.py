@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -176,6 +177,44 @@ def test_patch_raises_when_a_parameter_is_missing(patches, target):
         registry.apply()
     assert str(refusal.value).startswith(f"cannot patch {target}: it has no parameter gone in this version; ")
     assert stored(target) is before
+
+
+def put(target, value):
+    """Put a function of another plugin's at a target."""
+    module, _, attribute = target.partition(":")
+    *parents, name = attribute.split(".")
+    owner = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name, value
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS_WITH_PARAMETERS if target not in TARGETS_WITH_ALIASES])
+def test_patch_goes_around_another_plugin_s_wrapper_and_leaves_it_there(patches, monkeypatch, target):
+    original = stored(target)
+
+    @functools.wraps(original)
+    def theirs(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(*put(target, theirs))
+    left = stored(target)
+    with PatchRegistry([patches[target]]).applied():
+        assert stored(target) is not left
+        assert inspect.unwrap(stored(target), stop=lambda function: function is theirs) is theirs
+    assert stored(target) is left
+
+
+@pytest.mark.parametrize("target", TARGETS_WITH_PARAMETERS)
+def test_patch_says_who_was_there_when_another_plugin_hides_the_parameters(patches, monkeypatch, target):
+    def theirs(*args, **kwargs):
+        return None
+
+    monkeypatch.setattr(*put(target, theirs))
+    with pytest.raises(PatchError) as refusal:
+        PatchRegistry([patches[target]]).apply()
+    assert f"another plugin may have been there first, it is {__name__}." in str(refusal.value)
+    assert f"({__file__}:" in str(refusal.value)
 
 
 @pytest.mark.parametrize("target", TARGETS_WITH_ALIASES)
