@@ -5,9 +5,10 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from rank_pool import RankFailure, RankPool
-from system_tests import training_cases
+from system_tests import layer_cases, training_cases
 
 
 class TrainingPool:
@@ -33,6 +34,13 @@ class TrainingPool:
         """What training_cases.attend_in_a_core_layer gives on each rank."""
         function = training_cases.attend_in_a_core_layer
         return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), order, flags)
+
+    def compare_layers(
+        self, ranks: int, tensor_parallel: int, dtype: torch.dtype, flags: dict[str, object]
+    ) -> list[layer_cases.LayerDifference]:
+        """What layer_cases.compare_layers gives on each rank."""
+        function = layer_cases.compare_layers
+        return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), tensor_parallel, dtype, flags)
 
     def close(self) -> None:
         """End the ranks."""

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -20,6 +21,9 @@ from system_tests.compare_losses import losses_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
+
+HAS_TRAINING = find_spec("megatron.training") is not None
+"""The wheels of Megatron 0.16 hold megatron.core alone."""
 
 # A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
 MODEL_FLAGS = """
@@ -38,7 +42,10 @@ def import_megatron(rank: int, folder: str) -> None:
     del folder
     os.environ["RANK"] = str(rank)
     warnings.simplefilter("ignore")
-    import megatron.training  # noqa: F401
+    import megatron.core.models.gpt
+
+    if HAS_TRAINING:
+        import megatron.training  # noqa: F401
 
 
 def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[int, float]:
@@ -49,7 +56,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
     """
     output = io.StringIO()
     with (
-        _launched(world_size, port),
+        launched(world_size, port),
         mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
         _sabotaged(sabotage),
         contextlib.redirect_stdout(output),
@@ -61,7 +68,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
             if end.code:
                 raise RuntimeError(f"training ended with status {end.code}:\n{output.getvalue()[-2000:]}") from end
         finally:
-            _forget_run()
+            forget_run()
     return losses_in(output.getvalue())
 
 
@@ -93,7 +100,7 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
         )
         return DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
-    with _launched(world_size, port):
+    with launched(world_size, port):
         try:
             dist.init_process_group("gloo")
             config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
@@ -116,10 +123,10 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             left = made & set(dist.distributed_c10d._world.pg_map) - {groups.context_parallel}
             return CoreLayerResult(difference, len(made), len(left))
         finally:
-            _forget_run()
+            forget_run()
 
 
-def _launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
+def launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
     """The environment that torchrun gives a rank."""
     environment = {
         "LOCAL_RANK": os.environ["RANK"],
@@ -142,12 +149,17 @@ def _sabotaged(what: str | None) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _forget_run() -> None:
+def forget_run() -> None:
     """What Megatron keeps of a run in globals, so that the next one starts as in a fresh process."""
-    from megatron.training import training
+    if HAS_TRAINING:
+        from megatron.training import training
 
-    training.destroy_global_state()
-    # Where these are set, ranks exchange them: a rank that has run before would wait for one that has not.
-    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+        training.destroy_global_state()
+        # Where these are set, ranks exchange them: a rank that has run before would wait for one that has not.
+        training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+    else:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
