@@ -77,14 +77,11 @@ EVERY_RELEASE = {
 
 
 def cases() -> list[object]:
-    return [
-        pytest.param(
-            *row,
-            id=_id(row),
-            marks=[pytest.mark.slow] * (row in SLOW) + [pytest.mark.every_release] * (row in EVERY_RELEASE),
-        )
-        for row in (*QUICK, *SLOW)
-    ]
+    return [pytest.param(*row, id=_id(row), marks=_marks(row)) for row in (*QUICK, *SLOW)]
+
+
+def _marks(row: tuple[str, int, int, str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (row in SLOW) + [pytest.mark.every_release] * (row in EVERY_RELEASE)
 
 
 def _id(row: tuple[str, int, int, str]) -> str:
