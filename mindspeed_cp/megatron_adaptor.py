@@ -4,6 +4,7 @@ Scripts that must stay as they are run under `torchrun ... -m mindspeed_cp scrip
 megatron.core without Megatron's argument parser call `configure` after the import.
 """
 
+import os
 import warnings
 from typing import Any
 
@@ -21,8 +22,8 @@ from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchRegistry
 
-OLDEST_MEGATRON = "0.19"
-"""The oldest megatron-core that the patches were tried on."""
+OLDEST_MEGATRON, NEWEST_MEGATRON = "0.16", "0.19"
+"""The oldest and the newest release of megatron-core that the patches were tried on."""
 
 
 def megatron_version() -> str:
@@ -43,6 +44,16 @@ def megatron_version() -> str:
             f"megatron-core {version} is too old for mindspeed_cp; install megatron-core>={OLDEST_MEGATRON}."
         )
     return str(version)
+
+
+def warn_of_newer(version: str) -> None:
+    """Say on the first rank that nobody has tried this Megatron yet."""
+    if Version(version).release[:2] > Version(NEWEST_MEGATRON).release and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"megatron-core {version} is newer than {NEWEST_MEGATRON}, the newest that mindspeed_cp was tried on; "
+            f"compare the losses with those of --context-parallel-size 1 first.",
+            stacklevel=2,
+        )
 
 
 def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextParallelConfig:
@@ -75,7 +86,7 @@ def use_cpu() -> None:
     torch.compiler.set_stance("force_eager")
 
 
-megatron_version()
+warn_of_newer(megatron_version())
 plugin = Plugin()
 cpu_registry = PatchRegistry(cpu_device_patches())
 registry = PatchRegistry(

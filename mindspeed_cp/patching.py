@@ -8,7 +8,6 @@ patch lists them.
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -40,8 +39,9 @@ class Patch:
     remove_when: what has to happen elsewhere before it can go.
     parameters: names that the live target must have among its parameters, or the patch refuses.
     aliases: other names that modules may have bound to the same function by importing it, written like `target`.
-    package, versions: distribution whose version decides whether the patch is needed, and the versions (PEP 440) that
-        need it; every version where `versions` is empty.
+    package, versions: module whose `__version__` decides whether the patch is needed, and the versions (PEP 440) that
+        need it; every version where `versions` is empty. The module and not a distribution of pip's: a checkout on
+        PYTHONPATH may hide a wheel of another version, or have none.
     needs: modules without which there is nothing to patch.
     upstream: address of the issue or pull request that is about it, where there is one.
     """
@@ -53,7 +53,7 @@ class Patch:
     remove_when: str
     parameters: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
-    package: str = "megatron-core"
+    package: str = "megatron.core"
     versions: str = ""
     needs: tuple[str, ...] = ()
     upstream: str = ""
@@ -71,13 +71,18 @@ class Patch:
             if not _is_installed(module):
                 return f"{module} is not installed"
         if self.versions:
-            try:
-                version = importlib.metadata.version(self.package)
-            except importlib.metadata.PackageNotFoundError as error:
-                raise PatchError(f"cannot patch {self.target}: {self.package} has no version here.") from error
+            version = _version(self.package)
+            if version is None:
+                raise PatchError(f"cannot patch {self.target}: {self.package} has no version here.")
             if not SpecifierSet(self.versions).contains(version, prereleases=True):
                 return f"not needed with {self.package} {version}"
         return None
+
+    @property
+    def release(self) -> str:
+        """What is patched and its version, for messages: "megatron.core 0.19.2"."""
+        version = _version(self.package)
+        return "this version" if version is None else f"{self.package} {version}"
 
 
 class PatchStatus(NamedTuple):
@@ -99,7 +104,7 @@ class _Place:
     name: str
 
     @classmethod
-    def resolve(cls, path: str) -> "_Place":
+    def resolve(cls, path: str, patch: Patch) -> "_Place":
         module_name, _, attribute = path.partition(":")
         *parents, name = attribute.split(".")
         try:
@@ -108,7 +113,7 @@ class _Place:
                 owner = getattr(owner, parent)
             getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            raise PatchError(f"cannot patch {path}: {error}. Has it moved in this version?") from error
+            raise PatchError(f"cannot patch {path}: {error}. Has it moved in {patch.release}?") from error
         return cls(path, owner, name)
 
     def stored(self) -> Any:
@@ -249,7 +254,7 @@ def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 
 def _apply(patch: Patch) -> _Applied:
-    place = _Place.resolve(patch.target)
+    place = _Place.resolve(patch.target, patch)
     original = place.value()
     if (other := getattr(original, _MARK, None)) is not None and other.function is patch.function:
         raise PatchError(f"cannot patch {patch.target}: another registry has applied this very patch.")
@@ -263,7 +268,7 @@ def _apply(patch: Patch) -> _Applied:
     aliases = _loaded_aliases(patch)
     for alias in aliases:
         if alias.value() is not original:
-            raise PatchError(f"cannot patch {alias.path}: it is not {patch.target} in this version.")
+            raise PatchError(f"cannot patch {alias.path}: it is not {patch.target} in {patch.release}.")
     for changed in (place, *aliases):
         changed.put(new)
     return _Applied(patch, place, stored, new)
@@ -280,7 +285,7 @@ def _check_parameters(patch: Patch, original: Any) -> None:
     missing = [name for name in patch.parameters if name not in live or live[name].kind in rest]
     if missing:
         message = (
-            f"cannot patch {patch.target}: it has no parameter {', '.join(missing)} in this version; "
+            f"cannot patch {patch.target}: it has no parameter {', '.join(missing)} in {patch.release}; "
             f"its parameters are {', '.join(live)}."
         )
         if original.__module__ != (module := patch.target.partition(":")[0]):
@@ -314,7 +319,15 @@ def _marked(new: Any, patch: Patch, original: Any) -> Any:
 
 def _loaded_aliases(patch: Patch) -> list[_Place]:
     """The aliases in modules imported so far; a module that is imported later binds what it finds at the target."""
-    return [_Place.resolve(path) for path in patch.aliases if path.partition(":")[0] in sys.modules]
+    return [_Place.resolve(path, patch) for path in patch.aliases if path.partition(":")[0] in sys.modules]
+
+
+def _version(package: str) -> str | None:
+    """`__version__` of what is imported by this name; None where there is none."""
+    try:
+        return str(importlib.import_module(package).__version__)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _is_installed(module: str) -> bool:

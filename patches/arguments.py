@@ -21,9 +21,10 @@ from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, bind_by_name
 
 ARGUMENTS = "megatron.training.arguments"
+INITIALIZE = "megatron.training.initialize"
 
 
 def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch, ...]:
@@ -74,16 +75,45 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             why="The context-parallel flags have to be known wherever Megatron's are.",
             remove_when="Never: these are the plugin's own flags.",
         ),
+        *(
+            Patch(
+                target=f"{ARGUMENTS}:validate_args",
+                kind="wrap",
+                function=wrap_validate,
+                parameters=("args",),
+                aliases=aliases,
+                needs=("megatron.training",),
+                versions=versions,
+                why="Each rule is checked right after parsing, before any process group exists.",
+                remove_when="Never: these are the plugin's own flags.",
+            )
+            # Before 0.18 it is initialize_megatron that parses and validates.
+            for versions, aliases in (("<0.18", (f"{INITIALIZE}:validate_args",)), (">=0.18", ()))
+        ),
         Patch(
-            target=f"{ARGUMENTS}:validate_args",
+            target=f"{INITIALIZE}:initialize_megatron",
             kind="wrap",
-            function=wrap_validate,
-            parameters=("args",),
+            function=_wrap_initialize,
+            parameters=("allow_no_cuda",),
+            aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
             needs=("megatron.training",),
-            why="Each rule is checked right after parsing, before any process group exists.",
-            remove_when="Never: these are the plugin's own flags.",
+            why=(
+                "It asserts that CUDA is available, before 0.18 even before it parses the flags. The patch of "
+                "validate_args refuses a missing accelerator instead, unless the flags ask for the CPU."
+            ),
+            remove_when="pretrain passes allow_no_cuda on.",
         ),
     )
+
+
+def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        named["allow_no_cuda"] = True
+        return original(**named)
+
+    return initialize_megatron
 
 
 def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch
 
 _WHY_DEVICE = "Megatron names the device 'cuda' in many places, and asks torch.cuda for streams, seeds and memory."
 _WHEN_DEVICE = "Megatron's training loop takes the device from torch.accelerator."
@@ -161,11 +161,25 @@ _TAKE_A_DEVICE = (
 def cpu_device_patches() -> tuple[Patch, ...]:
     """Patches that let Megatron train on a CPU."""
     answers = tuple(
-        Patch(target=target, kind="replace", function=answer, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE)
+        Patch(
+            target=target,
+            kind="replace",
+            function=answer,
+            package="torch" if target.startswith("torch") else "megatron.core",
+            why=_WHY_DEVICE,
+            remove_when=_WHEN_DEVICE,
+        )
         for target, answer in _CUDA_ANSWERS.items()
     )
     take_a_device = tuple(
-        Patch(target=f"torch:{name}", kind="wrap", function=_on_cpu, why=_WHY_DEVICE, remove_when=_WHEN_DEVICE)
+        Patch(
+            target=f"torch:{name}",
+            kind="wrap",
+            function=_on_cpu,
+            package="torch",
+            why=_WHY_DEVICE,
+            remove_when=_WHEN_DEVICE,
+        )
         for name in _TAKE_A_DEVICE
     )
     return (
@@ -175,6 +189,7 @@ def cpu_device_patches() -> tuple[Patch, ...]:
             target="torch:Tensor.type",
             kind="wrap",
             function=_wrap_type,
+            package="torch",
             why="Megatron's optimizers compare the name of a parameter's type with that of a CUDA tensor.",
             remove_when="Megatron's optimizers compare dtypes.",
         ),
@@ -190,14 +205,13 @@ def cpu_device_patches() -> tuple[Patch, ...]:
             remove_when="Megatron draws them from a generator of their own.",
         ),
         Patch(
-            target="megatron.training.initialize:initialize_megatron",
-            kind="wrap",
-            function=_wrap_initialize,
-            parameters=("allow_no_cuda",),
-            aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
-            needs=("megatron.training",),
-            why="It asserts that CUDA is available.",
-            remove_when="pretrain passes allow_no_cuda on.",
+            target="megatron.legacy.fused_kernels:load",
+            kind="replace",
+            function=_ignore,
+            needs=("megatron.legacy",),
+            versions="<0.17",
+            why="It asks CUDA's compiler for its version, and builds nothing.",
+            remove_when="Megatron 0.16 is no longer supported.",
         ),
     )
 
@@ -232,13 +246,3 @@ def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     return type_as_on_cuda
-
-
-def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        named["allow_no_cuda"] = True
-        return original(**named)
-
-    return initialize_megatron

@@ -2,7 +2,12 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from mindspeed_cp.patching import Patch
 
@@ -14,7 +19,8 @@ def dataset_helper_patches() -> tuple[Patch, ...]:
         @functools.wraps(original)
         def compile_helpers() -> None:
             if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-                original()
+                with _own_python_first():
+                    original()
 
         return compile_helpers
 
@@ -23,7 +29,22 @@ def dataset_helper_patches() -> tuple[Patch, ...]:
             target="megatron.core.datasets.utils:compile_helpers",
             kind="wrap",
             function=wrap_compile,
-            why="It runs make, which ends training in an installed wheel: the wheel has no Makefile, but the result.",
-            remove_when="Megatron looks for the compiled module before it runs make.",
+            why=(
+                "It runs make, which ends training in an installed wheel: the wheel has no Makefile, but the result. "
+                "In a checkout, make asks whichever python3 comes first on PATH for pybind11 and for the file's name."
+            ),
+            remove_when="Megatron looks for the compiled module before it runs make, and tells make which Python runs.",
         ),
     )
+
+
+@contextmanager
+def _own_python_first() -> Iterator[None]:
+    """This Python's `python3` before any other on PATH, and the `python3-config` of the one that it was made with."""
+    path = os.environ.get("PATH", "")
+    folders = (str(Path(sys.executable).parent), sysconfig.get_config_var("BINDIR"), path)
+    os.environ["PATH"] = os.pathsep.join(folders)
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path

@@ -1,53 +1,63 @@
 # Sourced by the other scripts: makes the virtual environment where it is not there or not up to date, and sets $PYTHON.
 #
-#   PYTHON_FOR_VENV   the CPython 3.12 to make it with; else one is looked for
+#   PYTHON_FOR_VENV   the CPython to make it with; else one is looked for
+#   PYTHON_VERSIONS   which versions will do, the preferred first (3.12)
 #   VENV              where to make it, .venv in the repository by default
+#   CONSTRAINTS       pip's constraints (scripts/constraints.txt)
+#   EXTRAS            the project's extras to install (megatron,plots,tests)
 #
 # torch comes from the index that pip is configured for: `PIP_INDEX_URL` and `PIP_EXTRA_INDEX_URL` choose another build.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$repository/.venv}
-needed=3.12
+CONSTRAINTS=${CONSTRAINTS:-$repository/scripts/constraints.txt}
+EXTRAS=${EXTRAS:-megatron,plots,tests}
+read -r -a needed <<<"${PYTHON_VERSIONS:-3.12}"
 
-is_needed_python() {
-    command -v "$1" >/dev/null 2>&1 &&
-        [[ $("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) == "$needed" ]]
+# is_python VERSION COMMAND: whether the command is a Python of this version.
+is_python() {
+    command -v "$2" >/dev/null 2>&1 &&
+        [[ $("$2" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) == "$1" ]]
 }
 
 find_python() {
-    local candidates=("python$needed" python3 python) candidate
-    shopt -s nullglob
-    candidates+=("${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$needed"*/bin/python)
-    candidates+=("$HOME"/.local/share/uv/python/cpython-"$needed"*/bin/python"$needed")
-    candidates+=(/usr/local/bin/python"$needed" /opt/homebrew/bin/python"$needed" /opt/python*/bin/python"$needed")
-    shopt -u nullglob
-    if [[ -n ${PYTHON_FOR_VENV:-} ]]; then
-        candidates=("$PYTHON_FOR_VENV")
-    fi
-    for candidate in "${candidates[@]}"; do
-        if is_needed_python "$candidate"; then
-            command -v "$candidate"
-            return
+    local version candidates candidate looked_for=()
+    for version in "${needed[@]}"; do
+        candidates=("python$version" python3 python)
+        shopt -s nullglob
+        candidates+=("${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python)
+        candidates+=("$HOME"/.local/share/uv/python/cpython-"$version"*/bin/python"$version")
+        candidates+=(/usr/local/bin/python"$version" /opt/homebrew/bin/python"$version" /opt/python*/bin/python"$version")
+        shopt -u nullglob
+        if [[ -n ${PYTHON_FOR_VENV:-} ]]; then
+            candidates=("$PYTHON_FOR_VENV")
         fi
+        for candidate in "${candidates[@]}"; do
+            if is_python "$version" "$candidate"; then
+                command -v "$candidate"
+                return
+            fi
+        done
+        looked_for+=("${candidates[@]}")
     done
     {
-        echo "error: CPython $needed is needed (megatron-core 0.17 and later ship megatron.training for it), and none was found."
-        echo "looked for: ${candidates[*]}"
-        echo "install it, or name it: PYTHON_FOR_VENV=/path/to/python$needed bash $0"
+        echo "error: CPython ${needed[*]} is needed, and none was found."
+        echo "looked for: ${looked_for[*]}"
+        echo "install it, or name it: PYTHON_FOR_VENV=/path/to/python${needed[0]} bash $0"
     } >&2
     return 1
 }
 
 make_environment() {
     local python stamp
-    stamp=$(cat "$repository"/{pyproject.toml,setup.py,scripts/constraints.txt} | cksum)
+    stamp=$(cat "$repository"/{pyproject.toml,setup.py} "$CONSTRAINTS" | cksum)
     if [[ ! -f $VENV/complete || $(<"$VENV/complete") != "$stamp" ]]; then
         python=$(find_python) || return 1
         echo "making the environment $VENV with $("$python" --version) (torch and Megatron; some minutes the first time)"
         "$python" -m venv "$VENV"
         # The patches are installed as a link to this checkout, so that an edit is seen at once.
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint "$repository/scripts/constraints.txt" --editable "$repository[megatron,plots,tests]"
+            --constraint "$CONSTRAINTS" --editable "$repository[$EXTRAS]"
         echo "$stamp" >"$VENV/complete"
     fi
 }

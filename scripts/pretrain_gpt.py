@@ -1,4 +1,4 @@
-"""Pretrain a GPT on megatron.training, for those without a Megatron-LM checkout.
+"""Pretrain a GPT on megatron.training of megatron-core 0.17 and later, for those without a Megatron-LM checkout.
 
 Takes Megatron's flags and those of mindspeed_cp, and trains on --data-path (.bin/.idx) or --mock-data:
 
@@ -10,16 +10,22 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from megatron.core import __version__ as megatron_version
 from megatron.core import mpu, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
+from packaging.version import Version
 from torch import Tensor
 
 import mindspeed_cp.megatron_adaptor  # noqa: F401  (patches Megatron)
@@ -94,11 +100,70 @@ def reads_data() -> bool:
     return has_stage and mpu.get_tensor_model_parallel_rank() == 0
 
 
+def build_model(
+    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **groups: object
+) -> GPTModel:
+    """The model that the flags describe, or a pipeline stage of it; Megatron 0.19 builds it itself.
+
+    groups: the process groups, and a configuration that is None in pretraining.
+    """
+    args = get_args()
+    for option in ("spec", "yaml_cfg", "heterogeneous_layers_config_path", "experimental_attention_variant"):
+        if getattr(args, option, None) is not None:
+            raise SystemExit(
+                f"error: --{option.replace('_', '-')} needs megatron-core 0.19 here, and this is {megatron_version}; "
+                f"use the pretrain_gpt.py of a Megatron-LM checkout."
+            )
+    config = core_transformer_config_from_args(args)
+    kind = {
+        "use_transformer_engine": args.transformer_impl == "transformer_engine",
+        "normalization": args.normalization,
+        "qk_l2_norm": args.qk_l2_norm,
+    }
+    further_predictions = None
+    if args.mtp_num_layers is not None:
+        last_layer = get_gpt_decoder_layer_specs(config, **kind)[-1]
+        further_predictions = get_gpt_mtp_block_spec(
+            config, last_layer, kind["use_transformer_engine"], vp_stage=vp_stage
+        )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **kind),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        mtp_block_spec=further_predictions,
+        vp_stage=vp_stage,
+        pg_collection=groups.get("pg_collection"),
+    )
+
+
 def main() -> None:
-    """Parse the flags and train."""
-    args = parse_and_validate_args()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    """Parse the flags and train, as this release of Megatron has it."""
     build_datasets.is_distributed = True  # built on all ranks; `reads_data` says on which they are kept
+    release = Version(megatron_version).release
+    if release < (0, 18):
+        pretrain(build_datasets, build_model, ModelType.encoder_or_decoder, forward_step)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args()
+    if release < (0, 19):
+        config = pretrain_cfg_container_from_args(args)
+        pretrain(config, build_datasets, build_model, ModelType.encoder_or_decoder, forward_step)
+        return
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 
 

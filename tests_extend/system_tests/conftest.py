@@ -5,9 +5,10 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from rank_pool import RankFailure, RankPool
-from system_tests import training_cases
+from system_tests import layer_cases, training_cases
 
 
 class TrainingPool:
@@ -37,6 +38,13 @@ class TrainingPool:
     def restore_in_mid_training(self, ranks: int) -> list[training_cases.RestoreDrill]:
         """What training_cases.restore_in_mid_training gives on each rank."""
         return self._pool.call(range(ranks), 120.0, training_cases.restore_in_mid_training, ranks, _free_port())
+
+    def compare_layers(
+        self, ranks: int, tensor_parallel: int, dtype: torch.dtype, flags: dict[str, object]
+    ) -> list[layer_cases.LayerDifference]:
+        """What layer_cases.compare_layers gives on each rank."""
+        function = layer_cases.compare_layers
+        return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), tensor_parallel, dtype, flags)
 
     def close(self) -> None:
         """End the ranks."""

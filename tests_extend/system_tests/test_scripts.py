@@ -63,12 +63,19 @@ def test_feature_script_passes_as_it_is(feature, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.every_release
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM names no Megatron-LM checkout")
 @pytest.mark.parametrize("feature", ["ulysses", "ring_attention", "double_ring", "hybrid"])
-def test_feature_script_passes_with_megatrons_own_training_script(feature, tmp_path):
+def test_feature_script_passes_with_megatrons_own_training_script(feature, tmp_path, record_property):
     script = str(REPOSITORY / FEATURE_TESTS / f"{feature}.sh")
-    done = run(["bash", script], Path(os.environ["MEGATRON_LM"]), OUTPUT=str(tmp_path), ITERS="10")
+    environment = {"OUTPUT": str(tmp_path), "ITERS": "10", "SEQ_LENGTH": "64", "PYTHONPATH": str(REPOSITORY)}
+    done = run(["bash", script], Path(os.environ["MEGATRON_LM"]), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    record_property("check", "own script, CP 4")
+    record_property("algorithm", feature.removesuffix("_attention").replace("_", " "))
+    (last,) = re.findall(r"^ +10 +\S+ +(\S+) ", done.stdout, re.MULTILINE)
+    (difference,) = re.findall(r"largest relative difference (\S+) over 10 iterations", done.stdout)
+    record_property("result", f"{float(last):.5f} {float(difference):.0e}")
 
 
 @pytest.mark.parametrize(

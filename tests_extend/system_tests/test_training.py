@@ -3,6 +3,9 @@
 import pytest
 
 from system_tests.compare_losses import largest_difference
+from system_tests.training_cases import HAS_TRAINING
+
+pytestmark = pytest.mark.skipif(not HAS_TRAINING, reason="megatron.training is not installed")
 
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 PIPELINE_PARALLEL = "--pipeline-model-parallel-size 2"
@@ -85,12 +88,23 @@ SLOW = [
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 4, hybrid(2)),
     (PIPELINE_PARALLEL, 2, 4, f"{double_ring(2)} {OVERLAP}"),
 ]
+# Those of them that run with every supported release of Megatron, and their names in its table.
+EVERY_RELEASE = {
+    ("", 1, 4, ULYSSES): "ulysses",
+    ("", 1, 4, f"{RING} {OVERLAP}"): "ring",
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"): "double ring",
+    ("", 1, 4, hybrid(2)): "hybrid",
+    (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES): "ulysses",
+    (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING): "ring",
+}
 
 
 def cases() -> list[object]:
-    return [pytest.param(*row, id=_id(row)) for row in QUICK] + [
-        pytest.param(*row, id=_id(row), marks=pytest.mark.slow) for row in SLOW
-    ]
+    return [pytest.param(*row, id=_id(row), marks=_marks(row)) for row in (*QUICK, *SLOW)]
+
+
+def _marks(row: tuple[str, int, int, str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (row in SLOW) + [pytest.mark.every_release] * (row in EVERY_RELEASE)
 
 
 def _id(row: tuple[str, int, int, str]) -> str:
@@ -99,11 +113,16 @@ def _id(row: tuple[str, int, int, str]) -> str:
 
 
 @pytest.mark.parametrize(("beside", "ranks", "size", "algorithm"), cases())
-def test_losses_equal_those_of_cp_1(training, beside, ranks, size, algorithm):
+def test_losses_equal_those_of_cp_1(training, record_property, beside, ranks, size, algorithm):
     reference = training.losses(ranks, beside)
     losses = training.losses(ranks * size, f"{beside} --context-parallel-size {size} {algorithm}")
     assert len(reference) == 20
-    assert largest_difference(reference, losses) <= 1e-5
+    difference = largest_difference(reference, losses)
+    if (row := (beside, ranks, size, algorithm)) in EVERY_RELEASE:
+        record_property("check", f"pretraining, CP {size} {beside}")
+        record_property("algorithm", EVERY_RELEASE[row])
+        record_property("result", f"{losses[20]:.5f} {difference:.0e}")
+    assert difference <= 1e-5
 
 
 @pytest.mark.parametrize("algorithm", [ULYSSES, RING, hybrid(2)])

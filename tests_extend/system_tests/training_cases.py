@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,6 +27,9 @@ from system_tests.compare_losses import losses_in
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
 
+HAS_TRAINING = find_spec("megatron.training") is not None
+"""The wheels of Megatron 0.16 hold megatron.core alone."""
+
 # A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
 MODEL_FLAGS = """
     --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
@@ -43,7 +47,10 @@ def import_megatron(rank: int, folder: str) -> None:
     del folder
     os.environ["RANK"] = str(rank)
     warnings.simplefilter("ignore")
-    import megatron.training  # noqa: F401
+    import megatron.core.models.gpt
+
+    if HAS_TRAINING:
+        import megatron.training  # noqa: F401
 
 
 def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[int, float]:
@@ -55,7 +62,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
     """
     output = io.StringIO()
     with (
-        _launched(world_size, port),
+        launched(world_size, port),
         mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
         _sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
@@ -67,7 +74,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
             if end.code:
                 raise RuntimeError(f"training ended with status {end.code}:\n{output.getvalue()[-2000:]}") from end
         finally:
-            _forget_run()
+            forget_run()
     return losses_in(output.getvalue())
 
 
@@ -86,7 +93,7 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
 
     from mindspeed_cp import megatron_adaptor
 
-    with _launched(world_size, port):
+    with launched(world_size, port):
         try:
             dist.init_process_group("gloo")
             config = megatron_adaptor.configure(distributed_backend="gloo", **flags)
@@ -111,7 +118,7 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             left = made & set(dist.distributed_c10d._world.pg_map) - {groups.context_parallel}
             return CoreLayerResult(difference, len(made), len(left))
         finally:
-            _forget_run()
+            forget_run()
 
 
 class RestoreDrill(NamedTuple):
@@ -132,7 +139,7 @@ def restore_in_mid_training(world_size: int, port: int) -> RestoreDrill:
 
     from mindspeed_cp import megatron_adaptor
 
-    with _launched(world_size, port):
+    with launched(world_size, port):
         try:
             dist.init_process_group("gloo")
             flags = {"context_parallel_size": world_size, "context_parallel_algo": "megatron_cp_algo"}
@@ -155,7 +162,7 @@ def restore_in_mid_training(world_size: int, port: int) -> RestoreDrill:
             megatron_adaptor.registry.apply()
             return RestoreDrill(refusal, kept, left)
         finally:
-            _forget_run()
+            forget_run()
 
 
 def _core_layer(context_parallel_size: int) -> Any:
@@ -175,7 +182,7 @@ def _core_layer(context_parallel_size: int) -> Any:
     return DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
-def _launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
+def launched(world_size: int, port: int) -> contextlib.AbstractContextManager[object]:
     """The environment that torchrun gives a rank."""
     environment = {
         "LOCAL_RANK": os.environ["RANK"],
@@ -225,12 +232,17 @@ class _DyingExchange:
         return self._exchange.__get__(communicator, owner)
 
 
-def _forget_run() -> None:
+def forget_run() -> None:
     """What Megatron keeps of a run in globals, so that the next one starts as in a fresh process."""
-    from megatron.training import training
+    if HAS_TRAINING:
+        from megatron.training import training
 
-    training.destroy_global_state()
-    # Where these are set, ranks exchange them: a rank that has run before would wait for one that has not.
-    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+        training.destroy_global_state()
+        # Where these are set, ranks exchange them: a rank that has run before would wait for one that has not.
+        training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+    else:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -96,12 +96,12 @@ def ending(argv):
     return status, out.getvalue(), err.getvalue()
 
 script, endings = sys.argv[1], {}
-for version in (None, "0.18.3", "0.19.0rc0", "0.20.0+abc123"):
+for version in (None, "0.15.3", "0.16.0rc0", "0.19.9", "0.20.0+abc123"):
     for name in ("megatron", "megatron.core", "megatron.core.package_info"):
         sys.modules[name] = None if version is None else types.ModuleType(name)
     if version is not None:
         sys.modules["megatron"].__path__ = sys.modules["megatron.core"].__path__ = []
-        sys.modules["megatron.core.package_info"].__version__ = version
+        sys.modules["megatron.core.package_info"].__version__ = sys.modules["megatron.core"].__version__ = version
     try:
         import mindspeed_cp.megatron_adaptor
         adaptor = "imported"
@@ -124,12 +124,12 @@ def endings(tmp_path_factory):
 
 MISSING = (
     "mindspeed_cp.megatron_adaptor patches Megatron, and megatron.core cannot be imported (import of "
-    "megatron.core.package_info halted; None in sys.modules); install megatron-core>=0.19, or put a Megatron-LM "
+    "megatron.core.package_info halted; None in sys.modules); install megatron-core>=0.16, or put a Megatron-LM "
     "checkout on PYTHONPATH. The attention alone is mindspeed_cp.attention."
 )
 UNFIT = {"None": MISSING} | {
-    version: f"megatron-core {version} is too old for mindspeed_cp; install megatron-core>=0.19."
-    for version in ("0.18.3", "0.19.0rc0")
+    version: f"megatron-core {version} is too old for mindspeed_cp; install megatron-core>=0.16."
+    for version in ("0.15.3", "0.16.0rc0")
 }
 
 
@@ -153,13 +153,23 @@ def test_script_without_fit_megatron_is_one_line_and_status_2(endings, version):
     assert err.splitlines()[1:] == [f"mindspeed_cp: error: {UNFIT[version]}"]
 
 
-def test_megatron_of_a_fit_version_without_the_targets_is_refused_by_name(endings):
+@pytest.mark.parametrize("version", ["0.19.9", "0.20.0+abc123"])
+def test_megatron_of_a_fit_version_without_the_targets_is_refused_by_name_and_version(endings, version):
     # And the three tests above see that a version is fit.
-    ending = endings["0.20.0+abc123"]
-    assert ending["adaptor"].startswith("PatchError: cannot patch megatron.core.parallel_state:")
-    status, out, err = ending["script"]
+    refusal = (
+        f"cannot patch megatron.core.parallel_state:initialize_model_parallel: No module named "
+        f"'megatron.core.parallel_state'. Has it moved in megatron.core {version}?"
+    )
+    assert endings[version]["adaptor"] == f"PatchError: {refusal}"
+    status, out, err = endings[version]["script"]
     assert (status, out) == (2, "")
-    assert err.splitlines()[1].startswith("mindspeed_cp: error: cannot patch megatron.core.parallel_state:")
+    assert err.splitlines()[-1] == f"mindspeed_cp: error: {refusal}"
+
+
+@pytest.mark.parametrize(("version", "times"), [("0.19.9", 0), ("0.20.0+abc123", 1)])
+def test_megatron_newer_than_any_tried_is_said_once(endings, version, times):
+    _, _, err = endings[version]["script"]
+    assert err.count(f"UserWarning: megatron-core {version} is newer than 0.19, the newest that") == times
 
 
 def test_report_names_the_patch_that_finds_no_target(endings):
@@ -225,7 +235,7 @@ def test_script_runs_as_the_main_program_with_its_own_arguments_and_folder(scrip
 def test_script_runs_patched(script_run):
     done, _ = script_run
     states = done.stdout.partition("== states\n")[2].partition("== report\n")[0].splitlines()
-    assert "megatron.training.arguments:validate_args|applied|" in "\n".join(states)
+    assert "megatron.core.parallel_state:initialize_model_parallel|applied|" in "\n".join(states)
     assert any(line.startswith("torch.cuda:device_count|not applied|") for line in states)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import re
 import sys
 import types
@@ -13,6 +12,7 @@ import pytest
 from mindspeed_cp.patching import Patch, PatchError, PatchRegistry, PatchStatus, bind_by_name, targets_by_module
 
 TOY = """
+__version__ = "1.2"
 CONSTANT = object()
 
 def double(x, factor=2):
@@ -87,8 +87,9 @@ def mark_result(original):
 
 
 def patch_of(target, function=mark_result, kind="wrap", **fields):
-    """A patch record with its reasons filled in."""
-    return Patch(target=target, kind=kind, function=function, why="Because.", remove_when="Never.", **fields)
+    """A patch record of the toy, with its reasons filled in."""
+    reasons = {"why": "Because.", "remove_when": "Never."}
+    return Patch(target=target, kind=kind, function=function, **{"package": "toy", **reasons, **fields})
 
 
 def snapshot(*owners):
@@ -230,13 +231,18 @@ def test_constructor_and_nested_class_can_be_patched(toy):
 )
 def test_missing_target_raises_and_is_named(toy, target, reason):
     message = refusal_of(PatchRegistry([patch_of(target)]).apply)
-    assert message == f"cannot patch {target}: {reason}. Has it moved in this version?"
+    assert message == f"cannot patch {target}: {reason}. Has it moved in toy 1.2?"
+
+
+def test_missing_target_of_a_package_that_tells_no_version_raises_too(toy):
+    message = refusal_of(PatchRegistry([patch_of("toy:triple", package="toy.nothing")]).apply)
+    assert message.endswith("module 'toy' has no attribute 'triple'. Has it moved in this version?")
 
 
 def test_missing_parameter_raises_and_is_named(toy):
     registry = PatchRegistry([patch_of("toy:double", parameters=("x", "scale", "factor", "mask"))])
     assert refusal_of(registry.apply) == (
-        "cannot patch toy:double: it has no parameter scale, mask in this version; its parameters are x, factor."
+        "cannot patch toy:double: it has no parameter scale, mask in toy 1.2; its parameters are x, factor."
     )
     assert toy.double(1) == 2
 
@@ -487,7 +493,7 @@ def test_alias_that_is_another_function_raises_and_is_named(toy, make_module):
     user = make_module("toy_user", "def twice(x): return x")
     before = snapshot(toy, user)
     registry = PatchRegistry([patch_of("toy:double", aliases=("toy_user:twice",))])
-    assert refusal_of(registry.apply) == "cannot patch toy_user:twice: it is not toy:double in this version."
+    assert refusal_of(registry.apply) == "cannot patch toy_user:twice: it is not toy:double in toy 1.2."
     assert same(snapshot(toy, user), before)
 
 
@@ -496,7 +502,7 @@ def test_alias_that_is_missing_raises_and_is_named(toy, make_module):
     before = snapshot(toy)
     registry = PatchRegistry([patch_of("toy:double", aliases=("toy_user:twice",))])
     assert refusal_of(registry.apply) == (
-        "cannot patch toy_user:twice: module 'toy_user' has no attribute 'twice'. Has it moved in this version?"
+        "cannot patch toy_user:twice: module 'toy_user' has no attribute 'twice'. Has it moved in toy 1.2?"
     )
     assert same(snapshot(toy), before)
 
@@ -531,19 +537,19 @@ def test_import_order_is_irrelevant(tmp_path, monkeypatch, imported):
     ],
 )
 def test_patch_applies_to_the_versions_that_need_it(toy, monkeypatch, versions, version, needed):
-    monkeypatch.setattr(importlib.metadata, "version", {"toy-package": version}.__getitem__)
-    patch = patch_of("toy:double", package="toy-package", versions=versions)
+    monkeypatch.setattr(toy, "__version__", version)
+    patch = patch_of("toy:double", versions=versions)
     registry = PatchRegistry([patch])
     with registry.applied():
         assert toy.double(3) == (("patched", 6) if needed else 6)
-    reason = f"not needed with toy-package {version}"
+    reason = f"not needed with toy {version}"
     assert patch.skip_reason() == (None if needed else reason)
     assert registry.status() == [PatchStatus(patch, "not applied" if needed else f"skipped: {reason}")]
 
 
 def test_package_of_unknown_version_raises_a_patch_error(toy):
     with pytest.raises(PatchError, match="toy:double"):
-        PatchRegistry([patch_of("toy:double", package="no-such-package", versions=">=0.19")]).apply()
+        PatchRegistry([patch_of("toy:double", package="no_such_package", versions=">=0.19")]).apply()
 
 
 def test_patch_whose_needs_are_not_installed_is_skipped(toy, monkeypatch):
