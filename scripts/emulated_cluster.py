@@ -26,10 +26,12 @@ Note [Nothing is left behind]
 import argparse
 import ctypes
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +52,6 @@ MTU = 9000
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 _CLONE_NEWNET = 0x40000000
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.pool.close()
         self.close()
+
+    @property
+    def namespaces(self) -> tuple[int, ...]:
+        """Inode numbers of the namespaces, as lsns lists them; none on plain loopback."""
+        return tuple(Path(namespace.path).stat().st_ino for namespace in self._namespaces)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_s: float = 600.0) -> list[Any]:
         """What `function(*args)` returns on each rank; see RankPool.call."""
@@ -263,7 +269,7 @@ def _address(rank: int) -> str:
 
 
 def _call_libc(function: str, *args: int) -> None:
-    """Call one of the C library's functions that Python has had only since 3.12, or not at all."""
+    """Call one of the C library's functions that Python has only since 3.12."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, function)(*args) != 0:
         error = ctypes.get_errno()
@@ -272,14 +278,21 @@ def _call_libc(function: str, *args: int) -> None:
 
 def _join(world_size: int, namespaces: Sequence[str], rank: int, folder: str) -> None:
     """In a rank's process: go into its namespace and join the others."""
-    # A rank that waits for a peer does not read its connection: without this it would outlive a killed parent.
-    _call_libc("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if namespaces:
         file = os.open(namespaces[rank], os.O_RDONLY | os.O_CLOEXEC)
         _call_libc("setns", file, _CLONE_NEWNET)
         os.close(file)
         os.environ["GLOO_SOCKET_IFNAME"] = "fast"
     dist.init_process_group("gloo", f"file://{folder}/store", COLLECTIVE_TIMEOUT, world_size, rank)
+
+
+def _end_with_parent() -> None:
+    """A rank that waits for a peer does not read its connection, and would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def link_bytes() -> LinkBytes:
@@ -343,13 +356,13 @@ def main() -> int:
         slow_link=args.slow_link,
     )
     with Cluster(network) as cluster:
-        for name, to, expected in (
-            ("inside a node ", 1, network.fast_mbit),
-            ("between nodes ", args.ranks - 1, network.slow_mbit),
-        ):
-            if network.node(to) == (name == "between nodes ") * (network.num_nodes - 1) and to:
-                rate = measure_link(cluster, 0, to)
-                print(f"{name} rank 0 to {to}: {rate:8.1f} Mbit/s of {expected:g} set ({rate / expected:.1%})")
+        # The first rank's neighbour, and the last rank: in one node, and between nodes, where there are both.
+        for to in sorted({1, args.ranks - 1} & set(range(1, args.ranks))):
+            inside = network.node(to) == 0
+            expected = network.fast_mbit if inside else network.slow_mbit
+            rate = measure_link(cluster, 0, to)
+            place = "inside a node" if inside else "between nodes"
+            print(f"{place}, rank 0 to {to}: {rate:8.1f} Mbit/s of {expected:g} set ({rate / expected:.1%})")
     return 0
 
 
