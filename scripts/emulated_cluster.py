@@ -24,6 +24,7 @@ Note [Nothing is left behind]
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import multiprocessing
@@ -97,6 +98,13 @@ def why_not_here() -> str | None:
         return "network namespaces need root."
     if missing := [program for program in PROGRAMS if which(program) is None]:
         return f"{', '.join(missing)} not found (Debian and Ubuntu: packages iproute2 and util-linux)."
+    try:
+        with contextlib.closing(_Namespace()) as trial:
+            trial.run("ip", ["link add core type bridge", "link add fast type veth peer name fast0 master core"])
+            trial.run("tc", [_limit("fast", 1000)])
+    except OSError as error:
+        # A container's root, or a kernel without one of them.
+        return str(error)
     return None
 
 
@@ -195,6 +203,8 @@ class Cluster:
                 "link set lo up",
                 *(f"link add {card} mtu {MTU} type veth peer name {card}{rank} netns {hub.path}" for card in cards),
                 *(f"link set {card} up" for card in cards),
+                # Of each connection two such pieces may wait in a card, and gloo's ready messages behind them.
+                f"link set slow gso_max_size {2 * MTU}",
                 f"addr add {_address(rank)}/32 dev fast",
                 *(
                     f"route add {_address(peer)}/32 dev {'fast' if network.node(peer) == node else 'slow'} "

@@ -126,7 +126,9 @@ def test_network_that_cannot_be_built_is_an_error_and_leaves_nothing():
         made.append(Path(self.path).stat().st_ino)
         raise OSError("no such device")
 
-    with mock.patch.object(emulated_cluster._Namespace, "run", run), pytest.raises(OSError, match="no such device"):
+    refusing = mock.patch.object(emulated_cluster._Namespace, "run", run)
+    possible = mock.patch.object(emulated_cluster, "why_not_here", lambda: None)
+    with refusing, possible, pytest.raises(OSError, match="no such device"):
         Cluster(network())
     assert_gone(tuple(made))
 
@@ -148,6 +150,12 @@ def test_cluster_without_root_is_refused_with_the_reason():
 def test_cluster_without_its_programs_is_refused_with_their_package():
     with mock.patch.object(os, "geteuid", return_value=0), mock.patch.object(emulated_cluster, "which", lambda _: None):
         assert why_not_here() == "ip, tc, nsenter not found (Debian and Ubuntu: packages iproute2 and util-linux)."
+
+
+def test_container_whose_root_may_not_make_namespaces_is_told_apart():
+    refusal = mock.patch.object(emulated_cluster, "_call_libc", side_effect=PermissionError("unshare: not permitted"))
+    with mock.patch.object(os, "geteuid", return_value=0), mock.patch.object(emulated_cluster, "which", str), refusal:
+        assert why_not_here() == "unshare: not permitted"
 
 
 @pytest.mark.parametrize(
