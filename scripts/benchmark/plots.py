@@ -64,7 +64,7 @@ def _plot_bytes(lines: Sequence[Line], title: str, path: Path) -> Path:
     left = [0.0] * len(algorithms)
     for what in ("bytes_inside", "bytes_between"):
         mib = [sum(line[what] for line in lines if line["algorithm"] == name) / 2**20 for name in algorithms]
-        axes.barh(algorithms, mib, left=left, label=what.replace("bytes_", "").replace("between", "between nodes"))
+        axes.barh(algorithms, mib, left=left, label=f"{what.removeprefix('bytes_')} nodes")
         left = [before + more for before, more in zip(left, mib, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="MiB sent by all ranks, forward and backward", title=title)

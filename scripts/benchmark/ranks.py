@@ -122,8 +122,11 @@ class _Bench:
 
 
 _BENCHES: dict[str, _Bench] = {}
+"""By the algorithm's name."""
+
 _INPUTS: dict[Case, Inputs] = {}
-"""Of the case at hand: the whole sequence on every rank that needs it, else this rank's part alone."""
+_REFERENCES: dict[Case, dict[str, Tensor]] = {}
+"""Of the case that was last checked: the whole sequence, and attention of it in fp32."""
 
 
 def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: float | None) -> None:
@@ -165,14 +168,14 @@ def run(algorithm: str, case: Case, look_at_memory: bool, check: bool) -> RunOfR
     check: compare with attention in fp32 of the whole sequence, which each rank then computes.
     """
     bench = _BENCHES[algorithm]
-    q, k, v, dout = (x.contiguous() for x in _shards(bench, case, whole=check))
+    q, k, v, dout = _shards(bench, case, whole=check)
     for x in (q, k, v):
         x.requires_grad_()
     memory_before = _start_of_memory() if look_at_memory else None
     gc.disable()
     try:
-        out, forward = _timed(bench, lambda: bench.attend and bench.attend(q, k, v))
-        _, backward = _timed(bench, lambda: out is not None and out.backward(dout))
+        out, forward = _timed(bench, lambda: None if bench.attend is None else bench.attend(q, k, v))
+        _, backward = _timed(bench, lambda: None if out is None else out.backward(dout))
     finally:
         gc.enable()
     peak = None if memory_before is None else _status("VmHWM") - memory_before
@@ -183,7 +186,7 @@ def run(algorithm: str, case: Case, look_at_memory: bool, check: bool) -> RunOfR
     return RunOfRank(forward, backward, peak, errors)
 
 
-def _timed(bench: _Bench, compute: Callable[[], object]) -> tuple[Tensor | None, PassOfRank]:
+def _timed(bench: _Bench, compute: Callable[[], Tensor | None]) -> tuple[Tensor | None, PassOfRank]:
     """What `compute` gives, started on all ranks at once."""
     bench.kernel.seconds = bench.kernel.flops = 0.0
     bench.traffic.clear()
@@ -199,7 +202,7 @@ def _timed(bench: _Bench, compute: Callable[[], object]) -> tuple[Tensor | None,
     # When all are done, everything has left.
     dist.barrier()
     after = link_bytes()
-    return result if isinstance(result, Tensor) else None, PassOfRank(
+    return result, PassOfRank(
         seconds=seconds if bench.attend else 0.0,
         kernel_seconds=bench.kernel.seconds,
         flops=bench.kernel.flops,
@@ -214,9 +217,9 @@ def _shards(bench: _Bench, case: Case, whole: bool) -> list[Tensor]:
     """This rank's tokens of the case's inputs; `whole` where they have to be the same sequence for every algorithm."""
     if bench.attend is None:
         return [torch.empty(0)] * 4
-    rank = dist.get_rank()
+    rank = dist.get_rank() % bench.layout.size
     if whole:
-        return [bench.layout.shard(x, min(rank, bench.layout.size - 1), dim=2) for x in _whole_inputs(case)]
+        return [bench.layout.shard(x, rank, dim=2) for x in _whole_inputs(case)]
     return list(_random_inputs(case, case.num_tokens // bench.layout.size, seed=rank))
 
 
@@ -235,9 +238,6 @@ def _random_inputs(case: Case, num_tokens: int, seed: int) -> Inputs:
     return Inputs(*(torch.randn(1, n, num_tokens, case.head_size, generator=generator, dtype=dtype) for n in heads))
 
 
-_REFERENCES: dict[Case, dict[str, Tensor]] = {}
-
-
 def _errors(results: dict[str, Tensor | None], case: Case, layout: SequenceLayout) -> dict[str, float]:
     """Relative norm of the difference from attention in fp32 of the whole sequence."""
     if case not in _REFERENCES:
@@ -248,7 +248,7 @@ def _errors(results: dict[str, Tensor | None], case: Case, layout: SequenceLayou
     errors = {}
     for name, result in results.items():
         assert result is not None, f"no {name}"
-        exact = layout.shard(_REFERENCES[case][name], dist.get_rank() if layout.size > 1 else 0, dim=2)
+        exact = layout.shard(_REFERENCES[case][name], dist.get_rank() % layout.size, dim=2)
         errors[name] = ((result.float() - exact).norm() / exact.norm()).item()
     return errors
 
