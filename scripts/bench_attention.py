@@ -8,8 +8,10 @@ overlap are measured and not this machine's few cores; its results are zeros. --
 checks the results.
 
 All algorithms take turns within one run. A time is the median over --iterations of the slowest rank's, from a start
-that all ranks agree on. Memory is the process's highest resident set (VmHWM) above what it held when the inputs were
-there. Written to --output: results.jsonl, a line for each algorithm and pass, and plots.
+that all ranks agree on. Shown beside it: the kernel's part; what is exposed, which is all the rest; how much of that
+was waiting in communication calls, as opposed to packing, merging and adding. Memory is the process's highest resident
+set (VmHWM) above what it held when the inputs were there. Written to --output: results.jsonl, a line for each algorithm
+and pass, and plots.
 """
 
 import argparse
@@ -70,14 +72,12 @@ def records(
 def _record(setting: Setting, algorithm: Algorithm, pass_: Pass, runs: list[list[RunOfRank]]) -> dict[str, Any]:
     network, case = setting.network, setting.case
     first, *timed = [[getattr(run, pass_) for run in iteration] for iteration in runs]
-    times = [max(rank.seconds for rank in iteration) for iteration in timed]
-    kernel_seconds = [max(rank.kernel_seconds for rank in iteration) for iteration in timed]
+    slowest = [max(iteration, key=lambda rank: rank.seconds) for iteration in timed]
     flops_per_s = setting.flops_per_s or _flops_per_s(timed)
     plan = Plan(algorithm, case, pass_, flops_per_s)
     expected = [predicted_bytes(network, plan.program(rank), rank) for rank in range(network.num_ranks)]
     predicted = predicted_seconds(network, plan.program)
-    seconds = statistics.median(times)
-    exposed = statistics.median(time - kernel for time, kernel in zip(times, kernel_seconds, strict=True))
+    seconds = statistics.median(rank.seconds for rank in slowest)
     return {
         "algorithm": algorithm.name,
         "kind": algorithm.kind,
@@ -87,11 +87,12 @@ def _record(setting: Setting, algorithm: Algorithm, pass_: Pass, runs: list[list
         **asdict(case),
         "kernel": "cpu" if setting.flops_per_s is None else "emulated",
         "flops_per_s": flops_per_s,
-        "iterations": len(times),
+        "iterations": len(slowest),
         "seconds": seconds,
-        "all_seconds": times,
-        "kernel_seconds": statistics.median(kernel_seconds),
-        "exposed_seconds": exposed,
+        "all_seconds": [rank.seconds for rank in slowest],
+        "kernel_seconds": statistics.median(rank.kernel_seconds for rank in slowest),
+        "exposed_seconds": statistics.median(rank.seconds - rank.kernel_seconds for rank in slowest),
+        "waiting_seconds": statistics.median(rank.waiting_seconds for rank in slowest),
         "predicted_seconds": predicted,
         "measured_over_predicted": seconds / predicted,
         "bytes_sent": sum(rank.counted for rank in first),
@@ -134,8 +135,9 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
     mib = 2**20
     for pass_ in PASSES:
         text.append(
-            f"\n  {pass_:21s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'exposed':>8s}{'predicted':>10s}{'meas/pred':>10s}"
-            f"{'MiB inside':>11s}{'between':>9s}{'formula':>9s}{'cards':>9s}{'peak MiB':>9s}  error"
+            f"\n  {pass_:21s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'exposed':>8s}{'waiting':>8s}"
+            f"{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}{'cards':>9s}"
+            f"{'peak MiB':>9s}  error"
         )
         for line in (line for line in lines if line["pass"] == pass_):
             errors = line["errors"]
@@ -143,6 +145,7 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
             text.append(
                 f"  {line['algorithm']:21s}{line['seconds'] * 1e3:8.0f}{line['ratio_to_best']:7.2f}"
                 f"{line['kernel_seconds'] * 1e3:8.0f}{line['exposed_seconds'] * 1e3:8.0f}"
+                f"{line['waiting_seconds'] * 1e3:8.0f}"
                 f"{line['predicted_seconds'] * 1e3:10.0f}{line['measured_over_predicted']:10.3f}"
                 f"{line['bytes_inside'] / mib:11.2f}{line['bytes_between'] / mib:9.2f}"
                 f"{line['bytes_by_formula'] / mib:9.2f}{cards / mib:9.2f}{line['peak_bytes'] / mib:9.1f}"

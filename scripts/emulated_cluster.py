@@ -203,12 +203,13 @@ class Cluster:
                 "link set lo up",
                 *(f"link add {card} mtu {MTU} type veth peer name {card}{rank} netns {hub.path}" for card in cards),
                 *(f"link set {card} up" for card in cards),
-                # Of each connection two such pieces may wait in a card, and gloo's ready messages behind them.
+                # Two such pieces of each connection may wait in a card, and gloo's ready messages behind them.
                 f"link set slow gso_max_size {2 * MTU}",
                 f"addr add {_address(rank)}/32 dev fast",
+                # Nothing is lost: a late acknowledgement stands in a queue, and sending again would lengthen that.
                 *(
                     f"route add {_address(peer)}/32 dev {'fast' if network.node(peer) == node else 'slow'} "
-                    f"src {_address(rank)}"
+                    f"src {_address(rank)} rto_min 10s"
                     for peer in range(network.num_ranks)
                     if peer != rank
                 ),

@@ -4,7 +4,8 @@ import ctypes
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +33,14 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 class PassOfRank(NamedTuple):
     """One pass on one rank.
 
-    seconds: from the agreed start. kernel_seconds, flops: spent in, and done by, the kernel. counted: what the library
-    says it sent. inside, between: the same, by where it went. cards: what left the network cards meanwhile.
+    seconds: from the agreed start. kernel_seconds, flops: spent in, and done by, the kernel. waiting_seconds: spent in
+    communication calls. counted: what the library says it sent. inside, between: the same, by where it went. cards:
+    what left the network cards meanwhile.
     """
 
     seconds: float
     kernel_seconds: float
+    waiting_seconds: float
     flops: float
     counted: int
     inside: int
@@ -58,13 +61,29 @@ class RunOfRank(NamedTuple):
     errors: dict[str, float] | None
 
 
+@dataclass
+class Ledger:
+    """Bytes that went to ranks of the same node and of others, and the time spent in communication calls."""
+
+    inside: int = 0
+    between: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time of what is done within."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
 @dataclass(frozen=True)
-class PlacedCommunicator:
-    """A communicator that also counts where its bytes go: `sent` is [inside the node, between nodes]."""
+class LedgerCommunicator:
+    """A communicator that also keeps a ledger of where its bytes go and how long its calls take."""
 
     communicator: ProcessGroupCommunicator
     network: Network
-    sent: list[int]
+    ledger: Ledger
 
     @property
     def rank(self) -> int:
@@ -80,25 +99,39 @@ class PlacedCommunicator:
         """See Communicator.all_to_all."""
         for rank, part in enumerate(send):
             if rank != self.rank:
-                self._count(rank, part)
-        return self.communicator.all_to_all(send)
+                self._count(rank, part.nbytes)
+        with self.ledger.timed():
+            return self.communicator.all_to_all(send)
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather. gloo passes blocks around a ring."""
-        for _ in range(self.size - 1):
-            self._count((self.rank + 1) % self.size, send)
-        return self.communicator.all_gather(send)
+        self._count((self.rank + 1) % self.size, (self.size - 1) * send.nbytes)
+        with self.ledger.timed():
+            return self.communicator.all_gather(send)
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
         if send is not None:
-            self._count(to, send)
-        return self.communicator.exchange(send, to, receive, source)
+            self._count(to, send.nbytes)
+        with self.ledger.timed():
+            return _LedgerTransfer(self.communicator.exchange(send, to, receive, source), self.ledger)
 
-    def _count(self, to: int, message: Tensor) -> None:
+    def _count(self, to: int, num_bytes: int) -> None:
         assert self.communicator.group is not None
-        to_global = dist.get_global_rank(self.communicator.group, to)
-        self.sent[self.network.node(to_global) != self.network.node(dist.get_rank())] += message.nbytes
+        if self.network.node(dist.get_global_rank(self.communicator.group, to)) == self.network.node(dist.get_rank()):
+            self.ledger.inside += num_bytes
+        else:
+            self.ledger.between += num_bytes
+
+
+@dataclass(frozen=True)
+class _LedgerTransfer:
+    transfer: Transfer
+    ledger: Ledger
+
+    def wait(self) -> None:
+        with self.ledger.timed():
+            self.transfer.wait()
 
 
 class Inputs(NamedTuple):
@@ -117,7 +150,7 @@ class _Bench:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     kernel: TimedKernel
     traffic: Traffic
-    placed: list[int]
+    ledger: Ledger
     layout: SequenceLayout
 
 
@@ -137,12 +170,12 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
     # From torch 2.13 on; its new name is not there in the oldest torch that the library runs with.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     kernel = TimedKernel(KERNELS[0] if flops_per_s is None else EmulatedKernel(flops_per_s))
-    traffic, placed, topology = Traffic(), [0, 0], algorithm.topology
+    traffic, ledger, topology = Traffic(), Ledger(), algorithm.topology
     layout = SequenceLayout(size=network.num_ranks)
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
-    def on(group: dist.ProcessGroup | None) -> PlacedCommunicator:
-        return PlacedCommunicator(ProcessGroupCommunicator(group, traffic), network, placed)
+    def on(group: dist.ProcessGroup | None) -> LedgerCommunicator:
+        return LedgerCommunicator(ProcessGroupCommunicator(group, traffic), network, ledger)
 
     if algorithm.kind == "single device":
         layout = SequenceLayout(size=1, kind="contiguous")
@@ -157,7 +190,7 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
             ring = RingCommunicators(*map(on, (groups.ring.inner, groups.ring.outer, groups.ring.gradients)))
         ulysses = None if groups.ulysses is None else on(groups.ulysses)
         attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=[kernel])
-    _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, placed, layout)
+    _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)
 
@@ -190,7 +223,9 @@ def _timed(bench: _Bench, compute: Callable[[], Tensor | None]) -> tuple[Tensor 
     """What `compute` gives, started on all ranks at once."""
     bench.kernel.seconds = bench.kernel.flops = 0.0
     bench.traffic.clear()
-    bench.placed[:] = 0, 0
+    ledger = bench.ledger
+    ledger.inside = ledger.between = 0
+    ledger.seconds = 0.0
     dist.barrier()
     before = link_bytes()
     # All ranks are on one machine, and have one clock.
@@ -205,10 +240,11 @@ def _timed(bench: _Bench, compute: Callable[[], Tensor | None]) -> tuple[Tensor 
     return result, PassOfRank(
         seconds=seconds if bench.attend else 0.0,
         kernel_seconds=bench.kernel.seconds,
+        waiting_seconds=ledger.seconds,
         flops=bench.kernel.flops,
         counted=sum(bench.traffic.bytes_sent.values()),
-        inside=bench.placed[0],
-        between=bench.placed[1],
+        inside=ledger.inside,
+        between=ledger.between,
         cards=LinkBytes(after.inside - before.inside, after.between - before.between),
     )
 

@@ -19,6 +19,7 @@ FIELDS = {
     *("algorithm", "kind", "pass", "num_ranks", "ranks_per_node", "fast_mbit", "slow_mbit", "slow_link"),
     *("emulated_network", "num_tokens", "num_heads", "num_kv_heads", "head_size", "element_size", "kernel"),
     *("flops_per_s", "iterations", "seconds", "all_seconds", "ratio_to_best", "kernel_seconds", "exposed_seconds"),
+    "waiting_seconds",
     *("predicted_seconds", "measured_over_predicted", "bytes_sent", "bytes_by_formula", "bytes_inside"),
     *("bytes_between", "bytes_as_predicted", "card_bytes_inside", "card_bytes_between"),
     *("most_bytes_between_of_a_rank", "peak_bytes", "errors"),
@@ -104,7 +105,8 @@ def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formul
         assert line["bytes_as_predicted"]
         assert set(line["errors"]) == {"out", "dq", "dk", "dv"}
         assert max(line["errors"].values()) < 1e-5
-        assert line["seconds"] > 0 and line["predicted_seconds"] > 0
+        assert line["seconds"] >= line["kernel_seconds"] + line["waiting_seconds"]
+        assert line["kernel_seconds"] > 0 and line["predicted_seconds"] > 0
     assert "plain loopback, rates without effect" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.png")} <= {
         "time_tokens_2_ranks_2_kv_heads.png",
