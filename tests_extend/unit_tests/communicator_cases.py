@@ -1,7 +1,9 @@
 """What the ranks run for comm/test_communicator.py."""
 
 from typing import NamedTuple
+from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,6 +28,13 @@ def communicate(group: dist.ProcessGroup, operation: str, sends: Tensor) -> Rece
     result = getattr(communicator, operation)(send)
     traffic = communicator.traffic
     return Received(result, communicator.rank, communicator.size, dict(traffic.calls), dict(traffic.bytes_sent))
+
+
+def posted(group: dist.ProcessGroup) -> list[str]:
+    """The operations that an all-to-all posts, in their order."""
+    with mock.patch.object(dist, "batch_isend_irecv", return_value=[]) as post:
+        ProcessGroupCommunicator(group).all_to_all(torch.zeros(dist.get_world_size(group), 1))
+    return [operation.op.__name__ for operation in post.call_args.args[0]]
 
 
 def default_group_place(group: dist.ProcessGroup) -> tuple[int, int]:

@@ -189,11 +189,11 @@ class Count(NamedTuple):
 def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
     """What the forward and the backward pass send."""
     traffic, sends = Traffic(), []
-    all_to_all_single = dist.all_to_all_single
+    batch_isend_irecv = dist.batch_isend_irecv
 
-    def counted(received: Tensor, send: Tensor, **options: Any) -> Any:
-        sends.append(send.nbytes * (case.size - 1) // case.size)
-        return all_to_all_single(received, send, **options)
+    def counted(operations: list[dist.P2POp]) -> Any:
+        sends.append(sum(each.tensor.nbytes for each in operations if each.op is dist.isend))
+        return batch_isend_irecv(operations)
 
     def count() -> Count:
         library = Sent(traffic.calls["all_to_all"], traffic.bytes_sent["all_to_all"])
@@ -201,7 +201,7 @@ def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
 
     q, k, v, dout = (shard_of(case, x, dist.get_rank(group)) for x in inputs(case)[:4])
     attention = build_attention(case.config, group, layout=case.sequence_layout, traffic=traffic)
-    with mock.patch.object(dist, "all_to_all_single", counted):
+    with mock.patch.object(dist, "batch_isend_irecv", counted):
         out = attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
         forward = count()
         traffic.clear()

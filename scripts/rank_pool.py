@@ -1,4 +1,4 @@
-"""Rank processes that stay alive for many tests: send them a function, get back what each rank returns.
+"""Rank processes that stay alive for many tests or measurements: send them a function, get back what each rank returns.
 
 A function travels by name, so it must live in a module that a fresh process can import: a case module beside the tests,
 `unit_tests.ulysses_cases` (pytest's `pythonpath` holds tests_extend, and the ranks inherit sys.path). Arguments and

@@ -1,0 +1,1 @@
+"""What bench_attention.py measures, and what it expects."""

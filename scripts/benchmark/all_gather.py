@@ -1,0 +1,90 @@
+"""The plain baseline: gather all keys and values, then compute each query chunk over what it sees.
+
+Shapes: P ranks, B batch, N query heads, G key/value heads, s tokens of one rank, S = P * s tokens, D head size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mindspeed_cp.attention.local import default_scale
+from mindspeed_cp.attention.merge import MergedOutput
+from mindspeed_cp.comm import Communicator
+from mindspeed_cp.kernels import BlockCase, BlockKernel, BlockMask, BlockOutput, MaskKind, choose_kernel
+from mindspeed_cp.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class AllGatherAttention:
+    """Causal attention on zigzag shards; gathered keys and values are kept for the backward pass.
+
+    Forward sends K/V P - 1 times; backward sends each partial dK/dV to its owner in the input type, added in fp32.
+    """
+
+    communicator: Communicator
+    kernels: Sequence[BlockKernel]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output [B, N, s, D] of this rank's queries; q: [B, N, s, D]; k, v: [B, G, s, D]."""
+        out: Tensor = _AllGather.apply(self, q, k, v)
+        return out
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """Who holds which tokens."""
+        return SequenceLayout(size=self.communicator.size)
+
+    def blocks(self, num_tokens: int) -> Iterator[tuple[slice, slice, BlockMask]]:
+        """The rank's queries and the sequence's keys that they see: for each chunk what is before it, then itself."""
+        chunk = num_tokens // 2
+        for place, number in enumerate(self.layout.chunk_ids(self.communicator.rank)):
+            queries, start = slice(place * chunk, (place + 1) * chunk), number * chunk
+            yield queries, slice(start, start + chunk), BlockMask(MaskKind.TRIANGLE)
+            if start:
+                yield queries, slice(0, start), BlockMask(MaskKind.NONE)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attention: AllGatherAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gathered = attention.communicator.all_gather(torch.cat([k, v]).movedim(2, 0).contiguous())
+        keys, values = attention.layout.restore(gathered.flatten(0, 1), dim=0).movedim(0, 2).chunk(2)
+        scale = default_scale(q)
+        chunks: dict[int, MergedOutput] = {}
+        for queries, seen, mask in attention.blocks(q.size(2)):
+            block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
+            output = choose_kernel(BlockCase.of(*block, mask), attention.kernels).forward(*block, mask, scale)
+            if queries.start in chunks:
+                chunks[queries.start].merge(output, slice(None))
+            else:
+                chunks[queries.start] = MergedOutput(output)
+        out, lse = (torch.cat(x, dim=2) for x in zip(*(m.result(q.dtype)[:2] for m in chunks.values()), strict=True))
+        ctx.save_for_backward(q, keys, values, out, lse)
+        ctx.attention = attention
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, keys, values, out, lse = ctx.saved_tensors
+        attention: AllGatherAttention = ctx.attention
+        dq, dk, dv = (
+            torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (q, keys, values)
+        )
+        for queries, seen, mask in attention.blocks(q.size(2)):
+            block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
+            output = BlockOutput(out[:, :, queries], lse[:, :, queries])
+            backward: Callable[..., Any] = choose_kernel(BlockCase.of(*block, mask), attention.kernels).backward
+            grads = backward(grad_outputs[0][:, :, queries], *block, output, mask, default_scale(q))
+            dq[:, :, queries] += grads.dq
+            dk[:, :, seen] += grads.dk
+            dv[:, :, seen] += grads.dv
+        partials = torch.cat([dk, dv]).to(q.dtype)
+        layout = attention.layout
+        send = torch.stack([layout.shard(partials, rank, dim=2) for rank in range(layout.size)])
+        own_dk, own_dv = attention.communicator.all_to_all(send).sum(dim=0, dtype=dk.dtype).to(q.dtype).chunk(2)
+        return None, dq.to(q.dtype), own_dk, own_dv

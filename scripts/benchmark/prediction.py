@@ -1,0 +1,312 @@
+"""What each algorithm should send, by formula, and how long it should take, from bytes, link rates and the kernel.
+
+Note [Prediction]
+    Each rank is a program: compute for so long, start sending to one peer and receiving from another, wait for what was
+    started. The programs follow the library's own schedule. All ranks are played together: a message flows from when
+    both of its ends have been posted, at the rate of its slowest link, and the messages on a link share it equally.
+    A step of a ring thus takes max(kernel, transfer) with overlap and their sum without, and a rank waits for a late
+    one. Left out is whatever has no rate: packing, merging and adding, latencies, headers (under 1 %).
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from benchmark.cases import Algorithm, Case
+from emulated_cluster import Network
+from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.schedule import Hop, RingSchedule, Step
+
+Pass = Literal["forward", "backward"]
+
+
+def formula_bytes(algorithm: Algorithm, case: Case, pass_: Pass) -> int:
+    """What all ranks together send to each other, causal masks and zigzag given.
+
+    With P ranks, K the bytes of one rank's keys and values, Q those of its queries, u the Ulysses degree, r = P / u:
+    all-gather K/V P(P-1)K, either pass; Ulysses P(u-1)/u (2Q + 2K), either pass (keys and values there, their gradients
+    back; queries and outputs likewise); a ring of r, P(r-1)K forward, and backward as much again for the gradients,
+    less a quarter, since half of them are of blocks of which the mask leaves half.
+    """
+    size, ulysses, ring = algorithm.topology.size, algorithm.topology.ulysses, algorithm.topology.ring_size
+    tokens = case.num_tokens // size
+    if algorithm.kind == "single device":
+        return 0
+    if algorithm.kind == "all-gather":
+        return size * (size - 1) * case.kv_bytes(tokens)
+    exchanged = (2 * case.q_bytes(tokens) + case.kv_bytes(tokens)) * (ulysses - 1) * size // ulysses
+    blocks = size * (ring - 1) * case.kv_bytes(tokens)
+    return exchanged + blocks + (blocks * 3 // 4 if pass_ == "backward" else 0)
+
+
+class Compute(NamedTuple):
+    """Do nothing else for so long."""
+
+    seconds: float
+
+
+class Post(NamedTuple):
+    """Start messages: bytes by the rank they go to, and the ranks that one comes from. Named by `handle`."""
+
+    handle: object
+    sends: dict[int, int]
+    sources: tuple[int, ...]
+
+
+class Wait(NamedTuple):
+    """Go on when everything of `handle` has been sent and received."""
+
+    handle: object
+
+
+Program = Iterator[Compute | Post | Wait]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass of an algorithm, with a kernel of so many floating-point operations a second."""
+
+    algorithm: Algorithm
+    case: Case
+    pass_: Pass
+    flops_per_s: float
+
+    def program(self, rank: int) -> Program:
+        """What `rank` does."""
+        topology, kind = self.algorithm.topology, self.algorithm.kind
+        if kind == "single device":
+            if rank == 0:
+                yield Compute(self._seconds(self.case.num_tokens**2 / 2))
+            return
+        if kind == "all-gather":
+            yield from self._all_gather(rank)
+            return
+        peers = topology.ulysses_ranks(rank)
+        tokens = self.case.num_tokens // topology.size
+        qkv = self.case.q_bytes(tokens) + self.case.kv_bytes(tokens)
+        first, last = (qkv, self.case.q_bytes(tokens)) if self.pass_ == "forward" else (self.case.q_bytes(tokens), qkv)
+        yield from _all_to_all("scatter", rank, peers, first // topology.ulysses)
+        if topology.ring_size == 1:
+            yield Compute(self._seconds(self.case.num_tokens**2 / 2) / topology.size)
+        else:
+            yield from self._ring(rank)
+        yield from _all_to_all("gather", rank, peers, last // topology.ulysses)
+
+    def _seconds(self, scores: float) -> float:
+        """Time for so many scores of all heads: two matrix products, five in the backward pass."""
+        products = 2 if self.pass_ == "forward" else 5
+        return products * 2 * scores * self.case.num_heads * self.case.head_size / self.flops_per_s
+
+    def _all_gather(self, rank: int) -> Program:
+        size = self.algorithm.topology.size
+        block, compute = self.case.kv_bytes(self.case.num_tokens // size), self._seconds(self.case.num_tokens**2 / 2)
+        if self.pass_ == "forward":
+            # gloo's is a ring.
+            for step in range(size - 1):
+                yield Post(step, {(rank + 1) % size: block}, ((rank - 1) % size,))
+                yield Wait(step)
+            yield Compute(compute / size)
+        else:
+            yield Compute(compute / size)
+            yield from _all_to_all("gradients", rank, tuple(range(size)), block)
+
+    def _ring(self, rank: int) -> Program:
+        topology, overlap = self.algorithm.topology, self.algorithm.overlap
+        ranks = topology.ring_ranks(rank)
+        ring = _RingOf(
+            rank=ranks.index(rank),
+            schedule=RingSchedule(outer=topology.outer, inner=topology.inner),
+            num_tokens=self.case.num_tokens // topology.ring_size,
+        )
+        block_bytes = self.case.kv_bytes(ring.num_tokens) // topology.ulysses
+        gradients = _Gradients(ring, block_bytes, overlap)
+
+        def on_ranks(program: Program) -> Program:
+            for each in program:
+                if isinstance(each, Post):
+                    sends = {ranks[to]: num_bytes for to, num_bytes in each.sends.items()}
+                    each = Post(each.handle, sends, tuple(ranks[source] for source in each.sources))
+                yield each
+
+        for step in ring.schedule.steps:
+            yield Wait(("kv", step))
+            for needed_at, hop in ring.schedule.departures(step).items():
+                back = Hop(-hop.outer, -hop.inner)
+                to, source = ring.schedule.peer(ring.rank, hop), ring.schedule.peer(ring.rank, back)
+                yield from on_ranks(_post(("kv", needed_at), {to: block_bytes}, (source,), overlap))
+            queries, keys = ring.tokens(ring.rank, ring.schedule.owner(ring.rank, step))
+            scores = queries * keys / (2 if step == (0, 0) else 1)
+            yield Compute(self._seconds(scores) / topology.ulysses)
+            if self.pass_ == "backward":
+                yield from on_ranks(gradients.after(step))
+        if self.pass_ == "backward":
+            yield Wait("across")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RingOf:
+    """A rank's place in its ring, and what each rank of it holds."""
+
+    rank: int
+    schedule: RingSchedule
+    num_tokens: int
+
+    def tokens(self, worker: int, owner: int) -> tuple[int, int]:
+        """Queries of `worker` and keys of `owner` that have to do with each other."""
+        work = SequenceLayout(size=self.schedule.size).work(worker, owner, causal=True, num_tokens=self.num_tokens)
+        assert work is not None, "under zigzag everyone sees some of everyone"
+        return work.queries.stop - work.queries.start, work.keys.stop - work.keys.start
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Partial gradients on their way home, see schedule.py."""
+
+    ring: _RingOf
+    block_bytes: int
+    overlap: bool
+
+    def after(self, step: Step) -> Program:
+        """What is sent when the block of `step` has been computed."""
+        schedule, rank = self.ring.schedule, self.ring.rank
+        yield Wait("within")
+        if step.offset:
+            to, source = schedule.peer(rank, Hop(0, -step.offset)), schedule.peer(rank, Hop(0, step.offset))
+            yield from self._send("within", rank, to, source, schedule.owner(rank, step))
+        if schedule.ends_window(step):
+            yield Wait("within")
+            if step.window:
+                yield Wait("across")
+                owner, source = schedule.peer(rank, Hop(-step.window, 0)), schedule.peer(rank, Hop(step.window, 0))
+                # All ranks of a window see the same part of a block of another one.
+                yield from self._send("across", rank, owner, source, owner)
+
+    def _send(self, handle: str, rank: int, to: int, source: int, owner: int) -> Program:
+        _, keys = self.ring.tokens(rank, owner)
+        yield from _post(handle, {to: self.block_bytes * keys // self.ring.num_tokens}, (source,), self.overlap)
+
+
+def _post(handle: object, sends: dict[int, int], sources: tuple[int, ...], overlap: bool) -> Program:
+    yield Post(handle, sends, sources)
+    if not overlap:
+        yield Wait(handle)
+
+
+def _all_to_all(handle: str, rank: int, peers: tuple[int, ...], num_bytes: int) -> Program:
+    others = tuple(peer for peer in peers if peer != rank)
+    yield Post(handle, dict.fromkeys(others, num_bytes), others)
+    yield Wait(handle)
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends to ranks of its own node, and to those of others."""
+
+    inside: int
+    between: int
+
+
+def predicted_bytes(network: Network, program: Program, rank: int) -> Sent:
+    """What the program of `rank` sends."""
+    sent = [0, 0]
+    for each in program:
+        for to, num_bytes in each.sends.items() if isinstance(each, Post) else ():
+            sent[network.node(to) != network.node(rank)] += num_bytes
+    return Sent(*sent)
+
+
+def predicted_seconds(network: Network, program: Callable[[int], Program]) -> float:
+    """When the last rank is done, see Note [Prediction]."""
+    return _Play(network, [program(rank) for rank in range(network.num_ranks)]).seconds()
+
+
+@dataclass(eq=False)
+class _Message:
+    left: float
+    links: tuple[tuple[str, int], ...]
+    ends: tuple[tuple[int, object], tuple[int, object]]
+
+
+@dataclass
+class _Play:
+    """The programs of all ranks, played against a clock."""
+
+    network: Network
+    programs: list[Program]
+    now: float = 0.0
+    busy_until: dict[int, float] = field(default_factory=dict)
+    waits_for: dict[int, object] = field(default_factory=dict)
+    unfinished: defaultdict[tuple[int, object], int] = field(default_factory=lambda: defaultdict(int))
+    posted: defaultdict[tuple[object, ...], deque[int]] = field(default_factory=lambda: defaultdict(deque))
+    flowing: list[_Message] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """How long it takes."""
+        for rank in range(len(self.programs)):
+            self._advance(rank)
+        while self.busy_until or self.flowing:
+            rates = self._rates()
+            ends = [message.left / rate for message, rate in zip(self.flowing, rates, strict=True)]
+            elapsed = min([*ends, *(moment - self.now for moment in self.busy_until.values())])
+            self.now += elapsed
+            for message, rate, end in zip(list(self.flowing), rates, ends, strict=True):
+                message.left -= rate * elapsed
+                if end <= elapsed:
+                    self._finish(message)
+            for rank in [rank for rank, moment in self.busy_until.items() if moment <= self.now]:
+                del self.busy_until[rank]
+                self._advance(rank)
+        assert not self.waits_for, f"ranks wait for each other for ever: {self.waits_for}"
+        return self.now
+
+    def _advance(self, rank: int) -> None:
+        """Run a rank's program until it computes or has to wait."""
+        for each in self.programs[rank]:
+            if isinstance(each, Compute):
+                self.busy_until[rank] = self.now + each.seconds
+                return
+            if isinstance(each, Wait):
+                if self.unfinished[rank, each.handle]:
+                    self.waits_for[rank] = each.handle
+                    return
+                continue
+            for source in each.sources:
+                self.unfinished[rank, each.handle] += 1
+                self._match("receive", source, rank, each.handle, 0)
+            for to, num_bytes in each.sends.items():
+                self.unfinished[rank, each.handle] += 1
+                self._match("send", rank, to, each.handle, num_bytes)
+
+    def _match(self, end: str, source: int, to: int, handle: object, num_bytes: int) -> None:
+        """Let a message flow if its other end has been posted."""
+        other = "send" if end == "receive" else "receive"
+        if not (waiting := self.posted[other, source, to, handle]):
+            self.posted[end, source, to, handle].append(num_bytes)
+            return
+        ends = ((source, handle), (to, handle))
+        self.flowing.append(_Message(max(num_bytes, waiting.popleft()), self._links(source, to), ends))
+
+    def _finish(self, message: _Message) -> None:
+        self.flowing.remove(message)
+        for rank, handle in message.ends:
+            self.unfinished[rank, handle] -= 1
+            if not self.unfinished[rank, handle] and self.waits_for.get(rank) == handle:
+                del self.waits_for[rank]
+                self._advance(rank)
+
+    def _links(self, source: int, to: int) -> tuple[tuple[str, int], ...]:
+        network = self.network
+        if network.node(source) == network.node(to):
+            return ("fast out", source), ("fast in", to)
+        if network.slow_link == "rank":
+            return ("slow out", source), ("slow in", to)
+        return ("slow out", network.node(source)), ("slow in", network.node(to))
+
+    def _rates(self) -> list[float]:
+        """Bytes a second of each message under way."""
+        load: defaultdict[tuple[str, int], int] = defaultdict(int)
+        for message in self.flowing:
+            for link in message.links:
+                load[link] += 1
+        mbit = {"fast": self.network.fast_mbit, "slow": self.network.slow_mbit}
+        return [min(mbit[link[0][:4]] * 1e6 / 8 / load[link] for link in message.links) for message in self.flowing]
