@@ -3,7 +3,7 @@
 Shapes: P ranks, B batch, N query heads, G key/value heads, s tokens of one rank, S = P * s tokens, D head size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.attention.local import default_scale
 from mindspeed_cp.attention.merge import MergedOutput
 from mindspeed_cp.comm import Communicator
-from mindspeed_cp.kernels import BlockCase, BlockKernel, BlockMask, BlockOutput, MaskKind, choose_kernel
+from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput, MaskKind
 from mindspeed_cp.layout import SequenceLayout
 
 
@@ -26,7 +26,7 @@ class AllGatherAttention:
     """
 
     communicator: Communicator
-    kernels: Sequence[BlockKernel]
+    kernel: BlockKernel
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Output [B, N, s, D] of this rank's queries; q: [B, N, s, D]; k, v: [B, G, s, D]."""
@@ -57,7 +57,7 @@ class _AllGather(torch.autograd.Function):
         chunks: dict[int, MergedOutput] = {}
         for queries, seen, mask in attention.blocks(q.size(2)):
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
-            output = choose_kernel(BlockCase.of(*block, mask), attention.kernels).forward(*block, mask, scale)
+            output = attention.kernel.forward(*block, mask, scale)
             if queries.start in chunks:
                 chunks[queries.start].merge(output, slice(None))
             else:
@@ -78,8 +78,7 @@ class _AllGather(torch.autograd.Function):
         for queries, seen, mask in attention.blocks(q.size(2)):
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
             output = BlockOutput(out[:, :, queries], lse[:, :, queries])
-            backward: Callable[..., Any] = choose_kernel(BlockCase.of(*block, mask), attention.kernels).backward
-            grads = backward(grad_outputs[0][:, :, queries], *block, output, mask, default_scale(q))
+            grads = attention.kernel.backward(grad_outputs[0][:, :, queries], *block, output, mask, default_scale(q))
             dq[:, :, queries] += grads.dq
             dk[:, :, seen] += grads.dk
             dv[:, :, seen] += grads.dv

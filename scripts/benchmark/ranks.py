@@ -20,7 +20,8 @@ from benchmark.kernel import EmulatedKernel, TimedKernel, wait_until
 from emulated_cluster import LinkBytes, Network, link_bytes
 from mindspeed_cp.attention import LocalAttention, RingCommunicators, compose_attention
 from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic, Transfer
-from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.kernels import KernelRegistry
+from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.layout import SequenceLayout
 
 _START_IN_S = 0.02
@@ -169,7 +170,8 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
     """
     # From torch 2.13 on; its new name is not there in the oldest torch that the library runs with.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    kernel = TimedKernel(KERNELS[0] if flops_per_s is None else EmulatedKernel(flops_per_s))
+    kernel = TimedKernel(CpuFlashKernel() if flops_per_s is None else EmulatedKernel(flops_per_s))
+    kernels = KernelRegistry((kernel,))
     traffic, ledger, topology = Traffic(), Ledger(), algorithm.topology
     layout = SequenceLayout(size=network.num_ranks)
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
@@ -179,9 +181,9 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
 
     if algorithm.kind == "single device":
         layout = SequenceLayout(size=1, kind="contiguous")
-        attend = LocalAttention(causal=True, kernels=[kernel]) if dist.get_rank() == 0 else None
+        attend = LocalAttention(causal=True, kernels=kernels) if dist.get_rank() == 0 else None
     elif algorithm.kind == "all-gather":
-        attend = AllGatherAttention(on(None), [kernel])
+        attend = AllGatherAttention(on(None), kernel)
     else:
         assert dist.group.WORLD is not None
         groups = ContextParallelGroups.build(topology, dist.group.WORLD, overlap=algorithm.overlap)
@@ -189,7 +191,7 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
         if groups.ring is not None:
             ring = RingCommunicators(*map(on, (groups.ring.inner, groups.ring.outer, groups.ring.gradients)))
         ulysses = None if groups.ulysses is None else on(groups.ulysses)
-        attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=[kernel])
+        attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=kernels)
     _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)
