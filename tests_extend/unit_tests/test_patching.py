@@ -440,7 +440,7 @@ def test_parameters_hidden_by_another_plugin_are_said_to_be_hidden_by_it(toy):
     toy.double = theirs
     message = refusal_of(PatchRegistry([patch_of("toy:double", parameters=("factor",))]).apply)
     assert message == (
-        "cannot patch toy:double: it has no parameter factor in this version; its parameters are args, kwargs. "
+        "cannot patch toy:double: it has no parameter factor in toy 1.2; its parameters are args, kwargs. "
         "It is not toy's own: another plugin may have been there first, it is "
         f"{__name__}.{theirs.__qualname__} ({__file__}:{theirs.__code__.co_firstlineno})."
     )

@@ -16,7 +16,7 @@ from mindspeed_cp.patches.mindspeed_flags import (
     mindspeed_notes,
 )
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import PatchRegistry
+from mindspeed_cp.patching import Patch, PatchRegistry
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
@@ -171,6 +171,10 @@ def test_another_plugin_s_flags_of_the_same_name_are_an_error_in_one_line():
     )
 
 
+def patch_of(function: str) -> Patch:
+    return next(patch for patch in argument_patches(Plugin(), print) if patch.target.endswith(f":{function}"))
+
+
 def test_building_the_parser_beside_another_plugin_ends_with_status_2(adaptor, monkeypatch, capsys):
     from megatron.training import arguments as megatron_arguments
 
@@ -179,7 +183,9 @@ def test_building_the_parser_beside_another_plugin_ends_with_status_2(adaptor, m
         return original(parser)
 
     monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", with_a_flag_of_theirs)
-    (patch, _) = argument_patches(Plugin(), print)
+    patch = next(
+        patch for patch in argument_patches(Plugin(), print) if patch.target.endswith(":add_megatron_arguments")
+    )
     with PatchRegistry([patch]).applied(), pytest.raises(SystemExit) as stop:
         megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     assert stop.value.code == 2
@@ -189,7 +195,7 @@ def test_building_the_parser_beside_another_plugin_ends_with_status_2(adaptor, m
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
 def test_notes_are_said_by_the_first_rank_alone(adaptor, parse, monkeypatch, rank, said):
     monkeypatch.setenv("RANK", rank)
-    (_, patch) = argument_patches(Plugin(), print)
+    patch = patch_of("validate_args")
     validate = patch.function(lambda args, defaults: args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
