@@ -40,11 +40,16 @@ class TrainingPool:
         return self._pool.call(range(ranks), 120.0, training_cases.restore_in_mid_training, ranks, _free_port())
 
     def compare_layers(
-        self, ranks: int, tensor_parallel: int, dtype: torch.dtype, flags: dict[str, object]
+        self,
+        ranks: int,
+        tensor_parallel: int,
+        dtype: torch.dtype,
+        flags: dict[str, object],
+        sabotage: str | None = None,
     ) -> list[layer_cases.LayerDifference]:
         """What layer_cases.compare_layers gives on each rank."""
-        function = layer_cases.compare_layers
-        return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), tensor_parallel, dtype, flags)
+        args = (ranks, _free_port(), tensor_parallel, dtype, flags, sabotage)
+        return self._pool.call(range(ranks), 120.0, layer_cases.compare_layers, *args)
 
     def close(self) -> None:
         """End the ranks."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.layout import SequenceLayout
-from system_tests.training_cases import forget_run, launched
+from system_tests.training_cases import forget_run, launched, sabotaged
 
 SEQUENCE, BATCH, HIDDEN, HEADS, QUERY_GROUPS = 32, 2, 64, 8, 4
 
@@ -21,18 +21,24 @@ class LayerDifference(NamedTuple):
 
 
 def compare_layers(
-    world_size: int, port: int, tensor_parallel: int, dtype: torch.dtype, flags: dict[str, object]
+    world_size: int,
+    port: int,
+    tensor_parallel: int,
+    dtype: torch.dtype,
+    flags: dict[str, object],
+    sabotage: str | None,
 ) -> LayerDifference:
     """The local spec's layer on this rank's tokens, against the same weights on all tokens with CP = 1.
 
     flags: what `megatron_adaptor.configure` is told.
+    sabotage: see training_cases.train.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from mindspeed_cp import megatron_adaptor
 
-    with launched(world_size, port):
+    with launched(world_size, port), sabotaged(sabotage, world_size):
         try:
             dist.init_process_group("gloo")
             config = megatron_adaptor.configure(distributed_backend="gloo", **flags)

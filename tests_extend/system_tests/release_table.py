@@ -39,12 +39,12 @@ def _has(case: ElementTree.Element, *outcomes: str) -> bool:
 
 def table(folders: list[Path]) -> str:
     """All releases, each with its reports and then a row for each check."""
-    lines = [f"{'release':8} {'check':58}" + "".join(f" {name:>14}" for name in ALGORITHMS)]
+    lines = [f"{'release':8} {'check':34}" + "".join(f" {name:>14}" for name in ALGORITHMS)]
     for folder in folders:
         sentences, cells = read_folder(folder)
         lines += [f"{folder.name:8} {sentence}" for sentence in sentences or [f"{FAILED}: no report"]]
         for check, results in cells.items():
-            lines.append(f"{folder.name:8} {check:58}" + "".join(f" {results.get(a, '-'):>14}" for a in ALGORITHMS))
+            lines.append(f"{folder.name:8} {check:34}" + "".join(f" {results.get(a, '-'):>14}" for a in ALGORITHMS))
     return "\n".join(lines)
 
 

@@ -32,3 +32,9 @@ def test_transformer_layer_computes_what_it_does_with_cp_1(
     record_property("algorithm", algorithm)
     record_property("result", f"{largest:.1e}")
     assert largest <= tolerance, differences
+
+
+def test_a_wrong_chunk_order_changes_the_layer(training):
+    flags = {"context_parallel_size": 2}
+    for differences in training.compare_layers(4, 2, torch.float64, flags, sabotage="chunk order"):
+        assert min(differences) > 1e-3

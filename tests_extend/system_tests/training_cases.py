@@ -27,7 +27,7 @@ from system_tests.compare_losses import losses_in
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
 
-HAS_TRAINING = find_spec("megatron.training") is not None
+HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.training") is not None
 """The wheels of Megatron 0.16 hold megatron.core alone."""
 
 # A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
@@ -64,7 +64,7 @@ def train(world_size: int, port: int, flags: str, sabotage: str | None) -> dict[
     with (
         launched(world_size, port),
         mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
-        _sabotaged(sabotage, world_size),
+        sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
@@ -196,7 +196,8 @@ def launched(world_size: int, port: int) -> contextlib.AbstractContextManager[ob
     return mock.patch.dict(os.environ, environment)
 
 
-def _sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextManager[object]:
+def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextManager[object]:
+    """The library broken as `train` says; whole where `what` is None."""
     is_culprit = int(os.environ["RANK"]) == world_size - 1
     if what == "chunk order":
         return mock.patch.object(SequenceLayout, "gather_order", lambda self, ranks: tuple(range(2 * len(ranks))))
