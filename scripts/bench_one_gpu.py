@@ -35,24 +35,16 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from benchmark.kernel import block_flops
 from mindspeed_cp.attention import Attention, LocalAttention, RingCommunicators, compose_attention
 from mindspeed_cp.attention.transit import BlockFormat
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind, choose_merge_kernel
 
-FORWARD_AND_BACKWARD = 3.5
-"""FLOPs of both passes over those of the forward: the backward has five matrix products, the forward two."""
 ON_GPU = {"tokens": [4096, 8192, 16384, 32768], "ranks": [2, 4, 8], "heads": ["32:32", "64:8"], "head_size": 128}
 ON_CPU = {"tokens": [128, 256], "ranks": [2, 4], "heads": ["4:4", "8:2"], "head_size": 64}
 """Sizes that are measured by default."""
-
-
-def forward_flops(block: BlockCase) -> int:
-    """Of its two matrix products; half of them for a triangle, as is usual: its diagonal counts as half seen."""
-    scores = block.num_queries * block.num_keys * block.num_heads
-    flops = 2 * scores * (block.head_size + block.value_head_size)
-    return flops // 2 if block.mask is MaskKind.TRIANGLE else flops
 
 
 @dataclass(frozen=True)
@@ -250,8 +242,9 @@ def measure(case: RingCase, kernels: Kernels, least_s: float) -> Row:
     # The very kernel of the ring's triangles, whatever is preferred for longer sequences.
     dense_kernel = kernels.blocks.choose(case.dense(case.tokens)).name
     dense_tokens, dense = _measure_dense(case, kernels.blocks.only([dense_kernel]), least_s)
-    flops = sum(forward_flops(block) for block in case.blocks(0))
-    share = flops / forward_flops(case.dense(dense_tokens))
+    flops = sum(block_flops(block, batch=1) for block in case.blocks(0))
+    both_flops = flops + sum(block_flops(block, batch=1, backward=True) for block in case.blocks(0))
+    share = flops / block_flops(case.dense(dense_tokens), batch=1)
     return Row(
         case,
         tuple(names),
@@ -259,9 +252,7 @@ def measure(case: RingCase, kernels: Kernels, least_s: float) -> Row:
         dense_kernel,
         dense_tokens,
         Comparison(flops, {rank: each.forward_s for rank, each in ring.items()}, dense.forward_s * share),
-        Comparison(
-            flops * FORWARD_AND_BACKWARD, {rank: each.both_s for rank, each in ring.items()}, dense.both_s * share
-        ),
+        Comparison(both_flops, {rank: each.both_s for rank, each in ring.items()}, dense.both_s * share),
         spread=max(each.spread for each in (dense, *ring.values())),
         ring_peak_bytes=max((each.peak_bytes for each in ring.values() if each.peak_bytes is not None), default=None),
         dense_peak_bytes=dense.peak_bytes,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmark.kernel import block_flops
 from mindspeed_cp.attention import RingCommunicators, compose_attention
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import (
@@ -30,7 +31,6 @@ from scripts.bench_one_gpu import (
     Kernels,
     Measured,
     RingCase,
-    forward_flops,
     measure,
     parse_arguments,
     ring_attention,
@@ -81,14 +81,16 @@ def test_flops_are_those_of_two_products_over_what_the_mask_shows(kind):
         seen.diagonal().fill_(0.5)
     multiply_and_add = 2
     products = sum(multiply_and_add * size * block.num_heads * seen.sum() for size in (8, 5))
-    assert forward_flops(block) == products
+    assert block_flops(block, batch=1) == products
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_each_rank_has_its_share_of_the_dense_flops(num_ranks):
     case = replace(CASE, num_ranks=num_ranks)
-    whole = forward_flops(case.dense(case.tokens * num_ranks))
-    assert [sum(map(forward_flops, case.blocks(rank))) * num_ranks for rank in range(num_ranks)] == [whole] * num_ranks
+    whole = block_flops(case.dense(case.tokens * num_ranks), batch=1)
+    assert [sum(block_flops(x, batch=1) for x in case.blocks(rank)) * num_ranks for rank in range(num_ranks)] == [
+        whole
+    ] * num_ranks
 
 
 @pytest.mark.parametrize("rank", range(CASE.num_ranks))
@@ -133,7 +135,7 @@ def test_dense_call_of_the_same_flops_where_the_whole_sequence_does_not_fit():
     kernel = CountingKernel(most=300)
     row = measure(case, Kernels(KernelRegistry((kernel,)), "torch"), least_s=0.001)
     assert (row.dense_tokens, row.dense_is_whole_sequence) == (256, False)
-    assert forward_flops(case.dense(256)) == row.forward.flops
+    assert block_flops(case.dense(256), batch=1) == row.forward.flops
     assert "*: that did not fit into memory" in bench_one_gpu.table([row])
     with pytest.raises(torch.OutOfMemoryError):
         measure(case, Kernels(KernelRegistry((CountingKernel(most=200),)), "torch"), least_s=0.001)
