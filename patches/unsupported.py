@@ -138,3 +138,10 @@ def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
             f"--reset-attention-mask with --context-parallel-size {size} and --attention-mask-type causal: the batch's "
             f"mask would be left out; use --attention-mask-type general."
         )
+    masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
+    if all(getattr(options, option, None) for option in masked_mtp):
+        spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
+        raise ConfigurationError(
+            f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
+            f"each rank; leave out --calculate-per-token-loss."
+        )

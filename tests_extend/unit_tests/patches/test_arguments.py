@@ -293,6 +293,16 @@ def test_reset_attention_mask_needs_the_general_mask(parser):
     assert general.attention_mask_type == "general"
 
 
+def test_masked_multi_token_prediction_refuses_to_be_weighed_by_each_rank(parser):
+    flags = [*CP4, "--mtp-num-layers", "1", "--eod-mask-loss", "--calculate-per-token-loss"]
+    assert refusal_of(config_from_arguments, parser.parse_args(flags)) == (
+        "--mtp-num-layers 1 --eod-mask-loss --calculate-per-token-loss with --context-parallel-size 4: that loss "
+        "would be weighed by the tokens of each rank; leave out --calculate-per-token-loss."
+    )
+    for left_out in ("--eod-mask-loss", "--calculate-per-token-loss"):
+        config_from_arguments(parser.parse_args([flag for flag in flags if flag != left_out]))
+
+
 @pytest.mark.parametrize(
     ("flags", "topology"),
     [
