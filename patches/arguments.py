@@ -20,7 +20,7 @@ from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
 
 ARGUMENTS = "megatron.training.arguments"
@@ -59,7 +59,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
                 ineffective = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config))
-                for sentence in (*ineffective, *mindspeed_notes(args), *kernel_notes(args, config)):
+                differences = difference_notes(args, config)
+                for sentence in (*ineffective, *differences, *mindspeed_notes(args), *kernel_notes(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -169,9 +170,15 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
 
 def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
     """A sentence for each flag of Megatron's that is set and chooses among algorithms that are not in force."""
-    if config.context_parallel_size == 1 or getattr(args, "cp_comm_type", None) in (None, "p2p", ["p2p"]):
+    if config.context_parallel_size == 1:
         return []
-    return ["--cp-comm-type has no effect: it is TransformerEngine's, and --context-parallel-algo is in force."]
+    given = {
+        "cp_comm_type": args.cp_comm_type not in (None, "p2p", ["p2p"]),
+        "hierarchical_context_parallel_sizes": args.hierarchical_context_parallel_sizes is not None,
+        "attention_backend": args.attention_backend.name != "auto",
+    }
+    ours = "--context-parallel-algo and --context-parallel-kernels are in force"
+    return [f"{flag(name)} has no effect: it is TransformerEngine's, and {ours}." for name in given if given[name]]
 
 
 def check_kernels(args: argparse.Namespace, config: ContextParallelConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, bind_by_name
 
 _WHY_DEVICE = "Megatron names the device 'cuda' in many places, and asks torch.cuda for streams, seeds and memory."
 _WHEN_DEVICE = "Megatron's training loop takes the device from torch.accelerator."
@@ -205,6 +205,15 @@ def cpu_device_patches() -> tuple[Patch, ...]:
             remove_when="Megatron draws them from a generator of their own.",
         ),
         Patch(
+            target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+            kind="wrap",
+            function=_wrap_move_to_cpu,
+            parameters=("tensor", "as_numpy"),
+            aliases=("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",),
+            why="It leaves tensors on the CPU as they are, and torch takes no tensors for the sizes of an all-to-all.",
+            remove_when="Megatron turns them into numbers wherever they are.",
+        ),
+        Patch(
             target="megatron.legacy.fused_kernels:load",
             kind="replace",
             function=_ignore,
@@ -237,6 +246,16 @@ def _is_cuda(device: Any) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
     return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _wrap_move_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        moved = original(**named)
+        return moved.numpy() if named["as_numpy"] and isinstance(moved, torch.Tensor) else moved
+
+    return maybe_move_tensor_to_cpu
 
 
 def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:

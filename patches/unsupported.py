@@ -1,5 +1,6 @@
-"""Options of Megatron's that context parallelism cannot honour in this release: refused by name, never dropped."""
+"""Options of Megatron's that context parallelism cannot honour, refused by name, or honours within each rank."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,16 @@ def _is_set(value: Any) -> bool:
     return bool(value)
 
 
+def _spell(option: str, value: Any) -> str:
+    """The option and its value as on the command line."""
+    if value is True:
+        return flag(option)
+    return f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 _PACKED = "packed sequences are not available yet"
+_GRAPHS = "attention has not been tried within a captured graph"
+_OWN_ATTENTION = "it has an attention of its own"
 
 _REFUSALS = (
     _Refusal(
@@ -39,7 +49,11 @@ _REFUSALS = (
         "use vanilla",
     ),
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
-    _Refusal("experimental_attention_variant", _is_set, "it has an attention of its own", "leave it out"),
+    _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
+    _Refusal("use_kitchen_attention", _is_set, _OWN_ATTENTION, "leave it out"),
+    _Refusal("cuda_graph_impl", lambda kind: kind not in (None, "none"), _GRAPHS, "use none"),
+    _Refusal("enable_cuda_graph", _is_set, _GRAPHS, "leave it out"),
+    _Refusal("external_cuda_graph", _is_set, _GRAPHS, "leave it out"),
     _Refusal("qk_clip", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
@@ -62,6 +76,49 @@ _REFUSALS = (
 )
 
 
+class _Difference(NamedTuple):
+    """An option that is honoured, but within each rank: the losses are not those of one rank.
+
+    option: its name among Megatron's arguments. differs: whether it does so with this value.
+    """
+
+    option: str
+    differs: Callable[[Any], bool]
+    reason: str
+
+
+_OWN_DRAWS = "each rank draws its own random numbers for its tokens"
+
+_DIFFERENCES = (
+    _Difference("hidden_dropout", _is_set, _OWN_DRAWS),
+    _Difference("moe_input_jitter_eps", _is_set, _OWN_DRAWS),
+    _Difference(
+        "moe_expert_capacity_factor",
+        lambda factor: factor is not None,
+        "each rank drops tokens among its own, as data-parallel ranks do",
+    ),
+    _Difference(
+        "moe_router_load_balancing_type",
+        lambda kinds: "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds),
+        "each rank balances its own tokens, as data-parallel ranks do",
+    ),
+)
+
+
+def difference_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+    """A sentence for each option that is set and makes the losses others than those of CP = 1.
+
+    args: Megatron's parsed arguments.
+    """
+    if config.context_parallel_size == 1:
+        return []
+    return [
+        f"{_spell(option, value)}: {reason}, so the losses are not those of --context-parallel-size 1."
+        for option, differs, reason in _DIFFERENCES
+        if differs(value := getattr(args, option))
+    ]
+
+
 def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError for the first option that is set and cannot be honoured with `config`.
 
@@ -73,10 +130,18 @@ def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
     for option, refused, reason, way_out in _REFUSALS:
         value = getattr(options, option, None)
         if refused(value):
-            spelled = flag(option) if value is True else f"{flag(option)} {value}"
-            raise ConfigurationError(f"{spelled} with --context-parallel-size {size}: {reason}; {way_out}.")
+            raise ConfigurationError(
+                f"{_spell(option, value)} with --context-parallel-size {size}: {reason}; {way_out}."
+            )
     if getattr(options, "reset_attention_mask", False) and config.attention_mask_type == "causal":
         raise ConfigurationError(
             f"--reset-attention-mask with --context-parallel-size {size} and --attention-mask-type causal: the batch's "
             f"mask would be left out; use --attention-mask-type general."
+        )
+    masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
+    if all(getattr(options, option, None) for option in masked_mtp):
+        spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
+        raise ConfigurationError(
+            f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
+            f"each rank; leave out --calculate-per-token-loss."
         )

@@ -62,7 +62,9 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTMo
     if not (mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()):
         return model(None, None, None), partial(sum_losses, None)
     batch = load_batch(data_iterator)
-    losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    losses = model(
+        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+    )
     return losses, partial(sum_losses, batch.loss_mask)
 
 

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*?lm loss: ([-+.\dEeNnAaIiFf]+)")
+VALIDATION = re.compile(r"validation loss at iteration\s+(\d+) \| lm loss value: ([-+.\dEeNnAaIiFf]+)")
 
 
-def losses_in(log: str) -> dict[int, float]:
-    """Loss of each iteration in the text of a log."""
-    return {int(match[1]): float(match[2]) for match in ITERATION.finditer(log)}
+def losses_in(log: str, line: re.Pattern[str] = ITERATION) -> dict[int, float]:
+    """Loss of each iteration in the text of a log, as lines of this kind have it."""
+    return {int(match[1]): float(match[2]) for match in line.finditer(log)}
 
 
 def relative_difference(reference: float, candidate: float) -> float:

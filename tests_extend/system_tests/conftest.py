@@ -9,6 +9,7 @@ import torch
 
 from rank_pool import RankFailure, RankPool
 from system_tests import layer_cases, training_cases
+from system_tests.compare_losses import VALIDATION
 
 
 class TrainingPool:
@@ -21,6 +22,10 @@ class TrainingPool:
     def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:
         """Loss of each iteration of training on so many ranks; see training_cases.train."""
         return self._train(ranks, flags, sabotage)
+
+    def validation_losses(self, ranks: int, flags: str) -> dict[int, float]:
+        """Loss of each evaluation in the course of training on so many ranks."""
+        return self._train(ranks, flags, None, VALIDATION)
 
     def refusal(self, ranks: int, flags: str, sabotage: str | None = None) -> str:
         """How training ends that is refused, or fails."""
@@ -55,9 +60,8 @@ class TrainingPool:
         """End the ranks."""
         self._pool.close()
 
-    def _train(self, ranks: int, flags: str, sabotage: str | None) -> dict[int, float]:
-        results = self._pool.call(range(ranks), 300.0, training_cases.train, ranks, _free_port(), flags, sabotage)
-        return results[-1]
+    def _train(self, ranks: int, *case: object) -> dict[int, float]:
+        return self._pool.call(range(ranks), 300.0, training_cases.train, ranks, _free_port(), *case)[-1]
 
 
 def _free_port() -> int:

@@ -21,6 +21,13 @@ LATENT_WITHOUT_LOW_RANK_QUERIES = (
 LATENT = f"{LATENT_WITHOUT_LOW_RANK_QUERIES} --q-lora-rank 24"
 YARN = f"{LATENT} --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1"
 RECOMPUTE_LATENT = f"{LATENT} --recompute-granularity selective --recompute-modules mla_up_proj"
+EXPERTS_ALL_TO_ALL = f"{MOE.replace('allgather', 'alltoall')} --expert-model-parallel-size 2"
+BALANCED_EXPERTS = MOE.replace("-type none", "-type aux_loss --moe-aux-loss-coeff 1e-2")
+INTERLEAVED = f"{PIPELINE_PARALLEL} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+OVERLAPPED_OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+LOSS_MASK = "--eod-mask-loss --reset-position-ids"
+MTP = "--mtp-num-layers 1"
+LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
@@ -54,6 +61,9 @@ QUICK = [
     (YARN, 1, 4, hybrid(2)),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
+    (INTERLEAVED, 2, 2, RING),
+    (LOSS_MASK, 1, 2, ULYSSES),
+    (MTP, 1, 2, RING),
 ]
 SLOW = [
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
@@ -87,6 +97,24 @@ SLOW = [
     ("", 1, 8, f"{hybrid(2, window=2)} {OVERLAP}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 4, hybrid(2)),
     (PIPELINE_PARALLEL, 2, 4, f"{double_ring(2)} {OVERLAP}"),
+    (EXPERTS_ALL_TO_ALL, 2, 2, ULYSSES),
+    (EXPERTS_ALL_TO_ALL, 2, 2, RING),
+    (BALANCED_EXPERTS, 1, 4, RING),
+    (BALANCED_EXPERTS.replace("aux_loss", "seq_aux_loss", 1), 1, 2, ULYSSES),
+    (INTERLEAVED, 2, 2, ULYSSES),
+    ("--recompute-granularity selective", 1, 2, RING),
+    (f"{OVERLAPPED_OPTIMIZER} --global-batch-size 4", 2, 2, ULYSSES),
+    (f"{TENSOR_PARALLEL} --sequence-parallel {PIPELINE_PARALLEL} {OVERLAPPED_OPTIMIZER}", 4, 2, RING),
+    (LOSS_MASK, 1, 4, hybrid(2)),
+    (f"{LOSS_MASK} --micro-batch-size 2 --global-batch-size 8", 2, 2, RING),
+    (f"{LOSS_MASK} --calculate-per-token-loss --global-batch-size 8", 2, 2, ULYSSES),
+    (f"{MTP} --eod-mask-loss", 1, 4, hybrid(2)),
+    (f"{MTP} {PIPELINE_PARALLEL}", 2, 2, ULYSSES),
+    ("--global-batch-size 4 --cross-entropy-loss-fusion --cross-entropy-fusion-impl native", 1, 2, RING),
+    (LLAMA, 1, 4, RING),
+    ("--qk-layernorm --attention-output-gate", 1, 2, ULYSSES),
+    ("--position-embedding-type learned_absolute", 1, 4, RING),
+    ("--rotary-percent 0.5 --use-rope-scaling", 1, 4, hybrid(2)),
 ]
 # Those of them that run with every supported release of Megatron: their rows and columns in its table.
 EVERY_RELEASE = {
@@ -132,6 +160,15 @@ def test_losses_in_bf16_equal_those_of_cp_1(training, algorithm):
     losses = training.losses(4, f"--bf16 --context-parallel-size 4 {algorithm}")
     assert len(reference) == 20
     assert largest_difference(reference, losses) <= 2e-3
+
+
+@pytest.mark.parametrize(("size", "algorithm"), [(2, ULYSSES), (2, RING), (4, hybrid(2))])
+def test_validation_losses_equal_those_of_cp_1(training, size, algorithm):
+    flags = "--split 90,5,5 --eval-iters 2 --eval-interval 10"
+    reference = training.validation_losses(1, flags)
+    losses = training.validation_losses(size, f"{flags} --context-parallel-size {size} {algorithm}")
+    assert list(reference) == [10, 20]
+    assert largest_difference(reference, losses) <= 1e-5
 
 
 def test_flags_of_a_mindspeed_script_that_change_nothing_change_nothing(training):
@@ -197,6 +234,19 @@ def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model
         pieces |= losses
     assert list(pieces) == list(range(1, 21))
     assert largest_difference(training.losses(1, model), pieces) <= 1e-5
+
+
+def test_a_checkpoint_says_the_model_and_its_heads_are_checked(training, tmp_path):
+    model = "--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5"
+    checkpoint = f"--save {tmp_path} --load {tmp_path} --save-interval 1000"
+    pieces = training.losses(1, f"{model} {checkpoint} --exit-interval 8")
+    of_checkpoint = f"--use-checkpoint-args {checkpoint}"
+    message = training.refusal(4, f"{of_checkpoint} --context-parallel-size 4 {ULYSSES}")
+    assert "--num-query-groups 2 is not a multiple of the Ulysses degree 4" in message
+    resumed = training.losses(2, f"{of_checkpoint} --context-parallel-size 2 {RING}")
+    # After a resume Megatron logs the mean of the first two iterations at the second.
+    resumed[10] = 2 * resumed[10] - resumed[9]
+    assert largest_difference(training.losses(1, model), pieces | resumed) <= 1e-5
 
 
 def test_a_layer_of_megatron_core_attends_alike_and_its_groups_are_gone_with_megatrons(training):

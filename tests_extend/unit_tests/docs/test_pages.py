@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_cp.config import flag
 from mindspeed_cp.patches.mindspeed_flags import MINDSPEED_FLAGS, REFUSED_VALUES
+from mindspeed_cp.patches.unsupported import _DIFFERENCES, _REFUSALS
 
 ROOT = Path(__file__).resolve().parents[3]
 CODE = [*(ROOT / "mindspeed_cp").rglob("*.py"), *(ROOT / "patches").glob("*.py")]
@@ -59,7 +61,19 @@ def test_table_of_mindspeed_s_flags_is_as_the_records_have_it():
     assert table[2:] == rows
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/switch_it_on.md", "docs/troubleshooting.md"])
+def test_tables_of_megatron_s_options_are_as_the_records_have_them():
+    page = (ROOT / "docs" / "megatron_options.md").read_text()
+    tables = {
+        "within each rank": [f"| `{flag(each.option)}` | {each.reason} |" for each in _DIFFERENCES],
+        "refused": [f"| `{flag(each.option)}` | {each.reason}; {each.way_out} |" for each in _REFUSALS],
+    }
+    for name, rows in tables.items():
+        assert page.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0].strip().splitlines()[2:] == rows
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/megatron_options.md", "docs/switch_it_on.md", "docs/troubleshooting.md"]
+)
 def test_links_within_the_repository_lead_somewhere(page):
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", path.read_text())

@@ -15,13 +15,13 @@ from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.patching import PatchRegistry
 from mindspeed_cp.topology import CPTopology
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
-MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0"]
+MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
 CP4 = [*MODEL, "--context-parallel-size", "4"]
 
 
@@ -190,6 +190,19 @@ REFUSED_FLAGS = [
         ["--experimental-attention-variant", "dsa"],
         "--experimental-attention-variant dsa: it has an attention of its own; leave it out.",
     ),
+    (["--use-kitchen-attention"], "--use-kitchen-attention: it has an attention of its own; leave it out."),
+    (
+        ["--cuda-graph-impl", "local"],
+        "--cuda-graph-impl local: attention has not been tried within a captured graph; use none.",
+    ),
+    (
+        ["--enable-cuda-graph"],
+        "--enable-cuda-graph: attention has not been tried within a captured graph; leave it out.",
+    ),
+    (
+        ["--external-cuda-graph"],
+        "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
+    ),
     (["--qk-clip"], "--qk-clip: the largest score of each head is not collected; leave it out."),
     (
         ["--log-max-attention-logit"],
@@ -278,6 +291,16 @@ def test_reset_attention_mask_needs_the_general_mask(parser):
     )
     general = config_from_arguments(parser.parse_args([*flags, "--attention-mask-type", "general"]))
     assert general.attention_mask_type == "general"
+
+
+def test_masked_multi_token_prediction_refuses_to_be_weighed_by_each_rank(parser):
+    flags = [*CP4, "--mtp-num-layers", "1", "--eod-mask-loss", "--calculate-per-token-loss"]
+    assert refusal_of(config_from_arguments, parser.parse_args(flags)) == (
+        "--mtp-num-layers 1 --eod-mask-loss --calculate-per-token-loss with --context-parallel-size 4: that loss "
+        "would be weighed by the tokens of each rank; leave out --calculate-per-token-loss."
+    )
+    for left_out in ("--eod-mask-loss", "--calculate-per-token-loss"):
+        config_from_arguments(parser.parse_args([flag for flag in flags if flag != left_out]))
 
 
 @pytest.mark.parametrize(
@@ -447,6 +470,53 @@ def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation
         validation.validate(args, {})
     assert len(said) == sentences
     assert all(" has no effect with --context-parallel-algo ulysses_cp_algo" in str(one.message) for one in said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: each rank draws its own random numbers for its tokens"),
+        (
+            ["--moe-input-jitter-eps", "0.01"],
+            "--moe-input-jitter-eps 0.01: each rank draws its own random numbers for its tokens",
+        ),
+        (
+            ["--moe-expert-capacity-factor", "1.5"],
+            "--moe-expert-capacity-factor 1.5: each rank drops tokens among its own, as data-parallel ranks do",
+        ),
+        (
+            ["--moe-router-load-balancing-type", "sinkhorn"],
+            "--moe-router-load-balancing-type sinkhorn: each rank balances its own tokens, as data-parallel ranks do",
+        ),
+    ],
+)
+def test_option_that_is_honoured_within_each_rank_is_said(parser, flags, sentence):
+    args = parser.parse_args([*CP4, *flags])
+    whole = f"{sentence}, so the losses are not those of --context-parallel-size 1."
+    assert difference_notes(args, config_from_arguments(args)) == [whole]
+    assert difference_notes(args, ContextParallelConfig()) == []
+
+
+def test_no_difference_is_said_of_a_model_without_randomness(parser):
+    flags = ["--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss"]
+    args = parser.parse_args([*CP4, *flags, "--moe-aux-loss-coeff", "0.01", "0.01"])
+    assert difference_notes(args, config_from_arguments(args)) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cp-comm-type", "a2a"],
+        ["--hierarchical-context-parallel-sizes", "2", "2"],
+        ["--attention-backend", "flash"],
+    ],
+)
+def test_choice_among_algorithms_of_transformer_engine_is_said_to_have_no_effect(parser, validation, flags):
+    with pytest.warns(UserWarning, match=f"^{flags[0]} has no effect: it is TransformerEngine's, and"):
+        validation.validate(parser.parse_args([*CP4, *flags]), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        validation.validate(parser.parse_args([*MODEL, *flags]), {})
 
 
 LAYER = [*CP4, "--hidden-size", "512", "--bf16"]

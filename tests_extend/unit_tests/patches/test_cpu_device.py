@@ -61,3 +61,13 @@ def test_streams_and_events_of_one_device_need_no_waiting(cpu_device):
         event.record()
     stream.wait_stream(torch.cuda.current_stream())
     assert event.query()
+
+
+def test_sizes_of_an_all_to_all_between_experts_are_numbers(cpu_device):
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3, 5]), as_numpy=True)
+    assert sizes.tolist() == [3, 5] and not isinstance(sizes, torch.Tensor)
+    tensor = torch.tensor(3)
+    assert token_dispatcher.maybe_move_tensor_to_cpu(tensor) is tensor
+    assert token_dispatcher.maybe_move_tensor_to_cpu([1, 2], as_numpy=True) == [1, 2]

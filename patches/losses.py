@@ -1,0 +1,95 @@
+"""Means over the tokens of all context-parallel ranks where Megatron divides by those of each rank.
+
+Both are the same where every rank counts as many tokens. With a loss mask they are not: a rank with few unmasked tokens
+would weigh as much as one with many, and the gradients would not be those of CP = 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import Patch, bind_by_name
+
+_ROLL_TENSOR = "megatron.core.transformer.multi_token_prediction:roll_tensor"
+
+
+def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
+    """Patches of Megatron's pipeline schedules and of multi-token prediction."""
+
+    def wrap_calc_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
+            named = bind_by_name(original, args, kwargs)
+            # --calculate-per-token-loss divides at the end, by the tokens of all ranks.
+            if plugin.groups is not None and not named["config"].calculate_per_token_loss:
+                group = plugin.groups.context_parallel
+                named["loss_func"] = functools.partial(_divide_by_all_tokens, named["loss_func"], group)
+            return original(**named)
+
+        return forward_step_calc_loss
+
+    return (
+        Patch(
+            target="megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+            kind="wrap",
+            function=wrap_calc_loss,
+            parameters=("loss_func", "config"),
+            why="It divides a micro-batch's loss by the tokens of each context-parallel rank: with a loss mask the "
+            "gradients would not be those of CP = 1.",
+            remove_when="Megatron divides by the tokens of all context-parallel ranks.",
+        ),
+        *(
+            Patch(
+                target=_ROLL_TENSOR,
+                kind="wrap",
+                function=_wrap_roll_tensor,
+                parameters=("tensor", "cp_group", "packed_seq_params"),
+                aliases=aliases,
+                versions=versions,
+                why="The loss of multi-token prediction is divided by the count that it gives, which is that of one "
+                "context-parallel rank.",
+                remove_when="Megatron counts the tokens of all context-parallel ranks.",
+            )
+            # Before 0.17 the model itself computes that loss.
+            for versions, aliases in (("<0.17", ("megatron.core.models.gpt.gpt_model:roll_tensor",)), (">=0.17", ()))
+        ),
+    )
+
+
+def _divide_by_all_tokens(
+    loss_func: Callable[..., Any], group: dist.ProcessGroup, output: Tensor, **options: Any
+) -> Any:
+    """What `loss_func` gives, with the loss divided already: by the mean number of tokens of a rank of `group`.
+
+    A loss function gives the sum of this rank's losses, the number of its tokens, and what is to be logged. What is
+    anything else (Megatron's older convention, or no loss) is left as it is.
+    """
+    outputs = loss_func(output, **options)
+    if options or len(outputs) != 3:
+        return outputs
+    loss, num_tokens, report = outputs
+    all_tokens = num_tokens.detach().clone()
+    dist.all_reduce(all_tokens, group=group)
+    # Not the mean in the place of the number: Megatron clamps that to 1.
+    return loss * (group.size() / all_tokens.clamp(min=1)), torch.ones_like(num_tokens), report
+
+
+def _wrap_roll_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def roll_tensor(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        rolled, total = original(**named)
+        group = named["cp_group"]
+        # Tokens are rolled as well as the loss mask, and it may hold integers: one number too many travels for those.
+        if rolled is not None and group is not None and group.size() > 1 and named["packed_seq_params"] is None:
+            total = total.clone()
+            dist.all_reduce(total, group=group)
+            total = total / group.size()
+        return rolled, total
+
+    return roll_tensor
