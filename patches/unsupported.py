@@ -87,7 +87,7 @@ class _Difference(NamedTuple):
     reason: str
 
 
-_OWN_DRAWS = "each rank draws its own random numbers for its tokens"
+_OWN_DRAWS = "each rank draws the random numbers of its own tokens"
 
 _DIFFERENCES = (
     _Difference("hidden_dropout", _is_set, _OWN_DRAWS),

@@ -475,10 +475,10 @@ def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: each rank draws its own random numbers for its tokens"),
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: each rank draws the random numbers of its own tokens"),
         (
             ["--moe-input-jitter-eps", "0.01"],
-            "--moe-input-jitter-eps 0.01: each rank draws its own random numbers for its tokens",
+            "--moe-input-jitter-eps 0.01: each rank draws the random numbers of its own tokens",
         ),
         (
             ["--moe-expert-capacity-factor", "1.5"],
