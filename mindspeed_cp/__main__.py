@@ -73,7 +73,9 @@ def report() -> str:
         for patch, state in registry.status():
             groups.setdefault((state, patch.why), []).append(patch)
         for (state, why), patches in groups.items():
-            lines += textwrap.wrap(f"[{state}] {why}", 114, initial_indent="  ", subsequent_indent="  ")
+            reason = f"[{state}] {why}"
+            # A flag or an all-to-all stays in one piece, so that it can be searched for.
+            lines += textwrap.wrap(reason, 114, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             for module, attributes in targets_by_module(patches).items():
                 listed = f"{module}: {', '.join(attributes)}"
                 lines += textwrap.wrap(listed, 114, initial_indent="      ", subsequent_indent="          ")
