@@ -12,8 +12,7 @@ from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.merge import MergeKernel, TorchMerge
-from mindspeed_cp.kernels.npu import NpuKernel
-from mindspeed_cp.kernels.npu_merge import NpuMerge
+from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge

@@ -1,4 +1,4 @@
-"""Flash attention on Ascend NPUs: torch_npu's fused attention and its gradient.
+"""Flash attention and merging on Ascend NPUs: torch_npu's fused attention, its gradient, and its ring update.
 
 Shapes: B batch, N query heads, G key/value heads, S queries, T keys, D key head size, V value head size.
 
@@ -25,9 +25,8 @@ from torch import Tensor
 from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
 from mindspeed_cp.layout import MaskKind
 
-DEAD_BELOW = -1e38
+_DEAD_BELOW = -1e38
 """A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of such."""
-
 _COMPRESSED_SIZE = 2048
 _ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
 """Sparse modes: what a mask means."""
@@ -45,7 +44,7 @@ class NpuKernel:
         """Why it cannot compute `case`."""
         if case.device_type != "npu":
             return [f"runs on the NPU, not on {case.device_type}"]
-        reasons = missing("npu_fusion_attention")
+        reasons = _missing("npu_fusion_attention")
         if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             reasons.append(f"takes no {str(case.dtype).removeprefix('torch.')}")
         if case.value_head_size > case.head_size:
@@ -65,11 +64,10 @@ class NpuKernel:
             *(layout.pack(x) for x in (q, k, v)), q.size(1), layout.name, scale=scale, **_mask_options(mask, q)
         )
         out = layout.unpack(out, q.size(1))
-        largest, total = largest[..., 0], total[..., 0]
-        dead = largest <= DEAD_BELOW
-        lse = (largest + total.log()).masked_fill(dead, -torch.inf)
-        # Only a mask tensor can have dead rows.
-        return BlockOutput(out.masked_fill(dead.unsqueeze(-1), 0.0) if mask.visible is not None else out, lse)
+        lse = _log_sum_exp(largest, total)
+        if mask.visible is not None:  # Only a mask tensor can have rows that see no key.
+            out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+        return BlockOutput(out, lse)
 
     def backward(
         self,
@@ -86,7 +84,7 @@ class NpuKernel:
 
         layout = _Layout.of(q, k, v)
         lse = output.lse.float()
-        lse = eightfold(lse.masked_fill(lse == -torch.inf, 0.0))
+        lse = _eightfold(lse.masked_fill(lse == -torch.inf, 0.0))
         # Its length has grown over the releases: dq, dk and dv come first in all of them.
         dq, dk, dv = torch_npu.npu_fusion_attention_grad(
             *(layout.pack(x) for x in (q, k, v, dout)),
@@ -101,7 +99,39 @@ class NpuKernel:
         return BlockGradients(*(layout.unpack(x, like.size(1)) for x, like in ((dq, q), (dk, k), (dv, v))))
 
 
-def missing(operator: str) -> list[str]:
+class NpuMerge:
+    """`torch_npu.npu_ring_attention_update` where this build has it, on SBH tensors and in one operation.
+
+    Of a row whose log-sum-exp is known, (lse, 1) says what (largest, sum) does, see Note [NPU statistics].
+    """
+
+    name = "npu"
+
+    def unsupported_reasons(self, device_type: str, dtype: torch.dtype) -> list[str]:
+        """Why it cannot merge blocks of this dtype on this device."""
+        if device_type != "npu":
+            return [f"runs on the NPU, not on {device_type}"]
+        reasons = _missing("npu_ring_attention_update")
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            reasons.append(f"takes no {str(dtype).removeprefix('torch.')}")
+        return reasons
+
+    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+        """See MergeKernel.merge_."""
+        import torch_npu
+
+        layout, one = _Layout("SBH"), torch.ones((*lse.shape, 8), device=lse.device)
+        lowest = torch.finfo(torch.float32).min
+        merged, largest, total = torch_npu.npu_ring_attention_update(
+            *(layout.pack(out), _eightfold(lse.clamp_min(lowest)), one),
+            *(layout.pack(block.out.to(out.dtype)), _eightfold(block.lse.clamp_min(lowest)), one),
+            input_layout=layout.name,
+        )
+        out.copy_(layout.unpack(merged, out.size(1)))
+        lse.copy_(_log_sum_exp(largest, total))
+
+
+def _missing(operator: str) -> list[str]:
     """Why torch_npu's `operator` cannot be had; empty where it can."""
     if "torch_npu" not in sys.modules and find_spec("torch_npu") is None:
         return ["torch_npu is not installed"]
@@ -110,7 +140,13 @@ def missing(operator: str) -> list[str]:
     return [] if hasattr(torch_npu, operator) else [f"this build of torch_npu has no {operator}"]
 
 
-def eightfold(statistic: Tensor) -> Tensor:
+def _log_sum_exp(largest: Tensor, total: Tensor) -> Tensor:
+    """[B, N, S] from statistics [B, N, S, 8]; -inf in rows that see no key."""
+    largest, total = largest[..., 0], total[..., 0]
+    return (largest + total.log()).masked_fill(largest <= _DEAD_BELOW, -torch.inf)
+
+
+def _eightfold(statistic: Tensor) -> Tensor:
     """[B, N, S] as the operators take it: [B, N, S, 8]."""
     return statistic.unsqueeze(-1).expand(*statistic.shape, 8).contiguous()
 

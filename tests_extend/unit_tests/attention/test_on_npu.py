@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mindspeed_cp.kernels import KernelRegistry
-from mindspeed_cp.kernels.npu import NpuKernel
-from mindspeed_cp.kernels.npu_merge import NpuMerge
+from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dense import Result, assert_as_accurate_as, causal_mask, dense_attention
 from unit_tests.emulated_npu import Call, fake_torch_npu
