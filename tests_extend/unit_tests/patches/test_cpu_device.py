@@ -51,7 +51,7 @@ def test_memory_reported_is_that_of_the_process(cpu_device):
         held.write(bytes(size))
         now = torch.cuda.memory_allocated()
     assert now - before > size * 0.9
-    assert torch.cuda.max_memory_allocated() >= now
+    assert torch.cuda.max_memory_allocated() - before > size * 0.9
 
 
 def test_types_are_named_as_megatrons_optimizers_compare_them(cpu_device):
