@@ -1,10 +1,15 @@
 """Megatron as it is without the plugin, for tests that patch it themselves."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
+from mindspeed_cp.patches.arguments import argument_patches
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import PatchRegistry
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +28,20 @@ def adaptor() -> Iterator[ModuleType]:
     for registry, applied in zip(registries, was_applied, strict=True):
         if applied:
             registry.apply()
+
+
+@pytest.fixture(scope="module")
+def megatron_arguments(adaptor: ModuleType) -> ModuleType:
+    """Megatron's module, which not every wheel holds."""
+    module: ModuleType = pytest.importorskip("megatron.training.arguments")
+    return module
+
+
+@pytest.fixture(scope="module")
+def parser(megatron_arguments: ModuleType) -> argparse.ArgumentParser:
+    """Megatron's parser, built while the argument patches are in force."""
+    with PatchRegistry(argument_patches(Plugin(), print)).applied():
+        parser: argparse.ArgumentParser = megatron_arguments.add_megatron_arguments(
+            argparse.ArgumentParser(allow_abbrev=False)
+        )
+    return parser

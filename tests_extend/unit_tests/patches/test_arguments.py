@@ -16,26 +16,12 @@ from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
-from mindspeed_cp.patching import PatchRegistry
 from mindspeed_cp.topology import CPTopology
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
 CP4 = [*MODEL, "--context-parallel-size", "4"]
-
-
-@pytest.fixture(scope="module")
-def megatron_arguments(adaptor):
-    """Megatron's module, which not every wheel holds."""
-    return pytest.importorskip("megatron.training.arguments")
-
-
-@pytest.fixture(scope="module")
-def parser(megatron_arguments):
-    """Megatron's parser, built while the argument patches are in force."""
-    with PatchRegistry(argument_patches(Plugin(), print)).applied():
-        return megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 @pytest.fixture(autouse=True)

@@ -71,15 +71,6 @@ REFUSED_BY_THE_PARSER = [
 ]
 
 
-@pytest.fixture(scope="module")
-def parser(adaptor):
-    """Megatron's parser, built while the argument patches are in force."""
-    from megatron.training import arguments as megatron_arguments
-
-    with PatchRegistry(argument_patches(Plugin(), print)).applied():
-        return megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-
-
 @pytest.fixture
 def parse(parser, monkeypatch):
     """Parse the flags of a small model and these, for a machine with a GPU."""
@@ -151,9 +142,7 @@ def test_flag_that_the_parser_has_already_is_left_as_it_is(name):
     assert vars(parser.parse_args([name]))[mine.dest] == "mine"
 
 
-def test_megatron_s_own_flash_flag_is_among_those(adaptor):
-    from megatron.training import arguments as megatron_arguments
-
+def test_megatron_s_own_flash_flag_is_among_those(megatron_arguments):
     unpatched = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = [each.name for each in MINDSPEED_FLAGS if each.name in unpatched._option_string_actions]
     assert known == ["--use-flash-attn"]
@@ -175,18 +164,13 @@ def patch_of(function: str) -> Patch:
     return next(patch for patch in argument_patches(Plugin(), print) if patch.target.endswith(f":{function}"))
 
 
-def test_building_the_parser_beside_another_plugin_ends_with_status_2(adaptor, monkeypatch, capsys):
-    from megatron.training import arguments as megatron_arguments
-
+def test_building_the_parser_beside_another_plugin_ends_with_status_2(megatron_arguments, monkeypatch, capsys):
     def with_a_flag_of_theirs(parser, original=megatron_arguments.add_megatron_arguments):
         parser.add_argument("--context-parallel-algo")
         return original(parser)
 
     monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", with_a_flag_of_theirs)
-    patch = next(
-        patch for patch in argument_patches(Plugin(), print) if patch.target.endswith(":add_megatron_arguments")
-    )
-    with PatchRegistry([patch]).applied(), pytest.raises(SystemExit) as stop:
+    with PatchRegistry([patch_of("add_megatron_arguments")]).applied(), pytest.raises(SystemExit) as stop:
         megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     assert stop.value.code == 2
     assert "--context-parallel-algo: another plugin has added them" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def put(target, value):
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS_WITH_PARAMETERS if target not in TARGETS_WITH_ALIASES])
-def test_patch_goes_around_another_plugin_s_wrapper_and_leaves_it_there(patches, monkeypatch, target):
+def test_patch_goes_around_another_plugin_s_wrapper_and_leaves_it_there(patch, monkeypatch, target):
     original = stored(target)
 
     @functools.wraps(original)
@@ -214,20 +214,20 @@ def test_patch_goes_around_another_plugin_s_wrapper_and_leaves_it_there(patches,
 
     monkeypatch.setattr(*put(target, theirs))
     left = stored(target)
-    with PatchRegistry([patches[target]]).applied():
+    with PatchRegistry([patch]).applied():
         assert stored(target) is not left
         assert inspect.unwrap(stored(target), stop=lambda function: function is theirs) is theirs
     assert stored(target) is left
 
 
 @pytest.mark.parametrize("target", TARGETS_WITH_PARAMETERS)
-def test_patch_says_who_was_there_when_another_plugin_hides_the_parameters(patches, monkeypatch, target):
+def test_patch_says_who_was_there_when_another_plugin_hides_the_parameters(patch, monkeypatch, target):
     def theirs(*args, **kwargs):
         return None
 
     monkeypatch.setattr(*put(target, theirs))
     with pytest.raises(PatchError) as refusal:
-        PatchRegistry([patches[target]]).apply()
+        PatchRegistry([patch]).apply()
     assert f"another plugin may have been there first, it is {__name__}." in str(refusal.value)
     assert f"({__file__}:" in str(refusal.value)
 
