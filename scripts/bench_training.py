@@ -8,6 +8,7 @@ first. Memory is the largest resident size of any rank, less that of a run with 
 and Megatron: what is left grows with the sequence. A configuration that exceeds `--memory-gib` is not tried on longer
 sequences.
 
+The data loader makes no masks, which would grow with the square of the length: attention is causal anyway.
 All ranks share this machine's cores, so that more ranks are not faster; what a network costs is measured by
 bench_attention.py. CP 1 is Megatron's own local attention, which holds all scores.
 """
@@ -33,7 +34,7 @@ MODEL_FLAGS = shlex.split("""
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer
     --vocab-size 257 --mock-data --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --micro-batch-size 1
     --global-batch-size 1 --lr 1e-3 --lr-decay-style constant --log-interval 1 --distributed-backend gloo
-    --num-workers 0
+    --num-workers 0 --no-create-attention-mask-in-dataloader
 """)
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 RING = ("--context-parallel-algo", "megatron_cp_algo")
