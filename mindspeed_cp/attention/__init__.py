@@ -1,13 +1,15 @@
 """Attention over the ranks of a group, on plain tensors: no Megatron, no arguments, no globals."""
 
 from mindspeed_cp.attention.build import build_attention, compose_attention
-from mindspeed_cp.attention.local import Attention, LocalAttention
+from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.local import LocalAttention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 
 __all__ = [
     "Attention",
+    "ContextParallelAttention",
     "LocalAttention",
     "RingAttention",
     "RingCommunicators",

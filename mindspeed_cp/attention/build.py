@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_cp.attention.local import Attention, LocalAttention
+from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.local import LocalAttention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
@@ -17,32 +19,34 @@ from mindspeed_cp.schedule import RingSchedule
 
 def build_attention(
     config: ContextParallelConfig,
-    group: dist.ProcessGroup | ContextParallelGroups | None = None,
+    group: dist.ProcessGroup | DeviceMesh | ContextParallelGroups | None = None,
     *,
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
     traffic: Traffic | None = None,
-) -> Attention:
+) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
 
-    group: the context-parallel ranks, or the groups already built over them; None is the default group of all ranks.
-    Some
-        configurations need groups beside it, which all ranks of the world have to make together: see
-        ContextParallelGroups.build.
+    group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them; None is
+        the default group of all ranks. Some configurations need groups beside it, which all ranks of the world have to
+        make together: see ContextParallelGroups.build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
-    traffic: where to count what this rank sends.
+    traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
+        `attention.agreement.communicator.traffic`.
 
-    Raises ValueError where the group's size is not `config.context_parallel_size`.
+    Raises ValueError where the group's size is not `config.context_parallel_size`, or a mesh has several dimensions.
     """
+    layout = layout or config.layout
     if config.context_parallel_size == 1 and group is None:
-        return compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
+        alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
+        return ContextParallelAttention(alone, config, layout)
     groups = _groups(config, group)
     communicators = None
     if groups.ring is not None:
         ring_groups = (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
         communicators = RingCommunicators(*(ProcessGroupCommunicator(each, traffic) for each in ring_groups))
-    return compose_attention(
+    attention = compose_attention(
         config,
         rank=dist.get_rank(groups.context_parallel),
         ulysses=None if groups.ulysses is None else ProcessGroupCommunicator(groups.ulysses, traffic),
@@ -50,6 +54,7 @@ def build_attention(
         layout=layout,
         kernels=kernels,
     )
+    return ContextParallelAttention(attention, config, layout, groups.agreement)
 
 
 def compose_attention(
@@ -62,7 +67,7 @@ def compose_attention(
     kernels: KernelRegistry = KERNELS,
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
 ) -> Attention:
-    """Attention over any kind of communicators, process groups or virtual ranks; see `build_attention`.
+    """What `build_attention` puts behind its checks, over any kind of communicators: process groups or virtual ranks.
 
     rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
     where that has one rank. merge_kernels: what to choose from for merging a ring's blocks, the preferred first.
@@ -95,8 +100,16 @@ def compose_attention(
 
 
 def _groups(
-    config: ContextParallelConfig, group: dist.ProcessGroup | ContextParallelGroups | None
+    config: ContextParallelConfig, group: dist.ProcessGroup | DeviceMesh | ContextParallelGroups | None
 ) -> ContextParallelGroups:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or ("cp",)
+            raise ValueError(
+                f"a DeviceMesh of {group.ndim} dimensions {names} and sizes {tuple(group.shape)} is not one "
+                f"context-parallel group; give one dimension of it by name, as mesh[{names[-1]!r}]."
+            )
+        group = group.get_group()
     if isinstance(group, ContextParallelGroups):
         check_size(config.topology, group.context_parallel)
         return group

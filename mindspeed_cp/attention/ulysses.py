@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.local import Attention, check_shards
+from mindspeed_cp.attention.call import Attention
 from mindspeed_cp.comm import Communicator
 
 
@@ -41,26 +41,25 @@ class UlyssesAttention:
     chunk_order: tuple[int, ...]
     inner: Attention
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        """See Attention. Raises ValueError where the group does not divide the heads, or the chunks the tokens."""
-        self._check(q, k, v, visible)
-        if visible is not None:
-            visible = self._gather_rows(visible)
-        q, k, v = _ScatterHeads.apply(self.communicator, self.chunk_order, q, k, v)
-        out = self.inner(q, k, v, scale=scale, visible=visible)
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, self.chunk_order, out)
-        return gathered[0]
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
-        check_shards(q, k, v, visible)
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """See Attention. The group divides the heads, and the chunks the tokens."""
         size, chunks = self.communicator.size, len(self.chunk_order) // self.communicator.size
         for name, x in (("q", q), ("k", k)):
             if x.size(1) % size:
                 raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
         if q.size(2) % chunks:
             raise ValueError(f"q has {q.size(2)} tokens a rank, not a multiple of its {chunks} chunks.")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """See Attention."""
+        if visible is not None:
+            visible = self._gather_rows(visible)
+        q, k, v = _ScatterHeads.apply(self.communicator, self.chunk_order, q, k, v)
+        out = self.inner(q, k, v, scale=scale, visible=visible)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, self.chunk_order, out)
+        return gathered[0]
 
     def _gather_rows(self, visible: Tensor) -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""

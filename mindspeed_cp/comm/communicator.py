@@ -1,7 +1,7 @@
 """Collective operations of one group of ranks."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,14 @@ class Communicator(Protocol):
         ...
 
 
+class _Message(NamedTuple):
+    """way: dist.isend or dist.irecv. peer: rank within the group."""
+
+    way: Callable[..., dist.Work | None]
+    content: Tensor
+    peer: int
+
+
 class ProcessGroupCommunicator:
     """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
 
@@ -60,7 +68,9 @@ class ProcessGroupCommunicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
-        self.group = group = group or dist.group.WORLD
+        group = group or dist.group.WORLD
+        assert group is not None, "there is no process group yet"
+        self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
@@ -86,9 +96,9 @@ class ProcessGroupCommunicator:
         """
         received[self.rank] = send[self.rank]
         others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
-        operations = [self._message(dist.irecv, received[rank], rank) for rank in reversed(others)]
-        operations += [self._message(dist.isend, send[rank], rank) for rank in others]
-        _ProcessGroupTransfer(operations).wait()
+        messages = [_Message(dist.irecv, received[rank], rank) for rank in reversed(others)]
+        messages += [_Message(dist.isend, send[rank], rank) for rank in others]
+        self._post(messages).wait()
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""
@@ -100,29 +110,65 @@ class ProcessGroupCommunicator:
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
-        operations = []
+        messages = []
         # The receive comes first: gloo sends a payload only after the receiver's ready message, and that one would
         # queue behind a payload that is already under way on the same connection.
         if receive is not None:
             _require_contiguous(receive)
-            operations.append(self._message(dist.irecv, receive, source))
+            messages.append(_Message(dist.irecv, receive, source))
         if send is not None:
             _require_contiguous(send)
-            operations.append(self._message(dist.isend, send, to))
+            messages.append(_Message(dist.isend, send, to))
             self.traffic.record("exchange", send.nbytes)
-        return _ProcessGroupTransfer(operations)
+        return self._post(messages)
 
-    def _message(self, operation: Callable[..., dist.Work | None], content: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(operation, content, self._global_ranks[rank], self.group)
+    def __deepcopy__(self, memo: object) -> "ProcessGroupCommunicator":
+        """The same object: a module that is copied stays in its groups, which its process has once."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the group's name, which finds it again within the same job and nowhere else."""
+        return _communicator_by_name, (self.group.group_name, tuple(self._global_ranks))
+
+    def _post(self, messages: list[_Message]) -> Transfer:
+        """Start all of them."""
+        if not messages:
+            return _ProcessGroupTransfer([], [])
+        operations = [
+            dist.P2POp(each.way, each.content, self._global_ranks[each.peer], self.group) for each in messages
+        ]
+        return _ProcessGroupTransfer(dist.batch_isend_irecv(operations), [each.peer for each in messages])
 
 
 class _ProcessGroupTransfer:
-    def __init__(self, operations: list[dist.P2POp]) -> None:
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+    """peers: of each of `works`; where the backend gives one for all, of all of them."""
+
+    def __init__(self, works: list[dist.Work], peers: list[int]) -> None:
+        self._works, self._peers = works, peers
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        for place, work in enumerate(self._works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                peers = self._peers if len(self._works) < len(self._peers) else [self._peers[place]]
+                lost = ", ".join(str(peer) for peer in dict.fromkeys(peers))
+                raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
+
+
+def _communicator_by_name(name: str, global_ranks: tuple[int, ...]) -> ProcessGroupCommunicator:
+    """The communicator that was pickled. Raises RuntimeError where this process has no such group."""
+    try:
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+        found = tuple(dist.get_process_group_ranks(group))
+    except (LookupError, RuntimeError, ValueError):
+        found = ()
+    if found != global_ranks:
+        raise RuntimeError(
+            f"a pickled attention belongs to the process group {name!r} of ranks {list(global_ranks)}, which this job "
+            f"does not have; save the module's state_dict instead, and build its attention anew."
+        )
+    return ProcessGroupCommunicator(group)
 
 
 def _require_contiguous(send: Tensor) -> None:

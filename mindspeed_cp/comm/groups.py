@@ -2,13 +2,25 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
+from mindspeed_cp.comm.agreement import Agreement
+from mindspeed_cp.comm.communicator import ProcessGroupCommunicator
 from mindspeed_cp.topology import CPTopology
 
-_OUTER, _GRADIENTS = 1, 2
-"""Further groups of the same ring ranks, for messages that must not queue behind others."""
+_OUTER, _GRADIENTS, _HOST = 1, 2, 3
+"""Further groups of the same ranks, for messages that must not queue behind others, or that the host sends."""
+
+
+class _Planned(NamedTuple):
+    """A group to make: its ranks within the context-parallel group, which copy, and its backend if not the usual."""
+
+    ranks: tuple[int, ...]
+    copy: int = 0
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,13 @@ class ContextParallelGroups:
     """The groups that one rank communicates in.
 
     context_parallel: all ranks that share a sequence.
+    agreement: of all of them; one for all attentions over these groups.
     ulysses: this rank's neighbours along the Ulysses axis; None where it has none.
     ring: this rank's ring; None where it is alone in it.
     """
 
     context_parallel: dist.ProcessGroup
+    agreement: Agreement
     ulysses: dist.ProcessGroup | None
     ring: RingGroups | None
     _made: tuple[dist.ProcessGroup, ...] = ()
@@ -44,6 +58,7 @@ class ContextParallelGroups:
         context_parallel: dist.ProcessGroup,
         *,
         overlap: bool = False,
+        host_group: bool = False,
         timeout: timedelta | None = None,
     ) -> "ContextParallelGroups":
         """The groups of `topology` over the ranks of an existing group, in that group's own order.
@@ -53,17 +68,22 @@ class ContextParallelGroups:
         itself is needed (Ulysses alone, a ring without overlap) may its ranks call it by themselves.
 
         overlap: K/V within windows, K/V between them and gradients get groups of their own, so that none queues behind
-        another; else they share one. timeout: of the groups made, torch's default where it is None.
+        another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo group is
+        made for what ranks agree on; without it the accelerator's group is used, and each call of attention waits for
+        the accelerator once. timeout: of the groups made, that of the group given where it is None.
 
         Raises ValueError where the group's size is not the topology's.
         """
         check_size(topology, context_parallel)
-        plans = _plan(topology, overlap)
+        planned = _plan(topology, overlap, host_group)
         rank, members = dist.get_rank(context_parallel), dist.get_process_group_ranks(context_parallel)
-        made = _make_groups(plans, members, timeout)
+        made = _make_groups(planned, members, timeout or _timeout_of(context_parallel))
 
         def group_of(ranks: tuple[int, ...], copy: int = 0) -> dist.ProcessGroup:
             return made.get((ranks, copy), context_parallel)
+
+        everyone = group_of(tuple(range(topology.size)), _HOST)
+        agreement = Agreement(ProcessGroupCommunicator(everyone), on_host=_carries_cpu_tensors(everyone))
 
         ulysses = group_of(topology.ulysses_ranks(rank)) if topology.ulysses > 1 else None
         ring = None
@@ -75,12 +95,12 @@ class ContextParallelGroups:
                 outer=group_of(ranks, _OUTER) if overlap and topology.outer > 1 else inner,
                 gradients=group_of(ranks, _GRADIENTS) if overlap else inner,
             )
-        return cls(context_parallel, ulysses, ring, tuple(made.values()))
+        return cls(context_parallel, agreement, ulysses, ring, tuple(made.values()))
 
     @staticmethod
-    def take_part(topology: CPTopology, *, overlap: bool = False) -> None:
-        """What a rank of the world without a context-parallel group calls while the others call `build`."""
-        _make_groups(_plan(topology, overlap), [], None)
+    def take_part(topology: CPTopology, *, overlap: bool = False, host_group: bool = False) -> None:
+        """Join the others' `build` from a rank of the world that is in no context-parallel group."""
+        _make_groups(_plan(topology, overlap, host_group), [], None)
 
     def destroy(self) -> None:
         """Destroy the groups that `build` made; the context-parallel group itself is its owner's."""
@@ -98,24 +118,27 @@ def check_size(topology: CPTopology, context_parallel: dist.ProcessGroup) -> Non
         )
 
 
-def _plan(topology: CPTopology, overlap: bool) -> list[tuple[tuple[int, ...], int]]:
-    """Groups to make beside the context-parallel one: ranks within it, and which copy of them."""
-    plan: list[tuple[tuple[int, ...], int]] = []
+def _plan(topology: CPTopology, overlap: bool, host_group: bool) -> list[_Planned]:
+    """Groups to make beside the context-parallel one."""
+    planned: list[_Planned] = []
     if topology.ulysses > 1 and topology.ring_size > 1:
-        plan += [(topology.ulysses_ranks(first), 0) for first in range(0, topology.size, topology.ulysses)]
+        planned += [_Planned(topology.ulysses_ranks(first)) for first in range(0, topology.size, topology.ulysses)]
     if topology.ring_size > 1:
         for ranks in (topology.ring_ranks(first) for first in range(topology.ulysses)):
             if topology.ulysses > 1:
-                plan.append((ranks, 0))
+                planned.append(_Planned(ranks))
             if overlap and topology.outer > 1:
-                plan.append((ranks, _OUTER))
+                planned.append(_Planned(ranks, _OUTER))
             if overlap:
-                plan.append((ranks, _GRADIENTS))
-    return plan
+                planned.append(_Planned(ranks, _GRADIENTS))
+    # All ranks of the world have to find the same here: so it is the world's backend that is looked at.
+    if host_group and topology.size > 1 and dist.group.WORLD and not _carries_cpu_tensors(dist.group.WORLD):
+        planned.append(_Planned(tuple(range(topology.size)), _HOST, "gloo"))
+    return planned
 
 
 def _make_groups(
-    plan: list[tuple[tuple[int, ...], int]], members: list[int], timeout: timedelta | None
+    plan: list[_Planned], members: list[int], timeout: timedelta | None
 ) -> dict[tuple[tuple[int, ...], int], dist.ProcessGroup]:
     """Make the planned groups in every context-parallel group of the world, in one order; those that hold this rank.
 
@@ -129,9 +152,30 @@ def _make_groups(
     dist.all_gather_object(everyone, members)
     made = {}
     for others in sorted({tuple(ranks) for ranks in everyone if ranks}):
-        for ranks, copy in plan:
+        for ranks, copy, backend in plan:
             global_ranks = [others[rank] for rank in ranks]
-            group = dist.new_group(global_ranks, timeout=timeout)
+            group = dist.new_group(global_ranks, timeout=timeout, backend=backend)
             if list(others) == members and dist.get_rank() in global_ranks:
                 made[ranks, copy] = group
     return made
+
+
+def _carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
+    """Whether the group's backend for tensors of the CPU is there: it is not in a job of NCCL or HCCL alone."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long the group's operations wait for other ranks; None, torch's default, where its backend does not say.
+
+    torch keeps it where no public function reads it.
+    """
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.local import default_scale
+from mindspeed_cp.attention.call import default_scale
 from mindspeed_cp.attention.merge import MergedOutput
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput, MaskKind

@@ -1,0 +1,216 @@
+"""A call of attention: put in order, checked, and compared with those of the other ranks, before anything is sent.
+
+Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key head size, V value head size.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.comm import Agreement
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.kernels import BlockCase, BlockMask, MaskKind
+from mindspeed_cp.kernels.precision import autocast_is_on
+from mindspeed_cp.layout import SequenceLayout
+
+
+class Attention(Protocol):
+    """Attention over however many ranks: each gives its own tokens' queries, keys and values."""
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError where this algorithm cannot take tensors of these shapes; nothing is sent or computed."""
+        ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """Attention output of this rank's queries over the keys of all ranks.
+
+        q: [B, N, S, D]; k: [B, G, S, D]; v: [B, G, S, V]; one floating dtype, any strides.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        visible: the mask's rows for this rank's queries, [S, T] or [1 or B, 1 or N, S, T] bool with T the tokens of the
+            whole sequence in order, True where a query sees a key. Only for attention that was built without a causal
+            mask; without it every query sees every key.
+
+        Returns [B, N, S, V] in the dtype of q, differentiable in q, k and v; 0 in rows that see no key.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ContextParallelAttention:
+    """Attention that its ranks enter with the same case, or not at all; what `build_attention` gives.
+
+    attention: what computes it. config, layout: how it was built; the same on all ranks. agreement: of these ranks;
+    None for one that is alone.
+    """
+
+    attention: Attention
+    config: ContextParallelConfig
+    layout: SequenceLayout
+    agreement: Agreement | None = None
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """See Attention."""
+        check_shards(q, k, v)
+        self.attention.check(q, k, v)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """See Attention. Under torch.autocast q, k and v may differ in dtype, and then get autocast's.
+
+        scale: any finite number, also as a tensor that wants no gradient; one of 0 or below is exact too.
+
+        Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
+        """
+        if torch.compiler.is_compiling():
+            # What ranks agree on and send is no part of a graph.
+            enter: Callable[..., Tensor] = torch.compiler.disable(self._enter)
+            return enter(q, k, v, scale, visible)
+        return self._enter(q, k, v, scale, visible)
+
+    def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
+        refusal, case = None, "a call that is refused"
+        try:
+            q, k, v = in_one_dtype(q, k, v)
+            self.check(q, k, v)
+            self._check_mask(q, visible)
+            scale = number(scale, q)
+            case = f"{_words(q, k, v, scale, visible)}; {self._setup}"
+        except ValueError as error:
+            refusal = str(error)
+        if self.agreement is not None:
+            self.agreement.reach(case, refusal=refusal, device=getattr(q, "device", None))
+        elif refusal is not None:
+            raise ValueError(refusal)
+        assert isinstance(scale, float)
+        if not q.numel() or not v.numel():
+            return _empty(q, k, v)
+        queries = _positively_scaled(q, scale)
+        return self.attention(queries.tensor, k, v, scale=queries.scale, visible=visible)
+
+    def _check_mask(self, q: Tensor, visible: Tensor | None) -> None:
+        if visible is None:
+            return
+        if self.config.attention_mask_type == "causal":
+            raise ValueError(
+                "a causal attention takes no mask tensor: it would be one of the two; build it with "
+                "attention_mask_type='general' to use the tensor."
+            )
+        check_mask(visible, q, self.layout.size)
+
+    @functools.cached_property
+    def _setup(self) -> str:
+        """How it was built, in words that must be the same on all ranks."""
+        grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
+        return (
+            f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
+            f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}"
+        )
+
+
+def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype: where they differ, that of torch.autocast, if it is on.
+
+    That is what it does for torch's own scaled_dot_product_attention, but for fp64, which it leaves alone.
+    """
+    device_type = q.device.type
+    if q.dtype == k.dtype == v.dtype or not autocast_is_on(device_type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device_type)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    q, k, v = (x.to(dtype) if x.dtype in castable else x for x in (q, k, v))
+    return q, k, v
+
+
+def check_shards(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless these are the shards of one rank, see Attention."""
+    if q.dim() == k.dim() == v.dim() == 4 and not min(q.size(1), q.size(3), k.size(1), v.size(3)):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
+            f"batch and tokens may be 0."
+        )
+    BlockCase.of(q, k, v, BlockMask(MaskKind.NONE))
+    if q.size(2) != k.size(2):
+        raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
+
+
+def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
+    """Raise ValueError unless these are the mask's rows for one of so many ranks, see Attention."""
+    rows, keys = q.size(2), q.size(2) * num_ranks
+    needed = f"give [{rows}, {keys}] or [1 or {q.size(0)}, 1 or {q.size(1)}, {rows}, {keys}]"
+    of_heads = visible.dim() == 4 and visible.size(0) in (1, q.size(0)) and visible.size(1) in (1, q.size(1))
+    if (visible.dim() != 2 and not of_heads) or tuple(visible.shape[-2:]) != (rows, keys):
+        raise ValueError(
+            f"a mask of {tuple(visible.shape)} is not one for this rank's {rows} queries over the {keys} keys of "
+            f"{num_ranks} ranks, q being {tuple(q.shape)}; {needed}."
+        )
+    if visible.dtype != torch.bool:
+        raise ValueError(
+            f"a mask is boolean, True where a query sees a key, and this one is {visible.dtype}; "
+            f"give `mask > 0`, or `mask == 0` for one that is added to the scores."
+        )
+
+
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(D)."""
+    return 1.0 / math.sqrt(q.size(-1))
+
+
+def number(scale: float | Tensor | None, q: Tensor) -> float:
+    """The factor on the scores as a number. Raises ValueError for one that is none, or that wants a gradient."""
+    if scale is None:
+        return default_scale(q)
+    if isinstance(scale, Tensor):
+        if scale.requires_grad:
+            raise ValueError(
+                "scale is a tensor that requires a gradient, and attention gives it none; multiply q by it, and give "
+                "scale=1.0."
+            )
+        if scale.numel() != 1:
+            raise ValueError(f"scale is a tensor of {tuple(scale.shape)}; give one number, or multiply q by it.")
+    value = float(scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale is {value}; give a finite number, or None for 1 / sqrt({q.size(-1)}).")
+    return value
+
+
+class _Queries(NamedTuple):
+    """Queries and the factor, above 0, on their scores."""
+
+    tensor: Tensor
+    scale: float
+
+
+def _positively_scaled(q: Tensor, scale: float) -> _Queries:
+    """The same scores with a factor above 0, which fused kernels take for granted: the sign is put on the queries."""
+    if scale > 0:
+        return _Queries(q, scale)
+    return _Queries(-q, -scale) if scale < 0 else _Queries(q * 0.0, 1.0)
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output of a batch, or a shard, of nothing: it has gradients, which are as empty, and nothing is sent."""
+    return q.new_zeros((*q.shape[:3], v.size(3))) * (q.sum() + k.sum() + v.sum())
+
+
+def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> str:
+    """What has to be the same on all ranks of a call, for messages and for comparing."""
+    mask = "no mask" if visible is None else f"a mask {tuple(visible.shape)}"
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return (
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {str(q.dtype).removeprefix('torch.')}, {mask}, "
+        f"scale {scale:.17g}, with{'' if gradients else 'out'} gradients"
+    )

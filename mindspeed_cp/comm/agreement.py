@@ -1,0 +1,130 @@
+"""Agreement of all ranks of a group on what they have come with, before they send each other tensors.
+
+Note [Agreement]
+    Messages have the sizes that both sides expect, or a backend hangs, aborts the process, or takes bf16 for fp16. So
+    each rank says in words what it has come with, and sends the digest of that to every other: 8 bytes a rank. Where
+    all digests are equal, nothing else is sent. Where they are not, the words follow, and every rank raises the same
+    error, which names what each rank has come with. It is asked at every call, never remembered from an earlier one: a
+    rank that remembers does not take part, and the one whose case has changed would wait alone.
+
+    A program whose layers all get the tensors of one micro-batch may ask once for all of them: `once` remembers what
+    has been agreed on for the time of a `with` block, which all ranks enter and leave at the same place.
+
+    Between processes the digests are messages from each to each: a rank that does not answer is known by its number.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.comm.communicator import Communicator
+
+_WORDS_BYTES = 1024
+"""Longest words that are sent; what is longer is cut."""
+
+
+class Agreement:
+    """The ranks of a group, which come to a call together, all with the same, or not at all; see Note [Agreement].
+
+    communicator: the group. on_host: whether it carries tensors of the CPU, as gloo does; else those of the accelerator
+    are used, and the host waits for it at each call.
+    """
+
+    def __init__(self, communicator: Communicator, *, on_host: bool = True) -> None:
+        self.communicator = communicator
+        self._on_host = on_host
+        self._agreed: set[bytes] | None = None
+
+    def reach(self, words: str, *, refusal: str | None = None, device: torch.device | None = None) -> None:
+        """Return when all ranks have come with the same words.
+
+        words: what this rank has come with. refusal: why it cannot go on, where it cannot.
+        device: of the tensors at hand, used where the group carries none of the CPU.
+
+        Raises ValueError on every rank where words differ or a rank refuses: with the refusal itself where all ranks
+        refuse alike, else with what each rank has come with. Raises RuntimeError, which names them, where ranks do
+        not answer within the group's timeout.
+        """
+        words = words if refusal is None else f"refused: {refusal}"
+        digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+        if self._agreed is not None and digest in self._agreed:
+            return
+        place = torch.device("cpu") if self._on_host or device is None else device
+        digests = self._gather(torch.frombuffer(bytearray(digest), dtype=torch.int64).to(place))
+        if len(set(digests.flatten().tolist())) > 1:
+            raise ValueError(_difference(self._gather_words(words, place)))
+        if refusal is not None:
+            raise ValueError(refusal)
+        if self._agreed is not None:
+            self._agreed.add(digest)
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within it, ranks that have come with some words once need not be asked about the same words again.
+
+        All ranks have to enter and leave it at the same place of their program: once a micro-batch, say.
+        """
+        before, self._agreed = self._agreed, set()
+        try:
+            yield
+        finally:
+            self._agreed = before
+
+    def __deepcopy__(self, memo: object) -> "Agreement":
+        """The same object: what was agreed on belongs to the group, not to one of the layers that ask."""
+        return self
+
+    def _gather_words(self, words: str, place: torch.device) -> list[str]:
+        sent = words.encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES, b"\0")
+        rows = self._gather(torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(place))
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
+
+    def _gather(self, mine: Tensor) -> Tensor:
+        """`mine` of every rank, [ranks, *mine.shape]."""
+        if not self._on_host:
+            return self.communicator.all_gather(mine)
+        rank, size = self.communicator.rank, self.communicator.size
+        rows = mine.new_empty((size, *mine.shape))
+        rows[rank] = mine
+        others = [(rank + distance) % size for distance in range(1, size)]
+        transfers = {other: self.communicator.exchange(mine, other, rows[other], other) for other in others}
+        silent: dict[int, RuntimeError] = {}
+        for other, transfer in transfers.items():
+            try:
+                transfer.wait()
+            except RuntimeError as error:
+                silent[other] = error
+        if silent:
+            first = next(iter(silent.values()))
+            raise RuntimeError(
+                f"{_ranks(sorted(silent))} of the group of {size} did not come to this call of attention, which rank "
+                f"{rank} has reached: stopped, gone, or elsewhere in the program ({first})"
+            ) from first
+        return rows
+
+
+def _difference(words: Sequence[str]) -> str:
+    """One line that says which ranks have come with what."""
+    cases: dict[str, list[int]] = {}
+    for rank, case in enumerate(words):
+        cases.setdefault(case, []).append(rank)
+    listed = "; ".join(f"{_ranks(ranks)}: {case}" for case, ranks in cases.items())
+    return (
+        f"the ranks of a context-parallel group call attention differently: {listed}; all of them must come with the "
+        f"same sizes, dtype, scale and kind of mask: pad to equal shards, cast, or mend the rank that differs."
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Ascending ranks in words: "rank 3", "ranks 0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    spelled = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"rank{'s' * (len(ranks) > 1)} {spelled}"
