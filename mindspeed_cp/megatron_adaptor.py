@@ -16,6 +16,7 @@ from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.plugin import Plugin
@@ -97,6 +98,7 @@ registry = PatchRegistry(
         *attention_patches(plugin),
         *latent_attention_patches(),
         *loss_patches(plugin),
+        *document_patches(plugin),
         *torch_norm_patches(),
         *dataset_helper_patches(),
     ),

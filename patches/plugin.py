@@ -15,10 +15,12 @@ class Plugin:
 
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
     groups: set while Megatron's model-parallel groups exist; None else.
+    document_length: tokens of each document of a sequence, set by the arguments patch; None where the data says.
     """
 
     config: ContextParallelConfig | None = None
     groups: ContextParallelGroups | None = None
+    document_length: int | None = None
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups of the configured topology over Megatron's context-parallel group."""

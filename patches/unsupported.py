@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.config import ContextParallelConfig, flag
+from mindspeed_cp.patches.blockers import Blocker, raise_for
 
 
 class _Refusal(NamedTuple):
@@ -119,29 +120,32 @@ def difference_notes(args: argparse.Namespace, config: ContextParallelConfig) ->
     ]
 
 
-def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError for the first option that is set and cannot be honoured with `config`.
+def unsupported(options: Any, size: int) -> list[Blocker]:
+    """All options that are set and cannot be honoured with this context-parallel size.
 
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
     """
-    size = config.context_parallel_size
     if size == 1:
-        return
+        return []
+    blockers = []
     for option, refused, reason, way_out in _REFUSALS:
         value = getattr(options, option, None)
         if refused(value):
-            raise ConfigurationError(
-                f"{_spell(option, value)} with --context-parallel-size {size}: {reason}; {way_out}."
-            )
-    if getattr(options, "reset_attention_mask", False) and config.attention_mask_type == "causal":
-        raise ConfigurationError(
-            f"--reset-attention-mask with --context-parallel-size {size} and --attention-mask-type causal: the batch's "
-            f"mask would be left out; use --attention-mask-type general."
-        )
+            sentence = f"{_spell(option, value)} with --context-parallel-size {size}: {reason}; {way_out}."
+            blockers.append(Blocker(flag(option), sentence))
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
-        raise ConfigurationError(
-            f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
-            f"each rank; leave out --calculate-per-token-loss."
+        blockers.append(
+            Blocker(
+                flag(masked_mtp[0]),
+                f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
+                f"each rank; leave out --calculate-per-token-loss.",
+            )
         )
+    return blockers
+
+
+def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError with all options that are set and cannot be honoured with `config`."""
+    raise_for(unsupported(options, config.context_parallel_size))
