@@ -20,6 +20,8 @@ from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.blockers import Blocker, describe, found_by, raise_for
 from mindspeed_cp.patches.command_line import Examination, examine
+from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
+from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, unsupported
@@ -44,6 +46,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             except ConfigurationError as error:
                 _exit_with(error)
             _add_document_arguments(parser)
+            set_defaults(parser)
             return parser
 
         return add_megatron_arguments
@@ -61,13 +64,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.document_length = _document_length(args)
             if int(os.environ.get("RANK", "0")) == 0:
-                ineffective = (
-                    *config.ineffective_flags(),
-                    *_ineffective_megatron_flags(args, config),
-                    *_ineffective_document_flags(args),
-                )
-                differences = difference_notes(args, config)
-                for sentence in (*ineffective, *differences, *kernel_notes(args, config)):
+                for sentence in notes_on_arguments(args, config):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -153,6 +150,7 @@ def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:
 def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unknown: bool) -> Sequence[str]:
     """The command line without MindSpeed's flags. Ends the program where something stands in the way of it."""
     if {"-h", "--help"} & {*argv}:
+        escape_help(parser)
         return argv
     found = examine(argv, parser, ignore_unknown=ignore_unknown)
     if found.blockers:
@@ -160,7 +158,7 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
         beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")))
         _exit_with(ConfigurationError(describe([*found.blockers, *beside])))
     if int(os.environ.get("RANK", "0")) == 0:
-        for sentence in notes(found.findings):
+        for sentence in (*notes(found.findings), *note_on_defaults(parser, argv)):
             warnings.warn(sentence, stacklevel=2)
     return found.argv
 
@@ -265,7 +263,9 @@ def _examine_arguments(args: argparse.Namespace) -> tuple[ContextParallelConfig 
     if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
         # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
         values["attention_mask_type"] = "general"
-    of_ranks = found_by(lambda: _check_world_size(args), lambda: _check_connections(args))
+    of_ranks = found_by(
+        lambda: _check_world_size(args), lambda: _check_connections(args), lambda: check_transformer_impl(args)
+    )
     try:
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
@@ -283,6 +283,17 @@ def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> Non
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         seq_length=args.seq_length,
     )
+
+
+def notes_on_arguments(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+    """A sentence for each flag that has no effect, or another one than with one rank, and for slow kernels."""
+    return [
+        *config.ineffective_flags(),
+        *_ineffective_megatron_flags(args, config),
+        *_ineffective_document_flags(args),
+        *difference_notes(args, config),
+        *kernel_notes(args, config),
+    ]
 
 
 def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
