@@ -174,6 +174,13 @@ def examine_command_line(
     return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks)))
 
 
+def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """What the first rank would say of `argv` when it starts, beside what is said of MindSpeed's flags."""
+    said = note_on_defaults(parser, argv)
+    config = None if found.args is None else _examine_arguments(found.args)[0]
+    return said if config is None or found.args is None else [*said, *notes_on_arguments(found.args, config)]
+
+
 def _rules_broken(args: argparse.Namespace | None, num_ranks: int | None) -> list[Blocker]:
     """The rules that parsed arguments break; none where there are none, or others may take their place later."""
     if args is None or args.yaml_cfg is not None or args.use_checkpoint_args:

@@ -1,7 +1,7 @@
 """Defaults of Megatron's that fail for want of a package, and what takes their place on a machine without it.
 
 Megatron asks for TransformerEngine's layers and for fused functions of TransformerEngine and apex unless it is told
-otherwise. Where they are missing that ends in a traceback while the model is built, with context parallelism or without.
+otherwise. Where they are missing that ends in a traceback while the model is built, at any context-parallel size.
 These defaults are set on the parser itself, so that a value that the user names is never replaced, however it is spelt.
 A YAML configuration says everything itself and is left alone.
 """
