@@ -40,11 +40,12 @@ def help_text() -> str:
 
     parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE, description=__doc__, add_help=False)
     add_context_parallel_arguments(parser)
-    return f"{parser.format_help()}\n--context-parallel-size and all others are Megatron's: python -m mindspeed_cp script.py --help"
+    others = "--context-parallel-size and all others are Megatron's: python -m mindspeed_cp script.py --help"
+    return f"{parser.format_help()}\n{others}"
 
 
 def run_check(words: list[str]) -> None:
-    """Print what becomes of each flag. The status is 0, 1 where something is blocked, 2 where nothing can be checked."""
+    """Print what becomes of each flag. The status is 1 where something is blocked, 2 where nothing can be checked."""
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {USAGE}", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)

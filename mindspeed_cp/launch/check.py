@@ -116,11 +116,8 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
     """What becomes of each flag of a launch."""
     known, unknown, blocked = _sort_out_unknown(launch.flags, parser)
     with _environment(launch.environment):
-        if blocked:
-            # Rules among sizes would be judged by the defaults of those that are not known.
-            found = examine(known, parser)
-        else:
-            found = examine_command_line(known, parser, num_ranks=launch.ranks)
+        # Rules among sizes would be judged by the defaults of those that are not known.
+        found = examine(known, parser) if blocked else examine_command_line(known, parser, num_ranks=launch.ranks)
         notes = [] if blocked else notes_on_command_line(found, known, parser)
     rows = [*blocked, *_rows(found, parser), *(Row(Verdict.NOTED, note) for note in notes)]
     if blocked:
