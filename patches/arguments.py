@@ -7,9 +7,10 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
+from mindspeed_cp.patches.unsupported import difference_notes, refuse_lost_masks, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
 
 ARGUMENTS = "megatron.training.arguments"
@@ -32,11 +33,13 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
 
     use_cpu: called when the arguments ask for training on the CPU.
     """
+    defaults: dict[str, object] = {}  # Of Megatron's parser, which the messages about values that nobody gave name.
 
     def wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
             parser = original(*args, **kwargs)
+            defaults.update((action.dest, parser.get_default(action.dest)) for action in parser._actions)
             try:
                 add_context_parallel_arguments(parser)
             except ConfigurationError as error:
@@ -50,16 +53,20 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
             try:
-                config = config_from_arguments(args)
+                config = config_from_arguments(args, defaults)
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with_one_line(error)
             result = original(args, *rest, **kwargs)
+            try:
+                refuse_lost_masks(args, config)
+            except ConfigurationError as error:
+                _exit_with_one_line(error)
             plugin.config = config
             if int(os.environ.get("RANK", "0")) == 0:
                 ineffective = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config))
-                differences = difference_notes(args, config)
+                differences = difference_notes(args, config, defaults)
                 for sentence in (*ineffective, *differences, *mindspeed_notes(args), *kernel_notes(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
@@ -145,8 +152,12 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     return {**shared, "type": int}
 
 
-def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
+def config_from_arguments(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+) -> ContextParallelConfig:
     """The configuration that parsed arguments describe.
+
+    defaults: see refuse_unsupported.
 
     Raises ConfigurationError where they break a rule.
     """
@@ -154,14 +165,16 @@ def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
     config = ContextParallelConfig(**values)
     refuse_mindspeed_flags(args)
-    refuse_unsupported(args, config)
+    refuse_unsupported(args, config, defaults)
     _check_world_size(args)
     if args.num_attention_heads is not None:
         config.check_model(
             num_attention_heads=args.num_attention_heads,
             num_query_groups=args.num_query_groups if args.group_query_attention else None,
             tensor_model_parallel_size=args.tensor_model_parallel_size,
-            seq_length=args.seq_length,
+            sequence_parallel=args.sequence_parallel,
+            # Two names of one thing, of which one is given.
+            seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
         )
     _check_connections(args)
     check_kernels(args, config)
@@ -221,7 +234,10 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     tokens = args.seq_length // config.topology.ring_size
-    masks = {"causal": (MaskKind.TRIANGLE, MaskKind.NONE), "general": (MaskKind.NONE, MaskKind.ARBITRARY)}
+    masks = {
+        "causal": (MaskKind.TRIANGLE, MaskKind.NONE),
+        "general": (MaskKind.TRIANGLE, MaskKind.NONE, MaskKind.ARBITRARY),
+    }
     return [
         BlockCase(
             device_type=device,

@@ -1,7 +1,8 @@
 """Options of Megatron's that context parallelism cannot honour, refused by name, or honours within each rank."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
@@ -23,11 +24,16 @@ def _is_set(value: Any) -> bool:
     return bool(value)
 
 
-def _spell(option: str, value: Any) -> str:
-    """The option and its value as on the command line."""
+def _is_given(value: Any) -> bool:
+    return value is not None
+
+
+def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The option and its value as on the command line, and whether it is what Megatron takes if nobody gives one."""
     if value is True:
         return flag(option)
-    return f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    spelled = f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return f"{spelled} (Megatron's default)" if value == defaults.get(option) else spelled
 
 
 _PACKED = "packed sequences are not available yet"
@@ -88,15 +94,15 @@ class _Difference(NamedTuple):
 
 
 _OWN_DRAWS = "each rank draws the random numbers of its own tokens"
+_OWN_DROPS = "each rank drops tokens among its own, as data-parallel ranks do"
 
 _DIFFERENCES = (
     _Difference("hidden_dropout", _is_set, _OWN_DRAWS),
     _Difference("moe_input_jitter_eps", _is_set, _OWN_DRAWS),
-    _Difference(
-        "moe_expert_capacity_factor",
-        lambda factor: factor is not None,
-        "each rank drops tokens among its own, as data-parallel ranks do",
-    ),
+    _Difference("moe_router_force_load_balancing", _is_set, _OWN_DRAWS),
+    _Difference("moe_router_force_biased", _is_given, _OWN_DRAWS),
+    _Difference("moe_expert_capacity_factor", _is_given, _OWN_DROPS),
+    _Difference("moe_expert_rank_capacity_factor", _is_given, _OWN_DROPS),
     _Difference(
         "moe_router_load_balancing_type",
         lambda kinds: "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds),
@@ -105,24 +111,29 @@ _DIFFERENCES = (
 )
 
 
-def difference_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+def difference_notes(
+    args: argparse.Namespace, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
+) -> list[str]:
     """A sentence for each option that is set and makes the losses others than those of CP = 1.
 
-    args: Megatron's parsed arguments.
+    args: Megatron's parsed arguments; what this release lacks is not set. defaults: see refuse_unsupported.
     """
     if config.context_parallel_size == 1:
         return []
     return [
-        f"{_spell(option, value)}: {reason}, so the losses are not those of --context-parallel-size 1."
+        f"{_spell(option, value, defaults)}: {reason}, so the losses are not those of --context-parallel-size 1."
         for option, differs, reason in _DIFFERENCES
-        if differs(value := getattr(args, option))
+        if hasattr(args, option) and differs(value := getattr(args, option))
     ]
 
 
-def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
+def refuse_unsupported(
+    options: Any, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
     """Raise ConfigurationError for the first option that is set and cannot be honoured with `config`.
 
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
+    defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
     """
     size = config.context_parallel_size
     if size == 1:
@@ -131,17 +142,47 @@ def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
         value = getattr(options, option, None)
         if refused(value):
             raise ConfigurationError(
-                f"{_spell(option, value)} with --context-parallel-size {size}: {reason}; {way_out}."
+                f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
             )
-    if getattr(options, "reset_attention_mask", False) and config.attention_mask_type == "causal":
-        raise ConfigurationError(
-            f"--reset-attention-mask with --context-parallel-size {size} and --attention-mask-type causal: the batch's "
-            f"mask would be left out; use --attention-mask-type general."
-        )
+    if getattr(options, "reset_attention_mask", False):
+        _check_mask_is_made_and_read(options, config)
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
         raise ConfigurationError(
             f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
             f"each rank; leave out --calculate-per-token-loss."
+        )
+
+
+def _check_mask_is_made_and_read(options: Any, config: ContextParallelConfig) -> None:
+    flags = f"--reset-attention-mask with --context-parallel-size {config.context_parallel_size}"
+    if not getattr(options, "create_attention_mask_in_dataloader", True):
+        raise ConfigurationError(
+            f"{flags} and --no-create-attention-mask-in-dataloader: no mask is made, so documents would see each "
+            f"other; leave out one of the two."
+        )
+    if config.attention_mask_type == "causal":
+        raise ConfigurationError(
+            f"{flags} and --attention-mask-type causal: the batch's mask would be left out; "
+            f"use --attention-mask-type general."
+        )
+
+
+def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where documents are to be masked from each other, and some layers would get no mask.
+
+    Megatron itself goes on with causal attention there, also at CP = 1.
+
+    args: Megatron's arguments after validate_args, which says how many virtual stages there are.
+    """
+    size = config.context_parallel_size
+    # get_batch of pretrain_gpt.py, in all releases: the first and the last stage have a batch, and those that predict
+    # further tokens, which are the last.
+    stages = args.pipeline_model_parallel_size * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
+    if size > 1 and args.reset_attention_mask and stages > 2:
+        raise ConfigurationError(
+            f"--reset-attention-mask with --context-parallel-size {size} and {stages} pipeline stages, virtual ones "
+            f"included: Megatron gives the batch's mask to the first and the last alone, so documents would see each "
+            f"other in the rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rank_pool import RankFailure, RankPool
-from system_tests import layer_cases, training_cases
+from system_tests import layer_cases, mask_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
 
@@ -55,6 +55,11 @@ class TrainingPool:
         """What layer_cases.compare_layers gives on each rank."""
         args = (ranks, _free_port(), tensor_parallel, dtype, flags, sabotage)
         return self._pool.call(range(ranks), 120.0, layer_cases.compare_layers, *args)
+
+    def compare_masks(self, ranks: int, flags: dict[str, object], mask_types: list[str]) -> list[dict[str, float]]:
+        """What mask_cases.compare_masks gives on each rank."""
+        args = (ranks, _free_port(), flags, mask_types)
+        return self._pool.call(range(ranks), 120.0, mask_cases.compare_masks, *args)
 
     def close(self) -> None:
         """End the ranks."""

@@ -49,7 +49,8 @@ def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def layer(*, uses_mask: bool = False) -> Layer:
-    return Layer(LayerAttention(LocalAttention(causal=not uses_mask), scale=0.3, uses_mask=uses_mask))
+    general = LocalAttention(causal=False) if uses_mask else None
+    return Layer(LayerAttention(LocalAttention(causal=True), general, mask_type="causal", scale=0.3, size=1))
 
 
 @pytest.mark.parametrize("uses_mask", [False, True])
