@@ -1,5 +1,7 @@
 """What the patches of one plugin share: the configuration in force and the groups built for it."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -57,9 +59,23 @@ class Plugin:
             self._over_others[context_parallel] = self._build(self.config, context_parallel)
         return self._over_others[context_parallel]
 
+    @contextmanager
+    def one_micro_batch(self) -> Iterator[None]:
+        """Within it, ranks agree once on what all layers of one micro-batch are given; see Note [Agreement]."""
+        with ExitStack() as stack:
+            for groups in (self.groups, *self._over_others.values()):
+                if groups is not None:
+                    stack.enter_context(groups.agreement.once())
+            yield
+
     def _build(
         self, config: ContextParallelConfig, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None
     ) -> ContextParallelGroups:
         return ContextParallelGroups.build(
-            config.topology, context_parallel, overlap=config.use_cp_send_recv_overlap, timeout=timeout
+            config.topology,
+            context_parallel,
+            overlap=config.use_cp_send_recv_overlap,
+            # So that ranks agree without waiting for the accelerator.
+            host_group=True,
+            timeout=timeout,
         )
