@@ -104,6 +104,16 @@ def test_layers_of_one_micro_batch_may_agree_once_for_all_of_them():
     assert cases.sent_to_agree(plain_case(RING), 3, once=True) == [(3, 3 * 8)] * 4
 
 
+def test_megatrons_layers_agree_once_a_micro_batch_and_a_length_that_changes_in_the_second_stops_all_ranks():
+    case = plain_case(RING)
+    usual, changed = with_lengths(case, 6, 6, 6, 6), with_lengths(case, 6, 4, 6, 6)
+    for first, second, third, sent in cases.errors_in_micro_batches(case, [usual, changed, usual]):
+        assert first == third == "nothing then nothing"
+        assert second.count("rank 1: q (1, 2, 4, 8)") == 2
+        # To 3 others: one digest in the first and the third; in each layer of the second a digest and the words.
+        assert sent == f"{3 * (1 + 2 * 2 + 1)} messages"
+
+
 # Ranks that do not come.
 
 
