@@ -469,7 +469,7 @@ def test_block_case_refuses_shapes_that_do_not_fit(name):
 def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
     tensors = [torch.zeros(2, 4, 5, 8) for _ in range(3)]
     tensors[place] = tensors[place].to(**other)
-    with pytest.raises(ValueError, match="q, k and v are o[fn] .*: they must be o[fn] one"):
+    with pytest.raises(ValueError, match=r"q, k and v are o[fn] .*: they must be o[fn] one"):
         BlockCase.of(*tensors, BlockMask(NONE))
 
 
