@@ -215,21 +215,6 @@ def attend_twice(group: dist.ProcessGroup, case: Case) -> tuple[Shard, Shard]:
     return attend(group, case), attend(group, case)
 
 
-def saved_bytes(group: dist.ProcessGroup, case: Case) -> int:
-    """Bytes of the distinct storages that the forward pass saves for the backward."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    q, k, v = (shard_of(case, x, dist.get_rank(group)).requires_grad_() for x in inputs(case)[:3])
-    attention = build_attention(case.config, group, layout=case.sequence_layout)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attention(q, k, v)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def build_error(group: dist.ProcessGroup, config: ContextParallelConfig, topology: CPTopology | None = None) -> str:
     """What `build_attention` raises over the group, or over the groups of another topology on it."""
     try:
