@@ -5,6 +5,7 @@ A function travels by name, so it must live in a module that a fresh process can
 results travel by value.
 """
 
+import contextlib
 import faulthandler
 import functools
 import multiprocessing
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-START_TIMEOUT_S = 120.0
+LIMIT_S = 240.0
+"""How long ranks may take: a limit for those that hang, far above what a slow and busy machine needs."""
 GRACE_S = 2.0
-"""How long the other ranks may still answer once one has failed; mostly they wait for it in a collective."""
+"""How long the other ranks may idle once one has failed; mostly they wait for it in a collective."""
 
 
 class RankFailure(AssertionError):
@@ -34,6 +36,32 @@ class RankFailure(AssertionError):
 class _Answer(NamedTuple):
     succeeded: bool
     value: Any
+
+
+class _Idleness:
+    """For how long none of some processes has computed anything.
+
+    On a busy machine a rank gets little done in a second, and one that hangs nothing.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+        self._used, self._since = self._cpu_time(), time.monotonic()
+
+    def seconds(self) -> float:
+        """Up to now."""
+        used = self._cpu_time()
+        if used != self._used:
+            self._used, self._since = used, time.monotonic()
+        return time.monotonic() - self._since
+
+    def _cpu_time(self) -> list[str]:
+        """User and system time of each process; empty where the system does not tell, and only the clock counts."""
+        times: list[str] = []
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                times += Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return times
 
 
 class RankPool:
@@ -92,7 +120,7 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        self._results(range(self.size), START_TIMEOUT_S)
+        self._results(range(self.size), LIMIT_S)
 
     def _results(self, ranks: Sequence[int], timeout_s: float) -> list[Any]:
         __tracebackhide__ = True
@@ -107,16 +135,18 @@ class RankPool:
         waiting = {self._connections[rank]: rank for rank in ranks}
         start = time.monotonic()
         deadline = start + timeout_s
-        while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
-            for connection in ready:
+        idle: _Idleness | None = None  # Of the others, once one has failed.
+        while waiting and time.monotonic() < deadline and (idle is None or idle.seconds() < GRACE_S):
+            patience = 0.2 if idle else max(0.0, deadline - time.monotonic())
+            for connection in wait(list(waiting), timeout=patience):
                 rank = waiting.pop(connection)
                 try:
                     answers[rank] = _Answer(*pickle.loads(connection.recv_bytes()))
                 except (EOFError, ConnectionResetError):
-                    self._processes[rank].join(timeout=GRACE_S)
+                    self._processes[rank].join(timeout=LIMIT_S)
                     answers[rank] = _Answer(False, f"died with exit code {self._processes[rank].exitcode}")
                 if not answers[rank].succeeded:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    idle = idle or _Idleness([self._pid(other) for other in waiting.values()])
         elapsed = time.monotonic() - start
         for rank in waiting.values():
             answers[rank] = _Answer(False, f"had not answered after {elapsed:.0f} s, and was at\n{self._stack(rank)}")
@@ -125,11 +155,20 @@ class RankPool:
     def _stack(self, rank: int) -> str:
         """Where `rank` is at this moment."""
         assert self._folder is not None
+        file = _stack_file(self._folder.name, rank)
+        os.kill(self._pid(rank), signal.SIGUSR1)
+        stack, deadline = "", time.monotonic() + 20.0
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            if (written := file.read_text()) and written == stack:
+                break
+            stack = written
+        return stack
+
+    def _pid(self, rank: int) -> int:
         pid = self._processes[rank].pid
         assert pid is not None
-        os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return _stack_file(self._folder.name, rank).read_text()
+        return pid
 
     def _kill(self) -> None:
         for process in self._processes:

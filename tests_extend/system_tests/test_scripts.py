@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from rank_pool import LIMIT_S
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FEATURE_TESTS = Path("tests_extend/system_tests/feature_tests")
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    return subprocess.run(
-        command, cwd=cwd, env={**clean, "PYTHON": sys.executable, **environment}, capture_output=True, text=True
-    )
+    environment = {**clean, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 @pytest.fixture

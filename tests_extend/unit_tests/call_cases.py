@@ -16,7 +16,8 @@ from mindspeed_cp.attention import ContextParallelAttention, build_attention
 from mindspeed_cp.comm import Agreement, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.topology import CPTopology
-from unit_tests.ring_cases import VIRTUAL_TIMEOUT_S, FailingKernel, case_on, virtual_attention
+from rank_pool import LIMIT_S
+from unit_tests.ring_cases import FailingKernel, case_on, virtual_attention
 from unit_tests.ulysses_cases import Case, Shard, forward_and_backward
 
 ULYSSES, RING, DOUBLE, HYBRID = (
@@ -56,7 +57,7 @@ def agreeing_attention(
 
 def run_virtually(case: Case, function: Callable[[ContextParallelAttention, int], Any]) -> list[Any]:
     """What `function(attention, rank)` gives on each virtual rank."""
-    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    world = VirtualWorld(case.size, LIMIT_S)
     return world.run(lambda rank: function(agreeing_attention(case, world, rank), rank))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,11 +22,11 @@ from mindspeed_cp.comm import ContextParallelGroups, Traffic, VirtualCommunicato
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
+from rank_pool import LIMIT_S
 from unit_tests.dense import Result, causal_mask, dense_attention
 from unit_tests.gloo_pool import group_of
 from unit_tests.ulysses_cases import Case, Shard, forward_and_backward, inputs, shard_of
 
-VIRTUAL_TIMEOUT_S = 30.0
 TRAFFIC = ("ulysses", "inner", "outer", "gradients")
 """Kinds of messages that are counted apart."""
 
@@ -46,6 +45,11 @@ def grids(size: int) -> list[CPTopology]:
 def grid_name(topology: CPTopology) -> str:
     """How a test calls it: outer x inner x Ulysses."""
     return f"{topology.outer}x{topology.inner}x{topology.ulysses}"
+
+
+def grid_id(value: object) -> str | None:
+    """For pytest's `ids`: a grid by its name, anything else as pytest would."""
+    return grid_name(value) if isinstance(value, CPTopology) else None
 
 
 def case_on(topology: CPTopology, **options: Any) -> Case:
@@ -100,7 +104,7 @@ def _with_schedule(attention: Attention, schedule: RingSchedule) -> Attention:
 
 def attend_virtually(case: Case, kernels: KernelRegistry = KERNELS) -> list[Shard]:
     """What each rank of the case gets."""
-    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    world = VirtualWorld(case.size, LIMIT_S)
     return world.run(
         lambda rank: forward_and_backward(rank, case, virtual_attention(case, world, rank, kernels=kernels))
     )
@@ -129,7 +133,7 @@ class Pass(NamedTuple):
 
 def passes(case: Case) -> list[tuple[Pass, Pass]]:
     """What each rank sends in the forward and in the backward pass."""
-    world, exchange = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S), VirtualCommunicator.exchange
+    world, exchange = VirtualWorld(case.size, LIMIT_S), VirtualCommunicator.exchange
     messages: dict[int, list[Message]] = {rank: [] for rank in range(case.size)}
     kinds: dict[int, str] = {}
 
@@ -170,7 +174,7 @@ def passes(case: Case) -> list[tuple[Pass, Pass]]:
 
 def saved_bytes(case: Case) -> list[int]:
     """Bytes of the distinct storages that each rank's forward pass saves for the backward."""
-    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    world = VirtualWorld(case.size, LIMIT_S)
 
     def on_rank(rank: int) -> int:
         storages: dict[int, torch.UntypedStorage] = {}
@@ -389,35 +393,13 @@ def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, f
     os._exit(8)
 
 
-def hang_in_mid_ring(
-    group: dist.ProcessGroup | None, case: Case, culprit: int, timeout: timedelta, folder: str
-) -> None:
-    """The culprit sleeps far beyond the groups' timeout in its second block; each other one writes what it raised.
-
-    The groups are unusable then, and all ranks end.
-    """
-    if group is None:
-        ContextParallelGroups.take_part(case.topology, overlap=case.overlap)
-        return
-    groups = ContextParallelGroups.build(case.topology, group, overlap=case.overlap, timeout=timeout)
-    rank, sleep_s = dist.get_rank(group), 10 * timeout.total_seconds()
-    kernels = KernelRegistry((FailingKernel(fail=lambda: time.sleep(sleep_s), at=1),)) if rank == culprit else KERNELS
-    attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
-    start = time.monotonic()
-    try:
-        forward_and_backward(rank, case, attention)
-    except RuntimeError as error:
-        (Path(folder) / str(rank)).write_text(f"{time.monotonic() - start:.1f} {error}")
-    os._exit(8)
-
-
 def errors_of_virtual_ranks(case: Case, culprit: int, phase: str) -> list[str]:
     """What each rank raises where the culprit leaves while it computes its second block of a phase."""
 
     def leave() -> None:
         raise RuntimeError("left")
 
-    world = VirtualWorld(case.size, timeout_s=1.0)
+    world = VirtualWorld(case.size, timeout_s=3.0)
 
     def on_rank(rank: int) -> str:
         kernels = KernelRegistry((FailingKernel(fail=leave, at=1, phase=phase),)) if rank == culprit else KERNELS
