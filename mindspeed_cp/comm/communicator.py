@@ -14,9 +14,12 @@ class Transfer(Protocol):
     """An exchange under way."""
 
     def wait(self) -> None:
-        """Return when what was to be received is there, and what was sent may be overwritten.
+        """Return when what was to be received may be read, and what was sent may be overwritten.
 
-        Raises RuntimeError where a peer is gone or does not answer within the group's timeout.
+        With gloo the host waits, and RuntimeError says that a peer is gone or does not answer within the group's
+        timeout. With NCCL and HCCL only the current stream waits: their watchdog finds a lost peer later, and ends the
+        process. TORCH_NCCL_BLOCKING_WAIT=1 (NPU: TORCH_HCCL_BLOCKING_WAIT=1, older builds HCCL_BLOCKING_WAIT=1), set
+        before the groups are made, has the host wait and raise as with gloo, so that no overlap is left.
         """
         ...
 

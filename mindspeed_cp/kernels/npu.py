@@ -164,7 +164,7 @@ def _takes_narrower_values() -> bool:
     """Whether this CANN is known to take values of a smaller head size than keys."""
     import torch_npu
 
-    # Builds before 7.1 do not have it, and CANN before 8.1.RC1 answers "". What "8.2.RC1.alpha001" can do is not said.
+    # Older builds do not have it, and CANN before 8.1.RC1 answers "". What "8.2.RC1.alpha001" can do is not said.
     cann_version = getattr(getattr(getattr(torch_npu, "npu", None), "utils", None), "get_cann_version", None)
     try:
         return cann_version is not None and Version(cann_version()) >= _NARROWER_VALUES_SINCE
