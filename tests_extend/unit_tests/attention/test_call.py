@@ -174,7 +174,7 @@ def test_mixed_types_under_autocast_are_cast_as_torchs_own_attention_casts_them(
 
 def test_mixed_types_without_autocast_are_refused_with_a_way_out():
     q = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="of dtypes .* cast them"):
+    with pytest.raises(ValueError, match=r"of dtypes .* cast them"):
         build_attention(ContextParallelConfig())(q, q, q.bfloat16())
 
 
