@@ -31,7 +31,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 def interpreter() -> Iterator[Callable[..., Any]]:
     """What a function returns in a process where Triton interprets: `interpreter(function, *args)`."""
     pool = RankPool(1, ["pytest", "torch"], cases.interpret)
-    yield lambda function, *args: pool.call([0], 60.0, function, *args)[0]
+    yield lambda function, *args: pool.call([0], LIMIT_S, function, *args)[0]
     pool.close()
 
 
