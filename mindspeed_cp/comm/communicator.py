@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
 
+# The name since torch 2.13, which warns at each call by the earlier one.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Transfer(Protocol):
     """An exchange under way."""
@@ -107,7 +110,7 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        dist.all_gather_into_tensor(received.view(-1), send.view(-1), group=self.group)
+        _all_gather_single(received.view(-1), send.view(-1), group=self.group)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
         return received
 

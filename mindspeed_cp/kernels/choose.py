@@ -128,10 +128,9 @@ KERNELS = KernelRegistry(
 )
 """All kernels. The reference comes last: it computes everything, and holds all scores of a block.
 
-cuDNN goes before FlashAttention 2 where torch's own scaled_dot_product_attention has it first, for the builds of CUDA
-12 and 13 alike, and after it elsewhere: compute capabilities 9.0, 10.0 and 10.3, with a cuDNN above 9.15.0 (in
-check_prefer_cudnn_attention of its transformers/cuda/sdp_utils.cpp). It was first with any cuDNN 9 in torch 2.5, then
-no longer, and is again since pytorch/pytorch#169849 was mended: see CudnnKernel for what older ones do. The PyTorch 2.5
-release blog measures it to be up to 75 % faster than FlashAttention 2 on H100. FlashAttention 3, built for Hopper,
-comes next there: 1.5 to 2 times as fast as 2 (arXiv:2407.08608).
+cuDNN goes before FlashAttention 2 where torch's own scaled_dot_product_attention has it first in builds for CUDA 12 and
+for CUDA 13 alike: on compute capabilities 9.0, 10.0 and 10.3, with a cuDNN above 9.15.0 (check_prefer_cudnn_attention in
+its transformers/cuda/sdp_utils.cpp). Releases that had it first with older ones took that back, see CudnnKernel. The
+PyTorch 2.5 release blog measures it to be up to 75 % faster than FlashAttention 2 on H100. FlashAttention 3, built for
+Hopper, comes next there: 1.5 to 2 times as fast as 2 (arXiv:2407.08608).
 """
