@@ -21,7 +21,12 @@ from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import difference_notes, refuse_lost_masks, refuse_unsupported
+from mindspeed_cp.patches.unsupported import (
+    difference_notes,
+    refuse_lost_masks,
+    refuse_unloadable_optimizer,
+    refuse_unsupported,
+)
 from mindspeed_cp.patching import Patch, bind_by_name
 
 ARGUMENTS = "megatron.training.arguments"
@@ -61,6 +66,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_masks(args, config)
+                refuse_unloadable_optimizer(args, config)
             except ConfigurationError as error:
                 _exit_with_one_line(error)
             plugin.config = config

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -186,3 +187,31 @@ def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -
             f"included: Megatron gives the batch's mask to the first and the last alone, so documents would see each "
             f"other in the rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
         )
+
+
+def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where the distributed optimizer's state is to be loaded, and Adam is torch's.
+
+    DistributedOptimizer.state_dict asserts then, without a message, that Adam has made a step, at CP = 1 too.
+
+    args: Megatron's arguments after validate_args, which may leave the state out.
+    """
+    if config.context_parallel_size == 1 or not args.use_distributed_optimizer or args.load is None:
+        return
+    if args.no_load_optim or args.finetune or not _holds_optimizer_shards(Path(args.load)):
+        return
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if not HAVE_APEX_OR_TE:
+        raise ConfigurationError(
+            f"--use-distributed-optimizer with --load {args.load} and --context-parallel-size "
+            f"{config.context_parallel_size}: Megatron loads its state into TransformerEngine's or apex's Adam alone, "
+            f"at CP = 1 too, and neither is installed; install one, or start Adam anew with --no-load-optim."
+        )
+
+
+def _holds_optimizer_shards(folder: Path) -> bool:
+    """Whether there is a checkpoint of a training run, in the format torch_dist."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    iteration = tracker.read_text().strip() if tracker.is_file() else ""
+    return iteration.isdigit() and (folder / f"iter_{int(iteration):07d}" / "metadata.json").is_file()

@@ -1,5 +1,6 @@
 """Rules about Megatron's options that depend on its own defaults, and on several options at once."""
 
+import argparse
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches, config_from_arguments
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import difference_notes
+from mindspeed_cp.patches.unsupported import difference_notes, refuse_unloadable_optimizer
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
@@ -55,8 +56,6 @@ def test_sequence_parallelism_needs_tokens_for_each_tensor_parallel_rank(parser,
     ],
 )
 def test_a_dropout_that_nobody_asked_for_is_said_to_be_megatrons_default(megatron_arguments, capsys, flags, spelled):
-    import argparse
-
     plugin = Plugin()
     patches = {patch.target.partition(":")[2]: patch for patch in argument_patches(plugin, print)}
     add = patches["add_megatron_arguments"].function(megatron_arguments.add_megatron_arguments)
@@ -94,3 +93,45 @@ def test_what_each_rank_draws_or_drops_for_itself_is_said_in_every_release(optio
 def test_unset_options_that_would_differ_are_not_spoken_of(parser):
     args = parser.parse_args([*CP2, *QUIET, "--seq-length", "64"])
     assert difference_notes(args, config_from_arguments(args)) == []
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with a checkpoint of a training run, as far as one looks for it before it is read."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    (tmp_path / "iter_0000020").mkdir()
+    (tmp_path / "iter_0000020" / "metadata.json").write_text("{}")
+    return tmp_path
+
+
+def resumed(folder, **changes):
+    """Megatron's arguments after validate_args, of a run that goes on from a checkpoint."""
+    values = {"use_distributed_optimizer": True, "load": str(folder), "no_load_optim": None, "finetune": False}
+    return SimpleNamespace(**values | changes)
+
+
+def test_state_of_the_distributed_optimizer_is_not_loaded_into_torchs_adam(monkeypatch, checkpoint):
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", False)
+    config = ContextParallelConfig(context_parallel_size=2)
+    with pytest.raises(ConfigurationError) as refusal:
+        refuse_unloadable_optimizer(resumed(checkpoint), config)
+    assert str(refusal.value) == (
+        f"--use-distributed-optimizer with --load {checkpoint} and --context-parallel-size 2: Megatron loads its state "
+        "into TransformerEngine's or apex's Adam alone, at CP = 1 too, and neither is installed; install one, or "
+        "start Adam anew with --no-load-optim."
+    )
+    refuse_unloadable_optimizer(resumed(checkpoint), ContextParallelConfig())
+    for change in ({"use_distributed_optimizer": False}, {"no_load_optim": True}, {"finetune": True}, {"load": None}):
+        refuse_unloadable_optimizer(resumed(checkpoint, **change), config)
+    refuse_unloadable_optimizer(resumed(checkpoint / "nothing yet"), config)
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", True)
+    refuse_unloadable_optimizer(resumed(checkpoint), config)
+
+
+@pytest.mark.parametrize(("iteration", "metadata"), [("release", True), ("20", False)])
+def test_a_checkpoint_without_shards_of_an_optimizer_is_loaded(monkeypatch, checkpoint, iteration, metadata):
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", False)
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text(iteration)
+    if not metadata:
+        (checkpoint / "iter_0000020" / "metadata.json").unlink()
+    refuse_unloadable_optimizer(resumed(checkpoint), ContextParallelConfig(context_parallel_size=2))
