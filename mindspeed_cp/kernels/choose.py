@@ -129,7 +129,7 @@ KERNELS = KernelRegistry(
 """All kernels. The reference comes last: it computes everything, and holds all scores of a block.
 
 cuDNN goes before FlashAttention 2 where torch's own scaled_dot_product_attention has it first in builds for CUDA 12 and
-for CUDA 13 alike: on compute capabilities 9.0, 10.0 and 10.3, with a cuDNN above 9.15.0 (check_prefer_cudnn_attention in
+for CUDA 13 alike: on compute capabilities 9.0, 10.0 and 10.3, with cuDNN above 9.15.0 (check_prefer_cudnn_attention in
 its transformers/cuda/sdp_utils.cpp). Releases that had it first with older ones took that back, see CudnnKernel. The
 PyTorch 2.5 release blog measures it to be up to 75 % faster than FlashAttention 2 on H100. FlashAttention 3, built for
 Hopper, comes next there: 1.5 to 2 times as fast as 2 (arXiv:2407.08608).

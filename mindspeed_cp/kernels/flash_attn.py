@@ -153,7 +153,7 @@ def _flash_attn_3_reasons(module: ModuleType) -> list[str]:
         arguments = list(inspect.signature(getattr(function, "_init_fn", function)).parameters)
         if arguments[place : place + 1] != ["softmax_scale"]:
             return [
-                f"needs FlashAttention 3 of release 2.8.0 or newer: argument {place} of this {name} is not softmax_scale"
+                f"needs FlashAttention 3 of release 2.8.0 or newer: argument {place} of {name} is not softmax_scale"
             ]
     return []
 
