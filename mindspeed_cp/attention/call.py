@@ -175,6 +175,8 @@ def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
             f"a mask of {tuple(visible.shape)} is not one for this rank's {rows} queries over the {keys} keys of "
             f"{num_ranks} ranks, q being {tuple(q.shape)}; {needed}."
         )
+    if visible.device != q.device:
+        raise ValueError(f"a mask is on {visible.device} and q on {q.device}; move it, visible.to(q.device).")
     if visible.dtype != torch.bool:
         raise ValueError(
             f"a mask is boolean, True where a query sees a key, and this one is {visible.dtype}; "

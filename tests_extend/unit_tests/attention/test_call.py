@@ -221,6 +221,7 @@ X = torch.zeros(1, 2, 4, 8)
         ),
         (Call(X, X, X, visible=torch.ones(1, 3, 4, 4, dtype=torch.bool)), "give [4, 4] or [1 or 1, 1 or 2, 4, 4]"),
         (Call(X, X, X, visible=torch.zeros(4, 4)), "a mask is boolean, True where a query sees a key"),
+        (Call(X, X, X, visible=torch.ones(4, 4, dtype=torch.bool, device="meta")), "a mask is on meta and q on cpu"),
         (Call(X[..., :0], X[..., :0], X), "one head and a head size of 1 at least"),
         (Call(X, X[:, :0], X[:, :0]), "one head and a head size of 1 at least"),
     ],
