@@ -192,13 +192,14 @@ def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where the distributed optimizer's state is to be loaded, and Adam is torch's.
 
-    DistributedOptimizer.state_dict asserts then, without a message, that Adam has made a step, at CP = 1 too.
+    DistributedOptimizer looks for the number of steps where apex has it, and ends in a bare AssertionError (torch_dist)
+    or KeyError (torch), at CP = 1 too.
 
     args: Megatron's arguments after validate_args, which may leave the state out.
     """
     if config.context_parallel_size == 1 or not args.use_distributed_optimizer or args.load is None:
         return
-    if args.no_load_optim or args.finetune or not _holds_optimizer_shards(Path(args.load)):
+    if args.no_load_optim or args.finetune or not _holds_training_state(Path(args.load)):
         return
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
@@ -210,8 +211,7 @@ def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParalle
         )
 
 
-def _holds_optimizer_shards(folder: Path) -> bool:
-    """Whether there is a checkpoint of a training run, in the format torch_dist."""
+def _holds_training_state(folder: Path) -> bool:
+    """Whether there is a checkpoint of a training run, and not of weights alone."""
     tracker = folder / "latest_checkpointed_iteration.txt"
-    iteration = tracker.read_text().strip() if tracker.is_file() else ""
-    return iteration.isdigit() and (folder / f"iter_{int(iteration):07d}" / "metadata.json").is_file()
+    return tracker.is_file() and tracker.read_text().strip().isdigit()
