@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.attention import Attention, build_attention
+from mindspeed_cp.attention import ContextParallelAttention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.plugin import Plugin
@@ -83,8 +83,8 @@ class LayerAttention:
     size: context-parallel ranks.
     """
 
-    causal: Attention
-    general: Attention | None
+    causal: ContextParallelAttention
+    general: ContextParallelAttention | None
     mask_type: str
     scale: float
     size: int
@@ -102,7 +102,7 @@ class LayerAttention:
         query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
         where masked (as Megatron has it), with T the tokens of all ranks. mask_type: overrides the layer's own.
 
-        Raises ConfigurationError where nothing says who sees whom, ValueError for a mask of another shape or dtype,
+        Raises ValueError, on all ranks, where nothing says who sees whom and for a mask of another shape or dtype;
         NotImplementedError for inference.
         """
         if query.size(0) != key.size(0):
@@ -122,7 +122,7 @@ class LayerAttention:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
             out = attention(q, k, v, scale=self.scale)
         else:
-            raise ConfigurationError(
+            self.causal.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
                 f"sees whom; give it one, or build it with the mask type causal or no_mask."
             )
@@ -133,7 +133,7 @@ class LayerAttention:
         keys = tokens * self.size
         fits = mask.dim() == 4 and mask.size(0) in (1, batch) and mask.size(1) in (1, heads)
         if not fits or mask.shape[2:] != (tokens, keys) or mask.dtype != torch.bool:
-            raise ValueError(
+            self.causal.refuse(
                 f"attention_mask is {list(mask.shape)} of {mask.dtype}, and this rank's {tokens} queries of {keys} "
                 f"tokens need [{batch} or 1, {heads} or 1, {tokens}, {keys}] of torch.bool, True where masked; "
                 f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens."

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -112,6 +112,12 @@ class ContextParallelAttention:
         if factor < 0:
             return PreparedCall(-q, k, v, -factor, visible)
         return PreparedCall(q, k, v, factor, visible) if factor else PreparedCall(q * 0.0, k, v, 1.0, visible)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise ValueError on every rank: the caller cannot make this call here, and the others would wait for it."""
+        if self.agreement is not None:
+            self.agreement.reach("", refusal=reason)
+        raise ValueError(reason)
 
     def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
         call = self.prepare(q, k, v, scale=scale, visible=visible)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_cp.attention import LocalAttention
+from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.attention import LayerAttention
 from mindspeed_cp.patches.unsupported import refuse_lost_masks, refuse_unsupported
@@ -19,7 +19,10 @@ def tensors():
 
 def layer(mask_type, size=1):
     """A layer that reads masks."""
-    return LayerAttention(LocalAttention(causal=True), LocalAttention(causal=False), mask_type, scale=0.3, size=size)
+    causal, general = (
+        build_attention(ContextParallelConfig(attention_mask_type=kind)) for kind in ("causal", "general")
+    )
+    return LayerAttention(causal, general, mask_type, scale=0.3, size=size)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_layer_without_a_mask_attends_as_its_type_says(built, called, visible):
 
 @pytest.mark.parametrize("mask_type", ["arbitrary", "padding_causal", "causal_bottom_right"])
 def test_layer_whose_type_says_nothing_without_a_mask_asks_for_one(mask_type):
-    with pytest.raises(ConfigurationError, match=f"a layer with the mask type {mask_type} was given no attention_mask"):
+    with pytest.raises(ValueError, match=f"a layer with the mask type {mask_type} was given no attention_mask"):
         layer(mask_type)(*tensors(), None)
     layer(mask_type)(*tensors(), torch.zeros(1, 1, 6, 6, dtype=torch.bool))
 

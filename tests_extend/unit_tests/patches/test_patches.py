@@ -21,6 +21,7 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
+from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
@@ -40,6 +41,7 @@ PATCHES = (
     *attention_patches(Plugin()),
     *latent_attention_patches(),
     *loss_patches(Plugin()),
+    *micro_batch_patches(Plugin()),
     *torch_norm_patches(),
     *dataset_helper_patches(),
     *cpu_device_patches(),
