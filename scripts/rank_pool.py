@@ -67,33 +67,37 @@ class _Idleness:
 class RankPool:
     """`size` processes of one thread each, started by the first call, and anew by the first after a failure.
 
+    All of them at once, for they join one another; where each joins `alone`, only those that a call needs.
+
     preload: modules that one server imports before it forks the ranks. It must have no threads then.
     join: called in each process as `join(rank, folder)` before anything else, with a folder that all ranks share.
     """
 
-    def __init__(self, size: int, preload: Sequence[str], join: Callable[[int, str], None]) -> None:
-        self.size = size
+    def __init__(
+        self, size: int, preload: Sequence[str], join: Callable[[int, str], None], *, alone: bool = False
+    ) -> None:
+        self.size, self._alone = size, alone
         self._preload, self._join = list(preload), join
-        self._processes: list[BaseProcess] = []
-        self._connections: list[Connection] = []
+        self._processes: dict[int, BaseProcess] = {}
+        self._connections: dict[int, Connection] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def call(self, ranks: Sequence[int], timeout_s: float, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(*args)` returns on each of `ranks`, which run it at the same time.
 
-        Raises RankFailure when a rank raises, dies or does not answer within `timeout_s`. The ranks are then ended, as
-        messages may be left between them.
+        Raises RankFailure when a rank raises, dies or does not answer within `timeout_s`. Its ranks are then ended,
+        as messages may be left between them.
         """
         __tracebackhide__ = True
         message = pickle.dumps((function, args))
+        needed = ranks if self._alone else range(self.size)
         try:
-            if not self._processes:
-                self._start()
+            self._start([rank for rank in needed if rank not in self._processes])
             for rank in ranks:
                 self._connections[rank].send_bytes(message)
             return self._results(ranks, timeout_s)
         except BaseException:
-            self._kill()
+            self._kill(needed)
             raise
 
     @property
@@ -103,24 +107,23 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks: each leaves when its connection closes; one that does not is killed."""
-        for connection in self._connections:
+        for connection in self._connections.values():
             connection.close()
-        for process in self._processes:
+        for process in self._processes.values():
             process.join(timeout=5.0)
-        self._kill()
+        self._kill(range(self.size))
 
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
+    def _start(self, ranks: Sequence[int]) -> None:
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rank_pool_")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self._preload)
-        for rank in range(self.size):
+        for rank in ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs))
             process.start()
             theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-        self._results(range(self.size), LIMIT_S)
+            self._processes[rank], self._connections[rank] = process, ours
+        self._results(ranks, LIMIT_S)
 
     def _results(self, ranks: Sequence[int], timeout_s: float) -> list[Any]:
         __tracebackhide__ = True
@@ -170,15 +173,15 @@ class RankPool:
         assert pid is not None
         return pid
 
-    def _kill(self) -> None:
-        for process in self._processes:
+    def _kill(self, ranks: Sequence[int]) -> None:
+        for rank in set(ranks) & set(self._processes):
+            process = self._processes.pop(rank)
             process.kill()
             process.join()
-        for connection in self._connections:
-            connection.close()
-        if self._folder is not None:
+            self._connections.pop(rank).close()
+        if self._folder is not None and not self._processes:
             self._folder.cleanup()
-        self._processes, self._connections, self._folder = [], [], None
+            self._folder = None
 
 
 def _stack_file(folder: str, rank: int) -> Path:

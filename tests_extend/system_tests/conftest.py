@@ -15,8 +15,8 @@ from system_tests.compare_losses import VALIDATION
 class TrainingPool:
     """Ranks that train through Megatron again and again: importing it takes longer than a run of a toy."""
 
-    def __init__(self, size: int) -> None:
-        self._pool = RankPool(size, ["pytest", "torch"], training_cases.import_megatron)
+    def __init__(self) -> None:
+        self._pool = RankPool(8, ["pytest", "torch"], training_cases.import_megatron, alone=True)
 
     @functools.cache  # noqa: B019  (one pool for the whole session)
     def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:
@@ -77,9 +77,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def training(request: pytest.FixtureRequest) -> Iterator[TrainingPool]:
-    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`. Eight of them where a slow test asks."""
-    slow = any(item.get_closest_marker("slow") for item in request.session.items)
-    pool = TrainingPool(8 if slow else 4)
+def training() -> Iterator[TrainingPool]:
+    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`."""
+    pool = TrainingPool()
     yield pool
     pool.close()

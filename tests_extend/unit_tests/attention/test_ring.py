@@ -76,7 +76,15 @@ def test_every_grid_of_virtual_ranks_equals_dense_attention_with_every_mask_and_
     assert_equal_to(dense(case), restored(case, attend_virtually(case)))
 
 
-@pytest.mark.parametrize("topology", [each for size in (9, 10, 12, 16) for each in grids(size)], ids=grid_name)
+@pytest.mark.parametrize(
+    "topology",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (size not in (9, 12)))
+        for size in range(9, 17)
+        for each in grids(size)
+    ],
+    ids=grid_name,
+)
 def test_every_grid_of_up_to_16_virtual_ranks_equals_dense_attention(topology):
     case = case_on(topology, tokens=4, batch=2, head_size=4, value_head_size=6, overlap=True)
     assert_equal_to(dense(case), restored(case, attend_virtually(case)))
@@ -97,7 +105,10 @@ def test_virtual_ranks_equal_dense_attention_with_other_layouts_and_masks(topolo
 
 @pytest.mark.parametrize(
     "topology",
-    [CPTopology(inner=64), CPTopology(outer=8, inner=8), CPTopology(inner=8, ulysses=8)],
+    [
+        CPTopology(inner=8, ulysses=8),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (CPTopology(inner=64), CPTopology(outer=8, inner=8))),
+    ],
     ids=grid_name,
 )
 def test_64_virtual_ranks_equal_dense_attention(topology):
@@ -145,9 +156,11 @@ def assert_no_less_accurate(many: dict[str, float], two: dict[str, float]) -> No
         assert error <= 1.2 * two[name], f"{name}: error {error:.2e}, with two ranks {two[name]:.2e}"
 
 
-@pytest.mark.parametrize("outer", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_bf16_is_as_accurate_on_64_ranks_as_on_2(outer):
-    assert_no_less_accurate(relative_errors(accuracy_case(64, outer)), relative_errors(accuracy_case(2, 1)))
+@pytest.mark.parametrize(
+    ("ranks", "outer"), [(16, 1), *(pytest.param(64, outer, marks=pytest.mark.slow) for outer in (1, 8))]
+)
+def test_bf16_is_as_accurate_on_many_ranks_as_on_2(ranks, outer):
+    assert_no_less_accurate(relative_errors(accuracy_case(ranks, outer)), relative_errors(accuracy_case(2, 1)))
 
 
 @pytest.mark.slow
@@ -402,14 +415,16 @@ def test_a_rank_that_leaves_while_it_computes_step_1_is_missed_where_its_next_me
 # Names in profiles.
 
 
-@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
-    ("topology", "kind", "owners_of_rank_1", "gradients_leave_at"),
-    [(CPTopology(inner=3), "ring", [1, 0, 2], [1, 2]), (DOUBLE_2X2, "double ring", [1, 0, 3, 2], [1, 3, 3])],
+    ("topology", "overlap", "kind", "owners_of_rank_1", "gradients_leave_at"),
+    [
+        (CPTopology(inner=3), False, "ring", [1, 0, 2], [1, 2]),
+        (DOUBLE_2X2, True, "double ring", [1, 0, 3, 2], [1, 3, 3]),
+    ],
     ids=["ring", "double ring"],
 )
 def test_profile_names_each_step_its_owner_and_what_travels(
-    gloo, topology, kind, owners_of_rank_1, gradients_leave_at, overlap
+    gloo, topology, overlap, kind, owners_of_rank_1, gradients_leave_at
 ):
     case, size = case_on(topology, overlap=overlap), topology.size
     names = gloo.run_on_all(size, cases.profiled_names, case)[1]
