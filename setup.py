@@ -9,7 +9,8 @@ setup(
         "mindspeed_cp.comm",
         "mindspeed_cp.kernels",
         "mindspeed_cp.patches",
+        "mindspeed_cp.patches.mindspeed",
     ],
-    package_dir={"mindspeed_cp.patches": "patches"},
+    package_dir={"mindspeed_cp.patches": "patches", "mindspeed_cp.patches.mindspeed": "patches/mindspeed"},
     package_data={"mindspeed_cp": ["py.typed"]},
 )

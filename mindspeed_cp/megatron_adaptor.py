@@ -16,6 +16,7 @@ from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
@@ -99,6 +100,7 @@ registry = PatchRegistry(
         *latent_attention_patches(),
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
+        *document_patches(plugin),
         *torch_norm_patches(),
         *dataset_helper_patches(),
     ),

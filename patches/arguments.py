@@ -7,7 +7,7 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +19,15 @@ from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConf
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
-from mindspeed_cp.patches.mindspeed_flags import add_mindspeed_arguments, mindspeed_notes, refuse_mindspeed_flags
+from mindspeed_cp.patches.blockers import Blocker, describe, found_by, raise_for
+from mindspeed_cp.patches.command_line import Examination, examine
+from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import (
     difference_notes,
     refuse_lost_masks,
     refuse_unloadable_optimizer,
-    refuse_unsupported,
+    unsupported,
 )
 from mindspeed_cp.patching import Patch, bind_by_name
 
@@ -44,12 +46,12 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
             parser = original(*args, **kwargs)
-            defaults.update((action.dest, parser.get_default(action.dest)) for action in parser._actions)
+            defaults.update(_defaults_of(parser))
             try:
                 add_context_parallel_arguments(parser)
             except ConfigurationError as error:
-                _exit_with_one_line(error)
-            add_mindspeed_arguments(parser)
+                _exit_with(error)
+            _add_document_arguments(parser)
             return parser
 
         return add_megatron_arguments
@@ -62,18 +64,23 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
             except ConfigurationError as error:
-                _exit_with_one_line(error)
+                _exit_with(error)
             result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_masks(args, config)
                 refuse_unloadable_optimizer(args, config)
             except ConfigurationError as error:
-                _exit_with_one_line(error)
+                _exit_with(error)
             plugin.config = config
+            plugin.document_length = _document_length(args)
             if int(os.environ.get("RANK", "0")) == 0:
-                ineffective = (*config.ineffective_flags(), *_ineffective_megatron_flags(args, config))
+                ineffective = (
+                    *config.ineffective_flags(),
+                    *_ineffective_megatron_flags(args, config),
+                    *_ineffective_document_flags(args),
+                )
                 differences = difference_notes(args, config, defaults)
-                for sentence in (*ineffective, *differences, *mindspeed_notes(args), *kernel_notes(args, config)):
+                for sentence in (*ineffective, *differences, *kernel_notes(args, config)):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -88,6 +95,21 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             needs=("megatron.training",),
             why="The context-parallel flags have to be known wherever Megatron's are.",
             remove_when="Never: these are the plugin's own flags.",
+        ),
+        *(
+            Patch(
+                target=f"{ARGUMENTS}:parse_args",
+                kind="wrap",
+                function=_wrap_parse,
+                parameters=("extra_args_provider", "ignore_unknown_args"),
+                aliases=aliases,
+                needs=("megatron.training",),
+                versions=versions,
+                why="MindSpeed's flags become Megatron's before they are parsed; all that stands in the way is said.",
+                remove_when="Never: MindSpeed's flags are not Megatron's.",
+            )
+            # Before 0.18 it is initialize_megatron that parses and validates.
+            for versions, aliases in (("<0.18", (f"{INITIALIZE}:parse_args",)), (">=0.18", ()))
         ),
         *(
             Patch(
@@ -120,6 +142,69 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
     )
 
 
+def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        add_others = named["extra_args_provider"]
+        as_given = sys.argv
+
+        def look_before_parsing(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            # All flags have been added now, and sys.argv is parsed next.
+            parser = parser if add_others is None else add_others(parser)
+            sys.argv = [as_given[0], *_understand(as_given[1:], parser, ignore_unknown=named["ignore_unknown_args"])]
+            return parser
+
+        try:
+            return original(**{**named, "extra_args_provider": look_before_parsing})
+        finally:
+            sys.argv = as_given
+
+    return parse_args
+
+
+def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unknown: bool) -> Sequence[str]:
+    """The command line without MindSpeed's flags. Ends the program where something stands in the way of it."""
+    if {"-h", "--help"} & {*argv}:
+        return argv
+    found = examine(argv, parser, ignore_unknown=ignore_unknown)
+    if found.blockers:
+        # Rules alone are left to validate_args, which knows what a checkpoint says.
+        beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser))
+        _exit_with(ConfigurationError(describe([*found.blockers, *beside])))
+    if int(os.environ.get("RANK", "0")) == 0:
+        for sentence in notes(found.findings):
+            warnings.warn(sentence, stacklevel=2)
+    return found.argv
+
+
+def examine_command_line(
+    argv: Sequence[str], parser: argparse.ArgumentParser, *, num_ranks: int | None = None
+) -> Examination:
+    """All that there is to say of a command line before it runs, without side effects.
+
+    parser: Megatron's, patched, with all flags added. num_ranks: ranks that it is to run on, where that is known.
+    """
+    found = examine(argv, parser)
+    return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks, _defaults_of(parser))))
+
+
+def _defaults_of(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """What the parser takes for options that nobody gives."""
+    return {action.dest: parser.get_default(action.dest) for action in parser._actions}
+
+
+def _rules_broken(
+    args: argparse.Namespace | None, num_ranks: int | None, defaults: Mapping[str, object]
+) -> list[Blocker]:
+    """The rules that parsed arguments break; none where there are none, or others may take their place later."""
+    if args is None or args.yaml_cfg is not None or args.use_checkpoint_args:
+        return []
+    args.world_size = num_ranks
+    _, blockers = _examine_arguments(args, defaults)
+    return blockers
+
+
 def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
@@ -147,6 +232,30 @@ def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(option.name), **_argparse_options(option, hints[option.name]))
 
 
+def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(title="documents within a sequence (mindspeed_cp)")
+    group.add_argument(
+        "--fix-sub-seq-length",
+        type=int,
+        default=-1,
+        help="With --reset-attention-mask: every document has so many tokens, whatever the data says, the last of a "
+        "sequence what remains. 0 or less, or above --seq-length: documents are those of the data.",
+    )
+
+
+def _document_length(args: argparse.Namespace) -> int | None:
+    """Tokens of each document, where the flags say how many."""
+    length: int = args.fix_sub_seq_length
+    return length if args.reset_attention_mask and 0 < length <= (args.seq_length or 0) else None
+
+
+def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
+    if args.fix_sub_seq_length <= 0 or _document_length(args) is not None:
+        return []
+    reason = "it is above --seq-length" if args.reset_attention_mask else "it needs --reset-attention-mask"
+    return [f"--fix-sub-seq-length {args.fix_sub_seq_length} has no effect: {reason}."]
+
+
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     shared = {"help": option.metadata["help"], "default": option.default}
     if hint is bool:
@@ -163,28 +272,45 @@ def config_from_arguments(
 ) -> ContextParallelConfig:
     """The configuration that parsed arguments describe.
 
-    defaults: see refuse_unsupported.
+    defaults: see unsupported.
 
-    Raises ConfigurationError where they break a rule.
+    Raises ConfigurationError with all rules that they break.
     """
+    config, blockers = _examine_arguments(args, defaults)
+    raise_for(blockers)
+    assert config is not None, "there is a configuration, or a rule that it breaks"
+    return config
+
+
+def _examine_arguments(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+) -> tuple[ContextParallelConfig | None, list[Blocker]]:
+    """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form."""
     values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
-    config = ContextParallelConfig(**values)
-    refuse_mindspeed_flags(args)
-    refuse_unsupported(args, config, defaults)
-    _check_world_size(args)
-    if args.num_attention_heads is not None:
-        config.check_model(
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups if args.group_query_attention else None,
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            sequence_parallel=args.sequence_parallel,
-            # Two names of one thing, of which one is given.
-            seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
-        )
-    _check_connections(args)
-    check_kernels(args, config)
-    return config
+    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
+        # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
+        values["attention_mask_type"] = "general"
+    of_ranks = found_by(lambda: _check_world_size(args), lambda: _check_connections(args))
+    try:
+        config = ContextParallelConfig(**values)
+    except ConfigurationError as error:
+        return None, [Blocker.from_error(error), *unsupported(args, args.context_parallel_size, defaults), *of_ranks]
+    of_model = found_by(lambda: _check_model(args, config), lambda: check_kernels(args, config))
+    return config, [*unsupported(args, config.context_parallel_size, defaults), *of_model, *of_ranks]
+
+
+def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    if args.num_attention_heads is None:
+        return
+    config.check_model(
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        # Two names of one thing, of which one is given.
+        seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
+    )
 
 
 def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
@@ -317,7 +443,7 @@ def _wants_one_connection(args: argparse.Namespace) -> bool:
     return accelerator() != "cuda" or torch.cuda.get_device_properties(0).major < 10
 
 
-def _exit_with_one_line(error: Exception) -> typing.NoReturn:
-    """End the program as argparse does for a wrong argument: a line on stderr, status 2, no traceback."""
+def _exit_with(error: Exception) -> typing.NoReturn:
+    """End the program as argparse does for a wrong argument, without its usage: on stderr, status 2, no traceback."""
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -17,10 +17,12 @@ class Plugin:
 
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
     groups: set while Megatron's model-parallel groups exist; None else.
+    document_length: tokens of each document of a sequence, set by the arguments patch; None where the data says.
     """
 
     config: ContextParallelConfig | None = None
     groups: ContextParallelGroups | None = None
+    document_length: int | None = None
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:

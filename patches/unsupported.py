@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.patches.blockers import Blocker, raise_for
 
 
 class _Refusal(NamedTuple):
@@ -37,6 +38,7 @@ def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProx
     return f"{spelled} (Megatron's default)" if value == defaults.get(option) else spelled
 
 
+_MASK_IS_MADE = "create_attention_mask_in_dataloader"
 _PACKED = "packed sequences are not available yet"
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
@@ -128,46 +130,47 @@ def difference_notes(
     ]
 
 
-def refuse_unsupported(
-    options: Any, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
-) -> None:
-    """Raise ConfigurationError for the first option that is set and cannot be honoured with `config`.
+def unsupported(options: Any, size: int, defaults: Mapping[str, object] = MappingProxyType({})) -> list[Blocker]:
+    """All options that are set and cannot be honoured with this context-parallel size.
 
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
     defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
     """
-    size = config.context_parallel_size
     if size == 1:
-        return
+        return []
+    blockers = []
     for option, refused, reason, way_out in _REFUSALS:
         value = getattr(options, option, None)
         if refused(value):
-            raise ConfigurationError(
-                f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
-            )
-    if getattr(options, "reset_attention_mask", False):
-        _check_mask_is_made_and_read(options, config)
+            sentence = f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
+            blockers.append(Blocker(flag(option), sentence))
+    if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
+        sentence = (
+            f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "
+            f"no mask is made, so documents would see each other; leave out one of the two."
+        )
+        blockers.append(Blocker("--reset-attention-mask", sentence))
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
-        raise ConfigurationError(
-            f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
-            f"each rank; leave out --calculate-per-token-loss."
+        blockers.append(
+            Blocker(
+                flag(masked_mtp[0]),
+                f"{spelled} with --context-parallel-size {size}: that loss would be weighed by the tokens of "
+                f"each rank; leave out --calculate-per-token-loss.",
+            )
         )
+    return blockers
 
 
-def _check_mask_is_made_and_read(options: Any, config: ContextParallelConfig) -> None:
-    flags = f"--reset-attention-mask with --context-parallel-size {config.context_parallel_size}"
-    if not getattr(options, "create_attention_mask_in_dataloader", True):
-        raise ConfigurationError(
-            f"{flags} and --no-create-attention-mask-in-dataloader: no mask is made, so documents would see each "
-            f"other; leave out one of the two."
-        )
-    if config.attention_mask_type == "causal":
-        raise ConfigurationError(
-            f"{flags} and --attention-mask-type causal: the batch's mask would be left out; "
-            f"use --attention-mask-type general."
-        )
+def refuse_unsupported(
+    options: Any, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Raise ConfigurationError with all options that are set and cannot be honoured with `config`.
+
+    options, defaults: see unsupported.
+    """
+    raise_for(unsupported(options, config.context_parallel_size, defaults))
 
 
 def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -> None:

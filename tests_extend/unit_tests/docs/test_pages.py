@@ -1,4 +1,4 @@
-"""The pages for users say what the code says: messages that it has, and the table of MindSpeed's flags."""
+"""The pages for users say what the code says: messages that it has, and the tables of Megatron's options."""
 
 import ast
 import re
@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from mindspeed_cp.config import flag
-from mindspeed_cp.patches.mindspeed_flags import MINDSPEED_FLAGS, REFUSED_VALUES
 from mindspeed_cp.patches.unsupported import _DIFFERENCES, _REFUSALS
 
 ROOT = Path(__file__).resolve().parents[3]
-CODE = [*(ROOT / "mindspeed_cp").rglob("*.py"), *(ROOT / "patches").glob("*.py")]
+CODE = [*(ROOT / "mindspeed_cp").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]
 CODE.append(ROOT / "tests_extend" / "system_tests" / "compare_losses.py")
 QUOTE = re.compile(r"\*\*`([^`]+)`\*\*")
 
@@ -44,21 +43,6 @@ def test_that_check_sees_a_message_that_the_code_has_not():
 
 def test_strings_are_joined_and_filled_in_values_become_an_ellipsis():
     assert "cannot … it: use …." in texts_of("""f"cannot {verb} it: " "use " f"{way}." """)
-
-
-def test_table_of_mindspeed_s_flags_is_as_the_records_have_it():
-    page = (ROOT / "docs" / "switch_it_on.md").read_text()
-    table = page.partition("<!-- MindSpeed's other flags -->")[2].partition("<!-- end -->")[0].strip().splitlines()
-    rows = []
-    for each in MINDSPEED_FLAGS:
-        why = "; other values: ".join(sentence for sentence in (each.note, each.refusal) if sentence)
-        rows.append(f"| `{each.name}` | {each.disposition} | {why} |")
-    rows += [
-        f"| `{option} {value}` | refused | {why} |"
-        for option, values in REFUSED_VALUES.items()
-        for value, why in values.items()
-    ]
-    assert table[2:] == rows
 
 
 def test_tables_of_megatron_s_options_are_as_the_records_have_them():

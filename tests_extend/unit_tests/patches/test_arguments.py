@@ -269,14 +269,55 @@ def test_every_refused_option_is_one_of_megatron_s(parser):
     assert [option for option, *_ in _REFUSALS if (option in known) != is_known(option)] == []
 
 
-def test_reset_attention_mask_needs_the_general_mask(parser):
-    flags = [*CP4, "--reset-attention-mask"]
-    assert refusal_of(config_from_arguments, parser.parse_args(flags)) == (
-        "--reset-attention-mask with --context-parallel-size 4 and --attention-mask-type causal: the batch's mask "
-        "would be left out; use --attention-mask-type general."
+@pytest.mark.parametrize("mask_type", ["causal", "general"])
+def test_documents_are_kept_apart_by_the_batch_s_mask(parser, mask_type):
+    flags = [*CP4, "--reset-attention-mask", "--attention-mask-type", mask_type]
+    assert config_from_arguments(parser.parse_args(flags)).attention_mask_type == "general"
+    without_masks = parser.parse_args([*flags, "--no-create-attention-mask-in-dataloader"])
+    assert config_from_arguments(without_masks).attention_mask_type == mask_type
+
+
+def test_all_broken_rules_are_said_at_once(parser):
+    broken = ["--sft", "--softmax-type", "learnable", "--seq-length", "20", "--cp-window-size", "0"]
+    args = parser.parse_args([*CP4, *broken])
+    args.world_size = 6
+    assert refusal_of(config_from_arguments, args).splitlines() == [
+        "4 things stand in the way:",
+        "  --cp-window-size 0 is below 1; use 1 or more.",
+        "  --softmax-type learnable with --context-parallel-size 4: softmax sinks are not available yet; use vanilla.",
+        "  --sft with --context-parallel-size 4: packed sequences are not available yet; leave it out.",
+        "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
+        "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
+    ]
+    args.cp_window_size = 1
+    assert "  --seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16." in refusal_of(
+        config_from_arguments, args
     )
-    general = config_from_arguments(parser.parse_args([*flags, "--attention-mask-type", "general"]))
-    assert general.attention_mask_type == "general"
+
+
+@pytest.mark.parametrize(
+    ("flags", "length", "said"),
+    [
+        (["--reset-attention-mask", "--fix-sub-seq-length", "16"], 16, ""),
+        (
+            ["--fix-sub-seq-length", "16"],
+            None,
+            "--fix-sub-seq-length 16 has no effect: it needs --reset-attention-mask.",
+        ),
+        (
+            ["--reset-attention-mask", "--fix-sub-seq-length", "65"],
+            None,
+            "--fix-sub-seq-length 65 has no effect: it is above --seq-length.",
+        ),
+        (["--reset-attention-mask"], None, ""),
+    ],
+)
+def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, length, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        validation.validate(parser.parse_args([*MODEL, *flags]), {})
+    assert validation.plugin.document_length == length
+    assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
 
 
 def test_masked_multi_token_prediction_refuses_to_be_weighed_by_each_rank(parser):

@@ -1,0 +1,336 @@
+"""Attention, its context parallelism, masks and rotary embedding.
+
+Source: Ascend/MindSpeed, docs/zh/features and mindspeed/features_manager/{context_parallel,transformer};
+Ascend/MindSpeed-LLM, mindspeed_llm/core/models/common/embeddings/rotary_pos_embedding.py and
+tasks/models/transformer/mla_dot_product_attention.py.
+"""
+
+from mindspeed_cp.patches.mindspeed.record import (
+    CommandLine,
+    Disposition,
+    Record,
+    Ruling,
+    noted,
+    records,
+    refused,
+    spelled_otherwise,
+)
+
+_BAND = "sliding windows are not available yet; leave it out"
+
+
+def _shape_order(value: str, line: CommandLine) -> Ruling:
+    if value == "BNSD":
+        return Ruling(Disposition.TRANSLATED, "--megatron-cp-in-bnsd", ("--megatron-cp-in-bnsd",))
+    return Ruling(Disposition.NOTED, "--megatron-cp-in-bnsd chooses the order")
+
+
+def _mask_type(value: str, line: CommandLine) -> Ruling:
+    if value == "full":
+        return Ruling(
+            Disposition.REFUSED,
+            "it leaves out the batch's mask; use --attention-mask-type general, which takes the mask that is there",
+        )
+    return Ruling(Disposition.TRANSLATED, "--attention-mask-type", ("--attention-mask-type", value))
+
+
+def _sparse_mode(value: str, line: CommandLine) -> Ruling:
+    if value in ("0", "2"):
+        return Ruling(Disposition.NOTED, "--attention-mask-type says who sees whom")
+    return Ruling(
+        Disposition.REFUSED,
+        "bands, prefixes and unmasked attention have no mode here; use 0 or 2, or --attention-mask-type general with "
+        "the batch's mask",
+    )
+
+
+def _reaches_back(value: str, line: CommandLine) -> Ruling:
+    if int(value) >= (line.number("--seq-length") or 0):
+        return Ruling(Disposition.NOTED, "it reaches back to the start of every sequence")
+    return Ruling(Disposition.REFUSED, _BAND)
+
+
+def _reaches_ahead(value: str, line: CommandLine) -> Ruling:
+    if int(value) >= 0:
+        return Ruling(Disposition.NOTED, "the mask alone says what lies ahead")
+    return Ruling(Disposition.REFUSED, _BAND)
+
+
+_ORIGINAL = "--rope-scaling-original-max-position-embeddings"
+_YARN_ALONE = (_ORIGINAL, "--rope-scaling-mscale", "--rope-scaling-mscale-all-dim", "--yarn-scaling-factor")
+_BETAS = ("--beta-fast", "--beta-slow", "--rope-scaling-beta-fast", "--rope-scaling-beta-slow")
+_LLAMA3_ALONE = ("--low-freq-factor", "--high-freq-factor", "--original-max-position-embeddings")
+
+
+def _rope_scaling(value: str, line: CommandLine) -> Ruling:
+    if value == "llama3":
+        return _llama3(line)
+    if value != "yarn":
+        return Ruling(Disposition.REFUSED, f"Megatron has no {value} scaling; use llama3 or yarn, or leave it out", ())
+    if not (line.has("--multi-latent-attention") or line.has("--multi-head-latent-attention")):
+        return Ruling(
+            Disposition.REFUSED,
+            "Megatron has no flag for YaRN's factor without --multi-latent-attention; leave it out",
+        )
+    return _latent_yarn(line)
+
+
+def _llama3(line: CommandLine) -> Ruling:
+    """Megatron's model builder has 1, 4 and 8192 written down, and passes no --rope-scaling-factor: it is 8."""
+    built_in = {"--rope-scaling-factor": 8, **dict(zip(_LLAMA3_ALONE, (1, 4, 8192), strict=True))}
+    if different := [name for name, number in built_in.items() if line.number(name) != number]:
+        needed = " ".join(f"{name} {built_in[name]}" for name in different)
+        return Ruling(Disposition.REFUSED, f"Megatron builds that scaling with fixed numbers; it needs {needed}")
+    return Ruling(Disposition.TRANSLATED, "Megatron's --use-rope-scaling", ("--use-rope-scaling",), _LLAMA3_ALONE)
+
+
+def _latent_yarn(line: CommandLine) -> Ruling:
+    """The same frequencies and the same two factors on cosines and scores; three numbers have no flag of Megatron's."""
+    factor = line.text("--yarn-scaling-factor") or line.text("--rope-scaling-factor")
+    if factor is None:
+        return Ruling(Disposition.REFUSED, "MindSpeed's releases differ in its factor; give --rope-scaling-factor")
+    fixed: dict[str, tuple[float, float | None]] = {
+        _ORIGINAL: (4096, None),
+        "--beta-fast": (32, line.number("--rope-scaling-beta-fast", 32)),
+        "--beta-slow": (1, line.number("--rope-scaling-beta-slow", 1)),
+    }
+    different = [name for name, (number, default) in fixed.items() if line.number(name, default) != number]
+    if different:
+        needed = " ".join(f"{name} {fixed[name][0]}" for name in different)
+        return Ruling(Disposition.REFUSED, f"Megatron has no flag for that; it needs {needed}")
+    flags = {
+        "--rope-type": "yarn",
+        "--rotary-scaling-factor": factor,
+        "--mscale": line.text("--rope-scaling-mscale", "1.0"),
+        "--mscale-all-dim": line.text("--rope-scaling-mscale-all-dim", "0.0"),
+    }
+    return Ruling(
+        Disposition.TRANSLATED,
+        "Megatron's --rope-type yarn with its factors",
+        tuple(word for pair in flags.items() for word in pair if word is not None),
+        ("--rope-scaling-factor", *_YARN_ALONE, *_BETAS),
+    )
+
+
+def _partial_rotary(value: str, line: CommandLine) -> Ruling:
+    if float(value) == 0:
+        return Ruling(Disposition.NOTED, "it is off")
+    if line.has("--multi-latent-attention") or line.has("--multi-head-latent-attention"):
+        return Ruling(Disposition.REFUSED, "it has no counterpart in latent attention; leave it out")
+    return Ruling(Disposition.TRANSLATED, "Megatron's --rotary-percent", ("--rotary-percent", value))
+
+
+def _rotary_base(value: str, line: CommandLine) -> Ruling:
+    if float(value).is_integer():
+        return Ruling(Disposition.TRANSLATED, "as a whole number", ("--rotary-base", str(int(float(value)))))
+    return Ruling(Disposition.REFUSED, "Megatron takes whole numbers alone; use one")
+
+
+_ADAPTIVE = "attention scheduled by the mask is not available; megatron_cp_algo with --attention-mask-type general"
+_OF_ADAPTIVE = "it belongs to adaptive_cp_algo, which is refused"
+_OF_ALIBI = "it belongs to --position-embedding-type alibi, which is refused"
+_OF_SCALING = "it belongs to --rope-scaling-type"
+
+ATTENTION = (
+    *records(
+        Disposition.SAME,
+        "attention over context-parallel ranks",
+        "the plugin's own flag",
+        """
+        --context-parallel-algo {ulysses_cp_algo,megatron_cp_algo,hybrid_cp_algo}
+        --cp-window-size N
+        --ulysses-degree-in-cp N
+        --use-cp-send-recv-overlap
+        --attention-mask-type {causal,general}
+        --megatron-cp-in-bnsd
+        --fix-sub-seq-length N
+        """,
+    ),
+    *noted(
+        "how partial outputs, keys and values are kept and sent",
+        "one way of doing it, with the same results",
+        """
+        --use-fused-ring-attention-update
+        --context-parallel-kv-cache-policy {full,half}
+        --context-parallel-cache-interval N
+        --use-ulysses-allgather-kv
+        --kv-head-repeat-before-uly-alltoall
+        """,
+    ),
+    *noted(
+        "attention scheduled by the mask",
+        _OF_ADAPTIVE,
+        """
+        --attention-mask-on-cpu
+        --adaptive-cp-without-coarse
+        --adaptive-cp-dynamic-attn-mask
+        --adaptive-cp-only-reschedule
+        --adaptive-cp-manually-set-mask-list
+        """,
+    ),
+    *noted(
+        "which operator computes attention",
+        "--context-parallel-kernels chooses what computes attention",
+        """
+        --use-flash-attn
+        --use-fusion-attn-v2
+        --mla-fa-without-pad
+        --mla-fa-divide-qk
+        --padded-base-length N
+        """,
+    ),
+    *noted(
+        "attention biased by distance",
+        _OF_ALIBI,
+        """
+        --alibi-fusion-attn-type N
+        --alibi-diagonal-opposite
+        --square-alibi-mask
+        --fill-neg-inf
+        """,
+    ),
+    Record(
+        "--shape-order",
+        "{SBH,BSH,BSND,BNSD}",
+        "the order of the axes in the attention operator",
+        Disposition.TRANSLATED,
+        "BNSD: --megatron-cp-in-bnsd; others noted, that flag chooses the order",
+        _shape_order,
+    ),
+    Record(
+        "--cp-attention-mask-type",
+        "{causal,general,full}",
+        "who sees whom",
+        Disposition.TRANSLATED,
+        "--attention-mask-type; full is refused, it leaves out the batch's mask",
+        _mask_type,
+    ),
+    Record(
+        "--sparse-mode",
+        "N",
+        "the attention operator's kind of mask",
+        Disposition.NOTED,
+        "0 and 2 noted, --attention-mask-type says who sees whom; bands, prefixes and unmasked attention refused",
+        _sparse_mode,
+    ),
+    Record(
+        "--pre-tockens",
+        "N",
+        "how far back attention reaches",
+        Disposition.NOTED,
+        "noted from --seq-length on; below it is a sliding window, refused",
+        _reaches_back,
+    ),
+    Record(
+        "--next-tockens",
+        "N",
+        "how far ahead attention reaches",
+        Disposition.NOTED,
+        "noted from 0 on; below it is a sliding window, refused",
+        _reaches_ahead,
+    ),
+    *refused(
+        "sliding windows",
+        _BAND,
+        """
+        --sliding-window N
+        --interleave-sliding-window N
+        --sliding-window-size N
+        """,
+    ),
+    *refused(
+        "another formula for the scores",
+        "Megatron's attention does not have it; leave it out",
+        """
+        --attn-logit-softcapping X
+        --query-pre-attn-scalar N
+        """,
+    ),
+    Record(
+        "--rope-scaling-type",
+        "{llama3,yarn,longrope,plm}",
+        "how rotary frequencies are stretched",
+        Disposition.TRANSLATED,
+        "llama3 with 8, 1, 4, 8192: --use-rope-scaling; yarn with latent attention and 4096, 32, 1: --rope-type yarn, "
+        "--rotary-scaling-factor, --mscale, --mscale-all-dim; others refused",
+        _rope_scaling,
+    ),
+    *noted(
+        "numbers of the stretched rotary frequencies",
+        _OF_SCALING,
+        """
+        --original-max-position-embeddings X
+        --rope-scaling-original-max-position-embeddings N
+        --beta-fast N
+        --beta-slow N
+        --rope-scaling-beta-fast N
+        --rope-scaling-beta-slow N
+        --rope-scaling-mscale X
+        --rope-scaling-mscale-all-dim X
+        --yarn-scaling-factor X
+        --low-freq-factor X
+        --high-freq-factor X
+        --longrope-freqs-type {mul,outer}
+        --long-factor S
+        --short-factor S
+        --long-mscale X
+        --short-mscale X
+        """,
+    ),
+    *refused(
+        "the rotary base grows with the length", "Megatron does not have it; leave it out", "--dynamic-factor X =1"
+    ),
+    *spelled_otherwise(
+        "rotates neighbours in pairs, as GLM does",
+        {"--use-glm-rope": "--rotary-interleaved", "--use-partial-rope": "--rotary-interleaved"},
+    ),
+    Record(
+        "--partial-rotary-factor",
+        "X",
+        "the part of each head that is rotated",
+        Disposition.TRANSLATED,
+        "--rotary-percent; 0 noted, it is off; refused with latent attention",
+        _partial_rotary,
+    ),
+)
+
+ATTENTION_VALUES = (
+    *records(
+        Disposition.REFUSED,
+        "attention scheduled by the mask",
+        f"{_ADAPTIVE} computes the same",
+        "--context-parallel-algo adaptive_cp_algo",
+    ),
+    *records(
+        Disposition.REFUSED,
+        "attention scheduled by the mask, Ulysses inside",
+        f"{_ADAPTIVE}, or hybrid_cp_algo with it, computes the same",
+        "--context-parallel-algo hybrid_adaptive_cp_algo",
+    ),
+    *records(
+        Disposition.REFUSED,
+        "gathers all keys and values",
+        "gathering all K/V is not available yet; megatron_cp_algo computes the same",
+        "--context-parallel-algo kvallgather_cp_algo",
+    ),
+    *records(
+        Disposition.REFUSED,
+        "attention biased by distance",
+        "attention bias is not available yet; use rope or learned_absolute",
+        "--position-embedding-type alibi",
+    ),
+    *records(
+        Disposition.REFUSED,
+        "the rotary embedding of DeepSeek-V4",
+        "Megatron does not have it; use rope",
+        "--position-embedding-type deepseek4",
+    ),
+    Record(
+        "--rotary-base",
+        "X",
+        "the rotary base, not written as a whole number",
+        Disposition.TRANSLATED,
+        "the whole number that it is; others refused",
+        _rotary_base,
+    ),
+)

@@ -1,0 +1,236 @@
+"""MindSpeed's flags: each record is understood, each translation is Megatron's own spelling, the rest is refused."""
+
+import argparse
+import itertools
+from importlib.util import find_spec
+
+import pytest
+
+from mindspeed_cp.patches.command_line import examine
+from mindspeed_cp.patches.mindspeed.record import Disposition
+from mindspeed_cp.patches.mindspeed.table import FLAGS, SECTIONS, VALUES
+from mindspeed_cp.patches.mindspeed.translate import Given, notes, split_flags, translate
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+MODEL = ["--num-layers", "6", "--seq-length", "64"]
+SAMPLES = {"": [], "N": ["2"], "X": ["2.5"], "S": ["a"], "N...": ["2", "3"], "S...": ["a", "b"]}
+
+# Flags of MindSpeed's, and Megatron's or the plugin's spelling of the same.
+TRANSLATED = [
+    ("--multi-head-latent-attention", "--multi-latent-attention"),
+    ("--qk-nope-head-dim 24", "--qk-head-dim 24"),
+    ("--qk-rope-head-dim 8", "--qk-pos-emb-head-dim 8"),
+    ("--moe-intermediate-size 96", "--moe-ffn-hidden-size 96"),
+    ("--n-group 4", "--moe-router-num-groups 4"),
+    ("--topk-group 2", "--moe-router-group-topk 2"),
+    ("--routed-scaling-factor 2.5", "--moe-router-topk-scaling-factor 2.5"),
+    ("--first-k-dense-replace 2", "--moe-layer-freq [0,0,1,1,1,1]"),
+    ("--first-k-dense-replace 0", "--moe-layer-freq 1"),
+    ("--first-k-dense-replace -1 --moe-layer-freq -1", "--moe-layer-freq 1"),
+    ("--moe-layer-freq 2 --first-k-dense-replace 1", "--moe-layer-freq [0,0,1,0,1,0]"),
+    ("--first-k-dense-replace 6", "--moe-layer-freq [0]*6"),
+    (
+        "--n-shared-experts 2 --moe-ffn-hidden-size 96",
+        "--moe-shared-expert-intermediate-size 192 --moe-ffn-hidden-size 96",
+    ),
+    (
+        "--n-shared-experts 2 --moe-intermediate-size 96 --ffn-hidden-size 128",
+        "--moe-shared-expert-intermediate-size 192 --moe-ffn-hidden-size 96 --ffn-hidden-size 128",
+    ),
+    ("--n-shared-experts 1 --ffn-hidden-size 128", "--moe-shared-expert-intermediate-size 128 --ffn-hidden-size 128"),
+    ("--n-shared-experts 0", ""),
+    ("--shared-expert-gate --shared-expert-gate-output-dimension 1", "--moe-shared-expert-gate"),
+    ("--router-gating-in-fp32", "--moe-router-dtype fp32"),
+    (
+        "--moe-router-load-balancing-type softmax_topk",
+        "--moe-router-load-balancing-type none --moe-router-pre-softmax",
+    ),
+    ("--moe-router-load-balancing-type softmax_topk --norm-topk-prob", "--moe-router-load-balancing-type none"),
+    ("--moe-router-load-balancing-type noaux_tc --seq-aux", "--moe-router-load-balancing-type none"),
+    ("--moe-token-dispatcher-type alltoall_seq", "--moe-token-dispatcher-type alltoall"),
+    ("--norm-topk-prob", ""),
+    ("--shape-order BNSD", "--megatron-cp-in-bnsd"),
+    ("--shape-order SBH", ""),
+    ("--cp-attention-mask-type general", "--attention-mask-type general"),
+    ("--use-glm-rope --rotary-percent 0.5", "--rotary-interleaved --rotary-percent 0.5"),
+    ("--partial-rotary-factor 0.25", "--rotary-percent 0.25"),
+    ("--rotary-base 1e6", "--rotary-base 1000000"),
+    ("--rotary-base=10000.0", "--rotary-base 10000"),
+    (
+        "--rope-scaling-type llama3 --rope-scaling-factor 8.0 --low-freq-factor 1.0 --high-freq-factor 4.0 "
+        "--original-max-position-embeddings 8192",
+        "--use-rope-scaling --rope-scaling-factor 8.0",
+    ),
+    (
+        "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 40 --beta-fast 32 --beta-slow 1 "
+        "--rope-scaling-mscale 0.707 --rope-scaling-mscale-all-dim 0.707 "
+        "--rope-scaling-original-max-position-embeddings 4096",
+        "--multi-latent-attention --rope-type yarn --rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707",
+    ),
+    (
+        "--multi-head-latent-attention --rope-scaling-type yarn --yarn-scaling-factor 4 "
+        "--rope-scaling-original-max-position-embeddings 4096",
+        "--multi-latent-attention --rope-type yarn --rotary-scaling-factor 4 --mscale 1.0 --mscale-all-dim 0.0",
+    ),
+    (
+        "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path /models/some",
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /models/some --trust-remote-code",
+    ),
+    ("--num-layer-list 2,2,2", ""),
+    ("--optimizer-selection fused_torch_adamw", ""),
+    ("--pre-tockens 64 --next-tockens 0 --sparse-mode 2", ""),
+]
+
+# What is not the same there and here, and the end of the answer.
+DIFFERENT = [
+    ("--first-k-dense-replace 0 --moe-layer-freq 2", "use 1."),
+    ("--n-shared-experts 2", "it needs --moe-ffn-hidden-size; give it."),
+    ("--shared-expert-gate --shared-expert-gate-output-dimension 64", "use --shared-expert-gate-output-dimension 1."),
+    (
+        "--norm-topk-prob --moe-router-topk-scaling-factor 2.5",
+        "with aux_loss it undoes --moe-router-topk-scaling-factor; leave out that or this.",
+    ),
+    ("--norm-topk-prob --moe-router-pre-softmax", "it undoes --moe-router-pre-softmax; leave out that or this."),
+    (
+        "--moe-router-load-balancing-type softmax_topk --moe-router-enable-expert-bias",
+        "with --moe-router-enable-expert-bias Megatron's router differs; leave that out.",
+    ),
+    ("--moe-router-load-balancing-type softmax_topk --n-group 4", "leave out --moe-router-num-groups."),
+    ("--moe-router-load-balancing-type softmax_topk --moe-router-score-function sigmoid", "use softmax."),
+    (
+        "--moe-router-load-balancing-type none --seq-aux --moe-aux-loss-coeff 0.001",
+        "use --moe-router-load-balancing-type seq_aux_loss.",
+    ),
+    ("--moe-token-dispatcher-type alltoall_seq --moe-expert-capacity-factor 1.5", "use alltoall."),
+    ("--moe-model-type deepspeed_moe", "use megatron_moe."),
+    ("--cp-attention-mask-type full", "use --attention-mask-type general, which takes the mask that is there."),
+    ("--sparse-mode 4", "use 0 or 2, or --attention-mask-type general with the batch's mask."),
+    ("--pre-tockens 63", "sliding windows are not available yet; leave it out."),
+    ("--next-tockens -1", "sliding windows are not available yet; leave it out."),
+    ("--rotary-base 10000.5", "Megatron takes whole numbers alone; use one."),
+    ("--partial-rotary-factor 0.5 --multi-latent-attention", "leave it out."),
+    ("--rope-scaling-type longrope", "Megatron has no longrope scaling; use llama3 or yarn, or leave it out."),
+    ("--rope-scaling-type yarn --rope-scaling-factor 4", "without --multi-latent-attention; leave it out."),
+    (
+        "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 4 --beta-fast 16 "
+        "--rope-scaling-original-max-position-embeddings 8192",
+        "it needs --rope-scaling-original-max-position-embeddings 4096 --beta-fast 32.",
+    ),
+    ("--multi-latent-attention --rope-scaling-type yarn", "give --rope-scaling-factor."),
+    (
+        "--rope-scaling-type llama3 --rope-scaling-factor 32 --low-freq-factor 1 --high-freq-factor 4 "
+        "--original-max-position-embeddings 8192",
+        "it needs --rope-scaling-factor 8.",
+    ),
+    ("--tokenizer-type PretrainedFromHF", "it needs --tokenizer-name-or-path; give it."),
+    ("--num-layer-list 1,2,3", "use --pipeline-model-parallel-layout."),
+    ("--optimizer-selection fused_ema_adamw", "use --optimizer adam."),
+    (
+        "--moe-intermediate-size 96 --moe-ffn-hidden-size 64",
+        "--moe-ffn-hidden-size 64 says otherwise; leave out one of them.",
+    ),
+    ("--shape-order NBSD", "MindSpeed has no such value; use SBH, BSH, BSND, BNSD."),
+    ("--moe-intermediate-size many", "it takes a whole number; give it one."),
+    ("--ema-decay", "it needs a value; give it one."),
+]
+
+
+def sample(record):
+    """Words that give the flag, with a value that it takes."""
+    return [record.name, *(record.choices[:1] or SAMPLES[record.values])]
+
+
+def ends_well(blocker):
+    """Whether a refusal names the flag first, and ends with a way out."""
+    flag, _, reason = blocker.sentence.partition(": ")
+    return flag.startswith(blocker.flag) and "; " in reason and reason.endswith(".")
+
+
+def test_every_record_is_understood_by_this_release_s_parser(parser):
+    misunderstood = []
+    for record in FLAGS.values():
+        found = examine([*MODEL, *sample(record)], parser)
+        understood = found.args is not None and not any(" has this flag" in each.sentence for each in found.blockers)
+        if record.name in parser._option_string_actions:
+            understood &= found.argv == (*MODEL, *sample(record)) and found.findings == ()
+        elif record.rule is None:
+            understood &= [each.disposition for each in found.findings] == [record.disposition]
+        refused = [each for each in found.findings if each.disposition is Disposition.REFUSED]
+        understood &= len(found.blockers) == len(refused) and all(map(ends_well, found.blockers))
+        if not understood:
+            misunderstood.append((record.name, found.findings, found.blockers))
+    assert misunderstood == []
+
+
+def test_every_value_is_refused_or_translated(parser):
+    for record in VALUES:
+        if record.values == "X" or record.values in (parser._option_string_actions[record.name].choices or ()):
+            continue
+        found = examine([*MODEL, record.name, record.values, "--tokenizer-name-or-path", "a"], parser)
+        finding = found.findings[0]
+        assert (finding.disposition, finding.flag) == (record.disposition, f"{record.name} {record.values}")
+        assert all(map(ends_well, found.blockers))
+
+
+@pytest.mark.parametrize(("theirs", "own"), TRANSLATED)
+def test_translation_gives_the_arguments_of_megatron_s_spelling(parser, theirs, own):
+    found = examine([*MODEL, *theirs.split()], parser)
+    assert found.blockers == ()
+    assert vars(found.args) == vars(parser.parse_args([*MODEL, *own.split()]))
+
+
+def test_every_translation_is_tested_here():
+    tested = {word.partition("=")[0] for theirs, _ in TRANSLATED for word in theirs.split() if word.startswith("--")}
+    translated = {name for name, record in FLAGS.items() if record.disposition is Disposition.TRANSLATED}
+    assert translated - tested == {"--use-partial-rope"}, "an older name of --use-glm-rope"
+    tested_values = {(name, value) for theirs, _ in TRANSLATED for name, value in _pairs(theirs)}
+    values = {(record.name, record.values) for record in VALUES if record.disposition is Disposition.TRANSLATED}
+    assert values - tested_values == {("--rotary-base", "X")}
+
+
+def _pairs(text):
+    return list(itertools.pairwise(text.split()))
+
+
+@pytest.mark.parametrize(("flags", "end"), DIFFERENT)
+def test_what_is_not_the_same_is_refused(parser, flags, end):
+    (blocker,) = examine([*MODEL, *flags.split()], parser).blockers
+    assert blocker.sentence.endswith(end)
+    assert ends_well(blocker) or "needs" in end
+
+
+def test_a_flag_or_value_that_megatron_has_is_megatron_s():
+    argv = ["--fix-router", "--moe-router-score-function", "sqrtsoftplus", "--seq-aux"]
+    known = {"--fix-router": None, "--moe-router-score-function": ["softmax", "sqrtsoftplus"], "--seq-aux": None}
+    assert translate(argv, known) == ((), tuple(argv))
+
+
+def test_flags_that_change_nothing_share_one_line_and_translations_another(parser):
+    flags = "--use-mc2 --reuse-fp32-param --use-mc2 --moe-intermediate-size 96 --jit-compile"
+    assert notes(examine(flags.split(), parser).findings) == [
+        "flags of MindSpeed's that change no result have no effect: --use-mc2, --reuse-fp32-param, --jit-compile.",
+        "flags of MindSpeed's are taken as Megatron's: --moe-intermediate-size 96 as --moe-ffn-hidden-size 96.",
+    ]
+
+
+def test_flags_are_split_as_argparse_splits_them():
+    argv = ["a", "--n", "-1", "-.5", "--list", "x", "y", "--n=3", "--new", "--text", "-a b", "--", "--n"]
+    assert split_flags(argv, {"--n", "--list", "--text"}) == [
+        Given("", ("a",), ("a",)),
+        Given("--n", ("-1", "-.5"), ("--n", "-1", "-.5")),
+        Given("--list", ("x", "y"), ("--list", "x", "y")),
+        Given("--n", ("3",), ("--n=3",)),
+        Given("--new", (), ("--new",)),
+        Given("--text", ("-a b", "--", "--n"), ("--text", "-a b", "--", "--n")),
+    ]
+
+
+def test_no_flag_has_two_records():
+    names = [record.name for section in SECTIONS.values() for record in section]
+    assert len(names) == len(set(names))
+
+
+def test_unpatched_megatron_has_two_of_these_flags_at_most(megatron_arguments):
+    unpatched = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    assert {*FLAGS} & {*unpatched._option_string_actions} <= {"--use-flash-attn"}
