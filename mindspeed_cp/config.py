@@ -1,5 +1,6 @@
 """The configuration of context parallelism: what the flags say, checked once."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -70,8 +71,8 @@ class ContextParallelConfig:
     attention_mask_type: MaskType = field(
         default="causal",
         metadata={
-            "help": "causal: each token sees itself and what came before. general: the mask that the batch carries, or "
-            "full attention where it carries none."
+            "help": "causal: each token sees itself and what came before. general: the mask that the batch carries; "
+            "where it carries none, what the layer's own mask type says, which is causal in a GPT."
         },
     )
     megatron_cp_in_bnsd: bool = field(
@@ -177,21 +178,19 @@ class ContextParallelConfig:
         num_attention_heads: int,
         num_query_groups: int | None = None,
         tensor_model_parallel_size: int = 1,
+        sequence_parallel: bool = False,
         seq_length: int | None = None,
     ) -> None:
         """Raise ConfigurationError unless a model of this shape can be split as configured.
 
         num_query_groups: number of K/V heads, where it is not the number of attention heads.
+        sequence_parallel: whether the tensor-parallel ranks split each rank's tokens among themselves.
         seq_length: tokens of a whole sequence, where it is known beforehand.
         """
         if self.context_parallel_size == 1:
             return
-        if seq_length is not None and seq_length % self.layout.num_chunks:
-            raise ConfigurationError(
-                f"--seq-length {seq_length} is not a multiple of 2 * --context-parallel-size "
-                f"{self.context_parallel_size} = {self.layout.num_chunks}; "
-                f"use {seq_length // self.layout.num_chunks * self.layout.num_chunks or self.layout.num_chunks}."
-            )
+        if seq_length is not None:
+            self._check_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
         degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
         heads = {"--num-attention-heads": num_attention_heads}
         if num_query_groups is not None:
@@ -203,6 +202,23 @@ class ContextParallelConfig:
                     f"--tensor-model-parallel-size {tensor_parallel}; "
                     f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
                 )
+
+    def _check_length(self, seq_length: int, tensor_parallel: int) -> None:
+        """tensor_parallel: ranks that split each rank's tokens."""
+        size, per_rank = self.context_parallel_size, math.lcm(2, tensor_parallel)
+        unit = size * per_rank
+        if seq_length % unit == 0:
+            return
+        if per_rank == 2:
+            rule = f"2 * --context-parallel-size {size} = {unit}"
+        else:
+            rule = (
+                f"--context-parallel-size {size} * lcm(2, --tensor-model-parallel-size {tensor_parallel}) = {unit}, "
+                f"which --sequence-parallel needs"
+            )
+        below = seq_length // unit * unit
+        lengths = or_list(length for length in (below, below + unit) if length)
+        raise ConfigurationError(f"--seq-length {seq_length} is not a multiple of {rule}; use {lengths}.")
 
     @property
     def _degree_flag(self) -> str:

@@ -19,6 +19,7 @@ from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
+from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
@@ -98,6 +99,7 @@ registry = PatchRegistry(
         *attention_patches(plugin),
         *latent_attention_patches(),
         *loss_patches(plugin),
+        *micro_batch_patches(plugin),
         *document_patches(plugin),
         *torch_norm_patches(),
         *dataset_helper_patches(),

@@ -244,13 +244,20 @@ def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
     Raises TypeError, like the call itself, when they do not fit.
     """
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    signature = _signature(function)
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     named = dict(bound.arguments)
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name)
     return named
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Read once: every layer binds to it in every micro-batch, and reading takes longer than binding."""
+    return inspect.signature(function)
 
 
 def _apply(patch: Patch) -> _Applied:

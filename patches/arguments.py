@@ -7,9 +7,10 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaul
 from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import difference_notes, unsupported
+from mindspeed_cp.patches.unsupported import (
+    difference_notes,
+    refuse_lost_masks,
+    refuse_unloadable_optimizer,
+    unsupported,
+)
 from mindspeed_cp.patching import Patch, bind_by_name
 
 ARGUMENTS = "megatron.training.arguments"
@@ -36,11 +42,13 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
 
     use_cpu: called when the arguments ask for training on the CPU.
     """
+    defaults: dict[str, object] = {}  # Of Megatron's parser, which the messages about values that nobody gave name.
 
     def wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
             parser = original(*args, **kwargs)
+            defaults.update(_defaults_of(parser))
             try:
                 add_context_parallel_arguments(parser)
             except ConfigurationError as error:
@@ -55,16 +63,21 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
             try:
-                config = config_from_arguments(args)
+                config = config_from_arguments(args, defaults)
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
             result = original(args, *rest, **kwargs)
+            try:
+                refuse_lost_masks(args, config)
+                refuse_unloadable_optimizer(args, config)
+            except ConfigurationError as error:
+                _exit_with(error)
             plugin.config = config
             plugin.document_length = _document_length(args)
             if int(os.environ.get("RANK", "0")) == 0:
-                for sentence in notes_on_arguments(args, config):
+                for sentence in notes_on_arguments(args, config, defaults):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -155,7 +168,7 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
     found = examine(argv, parser, ignore_unknown=ignore_unknown)
     if found.blockers:
         # Rules alone are left to validate_args, which knows what a checkpoint says.
-        beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")))
+        beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser))
         _exit_with(ConfigurationError(describe([*found.blockers, *beside])))
     if int(os.environ.get("RANK", "0")) == 0:
         for sentence in (*notes(found.findings), *note_on_defaults(parser, argv)):
@@ -171,22 +184,31 @@ def examine_command_line(
     parser: Megatron's, patched, with all flags added. num_ranks: ranks that it is to run on, where that is known.
     """
     found = examine(argv, parser)
-    return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks)))
+    return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks, _defaults_of(parser))))
 
 
 def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """What the first rank would say of `argv` when it starts, beside what is said of MindSpeed's flags."""
-    said = note_on_defaults(parser, argv)
-    config = None if found.args is None else _examine_arguments(found.args)[0]
-    return said if config is None or found.args is None else [*said, *notes_on_arguments(found.args, config)]
+    said, defaults = note_on_defaults(parser, argv), _defaults_of(parser)
+    config = None if found.args is None else _examine_arguments(found.args, defaults)[0]
+    if config is None or found.args is None:
+        return said
+    return [*said, *notes_on_arguments(found.args, config, defaults)]
 
 
-def _rules_broken(args: argparse.Namespace | None, num_ranks: int | None) -> list[Blocker]:
+def _defaults_of(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """What the parser takes for options that nobody gives."""
+    return {action.dest: parser.get_default(action.dest) for action in parser._actions}
+
+
+def _rules_broken(
+    args: argparse.Namespace | None, num_ranks: int | None, defaults: Mapping[str, object]
+) -> list[Blocker]:
     """The rules that parsed arguments break; none where there are none, or others may take their place later."""
     if args is None or args.yaml_cfg is not None or args.use_checkpoint_args:
         return []
     args.world_size = num_ranks
-    _, blockers = _examine_arguments(args)
+    _, blockers = _examine_arguments(args, defaults)
     return blockers
 
 
@@ -252,18 +274,24 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     return {**shared, "type": int}
 
 
-def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:
+def config_from_arguments(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+) -> ContextParallelConfig:
     """The configuration that parsed arguments describe.
+
+    defaults: see unsupported.
 
     Raises ConfigurationError with all rules that they break.
     """
-    config, blockers = _examine_arguments(args)
+    config, blockers = _examine_arguments(args, defaults)
     raise_for(blockers)
     assert config is not None, "there is a configuration, or a rule that it breaks"
     return config
 
 
-def _examine_arguments(args: argparse.Namespace) -> tuple[ContextParallelConfig | None, list[Blocker]]:
+def _examine_arguments(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+) -> tuple[ContextParallelConfig | None, list[Blocker]]:
     """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form."""
     values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
@@ -276,9 +304,9 @@ def _examine_arguments(args: argparse.Namespace) -> tuple[ContextParallelConfig 
     try:
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
-        return None, [Blocker.from_error(error), *unsupported(args, args.context_parallel_size), *of_ranks]
+        return None, [Blocker.from_error(error), *unsupported(args, args.context_parallel_size, defaults), *of_ranks]
     of_model = found_by(lambda: _check_model(args, config), lambda: check_kernels(args, config))
-    return config, [*unsupported(args, config.context_parallel_size), *of_model, *of_ranks]
+    return config, [*unsupported(args, config.context_parallel_size, defaults), *of_model, *of_ranks]
 
 
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
@@ -288,17 +316,21 @@ def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> Non
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        seq_length=args.seq_length,
+        sequence_parallel=args.sequence_parallel,
+        # Two names of one thing, of which one is given.
+        seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
     )
 
 
-def notes_on_arguments(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+def notes_on_arguments(
+    args: argparse.Namespace, config: ContextParallelConfig, defaults: Mapping[str, object]
+) -> list[str]:
     """A sentence for each flag that has no effect, or another one than with one rank, and for slow kernels."""
     return [
         *config.ineffective_flags(),
         *_ineffective_megatron_flags(args, config),
         *_ineffective_document_flags(args),
-        *difference_notes(args, config),
+        *difference_notes(args, config, defaults),
         *kernel_notes(args, config),
     ]
 
@@ -356,7 +388,10 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     tokens = args.seq_length // config.topology.ring_size
-    masks = {"causal": (MaskKind.TRIANGLE, MaskKind.NONE), "general": (MaskKind.NONE, MaskKind.ARBITRARY)}
+    masks = {
+        "causal": (MaskKind.TRIANGLE, MaskKind.NONE),
+        "general": (MaskKind.TRIANGLE, MaskKind.NONE, MaskKind.ARBITRARY),
+    }
     return [
         BlockCase(
             device_type=device,

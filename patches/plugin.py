@@ -1,6 +1,8 @@
 """What the patches of one plugin share: the configuration in force and the groups built for it."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,6 +23,7 @@ class Plugin:
     config: ContextParallelConfig | None = None
     groups: ContextParallelGroups | None = None
     document_length: int | None = None
+    _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups of the configured topology over Megatron's context-parallel group."""
@@ -29,18 +32,24 @@ class Plugin:
 
     def drop_groups(self) -> None:
         """Destroy the groups; Megatron is about to forget the ranks that they were built over."""
-        if self.groups is not None:
-            self.groups.destroy()
+        for groups in (self.groups, *self._over_others.values()):
+            if groups is not None:
+                groups.destroy()
         self.groups = None
+        self._over_others.clear()
 
     def reason_to_stay(self) -> str | None:
         """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""
-        if self.groups is None:
+        if self.groups is None and not self._over_others:
             return None
         return "training is under way on context-parallel groups; call parallel_state.destroy_model_parallel() first."
 
     def groups_over(self, context_parallel: dist.ProcessGroup) -> ContextParallelGroups:
-        """The groups over this context-parallel group: the plugin's own, or new ones for a group of the caller's."""
+        """The groups over this context-parallel group: Megatron's own, or one of the caller's.
+
+        Over a group of the caller's they are built once, as ContextParallelGroups.build says, for its first layer: from
+        then on ranks may differ in how many layers they have.
+        """
         if self.groups is not None and self.groups.context_parallel is context_parallel:
             return self.groups
         if self.config is None:
@@ -48,11 +57,27 @@ class Plugin:
                 "mindspeed_cp is not configured: its flags were not parsed; call "
                 "mindspeed_cp.megatron_adaptor.configure(...) before initialize_model_parallel."
             )
-        return self._build(self.config, context_parallel)
+        if context_parallel not in self._over_others:
+            self._over_others[context_parallel] = self._build(self.config, context_parallel)
+        return self._over_others[context_parallel]
+
+    @contextmanager
+    def one_micro_batch(self) -> Iterator[None]:
+        """Within it, ranks agree once on what all layers of one micro-batch are given; see Note [Agreement]."""
+        with ExitStack() as stack:
+            for groups in (self.groups, *self._over_others.values()):
+                if groups is not None:
+                    stack.enter_context(groups.agreement.once())
+            yield
 
     def _build(
         self, config: ContextParallelConfig, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None
     ) -> ContextParallelGroups:
         return ContextParallelGroups.build(
-            config.topology, context_parallel, overlap=config.use_cp_send_recv_overlap, timeout=timeout
+            config.topology,
+            context_parallel,
+            overlap=config.use_cp_send_recv_overlap,
+            # So that ranks agree without waiting for the accelerator.
+            host_group=True,
+            timeout=timeout,
         )

@@ -1,10 +1,12 @@
 """Options of Megatron's that context parallelism cannot honour, refused by name, or honours within each rank."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from mindspeed_cp.config import ContextParallelConfig, flag
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.patches.blockers import Blocker, raise_for
 
 
@@ -24,13 +26,19 @@ def _is_set(value: Any) -> bool:
     return bool(value)
 
 
-def _spell(option: str, value: Any) -> str:
-    """The option and its value as on the command line."""
+def _is_given(value: Any) -> bool:
+    return value is not None
+
+
+def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The option and its value as on the command line, and whether it is what Megatron takes if nobody gives one."""
     if value is True:
         return flag(option)
-    return f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    spelled = f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return f"{spelled} (Megatron's default)" if value == defaults.get(option) else spelled
 
 
+_MASK_IS_MADE = "create_attention_mask_in_dataloader"
 _PACKED = "packed sequences are not available yet"
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
@@ -89,15 +97,15 @@ class _Difference(NamedTuple):
 
 
 _OWN_DRAWS = "each rank draws the random numbers of its own tokens"
+_OWN_DROPS = "each rank drops tokens among its own, as data-parallel ranks do"
 
 _DIFFERENCES = (
     _Difference("hidden_dropout", _is_set, _OWN_DRAWS),
     _Difference("moe_input_jitter_eps", _is_set, _OWN_DRAWS),
-    _Difference(
-        "moe_expert_capacity_factor",
-        lambda factor: factor is not None,
-        "each rank drops tokens among its own, as data-parallel ranks do",
-    ),
+    _Difference("moe_router_force_load_balancing", _is_set, _OWN_DRAWS),
+    _Difference("moe_router_force_biased", _is_given, _OWN_DRAWS),
+    _Difference("moe_expert_capacity_factor", _is_given, _OWN_DROPS),
+    _Difference("moe_expert_rank_capacity_factor", _is_given, _OWN_DROPS),
     _Difference(
         "moe_router_load_balancing_type",
         lambda kinds: "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds),
@@ -106,24 +114,27 @@ _DIFFERENCES = (
 )
 
 
-def difference_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+def difference_notes(
+    args: argparse.Namespace, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
+) -> list[str]:
     """A sentence for each option that is set and makes the losses others than those of CP = 1.
 
-    args: Megatron's parsed arguments.
+    args: Megatron's parsed arguments; what this release lacks is not set. defaults: see refuse_unsupported.
     """
     if config.context_parallel_size == 1:
         return []
     return [
-        f"{_spell(option, value)}: {reason}, so the losses are not those of --context-parallel-size 1."
+        f"{_spell(option, value, defaults)}: {reason}, so the losses are not those of --context-parallel-size 1."
         for option, differs, reason in _DIFFERENCES
-        if differs(value := getattr(args, option))
+        if hasattr(args, option) and differs(value := getattr(args, option))
     ]
 
 
-def unsupported(options: Any, size: int) -> list[Blocker]:
+def unsupported(options: Any, size: int, defaults: Mapping[str, object] = MappingProxyType({})) -> list[Blocker]:
     """All options that are set and cannot be honoured with this context-parallel size.
 
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
+    defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
     """
     if size == 1:
         return []
@@ -131,8 +142,14 @@ def unsupported(options: Any, size: int) -> list[Blocker]:
     for option, refused, reason, way_out in _REFUSALS:
         value = getattr(options, option, None)
         if refused(value):
-            sentence = f"{_spell(option, value)} with --context-parallel-size {size}: {reason}; {way_out}."
+            sentence = f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
             blockers.append(Blocker(flag(option), sentence))
+    if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
+        sentence = (
+            f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "
+            f"no mask is made, so documents would see each other; leave out one of the two."
+        )
+        blockers.append(Blocker("--reset-attention-mask", sentence))
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
@@ -146,6 +163,58 @@ def unsupported(options: Any, size: int) -> list[Blocker]:
     return blockers
 
 
-def refuse_unsupported(options: Any, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError with all options that are set and cannot be honoured with `config`."""
-    raise_for(unsupported(options, config.context_parallel_size))
+def refuse_unsupported(
+    options: Any, config: ContextParallelConfig, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Raise ConfigurationError with all options that are set and cannot be honoured with `config`.
+
+    options, defaults: see unsupported.
+    """
+    raise_for(unsupported(options, config.context_parallel_size, defaults))
+
+
+def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where documents are to be masked from each other, and some layers would get no mask.
+
+    Megatron itself goes on with causal attention there, also at CP = 1.
+
+    args: Megatron's arguments after validate_args, which says how many virtual stages there are.
+    """
+    size = config.context_parallel_size
+    # get_batch of pretrain_gpt.py, in all releases: the first and the last stage have a batch, and those that predict
+    # further tokens, which are the last.
+    stages = args.pipeline_model_parallel_size * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
+    if size > 1 and args.reset_attention_mask and stages > 2:
+        raise ConfigurationError(
+            f"--reset-attention-mask with --context-parallel-size {size} and {stages} pipeline stages, virtual ones "
+            f"included: Megatron gives the batch's mask to the first and the last alone, so documents would see each "
+            f"other in the rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
+        )
+
+
+def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where the distributed optimizer's state is to be loaded, and Adam is torch's.
+
+    DistributedOptimizer looks for the number of steps where apex has it, and ends in a bare AssertionError (torch_dist)
+    or KeyError (torch), at CP = 1 too.
+
+    args: Megatron's arguments after validate_args, which may leave the state out.
+    """
+    if config.context_parallel_size == 1 or not args.use_distributed_optimizer or args.load is None:
+        return
+    if args.no_load_optim or args.finetune or not _holds_training_state(Path(args.load)):
+        return
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if not HAVE_APEX_OR_TE:
+        raise ConfigurationError(
+            f"--use-distributed-optimizer with --load {args.load} and --context-parallel-size "
+            f"{config.context_parallel_size}: Megatron loads its state into TransformerEngine's or apex's Adam alone, "
+            f"at CP = 1 too, and neither is installed; install one, or start Adam anew with --no-load-optim."
+        )
+
+
+def _holds_training_state(folder: Path) -> bool:
+    """Whether there is a checkpoint of a training run, and not of weights alone."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    return tracker.is_file() and tracker.read_text().strip().isdigit()

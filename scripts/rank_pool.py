@@ -5,6 +5,7 @@ A function travels by name, so it must live in a module that a fresh process can
 results travel by value.
 """
 
+import contextlib
 import faulthandler
 import functools
 import multiprocessing
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-START_TIMEOUT_S = 120.0
+LIMIT_S = 240.0
+"""How long ranks may take: a limit for those that hang, far above what a slow and busy machine needs."""
 GRACE_S = 2.0
-"""How long the other ranks may still answer once one has failed; mostly they wait for it in a collective."""
+"""How long the other ranks may idle once one has failed; mostly they wait for it in a collective."""
 
 
 class RankFailure(AssertionError):
@@ -36,36 +38,66 @@ class _Answer(NamedTuple):
     value: Any
 
 
+class _Idleness:
+    """For how long none of some processes has computed anything.
+
+    On a busy machine a rank gets little done in a second, and one that hangs nothing.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+        self._used, self._since = self._cpu_time(), time.monotonic()
+
+    def seconds(self) -> float:
+        """Up to now."""
+        used = self._cpu_time()
+        if used != self._used:
+            self._used, self._since = used, time.monotonic()
+        return time.monotonic() - self._since
+
+    def _cpu_time(self) -> list[str]:
+        """User and system time of each process; empty where the system does not tell, and only the clock counts."""
+        times: list[str] = []
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                times += Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return times
+
+
 class RankPool:
     """`size` processes of one thread each, started by the first call, and anew by the first after a failure.
+
+    All of them at once, for they join one another; where each joins `alone`, only those that a call needs.
 
     preload: modules that one server imports before it forks the ranks. It must have no threads then.
     join: called in each process as `join(rank, folder)` before anything else, with a folder that all ranks share.
     """
 
-    def __init__(self, size: int, preload: Sequence[str], join: Callable[[int, str], None]) -> None:
-        self.size = size
+    def __init__(
+        self, size: int, preload: Sequence[str], join: Callable[[int, str], None], *, alone: bool = False
+    ) -> None:
+        self.size, self._alone = size, alone
         self._preload, self._join = list(preload), join
-        self._processes: list[BaseProcess] = []
-        self._connections: list[Connection] = []
+        self._processes: dict[int, BaseProcess] = {}
+        self._connections: dict[int, Connection] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def call(self, ranks: Sequence[int], timeout_s: float, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(*args)` returns on each of `ranks`, which run it at the same time.
 
-        Raises RankFailure when a rank raises, dies or does not answer within `timeout_s`. The ranks are then ended, as
-        messages may be left between them.
+        Raises RankFailure when a rank raises, dies or does not answer within `timeout_s`. Its ranks are then ended,
+        as messages may be left between them.
         """
         __tracebackhide__ = True
         message = pickle.dumps((function, args))
+        needed = ranks if self._alone else range(self.size)
         try:
-            if not self._processes:
-                self._start()
+            self._start([rank for rank in needed if rank not in self._processes])
             for rank in ranks:
                 self._connections[rank].send_bytes(message)
             return self._results(ranks, timeout_s)
         except BaseException:
-            self._kill()
+            self._kill(needed)
             raise
 
     @property
@@ -75,24 +107,23 @@ class RankPool:
 
     def close(self) -> None:
         """End the ranks: each leaves when its connection closes; one that does not is killed."""
-        for connection in self._connections:
+        for connection in self._connections.values():
             connection.close()
-        for process in self._processes:
+        for process in self._processes.values():
             process.join(timeout=5.0)
-        self._kill()
+        self._kill(range(self.size))
 
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
+    def _start(self, ranks: Sequence[int]) -> None:
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rank_pool_")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self._preload)
-        for rank in range(self.size):
+        for rank in ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs))
             process.start()
             theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-        self._results(range(self.size), START_TIMEOUT_S)
+            self._processes[rank], self._connections[rank] = process, ours
+        self._results(ranks, LIMIT_S)
 
     def _results(self, ranks: Sequence[int], timeout_s: float) -> list[Any]:
         __tracebackhide__ = True
@@ -107,16 +138,18 @@ class RankPool:
         waiting = {self._connections[rank]: rank for rank in ranks}
         start = time.monotonic()
         deadline = start + timeout_s
-        while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
-            for connection in ready:
+        idle: _Idleness | None = None  # Of the others, once one has failed.
+        while waiting and time.monotonic() < deadline and (idle is None or idle.seconds() < GRACE_S):
+            patience = 0.2 if idle else max(0.0, deadline - time.monotonic())
+            for connection in wait(list(waiting), timeout=patience):
                 rank = waiting.pop(connection)
                 try:
                     answers[rank] = _Answer(*pickle.loads(connection.recv_bytes()))
                 except (EOFError, ConnectionResetError):
-                    self._processes[rank].join(timeout=GRACE_S)
+                    self._processes[rank].join(timeout=LIMIT_S)
                     answers[rank] = _Answer(False, f"died with exit code {self._processes[rank].exitcode}")
                 if not answers[rank].succeeded:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    idle = idle or _Idleness([self._pid(other) for other in waiting.values()])
         elapsed = time.monotonic() - start
         for rank in waiting.values():
             answers[rank] = _Answer(False, f"had not answered after {elapsed:.0f} s, and was at\n{self._stack(rank)}")
@@ -125,21 +158,30 @@ class RankPool:
     def _stack(self, rank: int) -> str:
         """Where `rank` is at this moment."""
         assert self._folder is not None
+        file = _stack_file(self._folder.name, rank)
+        os.kill(self._pid(rank), signal.SIGUSR1)
+        stack, deadline = "", time.monotonic() + 20.0
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            if (written := file.read_text()) and written == stack:
+                break
+            stack = written
+        return stack
+
+    def _pid(self, rank: int) -> int:
         pid = self._processes[rank].pid
         assert pid is not None
-        os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return _stack_file(self._folder.name, rank).read_text()
+        return pid
 
-    def _kill(self) -> None:
-        for process in self._processes:
+    def _kill(self, ranks: Sequence[int]) -> None:
+        for rank in set(ranks) & set(self._processes):
+            process = self._processes.pop(rank)
             process.kill()
             process.join()
-        for connection in self._connections:
-            connection.close()
-        if self._folder is not None:
+            self._connections.pop(rank).close()
+        if self._folder is not None and not self._processes:
             self._folder.cleanup()
-        self._processes, self._connections, self._folder = [], [], None
+            self._folder = None
 
 
 def _stack_file(folder: str, rank: int) -> Path:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Check the style and run the tests; makes the environment if it is not there.
 #
-#   bash scripts/test.sh                     # what everyone runs before a commit: under 10 minutes on 2 cores
+#   bash scripts/test.sh                     # what everyone runs before a commit: under 4 minutes on 2 cores
 #   bash scripts/test.sh --all               # the slow tests too
 #   bash scripts/test.sh -k ulysses -x       # other arguments go to pytest
+#   bash scripts/test.sh -n 0 --pdb          # in one process, as a debugger needs it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$repository"
@@ -20,4 +21,7 @@ done
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m mypy
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${pytest_arguments[@]}"
+# Unit and system tests side by side: most tests are one process, and the ranks of others wait for each other. More than
+# four workers would import torch more often than they gain.
+workers=(-n auto --maxprocesses 4 --dist loadgroup)
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${workers[@]}" "${pytest_arguments[@]}"

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ class Attention(Protocol):
         Returns [B, N, S, V] in the dtype of q, differentiable in q, k and v; 0 in rows that see no key.
         """
         ...
+
+
+class PreparedCall(NamedTuple):
+    """Arguments of a call in order: one dtype, shapes that fit, and a factor above 0 with the same scores."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    visible: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -81,25 +91,39 @@ class ContextParallelAttention:
             return enter(q, k, v, scale, visible)
         return self._enter(q, k, v, scale, visible)
 
-    def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
-        refusal, case = None, "a call that is refused"
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | Tensor | None = None, visible: Tensor | None = None
+    ) -> PreparedCall:
+        """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does."""
+        words, refusal, factor = "", None, 1.0
         try:
             q, k, v = in_one_dtype(q, k, v)
             self.check(q, k, v)
             self._check_mask(q, visible)
-            scale = number(scale, q)
-            case = f"{_words(q, k, v, scale, visible)}; {self._setup}"
+            factor = number(scale, q)
+            words = f"{_words(q, k, v, factor, visible)}; {self._setup}"
         except ValueError as error:
             refusal = str(error)
         if self.agreement is not None:
-            self.agreement.reach(case, refusal=refusal, device=getattr(q, "device", None))
+            self.agreement.reach(words, refusal=refusal, device=q.device)
         elif refusal is not None:
             raise ValueError(refusal)
-        assert isinstance(scale, float)
-        if not q.numel() or not v.numel():
-            return _empty(q, k, v)
-        queries = _positively_scaled(q, scale)
-        return self.attention(queries.tensor, k, v, scale=queries.scale, visible=visible)
+        # Fused kernels take a factor above 0 for granted.
+        if factor < 0:
+            return PreparedCall(-q, k, v, -factor, visible)
+        return PreparedCall(q, k, v, factor, visible) if factor else PreparedCall(q * 0.0, k, v, 1.0, visible)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise ValueError on every rank: the caller cannot make this call here, and the others would wait for it."""
+        if self.agreement is not None:
+            self.agreement.reach("", refusal=reason)
+        raise ValueError(reason)
+
+    def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
+        call = self.prepare(q, k, v, scale=scale, visible=visible)
+        if not call.q.numel():
+            return _empty(call.q, call.k, call.v)
+        return self.attention(call.q, call.k, call.v, scale=call.scale, visible=call.visible)
 
     def _check_mask(self, q: Tensor, visible: Tensor | None) -> None:
         if visible is None:
@@ -157,6 +181,8 @@ def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
             f"a mask of {tuple(visible.shape)} is not one for this rank's {rows} queries over the {keys} keys of "
             f"{num_ranks} ranks, q being {tuple(q.shape)}; {needed}."
         )
+    if visible.device != q.device:
+        raise ValueError(f"a mask is on {visible.device} and q on {q.device}; move it, visible.to(q.device).")
     if visible.dtype != torch.bool:
         raise ValueError(
             f"a mask is boolean, True where a query sees a key, and this one is {visible.dtype}; "
@@ -185,20 +211,6 @@ def number(scale: float | Tensor | None, q: Tensor) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale is {value}; give a finite number, or None for 1 / sqrt({q.size(-1)}).")
     return value
-
-
-class _Queries(NamedTuple):
-    """Queries and the factor, above 0, on their scores."""
-
-    tensor: Tensor
-    scale: float
-
-
-def _positively_scaled(q: Tensor, scale: float) -> _Queries:
-    """The same scores with a factor above 0, which fused kernels take for granted: the sign is put on the queries."""
-    if scale > 0:
-        return _Queries(q, scale)
-    return _Queries(-q, -scale) if scale < 0 else _Queries(q * 0.0, 1.0)
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.call import default_scale
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, BlockMask, BlockOutput, KernelRegistry, MaskKind
-from mindspeed_cp.kernels.precision import autocast_off
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: BlockKernel, scale: float
     ) -> Tensor:
-        with autocast_off(q.device.type):
-            output = kernel.forward(q, k, v, mask, scale)
+        output = kernel.forward(q, k, v, mask, scale)
         ctx.save_for_backward(q, k, v, mask.visible, output.out, output.lse, *output.state)
         ctx.mask_kind, ctx.kernel, ctx.scale = mask.kind, kernel, scale
         return output.out
@@ -68,6 +66,5 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, visible, out, lse, *state = ctx.saved_tensors
         output = BlockOutput(out, lse, tuple(state))
         mask = BlockMask(ctx.mask_kind, visible)
-        with autocast_off(q.device.type):
-            grads = ctx.kernel.backward(grad_outputs[0], q, k, v, output, mask, ctx.scale)
+        grads = ctx.kernel.backward(grad_outputs[0], q, k, v, output, mask, ctx.scale)
         return *grads, None, None, None

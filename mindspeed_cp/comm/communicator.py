@@ -9,14 +9,20 @@ from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
 
+# The name since torch 2.13, which warns at each call by the earlier one.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Transfer(Protocol):
     """An exchange under way."""
 
     def wait(self) -> None:
-        """Return when what was to be received is there, and what was sent may be overwritten.
+        """Return when what was to be received may be read, and what was sent may be overwritten.
 
-        Raises RuntimeError where a peer is gone or does not answer within the group's timeout.
+        With gloo the host waits, and RuntimeError says that a peer is gone or does not answer within the group's
+        timeout. With NCCL and HCCL only the current stream waits: their watchdog finds a lost peer later, and ends the
+        process. TORCH_NCCL_BLOCKING_WAIT=1 (NPU: TORCH_HCCL_BLOCKING_WAIT=1, older builds HCCL_BLOCKING_WAIT=1), set
+        before the groups are made, has the host wait and raise as with gloo, so that no overlap is left.
         """
         ...
 
@@ -104,7 +110,7 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        dist.all_gather_into_tensor(received.view(-1), send.view(-1), group=self.group)
+        _all_gather_single(received.view(-1), send.view(-1), group=self.group)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
         return received
 

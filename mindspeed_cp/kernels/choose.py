@@ -13,6 +13,7 @@ from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKer
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.merge import MergeKernel, TorchMerge
 from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
+from mindspeed_cp.kernels.precision import OutsideAutocast
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge
@@ -29,11 +30,11 @@ class KernelRegistry:
     """Kernels to choose from.
 
     kernels: in order of preference.
-    first_on: names of kernels that go before all others on GPUs of a major compute capability, in their order.
+    first_on: names of kernels that go before all others on GPUs of a compute capability, in their order.
     """
 
     kernels: tuple[BlockKernel, ...]
-    first_on: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    first_on: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
     # A ring asks again for every block of every layer. Some kernels refuse where torch is to be deterministic.
     _chosen: dict[tuple[BlockCase, bool], BlockKernel] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -47,7 +48,8 @@ class KernelRegistry:
     def choose(self, case: BlockCase) -> BlockKernel:
         """The first kernel that can compute `case`; the log says, once for each case, why it is that one.
 
-        Raises NotImplementedError with every kernel's reasons when none can.
+        It gives under torch.autocast what it gives without. Raises NotImplementedError with every kernel's reasons when
+        none can.
         """
         key = (case, torch.are_deterministic_algorithms_enabled())
         if key not in self._chosen:
@@ -55,7 +57,7 @@ class KernelRegistry:
             if kernel is None:
                 raise NotImplementedError(self.explain(case))
             _LOGGER.info(self.explain(case))
-            self._chosen[key] = kernel
+            self._chosen[key] = OutsideAutocast(kernel)
         return self._chosen[key]
 
     def explain(self, case: BlockCase) -> str:
@@ -78,7 +80,7 @@ class KernelRegistry:
         return KernelRegistry(tuple(BnsdKernel(kernel) for kernel in self.kernels), self.first_on)
 
     def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
-        first = self.first_on.get(case.compute_capability[0], ()) if case.compute_capability else ()
+        first = self.first_on.get(case.compute_capability, ()) if case.compute_capability else ()
         order = sorted(
             self.kernels, key=lambda kernel: first.index(kernel.name) if kernel.name in first else len(first)
         )
@@ -122,11 +124,13 @@ KERNELS = KernelRegistry(
         CpuFlashKernel(),
         ReferenceKernel(),
     ),
-    first_on={9: ("cuda_cudnn", "flash_attn_3"), 10: ("cuda_cudnn",)},
+    first_on={(9, 0): ("cuda_cudnn", "flash_attn_3"), (10, 0): ("cuda_cudnn",), (10, 3): ("cuda_cudnn",)},
 )
 """All kernels. The reference comes last: it computes everything, and holds all scores of a block.
 
-FlashAttention 2 goes before cuDNN on Ampere, and after it on Hopper and Blackwell: that is torch's own order (its
-sdp_utils.cpp, check_prefer_cudnn_attention), and the PyTorch 2.5 release blog measures cuDNN to be up to 75 % faster on
-H100. FlashAttention 3, built for Hopper, comes next there: 1.5 to 2 times as fast as 2 (arXiv:2407.08608).
+cuDNN goes before FlashAttention 2 where torch's own scaled_dot_product_attention has it first in builds for CUDA 12 and
+for CUDA 13 alike: on compute capabilities 9.0, 10.0 and 10.3, with cuDNN above 9.15.0 (check_prefer_cudnn_attention in
+its transformers/cuda/sdp_utils.cpp). Releases that had it first with older ones took that back, see CudnnKernel. The
+PyTorch 2.5 release blog measures it to be up to 75 % faster than FlashAttention 2 on H100. FlashAttention 3, built for
+Hopper, comes next there: 1.5 to 2 times as fast as 2 (arXiv:2407.08608).
 """

@@ -13,7 +13,6 @@ not on hardware.
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor
 
 from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
@@ -22,10 +21,10 @@ from mindspeed_cp.layout import MaskKind
 _ALIGNMENT = 16
 """Bytes that the kernels read at once."""
 _CUDNN_LENGTHS = 128
+_OLDEST_CUDNN, _OLDEST_CUDNN_ON = 91501, {(10, 7): 92500}
+"""The oldest cuDNN that is used, and where it has to be a newer one. 91501 is 9.15.1."""
 _LSE_ROWS = 32
 _BIAS_COLUMNS = 16
-# Since then cuDNN's log-sum-exp is [B, N, S, 1]; before, [B, N, S]. Its backward pass wants what its forward gives.
-_CUDNN_LSE_HAS_A_LAST_DIM = Version("2.9") <= Version(Version(torch.__version__).base_version)
 
 
 class CudaFlashKernel:
@@ -77,8 +76,11 @@ class CudaFlashKernel:
 class CudnnKernel:
     """`aten::_scaled_dot_product_cudnn_attention`; takes grouped queries and another head size for values.
 
-    It computes lengths that are multiples of 128 and no others. With others the backward pass reads outside its tensors
-    before cuDNN 9.15.1 (pytorch/pytorch#169849), and releases up to 9.26 have given NaN for some of them
+    From cuDNN 9.15.1 on, as torch's own choice has it: with earlier ones training on H100 has diverged or had wrong
+    gradients (pytorch/pytorch#138522, #139298, #150700), and the backward pass reads outside its tensors
+    (pytorch/pytorch#169849). Wheels of torch 2.6 to 2.9 bring 9.1 to 9.10. Compute capability 10.7 has no plan before
+    9.25 (pytorch/pytorch#192843).
+    It computes lengths that are multiples of 128 and no others: releases up to 9.26 have given NaN for some of these
     (pytorch/pytorch#196678, NVIDIA/cudnn-frontend#1072).
     """
 
@@ -95,9 +97,8 @@ class CudnnKernel:
                 f"is used for multiples of {_CUDNN_LENGTHS} queries and keys only, not for {case.num_queries} and "
                 f"{case.num_keys}"
             )
-        version = torch.backends.cudnn.version()
-        if version is None or version < 90000:
-            reasons.append(f"needs cuDNN 9, {'which torch does not find' if version is None else f'not {version}'}")
+        if case.device_type == "cuda":
+            reasons += _cudnn_reasons(_OLDEST_CUDNN_ON.get(case.compute_capability or (0, 0), _OLDEST_CUDNN))
         if torch.are_deterministic_algorithms_enabled():
             reasons.append("is not deterministic, and torch.use_deterministic_algorithms asks for that")
         return reasons
@@ -108,7 +109,9 @@ class CudnnKernel:
         out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             fit(q), fit(k), fit(v), None, True, 0.0, causal, scale=scale
         )
-        return BlockOutput(out, lse.reshape(q.shape[:3]), tuple(random_state))
+        # The backward pass wants a log-sum-exp of as many dims as the forward gives: [B, N, S, 1] or [B, N, S].
+        as_given = lse.new_empty((0,) * lse.dim())
+        return BlockOutput(out, lse.reshape(q.shape[:3]), (*random_state, as_given))
 
     def backward(
         self,
@@ -122,14 +125,13 @@ class CudnnKernel:
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         causal = mask.kind is MaskKind.TRIANGLE
-        # The plan that cuDNN made for some strides of dout, out and lse is used again for others: the older releases'
-        # key to it has only those of q, k and v. So there is one order for all.
-        dout, out, lse = fit(dout.contiguous()), fit(output.out.contiguous()), output.lse.contiguous()
+        q = fit(q)
+        *random_state, as_given = output.state
         return BlockGradients(
             *torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                *(dout, fit(q), fit(k), fit(v), out),
-                lse.unsqueeze(-1) if _CUDNN_LSE_HAS_A_LAST_DIM else lse,
-                *output.state,
+                *(_fit_in_order_of(q, dout), q, fit(k), fit(v), _fit_in_order_of(q, output.out)),
+                output.lse.contiguous().view(*output.lse.shape, *[1] * (as_given.dim() - output.lse.dim())),
+                *random_state,
                 *(None, None, None, q.size(2), k.size(2), 0.0, causal),
                 scale=scale,
             )
@@ -222,6 +224,29 @@ def fit(x: Tensor) -> Tensor:
     step = _ALIGNMENT // x.element_size()
     dense = x.stride(-1) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:-1])
     return x if dense and x.data_ptr() % _ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _fit_in_order_of(q: Tensor, x: Tensor) -> Tensor:
+    """`x` [B, N, S, V], dense and with its dims in memory as those of q: as cuDNN's forward pass gives `out`.
+
+    Its backward pass may take that for granted: releases of torch look up the plan that they built by the strides of q,
+    k and v alone, and use it for whatever strides `out` and `dout` have. Under Megatron it is no copy.
+    """
+    outermost_first = sorted(range(4), key=q.stride, reverse=True)
+    inverse = [outermost_first.index(dim) for dim in range(4)]
+    return fit(x.permute(outermost_first).contiguous()).permute(inverse)
+
+
+def _cudnn_reasons(oldest: int) -> list[str]:
+    """Why the cuDNN that torch runs with, which need not be the one that it was built with, cannot be used."""
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return [f"torch cannot use this cuDNN: {str(error).splitlines()[0]}"]
+    needed = f"needs cuDNN {oldest // 10000}.{oldest // 100 % 100}.{oldest % 100} or newer"
+    if version is None:
+        return [f"{needed}, and torch finds none"]
+    return [f"{needed}, not the {version} that torch finds"] if version < oldest else []
 
 
 def flash_reasons(case: BlockCase) -> list[str]:

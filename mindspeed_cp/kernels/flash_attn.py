@@ -8,8 +8,10 @@ Sources: flash_attn/flash_attn_interface.py and hopper/flash_attn_interface.py o
 not on hardware.
 """
 
+import inspect
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from packaging.version import Version
@@ -22,6 +24,8 @@ from mindspeed_cp.layout import MaskKind
 _OLDEST = "2.7"
 """From this release on the functions' arguments are as they are called here."""
 _NO_WINDOW, _NO_SOFTCAP, _NO_DROPOUT, _NO_ALIBI = (-1, -1), 0.0, 0.0, None
+_SCALE_OF_FLASH_ATTN_3 = {"_flash_attn_forward": 23, "_flash_attn_backward": 15}
+"""Where `softmax_scale` stands among the arguments, from release 2.8.0 on: in 2.7.4 others are left out before it."""
 
 
 class FlashAttnKernel:
@@ -87,7 +91,10 @@ class FlashAttn3Kernel:
                 f"is not deterministic with head size {case.head_size}, and torch.use_deterministic_algorithms asks "
                 "for that"
             )
-        return reasons + _import_reasons("flash_attn_interface", case)
+        missing = _import_reasons("flash_attn_interface", case)
+        if not missing and case.device_type == "cuda":
+            missing = _flash_attn_3_reasons(import_module("flash_attn_interface"))
+        return reasons + missing
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
         """See BlockKernel.forward."""
@@ -133,6 +140,21 @@ def _import_reasons(module: str, case: BlockCase) -> list[str]:
         import_module(module)
     except ImportError as error:
         return [f"{module} cannot be imported: {error}"]
+    return []
+
+
+def _flash_attn_3_reasons(module: ModuleType) -> list[str]:
+    """Why the functions of `module` cannot be called by position as above: another argument would be the scale."""
+    for name, place in _SCALE_OF_FLASH_ATTN_3.items():
+        function = getattr(module, name, None)
+        if function is None:
+            return [f"this flash_attn_interface has no {name}"]
+        # Newer releases make a torch.library.custom_op of the function, which takes anything and hands it on.
+        arguments = list(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+        if arguments[place : place + 1] != ["softmax_scale"]:
+            return [
+                f"needs FlashAttention 3 of release 2.8.0 or newer: argument {place} of {name} is not softmax_scale"
+            ]
     return []
 
 

@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
@@ -30,13 +32,20 @@ _DEAD_BELOW = -1e38
 _COMPRESSED_SIZE = 2048
 _ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
 """Sparse modes: what a mask means."""
-_HANDLE_DEAD_ROWS = 2
-"""The inner_precise that computes rows that see no key as such."""
+_PRECISE, _HANDLE_DEAD_ROWS = 0, 2
+"""inner_precise: the second computes rows that see no key as such. 1, the default in CANN 7.0, may compute in fp16."""
+_NARROWER_VALUES_SINCE = Version("8.2rc1")
+"""The CANN since which values may have a smaller head size than keys."""
 _LARGEST_HEAD, _MOST_HEADS = 512, 256
 
 
 class NpuKernel:
-    """`torch_npu.npu_fusion_attention` and its gradient, on SBH or BNSD tensors, whichever needs no copy."""
+    """`torch_npu.npu_fusion_attention` and its gradient, on SBH or BNSD tensors, whichever needs no copy.
+
+    Values of a smaller head size than keys (multi-latent attention) go in as they are from CANN 8.2.RC1 on. Before, and
+    where torch_npu cannot say which CANN it is, they are padded with zeros: that costs copies, but is exact, while the
+    reference, the only other kernel of this device, holds all scores.
+    """
 
     name = "npu"
 
@@ -63,7 +72,7 @@ class NpuKernel:
         out, largest, total, *_ = torch_npu.npu_fusion_attention(
             *(layout.pack(x) for x in (q, k, v)), q.size(1), layout.name, scale=scale, **_mask_options(mask, q)
         )
-        out = layout.unpack(out, q.size(1))
+        out = layout.unpack(out, q.size(1), v.size(3))
         lse = _log_sum_exp(largest, total)
         if mask.visible is not None:  # Only a mask tensor can have rows that see no key.
             out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
@@ -96,7 +105,7 @@ class NpuKernel:
             scale_value=scale,
             **_mask_options(mask, q),
         )[:3]
-        return BlockGradients(*(layout.unpack(x, like.size(1)) for x, like in ((dq, q), (dk, k), (dv, v))))
+        return BlockGradients(*(layout.unpack(x, y.size(1), y.size(3)) for x, y in ((dq, q), (dk, k), (dv, v))))
 
 
 class NpuMerge:
@@ -120,14 +129,14 @@ class NpuMerge:
         """See MergeKernel.merge_."""
         import torch_npu
 
-        layout, one = _Layout("SBH"), torch.ones((*lse.shape, 8), device=lse.device)
+        layout, one = _Layout("SBH"), lse.new_ones((*lse.shape, 8))
         lowest = torch.finfo(torch.float32).min
         merged, largest, total = torch_npu.npu_ring_attention_update(
             *(layout.pack(out), _eightfold(lse.clamp_min(lowest)), one),
             *(layout.pack(block.out.to(out.dtype)), _eightfold(block.lse.clamp_min(lowest)), one),
             input_layout=layout.name,
         )
-        out.copy_(layout.unpack(merged, out.size(1)))
+        out.copy_(layout.unpack(merged, out.size(1), out.size(3)))
         lse.copy_(_log_sum_exp(largest, total))
 
 
@@ -151,31 +160,53 @@ def _eightfold(statistic: Tensor) -> Tensor:
     return statistic.unsqueeze(-1).expand(*statistic.shape, 8).contiguous()
 
 
+def _takes_narrower_values() -> bool:
+    """Whether this CANN is known to take values of a smaller head size than keys."""
+    import torch_npu
+
+    # Older builds do not have it, and CANN before 8.1.RC1 answers "". What "8.2.RC1.alpha001" can do is not said.
+    cann_version = getattr(getattr(getattr(torch_npu, "npu", None), "utils", None), "get_cann_version", None)
+    try:
+        return cann_version is not None and Version(cann_version()) >= _NARROWER_VALUES_SINCE
+    except InvalidVersion:
+        return False
+
+
 class _Layout(NamedTuple):
-    """The order in which the operator gets tensors: SBH [S, B, N * D] or BNSD."""
+    """How the operator gets tensors: in the order SBH [S, B, N * D] or BNSD, with heads of `head_size` at least."""
 
     name: str
+    head_size: int = 0
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> "_Layout":
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "_Layout":
         """BNSD where all of them lie in memory like that, else SBH, which is Megatron's own order."""
-        return cls("BNSD" if all(x.is_contiguous() for x in tensors) else "SBH")
+        as_it_is = k.size(3) == v.size(3) or _takes_narrower_values()
+        name = "BNSD" if all(x.is_contiguous() for x in (q, k, v)) else "SBH"
+        return cls(name, 0 if as_it_is else k.size(3))
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, N, S, D] for the operator; a view where the tensor lies in memory in this order."""
-        return x.contiguous() if self.name == "BNSD" else x.permute(2, 0, 1, 3).contiguous().flatten(2)
+        """[B, N, S, D] for the operator; a view where the tensor lies in memory in this order and is not padded."""
+        x = x if self.name == "BNSD" else x.permute(2, 0, 1, 3)
+        x = x if x.size(3) >= self.head_size else F.pad(x, (0, self.head_size - x.size(3)))
+        return x.contiguous() if self.name == "BNSD" else x.contiguous().flatten(2)
 
-    def unpack(self, x: Tensor, num_heads: int) -> Tensor:
-        """What `pack` gives, as [B, N, S, D] again."""
-        return x if self.name == "BNSD" else x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)
+    def unpack(self, x: Tensor, num_heads: int, head_size: int) -> Tensor:
+        """What `pack` gives, as [B, N, S, D] again, without the padding."""
+        x = x if self.name == "BNSD" else x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)
+        return x[..., :head_size]
 
 
 def _mask_options(mask: BlockMask, q: Tensor) -> dict[str, Any]:
     """Arguments that say the mask: for the operator True is masked."""
     if mask.kind is MaskKind.NONE:
-        return {"sparse_mode": _ALL_VISIBLE}
+        return {"sparse_mode": _ALL_VISIBLE, "inner_precise": _PRECISE}
     if mask.visible is None:
-        return {"sparse_mode": _LEFT_UP_CAUSAL, "atten_mask": _compressed_mask(q.device)}
+        return {
+            "sparse_mode": _LEFT_UP_CAUSAL,
+            "atten_mask": _compressed_mask(q.device),
+            "inner_precise": _PRECISE,
+        }
     masked = ~mask.visible
     if masked.dim() == 4 and masked.size(1) > 1:
         masked = masked.expand(q.size(0), -1, -1, -1)  # It takes no mask of all heads for a batch in common.

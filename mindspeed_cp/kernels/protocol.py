@@ -4,6 +4,7 @@ Shapes: B batch, N query heads, G key/value heads (G divides N), S query tokens,
 head size. Tensors are indexed in this order and may have any strides.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.layout import MaskKind
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What q, k and v may be of."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,35 @@ class BlockCase(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> "BlockCase":
-        """The case of these tensors. Raises ValueError when they do not fit together."""
+        """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
             raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V].")
-        if q.size(0) != k.size(0) or q.size(3) != k.size(3) or q.size(1) % k.size(1):
+        if q.size(0) != k.size(0) or q.size(3) != k.size(3) or not k.size(1) or q.size(1) % k.size(1):
             raise ValueError(f"{shapes}: batch and head size must agree, and K/V heads divide the query heads.")
-        if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-            raise ValueError(f"q, k and v differ in dtype or device: {[(x.dtype, x.device) for x in (q, k, v)]}.")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(
+                f"q, k and v are of dtypes {_names(x.dtype for x in (q, k, v))}: they must be of one; cast them, "
+                "k.to(q.dtype) and v.to(q.dtype) for instance."
+            )
+        if q.dtype not in DTYPES:
+            raise ValueError(
+                f"q, k and v are of dtype {_names([q.dtype])}: attention is computed in {_names(DTYPES)}; cast them, "
+                "q.to(torch.float32) for instance."
+            )
+        if not q.device == k.device == v.device:
+            raise ValueError(
+                f"q, k and v are on {q.device}, {k.device} and {v.device}: they must be on one device; move them, "
+                "k.to(q.device) and v.to(q.device) for instance."
+            )
         if mask.kind is MaskKind.TRIANGLE and q.size(2) != k.size(2):
             raise ValueError(f"{shapes}: a triangle mask needs as many keys as queries.")
         if mask.visible is not None and not _fits(mask.visible, q, k):
+            batch, num_heads, *pair = *q.shape[:3], k.size(2)
+            pairs = ", ".join(map(str, pair))
             raise ValueError(
-                f"{shapes}: a mask of {tuple(mask.visible.shape)} is neither [S, T] nor [1 or B, 1 or N, S, T]."
+                f"a mask of {tuple(mask.visible.shape)} does not fit {shapes}: it must be [S, T] = [{pairs}] or "
+                f"[1 or B, 1 or N, S, T] = [1 or {batch}, 1 or {num_heads}, {pairs}]."
             )
         return cls(
             device_type=q.device.type,
@@ -88,6 +108,10 @@ class BlockCase(NamedTuple):
             value_head_size=v.size(3),
             compute_capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
         )
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _fits(visible: Tensor, q: Tensor, k: Tensor) -> bool:
@@ -136,7 +160,11 @@ class BlockKernel(Protocol):
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
-        """Attention of q over k and v, scores multiplied by `scale` before the softmax."""
+        """Attention of q over k and v, scores multiplied by `scale` before the softmax.
+
+        scale: above 0. Fused kernels subtract the largest score before they scale, which with a negative scale is the
+        wrong end: a caller folds the sign into q.
+        """
         ...
 
     def backward(

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,9 +78,14 @@ def missing() -> tuple[str, ...]:
     reasons = []
     if find_spec("triton") is None:
         reasons.append("triton is not installed")
-    # Triton builds what launches its kernels when the first one is launched.
+    # Triton builds what launches its kernels when the first one is launched, as a module of this Python.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         reasons.append("triton needs a C compiler: gcc, clang, or what CC names")
+    # Debian's default scheme is that of packages installed locally: Triton asks for the other, where the headers are.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme)["include"]
+    if not (Path(headers) / "Python.h").is_file():
+        reasons.append(f"triton needs Python's headers, and there is no Python.h in {headers}: install python3-dev")
     return tuple(reasons)
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -168,8 +167,6 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
 
     flops_per_s: of the emulated accelerator; None is the real kernel of this machine.
     """
-    # From torch 2.13 on; its new name is not there in the oldest torch that the library runs with.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     kernel = TimedKernel(CpuFlashKernel() if flops_per_s is None else EmulatedKernel(flops_per_s))
     kernels = KernelRegistry((kernel,))
     traffic, ledger, topology = Traffic(), Ledger(), algorithm.topology

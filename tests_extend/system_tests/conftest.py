@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rank_pool import RankFailure, RankPool
-from system_tests import layer_cases, training_cases
+from rank_pool import LIMIT_S, RankFailure, RankPool
+from system_tests import layer_cases, mask_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
 
 class TrainingPool:
     """Ranks that train through Megatron again and again: importing it takes longer than a run of a toy."""
 
-    def __init__(self, size: int) -> None:
-        self._pool = RankPool(size, ["pytest", "torch"], training_cases.import_megatron)
+    def __init__(self) -> None:
+        self._pool = RankPool(8, ["pytest", "torch"], training_cases.import_megatron, alone=True)
 
     @functools.cache  # noqa: B019  (one pool for the whole session)
     def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:
@@ -38,11 +38,11 @@ class TrainingPool:
     ) -> list[training_cases.CoreLayerResult]:
         """What training_cases.attend_in_a_core_layer gives on each rank."""
         function = training_cases.attend_in_a_core_layer
-        return self._pool.call(range(ranks), 120.0, function, ranks, _free_port(), order, flags)
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), order, flags)
 
     def restore_in_mid_training(self, ranks: int) -> list[training_cases.RestoreDrill]:
         """What training_cases.restore_in_mid_training gives on each rank."""
-        return self._pool.call(range(ranks), 120.0, training_cases.restore_in_mid_training, ranks, _free_port())
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.restore_in_mid_training, ranks, _free_port())
 
     def compare_layers(
         self,
@@ -54,14 +54,19 @@ class TrainingPool:
     ) -> list[layer_cases.LayerDifference]:
         """What layer_cases.compare_layers gives on each rank."""
         args = (ranks, _free_port(), tensor_parallel, dtype, flags, sabotage)
-        return self._pool.call(range(ranks), 120.0, layer_cases.compare_layers, *args)
+        return self._pool.call(range(ranks), LIMIT_S, layer_cases.compare_layers, *args)
+
+    def compare_masks(self, ranks: int, flags: dict[str, object], mask_types: list[str]) -> list[dict[str, float]]:
+        """What mask_cases.compare_masks gives on each rank."""
+        args = (ranks, _free_port(), flags, mask_types)
+        return self._pool.call(range(ranks), LIMIT_S, mask_cases.compare_masks, *args)
 
     def close(self) -> None:
         """End the ranks."""
         self._pool.close()
 
     def _train(self, ranks: int, *case: object) -> dict[int, float]:
-        return self._pool.call(range(ranks), 300.0, training_cases.train, ranks, _free_port(), *case)[-1]
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.train, ranks, _free_port(), *case)[-1]
 
 
 def _free_port() -> int:
@@ -72,9 +77,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def training(request: pytest.FixtureRequest) -> Iterator[TrainingPool]:
-    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`. Eight of them where a slow test asks."""
-    slow = any(item.get_closest_marker("slow") for item in request.session.items)
-    pool = TrainingPool(8 if slow else 4)
+def training() -> Iterator[TrainingPool]:
+    """Ranks to train on: `training.losses(2, "--context-parallel-size 2")`."""
+    pool = TrainingPool()
     yield pool
     pool.close()

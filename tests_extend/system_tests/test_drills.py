@@ -19,6 +19,7 @@ def test_patches_stay_while_training_is_under_way_and_go_afterwards(training):
         assert drill.left == {"not applied"}
 
 
+@pytest.mark.slow
 def test_number_of_ranks_that_the_sizes_do_not_divide_is_refused_before_anything_starts(training):
     refusal = training.refusal(3, "--context-parallel-size 2")
     assert re.search(
@@ -26,6 +27,7 @@ def test_number_of_ranks_that_the_sizes_do_not_divide_is_refused_before_anything
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", ["", "--use-cp-send-recv-overlap"])
 def test_rank_killed_in_a_ring_step_ends_the_other_with_step_and_peer(training, overlap):
     failure = training.refusal(2, f"--context-parallel-size 2 {RING} {overlap}", sabotage="killed rank")
@@ -35,6 +37,7 @@ def test_rank_killed_in_a_ring_step_ends_the_other_with_step_and_peer(training, 
     assert re.search(rf"{step} .* from ring rank 1, or ", failure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [RING, "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"])
 def test_nan_among_one_rank_s_keys_ends_training_and_is_never_dropped(training, algorithm):
     # Without the flag Megatron computes the iteration again, to see whether a device is at fault, and then ends too.
@@ -45,6 +48,7 @@ def test_nan_among_one_rank_s_keys_ends_training_and_is_never_dropped(training, 
         assert re.search(rf"RuntimeError: Rank {rank}, .* iteration 2: Unexpected result nan", failure)
 
 
+@pytest.mark.slow
 def test_checkpoint_resumes_with_another_tensor_parallel_size_too(training, tmp_path):
     # The vocabulary is padded to a multiple of this number times the tensor-parallel size: 512 with either.
     vocabulary, pieces = "--make-vocab-size-divisible-by 256", {}

@@ -21,7 +21,13 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float64, 1e-12, id="fp64"),
+        pytest.param(torch.float32, 1e-5, id="fp32", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("algorithm", "tp", "cp", "flags"), GRIDS, ids=[f"{a} tp{t} cp{c}" for a, t, c, _ in GRIDS])
 def test_transformer_layer_computes_what_it_does_with_cp_1(
     training, record_property, algorithm, tp, cp, flags, dtype, tolerance

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from rank_pool import LIMIT_S
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FEATURE_TESTS = Path("tests_extend/system_tests/feature_tests")
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    return subprocess.run(
-        command, cwd=cwd, env={**clean, "PYTHON": sys.executable, **environment}, capture_output=True, text=True
-    )
+    environment = {**clean, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checko
     assert (checkout / "runs" / "ulysses" / "ulysses-cp2.log").exists()
 
 
+@pytest.mark.slow
 def test_feature_script_fails_with_the_command_and_the_last_lines(tmp_path):
     done = run(
         ["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, CP="4", HEADS="6", HIDDEN="96", OUTPUT=str(tmp_path)
@@ -47,6 +49,7 @@ def test_feature_script_fails_with_the_command_and_the_last_lines(tmp_path):
     assert "error: --num-attention-heads 6 is not a multiple of the Ulysses degree 4" in done.stderr
 
 
+@pytest.mark.slow
 def test_feature_script_fails_when_the_losses_differ(tmp_path):
     environment = {"CP": "2", "ITERS": "2", "SEQ_LENGTH": "64", "OUTPUT": str(tmp_path), "TOLERANCE": "-1"}
     done = run(["bash", str(FEATURE_TESTS / "ring_attention.sh")], REPOSITORY, **environment)
@@ -142,6 +145,7 @@ def losses_of_core_training(ranks: int, **environment: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^iteration +\d+  loss (\d+\.\d+)$", done.stdout, re.MULTILINE)]
 
 
+@pytest.mark.slow
 def test_training_on_megatron_core_alone_has_the_losses_of_cp_1():
     reference, ring = losses_of_core_training(1), losses_of_core_training(4)
     assert len(reference) == 10

@@ -43,12 +43,21 @@ def hybrid(degree: int, window: int = 1) -> str:
 
 
 # Each row: what runs beside context parallelism, ranks without it, context-parallel size and algorithm.
+#
+# The default run trains at most a dozen times, the feature script's two runs among them: each algorithm once, beside
+# as many other options as go together. Each option by itself is among the slow ones.
 QUICK = [
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
+    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
+    ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
+]
+SLOW = [
     ("", 1, 2, ULYSSES),
     ("", 1, 4, ULYSSES),
     ("", 1, 2, RING),
     ("", 1, 4, f"{RING} {OVERLAP}"),
-    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     ("", 1, 4, hybrid(2)),
     (TENSOR_PARALLEL, 2, 2, ULYSSES),
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
@@ -60,12 +69,9 @@ QUICK = [
     (YARN, 1, 2, RING),
     (YARN, 1, 4, hybrid(2)),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
-    ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
     (INTERLEAVED, 2, 2, RING),
     (LOSS_MASK, 1, 2, ULYSSES),
     (MTP, 1, 2, RING),
-]
-SLOW = [
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
     (PIPELINE_PARALLEL, 2, 2, RING),
     ("--use-distributed-optimizer", 2, 2, RING),
@@ -154,6 +160,7 @@ def test_losses_equal_those_of_cp_1(training, record_property, beside, ranks, si
     assert difference <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [ULYSSES, RING, hybrid(2)])
 def test_losses_in_bf16_equal_those_of_cp_1(training, algorithm):
     reference = training.losses(1, "--bf16")
@@ -162,6 +169,7 @@ def test_losses_in_bf16_equal_those_of_cp_1(training, algorithm):
     assert largest_difference(reference, losses) <= 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "algorithm"), [(2, ULYSSES), (2, RING), (4, hybrid(2))])
 def test_validation_losses_equal_those_of_cp_1(training, size, algorithm):
     flags = "--split 90,5,5 --eval-iters 2 --eval-interval 10"
@@ -171,6 +179,7 @@ def test_validation_losses_equal_those_of_cp_1(training, size, algorithm):
     assert largest_difference(reference, losses) <= 1e-5
 
 
+@pytest.mark.slow
 def test_flags_of_a_mindspeed_script_that_change_nothing_change_nothing(training):
     ours = f"--context-parallel-size 2 {RING}"
     theirs = (
@@ -179,16 +188,19 @@ def test_flags_of_a_mindspeed_script_that_change_nothing_change_nothing(training
     assert training.losses(2, f"{ours} {theirs}") == training.losses(2, ours)
 
 
+@pytest.mark.slow
 def test_a_wrong_chunk_order_changes_the_losses(training):
     flags = f"--context-parallel-size 2 {ULYSSES}"
     assert largest_difference(training.losses(1, ""), training.losses(2, flags, sabotage="chunk order")) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_gradient_that_stays_away_changes_the_losses(training):
     flags = f"--context-parallel-size 2 {RING}"
     assert largest_difference(training.losses(1, ""), training.losses(2, flags, sabotage="lost gradients")) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -215,6 +227,7 @@ CHANGED_TENSOR_PARALLELISM = (
 SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "stages"),
     [
@@ -236,6 +249,7 @@ def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model
     assert largest_difference(training.losses(1, model), pieces) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_the_model_and_its_heads_are_checked(training, tmp_path):
     model = "--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5"
     checkpoint = f"--save {tmp_path} --load {tmp_path} --save-interval 1000"

@@ -39,7 +39,7 @@ MODEL_FLAGS = """
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
     --micro-batch-size 1 --global-batch-size 2 --train-iters 20 --lr 1e-3 --lr-decay-style constant --log-interval 1
-    --distributed-backend gloo --distributed-timeout-minutes 1 --num-workers 0
+    --distributed-backend gloo --distributed-timeout-minutes 4 --num-workers 0
 """
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from mindspeed_cp.attention import ContextParallelAttention, build_attention
 from mindspeed_cp.comm import Agreement, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.topology import CPTopology
-from unit_tests.ring_cases import VIRTUAL_TIMEOUT_S, FailingKernel, case_on, virtual_attention
+from rank_pool import LIMIT_S
+from unit_tests.ring_cases import FailingKernel, case_on, virtual_attention
 from unit_tests.ulysses_cases import Case, Shard, forward_and_backward
 
 ULYSSES, RING, DOUBLE, HYBRID = (
@@ -56,7 +57,7 @@ def agreeing_attention(
 
 def run_virtually(case: Case, function: Callable[[ContextParallelAttention, int], Any]) -> list[Any]:
     """What `function(attention, rank)` gives on each virtual rank."""
-    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    world = VirtualWorld(case.size, LIMIT_S)
     return world.run(lambda rank: function(agreeing_attention(case, world, rank), rank))
 
 
@@ -96,6 +97,28 @@ def sent_to_agree(case: Case, calls: int, *, once: bool) -> list[tuple[int, int]
             call()
         traffic = agreement.communicator.traffic
         return traffic.calls["exchange"], traffic.bytes_sent["exchange"]
+
+    return run_virtually(case, on_rank)
+
+
+def errors_in_micro_batches(case: Case, micro_batches: Sequence[Sequence[Call]]) -> list[list[str]]:
+    """What each virtual rank raises in two layers of each micro-batch, in which the ranks agree once.
+
+    micro_batches: what each rank comes with, in each of them.
+    """
+    from mindspeed_cp.patches.micro_batch import micro_batch_patches
+    from mindspeed_cp.patches.plugin import Plugin
+
+    def on_rank(attention: ContextParallelAttention, rank: int) -> list[str]:
+        def forward_step(call: Call) -> str:
+            return " then ".join(error_of(attention, call) for _ in range(2))
+
+        assert attention.agreement is not None
+        groups = ContextParallelGroups(None, attention.agreement, None, None)  # type: ignore[arg-type]
+        forward, _ = micro_batch_patches(Plugin(groups=groups))
+        step = forward.function(forward_step)
+        errors = [step(calls[rank]) for calls in micro_batches]
+        return [*errors, f"{attention.agreement.communicator.traffic.calls['exchange']} messages"]
 
     return run_virtually(case, on_rank)
 

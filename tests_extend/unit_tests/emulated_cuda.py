@@ -85,6 +85,7 @@ def cudnn(
     require(attn_bias is None and compute_log_sumexp and dropout_p == 0, "is called with other options")
     require(not return_debug_mask and scale is not None, "is called with other options")
     out, lse = attend(query, key, value, is_causal, scale)
+    out = torch.empty_strided(out.shape, strides_as(query, out), dtype=out.dtype).copy_(out)
     lse = lse.unsqueeze(-1) if TORCH >= (2, 9) else lse
     seed, offset = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
     return out, lse, None, None, query.size(2), key.size(2), seed, offset, None
@@ -98,7 +99,8 @@ def cudnn_backward(
     require(logsumexp.dim() == (4 if TORCH >= (2, 9) else 3), "the log-sum-exp is not as the forward pass gives it")
     logsumexp = logsumexp.squeeze(-1) if TORCH >= (2, 9) else logsumexp
     check_backward(grad_out, query, value, out, logsumexp)
-    require(grad_out.is_contiguous() and out.is_contiguous(), "the plan was made for other strides")
+    strides = strides_as(query, out)
+    require(out.stride() == grad_out.stride() == strides, "the plan was made for other strides")
     require(attn_bias is cum_seq_q is cum_seq_k is None, "is called with other options")
     require((max_q, max_k) == (query.size(2), key.size(2)), "max_q or max_k is wrong")
     require(philox_seed.dtype == philox_offset.dtype == torch.long, "the random state is not the forward pass's")
@@ -289,6 +291,12 @@ def scores_of(q, k, causal, scale, bias) -> Tensor:
 
 def per_query_head(x: Tensor, q: Tensor) -> Tensor:
     return x.float().repeat_interleave(q.size(1) // x.size(1), dim=1)
+
+
+def strides_as(q: Tensor, x: Tensor) -> tuple[int, ...]:
+    """Those of a dense tensor in the shape of x whose dims lie in memory in the order of those of q."""
+    outermost_first = sorted(range(4), key=q.stride, reverse=True)
+    return x.permute(outermost_first).contiguous().permute([outermost_first.index(dim) for dim in range(4)]).stride()
 
 
 def tokens_outside_heads(x: Tensor) -> Tensor:

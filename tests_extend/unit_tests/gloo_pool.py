@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rank_pool import START_TIMEOUT_S, RankPool
+from rank_pool import LIMIT_S, RankPool
 
 WORLD_SIZE = 8
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+COLLECTIVE_TIMEOUT = timedelta(seconds=LIMIT_S)
 """Ends a rank that hangs in gloo after pytest itself was killed and can no longer end it."""
 
 
@@ -25,7 +25,7 @@ class GlooPool:
         self._groups: set[tuple[int, ...]] = set()
 
     def run(
-        self, ranks: int | Sequence[int], function: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+        self, ranks: int | Sequence[int], function: Callable[..., Any], *args: Any, timeout_s: float = LIMIT_S
     ) -> list[Any]:
         """What `function(group, *args)` returns on each rank of a group, by rank within the group.
 
@@ -39,7 +39,7 @@ class GlooPool:
         return self._pool.call(members, timeout_s, _run_in_group, function, members, args)
 
     def run_on_all(
-        self, ranks: int | Sequence[int], function: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+        self, ranks: int | Sequence[int], function: Callable[..., Any], *args: Any, timeout_s: float = LIMIT_S
     ) -> list[Any]:
         """Like `run`, but on all ranks of the world; those outside the group are given None for it.
 
@@ -57,7 +57,7 @@ class GlooPool:
         if not self._pool.started:
             self._groups.clear()
         if members not in self._groups:
-            self._pool.call(range(WORLD_SIZE), START_TIMEOUT_S, _make_group, members)
+            self._pool.call(range(WORLD_SIZE), LIMIT_S, _make_group, members)
             self._groups.add(members)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rank_pool import LIMIT_S
 from system_tests import compare_losses
 
 SCRIPT = Path(compare_losses.__file__)
@@ -38,7 +39,7 @@ def compare(tmp_path: Path, candidate: dict[int, float], *options: str) -> subpr
     (tmp_path / "a.log").write_text(log({1: 2.0, 2: 1.0}))
     (tmp_path / "b.log").write_text(log(candidate))
     command = [sys.executable, str(SCRIPT), "a.log", "b.log", *options]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def test_equal_curves_pass_and_are_drawn(tmp_path):

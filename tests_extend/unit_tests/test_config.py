@@ -200,7 +200,7 @@ BROKEN_MODELS = [
     (
         dict(size=4),
         dict(num_attention_heads=8, seq_length=20),
-        "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16.",
+        "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
     ),
     (
         dict(size=4, algorithm=RING),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     {"topology", "layout", "schedule"},
     {"config", "patching", "device"},
-    {"kernels", "comm"},
+    {"kernels", "comm", "choice"},
     {"attention"},
     {"patches"},
     {"megatron_adaptor"},

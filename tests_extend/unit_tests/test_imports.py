@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_cp.kernels import KERNELS
+from rank_pool import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ def run_python(*arguments, path=ROOT, cwd=ROOT):
     """Run Python with the repository, or what `path` says, on its path."""
     environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def modules_imported_by(statement):

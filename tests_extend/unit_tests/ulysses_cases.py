@@ -192,7 +192,9 @@ def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
     batch_isend_irecv = dist.batch_isend_irecv
 
     def counted(operations: list[dist.P2POp]) -> Any:
-        sends.append(sum(each.tensor.nbytes for each in operations if each.op is dist.isend))
+        sent = [each.tensor for each in operations if each.op is dist.isend]
+        if all(each.dtype == case.dtype for each in sent):  # Not what ranks agree on beforehand.
+            sends.append(sum(each.nbytes for each in sent))
         return batch_isend_irecv(operations)
 
     def count() -> Count:
@@ -213,21 +215,6 @@ def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
 def attend_twice(group: dist.ProcessGroup, case: Case) -> tuple[Shard, Shard]:
     """Two runs of the case."""
     return attend(group, case), attend(group, case)
-
-
-def saved_bytes(group: dist.ProcessGroup, case: Case) -> int:
-    """Bytes of the distinct storages that the forward pass saves for the backward."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    q, k, v = (shard_of(case, x, dist.get_rank(group)).requires_grad_() for x in inputs(case)[:3])
-    attention = build_attention(case.config, group, layout=case.sequence_layout)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attention(q, k, v)
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def build_error(group: dist.ProcessGroup, config: ContextParallelConfig, topology: CPTopology | None = None) -> str:

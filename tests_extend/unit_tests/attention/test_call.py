@@ -104,6 +104,16 @@ def test_layers_of_one_micro_batch_may_agree_once_for_all_of_them():
     assert cases.sent_to_agree(plain_case(RING), 3, once=True) == [(3, 3 * 8)] * 4
 
 
+def test_megatrons_layers_agree_once_a_micro_batch_and_a_length_that_changes_in_the_second_stops_all_ranks():
+    case = plain_case(RING)
+    usual, changed = with_lengths(case, 6, 6, 6, 6), with_lengths(case, 6, 4, 6, 6)
+    for first, second, third, sent in cases.errors_in_micro_batches(case, [usual, changed, usual]):
+        assert first == third == "nothing then nothing"
+        assert second.count("rank 1: q (1, 2, 4, 8)") == 2
+        # To 3 others: one digest in the first and the third; in each layer of the second a digest and the words.
+        assert sent == f"{3 * (1 + 2 * 2 + 1)} messages"
+
+
 # Ranks that do not come.
 
 
@@ -164,7 +174,7 @@ def test_mixed_types_under_autocast_are_cast_as_torchs_own_attention_casts_them(
 
 def test_mixed_types_without_autocast_are_refused_with_a_way_out():
     q = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match=r"differ in dtype.*cast"):
+    with pytest.raises(ValueError, match=r"of dtypes .* cast them"):
         build_attention(ContextParallelConfig())(q, q, q.bfloat16())
 
 
@@ -211,6 +221,7 @@ X = torch.zeros(1, 2, 4, 8)
         ),
         (Call(X, X, X, visible=torch.ones(1, 3, 4, 4, dtype=torch.bool)), "give [4, 4] or [1 or 1, 1 or 2, 4, 4]"),
         (Call(X, X, X, visible=torch.zeros(4, 4)), "a mask is boolean, True where a query sees a key"),
+        (Call(X, X, X, visible=torch.ones(4, 4, dtype=torch.bool, device="meta")), "a mask is on meta and q on cpu"),
         (Call(X[..., :0], X[..., :0], X), "one head and a head size of 1 at least"),
         (Call(X, X[:, :0], X[:, :0]), "one head and a head size of 1 at least"),
     ],

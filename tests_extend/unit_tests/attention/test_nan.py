@@ -4,6 +4,7 @@ Dense attention spreads it further than it has to: 0 * NaN is NaN, so that a val
 too, and a key the gradients of their queries. Blocks that are never computed, as under a causal mask on a ring, do not.
 """
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.topology import CPTopology
 from unit_tests import ring_cases, ulysses_cases
 from unit_tests.dense import causal_mask, dense_attention
-from unit_tests.ring_cases import case_on, grid_name
+from unit_tests.ring_cases import case_on, grid_id, grid_name
 
 TOPOLOGIES = [
     CPTopology(ulysses=4),
@@ -43,18 +44,29 @@ def poisoned_rows(case, kernel, where, token):
     ]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=grid_name)
+KERNELS_AND_MASKS = [
+    ("reference", torch.float64, "causal"),
+    ("reference", torch.float64, "full"),
+    ("reference", torch.float64, "2d"),
+    ("cpu_flash", torch.float32, "causal"),
+    ("cpu_flash", torch.float32, "full"),
+]
+TOKENS = (0, 37, 127)
+
+
+def tokens_in_turn(*axes: list[object]) -> list[tuple[object, ...]]:
+    """Every combination of the axes' values, with one token after the other."""
+    return [(*row, TOKENS[number % 3]) for number, row in enumerate(itertools.product(*axes))]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "mask"),
+    ("topology", "kernel", "dtype", "mask", "token"),
     [
-        ("reference", torch.float64, "causal"),
-        ("reference", torch.float64, "full"),
-        ("reference", torch.float64, "2d"),
-        ("cpu_flash", torch.float32, "causal"),
-        ("cpu_flash", torch.float32, "full"),
+        (topology, *kernel_and_mask, token)
+        for topology, kernel_and_mask, token in tokens_in_turn(TOPOLOGIES, KERNELS_AND_MASKS)
     ],
+    ids=grid_id,
 )
-@pytest.mark.parametrize("token", [0, 37, 127])
 def test_nan_key_poisons_exactly_the_outputs_that_see_it_and_no_gradient_that_dense_attention_spares(
     topology, kernel, dtype, mask, token
 ):
@@ -69,9 +81,9 @@ def test_nan_key_poisons_exactly_the_outputs_that_see_it_and_no_gradient_that_de
     assert (actual["dq"].any(dim=1) | ~reached).all(), "a query that sees it has a NaN gradient"
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=grid_name)
-@pytest.mark.parametrize("mask", ["causal", "full", "2d"])
-@pytest.mark.parametrize("token", [0, 37, 127])
+@pytest.mark.parametrize(
+    ("mask", "topology", "token"), tokens_in_turn(["causal", "full", "2d"], TOPOLOGIES), ids=grid_id
+)
 def test_nan_value_poisons_what_sees_it_and_no_more_than_in_dense_attention(topology, mask, token):
     case = case_on(topology, mask=mask, heads=2, kv_heads=1, tokens=32)
     actual, dense = poisoned_rows(case, "reference", "v", token)

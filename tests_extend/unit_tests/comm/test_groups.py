@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.topology import CPTopology
 from unit_tests import ring_cases as cases
 from unit_tests.dense import assert_equal_to
-from unit_tests.ring_cases import Built, grid_name
+from unit_tests.ring_cases import Built, grid_id, grid_name
 from unit_tests.ulysses_cases import restored
 
 ULYSSES, RING, DOUBLE = CPTopology(ulysses=4), CPTopology(inner=4), CPTopology(outer=2, inner=2)
@@ -29,7 +29,7 @@ HYBRID, HYBRID_DOUBLE = CPTopology(inner=2, ulysses=2), CPTopology(outer=2, inne
         (HYBRID_DOUBLE, False, 1, 2),
         (HYBRID_DOUBLE, True, 3, 4),
     ],
-    ids=lambda value: grid_name(value) if isinstance(value, CPTopology) else None,
+    ids=grid_id,
 )
 def test_groups_are_made_where_messages_must_not_queue_and_are_gone_once_destroyed(
     gloo, topology, overlap, distinct, made

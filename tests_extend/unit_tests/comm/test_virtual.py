@@ -1,19 +1,19 @@
 """Virtual ranks: the operations of a Communicator between threads, their counts, failures and timeouts."""
 
 import re
-import time
 
 import pytest
 import torch
 
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
+from rank_pool import LIMIT_S
 
 GROUPS = ([0], [0, 1], [2, 0], [0, 2, 5], list(range(8)))
 
 
 def on_ranks(ranks, function):
     """What `function(communicator)` returns on each of the ranks, in the group's order."""
-    world = VirtualWorld(8, timeout_s=10.0)
+    world = VirtualWorld(8, timeout_s=LIMIT_S)
 
     def on_rank(rank):
         return function(VirtualCommunicator(world, ranks, rank, "here")) if rank in ranks else None
@@ -112,7 +112,7 @@ def test_what_is_sent_is_a_copy():
 
 
 def test_channels_have_nothing_to_do_with_each_other():
-    world = VirtualWorld(2, timeout_s=10.0)
+    world = VirtualWorld(2, timeout_s=LIMIT_S)
 
     def on_rank(rank):
         first, second = (VirtualCommunicator(world, [0, 1], rank, channel) for channel in ("first", "second"))
@@ -148,7 +148,5 @@ def test_a_rank_gives_up_on_one_that_does_not_send():
         if rank == 1:
             VirtualCommunicator(world, [0, 1], rank, "here").exchange(None, 0, torch.zeros(1), 0).wait()
 
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=re.escape("virtual rank 1 waited 0.2 s for rank 0 in here")):
         world.run(wait_for_nothing)
-    assert time.monotonic() - start < 5.0

@@ -70,6 +70,8 @@ def sizes_of(call: SimpleNamespace) -> Sizes:
     )
     require(head_size <= 768, f"{shapes}: head size {head_size} is above 768")
     require(value_head_size <= head_size, f"{shapes}: value's head size {value_head_size} exceeds key's {head_size}")
+    one_size = value_head_size == head_size
+    require(one_size or call.narrower_values, f"{shapes}: this CANN takes no values of another head size than keys")
     return Sizes(call.head_num, num_kv_heads, head_size, value_head_size, *_rows(call, shapes))
 
 

@@ -51,11 +51,15 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def fake_torch_npu(*, old_schemas: bool = False, ring_update: bool = True) -> Iterator[list[Call]]:
+def fake_torch_npu(
+    *, old_schemas: bool = False, ring_update: bool = True, default_precision: int = 0, cann: str | None = "8.3.RC1"
+) -> Iterator[list[Call]]:
     """Within the context, `import torch_npu` and `torch.ops.npu` give the emulated ops; yields the calls so far.
 
     old_schemas: as before TorchNPU 7.2, without softmax_layout and sink. ring_update: whether there is a
-    npu_ring_attention_update, which came last. Whoever asks what a build can do should ask the schema:
+    npu_ring_attention_update, which came last. default_precision: the default of inner_precise, 1 with CANN 7.0. cann:
+    what get_cann_version answers, None where the build has no such function; an older one than 8.2.RC1, and one that is
+    not known, takes no values of another head size than keys. Whoever asks what a build can do should ask the schema:
     `torch.ops.npu.npu_fusion_attention.default._schema.arguments`. Afterwards all is as it was.
     """
     calls: list[Call] = []
@@ -63,14 +67,18 @@ def fake_torch_npu(*, old_schemas: bool = False, ring_update: bool = True) -> It
         OLD_FORWARD if old_schemas else FORWARD: fusion_attention,
         OLD_GRAD if old_schemas else GRAD: fusion_attention_grad,
     } | ({RING_UPDATE: ring_attention_update} if ring_update else {})
+    precision, default = (f"int inner_precise={number}" for number in (0, default_precision))
+    narrower_values = cann is not None and cann >= "8.2.RC1"
     module = ModuleType("torch_npu", doc="The emulated ops of a CPU.")
     module.__spec__ = ModuleSpec("torch_npu", loader=None)  # importlib.util.find_spec asks for it
+    if cann is not None:
+        module.npu = SimpleNamespace(utils=SimpleNamespace(get_cann_version=lambda module="CANN": cann))
     before = sys.modules.get("torch_npu")
     with torch.library._scoped_library("npu", "FRAGMENT") as library:
         for schema, implementation in implementations.items():
-            name = library.define(schema)
+            name = library.define(schema.replace(precision, default))
             op = getattr(torch.ops.npu, name)
-            library.impl(name, _kernel(op.default._schema, implementation, calls), "CPU")
+            library.impl(name, _kernel(op.default._schema, implementation, calls, narrower_values), "CPU")
             setattr(module, name, op)
         sys.modules["torch_npu"] = module
         try:
@@ -82,7 +90,10 @@ def fake_torch_npu(*, old_schemas: bool = False, ring_update: bool = True) -> It
 
 
 def _kernel(
-    schema: torch.FunctionSchema, implementation: Callable[[SimpleNamespace], tuple], calls: list[Call]
+    schema: torch.FunctionSchema,
+    implementation: Callable[[SimpleNamespace], tuple],
+    calls: list[Call],
+    narrower_values: bool,
 ) -> Callable[..., tuple]:
     """What the dispatcher calls: binds the arguments by the schema's names, records them, computes."""
 
@@ -90,7 +101,9 @@ def _kernel(
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         arguments = {each.name: given.get(each.name, each.default_value) for each in schema.arguments}
         calls.append(Call(schema.name.removeprefix("npu::"), arguments))
-        results = implementation(SimpleNamespace(**{"softmax_layout": "", **arguments}))
+        results = implementation(
+            SimpleNamespace(**{"softmax_layout": "", "narrower_values": narrower_values, **arguments})
+        )
         return results[: len(schema.returns)]
 
     return kernel

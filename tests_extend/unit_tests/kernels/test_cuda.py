@@ -160,8 +160,18 @@ def test_flash_has_no_backward_pass_for_some_head_sizes_on_small_gpus(kernel):
             lambda: False,
             "this torch is built without it",
         ),
-        (CudnnKernel(), "torch.backends.cudnn.version", lambda: 8907, "needs cuDNN 9, not 8907"),
-        (CudnnKernel(), "torch.backends.cudnn.version", lambda: None, "needs cuDNN 9, which torch does not find"),
+        (
+            CudnnKernel(),
+            "torch.backends.cudnn.version",
+            lambda: 91002,
+            "needs cuDNN 9.15.1 or newer, not the 91002 that torch finds",
+        ),
+        (
+            CudnnKernel(),
+            "torch.backends.cudnn.version",
+            lambda: None,
+            "needs cuDNN 9.15.1 or newer, and torch finds none",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "name", ""),
 )

@@ -210,14 +210,22 @@ def dense(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> Result
     return dense_attention(*(x.to(dtype) for x in tensors), visible=visible, scale=case.scale)
 
 
+def dtypes_tried(kernel: BlockKernel, number: int, case: Case) -> list[torch.dtype]:
+    """The dtypes in which a kernel has to compute a case here.
+
+    All that it takes; on an emulator, which computes in one way whatever the dtype, one after the other.
+    """
+    taken = [dtype for dtype in DTYPES if not expected_reasons(kernel.name, case, dtype)]
+    return [taken[number % len(taken)]] if taken and isinstance(kernel, OnEmulator) else taken
+
+
 def computable() -> list:
     """The kernels, cases and dtypes that have to be computed here."""
     return [
         pytest.param(kernel, case, dtype, id=f"{kernel.name}: {name}, {str(dtype).removeprefix('torch.')}")
         for kernel in HERE
-        for name, case in CASES.items()
-        for dtype in DTYPES
-        if not expected_reasons(kernel.name, case, dtype)
+        for number, (name, case) in enumerate(CASES.items())
+        for dtype in dtypes_tried(kernel, number, case)
     ]
 
 
@@ -278,7 +286,7 @@ def test_kernel_on_a_gpu_is_as_accurate_as_dense_attention(kernel, case, dtype):
 
 @pytest.mark.parametrize(
     ("kernel", "case", "dtype"),
-    [p for p in computable() if p.values[1].mask is ARBITRARY and p.values[2] in (torch.float32, torch.bfloat16)],
+    [p for p in computable() if p.values[1].mask is ARBITRARY and p.values[2] is not torch.float64],
 )
 def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case, dtype):
     q, k, v, dout = inputs(case, dtype)
@@ -344,15 +352,16 @@ def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kerne
         assert_as_accurate_as(same, exact, BlockGradients(*whole))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
-def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, name, dtype):
-    case = CASES[name]
-    block = BlockCase.of(*inputs(case, dtype)[:3], mask_of(case))
+def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, dtype):
+    given, expected = {}, {}
     with running(kernel):
-        reasons = kernel.unsupported_reasons(block)
-    assert sorted(reasons) == sorted(expected_reasons(kernel.name, case, dtype))
+        for name, case in CASES.items():
+            block = BlockCase.of(*inputs(case, dtype)[:3], mask_of(case))
+            given[name] = sorted(kernel.unsupported_reasons(block))
+            expected[name] = sorted(expected_reasons(kernel.name, case, dtype))
+    assert given == expected
 
 
 @pytest.mark.parametrize("kernel", EMULATED, ids=lambda kernel: kernel.name)
@@ -408,12 +417,12 @@ def test_a_kernel_that_is_not_there_is_refused_with_those_that_are():
 
 def test_kernels_measured_to_be_faster_on_a_gpu_go_first_there_unless_named_in_another_order():
     a, b, c = (SimpleNamespace(name=name, unsupported_reasons=lambda case: []) for name in "abc")
-    registry = KernelRegistry((a, b, c), first_on={9: ("c", "b")})
+    registry = KernelRegistry((a, b, c), first_on={(9, 0): ("c", "b")})
     hopper, ampere = (block_case(device_type="cuda", compute_capability=one) for one in ((9, 0), (8, 0)))
-    assert registry.choose(hopper) is c
-    assert registry.choose(ampere) is a
-    assert registry.choose(block_case()) is a
-    assert registry.only(["a", "c"]).choose(hopper) is a
+    assert registry.choose(hopper).name == "c"
+    assert registry.choose(ampere).name == "a"
+    assert registry.choose(block_case()).name == "a"
+    assert registry.only(["a", "c"]).choose(hopper).name == "a"
 
 
 def test_registry_says_in_the_log_once_for_each_case_why_it_chose(caplog):
@@ -469,7 +478,7 @@ def test_block_case_refuses_shapes_that_do_not_fit(name):
 def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
     tensors = [torch.zeros(2, 4, 5, 8) for _ in range(3)]
     tensors[place] = tensors[place].to(**other)
-    with pytest.raises(ValueError, match="q, k and v differ in dtype or device"):
+    with pytest.raises(ValueError, match=r"q, k and v are o[fn] .*: they must be o[fn] one"):
         BlockCase.of(*tensors, BlockMask(NONE))
 
 

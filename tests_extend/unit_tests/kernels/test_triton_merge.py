@@ -18,7 +18,7 @@ import torch
 from mindspeed_cp.kernels import BlockOutput, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
-from rank_pool import RankPool
+from rank_pool import LIMIT_S, RankPool
 from unit_tests import merge_cases as cases
 from unit_tests.merge_cases import Case, Merged, merged_part
 
@@ -31,7 +31,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 def interpreter() -> Iterator[Callable[..., Any]]:
     """What a function returns in a process where Triton interprets: `interpreter(function, *args)`."""
     pool = RankPool(1, ["pytest", "torch"], cases.interpret)
-    yield lambda function, *args: pool.call([0], 60.0, function, *args)[0]
+    yield lambda function, *args: pool.call([0], LIMIT_S, function, *args)[0]
     pool.close()
 
 
@@ -214,5 +214,5 @@ print(choose_merge_kernel("cuda", torch.bfloat16).name, TritonMerge().unsupporte
 def test_plain_torch_merges_where_triton_is_missing():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CC": "cc"}
     command = [sys.executable, "-c", WITHOUT_TRITON]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stdout) == (0, "torch ['triton is not installed']\n"), done.stderr

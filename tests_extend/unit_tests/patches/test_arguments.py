@@ -138,7 +138,7 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
         ),
         (
             ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16.",
+            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
         ),
         (
             ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "3"],
@@ -452,7 +452,7 @@ def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, val
         (["--sft"], "--sft with --context-parallel-size 4: packed sequences are not available yet; leave it out."),
         (
             ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16.",
+            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
         ),
     ],
 )

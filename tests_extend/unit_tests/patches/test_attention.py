@@ -5,8 +5,8 @@ from enum import Enum
 import pytest
 import torch
 
-from mindspeed_cp.attention import LocalAttention
-from mindspeed_cp.config import ConfigurationError
+from mindspeed_cp.attention import build_attention
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.attention import LayerAttention, _wrap_forward
 from unit_tests.dense import causal_mask, dense_attention
 
@@ -49,7 +49,10 @@ def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def layer(*, uses_mask: bool = False) -> Layer:
-    return Layer(LayerAttention(LocalAttention(causal=not uses_mask), scale=0.3, uses_mask=uses_mask))
+    causal, general = (
+        build_attention(ContextParallelConfig(attention_mask_type=kind)) for kind in ("causal", "general")
+    )
+    return Layer(LayerAttention(causal, general if uses_mask else None, mask_type="causal", scale=0.3, size=1))
 
 
 @pytest.mark.parametrize("uses_mask", [False, True])

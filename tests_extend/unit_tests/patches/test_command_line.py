@@ -51,7 +51,8 @@ FLAG_SETS = [
     (f"{RING} --position-embedding-type alibi --alibi-fusion-attn-type 2", ["--position-embedding-type"]),
     (f"{RING} {EXPERTS} --moe-permutation-async-comm --moe-token-dispatcher-type alltoall_seq", []),
     (
-        f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1 --moe-layer-freq 1",
+        f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1 "
+        "--moe-layer-freq 1",
         [],
     ),
     (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --norm-topk-prob --moe-grouped-gemm", []),

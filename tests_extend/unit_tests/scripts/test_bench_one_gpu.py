@@ -24,6 +24,7 @@ from mindspeed_cp.kernels import (
     MaskKind,
 )
 from mindspeed_cp.layout import SequenceLayout
+from rank_pool import LIMIT_S
 from scripts import bench_one_gpu
 from scripts.bench_one_gpu import (
     Comparison,
@@ -195,7 +196,7 @@ def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
     command += ["--ranks", "2", "--heads", "2:1", "--head-size", "8", "--dtype", "float32", "--kernels", "all"]
     command += ["--json", str(tmp_path / "sub" / "bench.jsonl"), "--plot", str(tmp_path / "sub" / "bench.png")]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
 
     records = [json.loads(line) for line in (tmp_path / "sub" / "bench.jsonl").read_text().splitlines()]

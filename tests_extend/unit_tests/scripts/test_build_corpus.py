@@ -1,6 +1,6 @@
 """The corpus tool: what goes in comes out of Megatron's own reader."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -52,8 +52,10 @@ def test_folders_are_searched_for_the_given_endings_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "message"), [(["missing"], "there is no missing"), (["."], "no text found: no file ending in .py")]
 )
-def test_wrong_input_is_one_line(tmp_path, paths, message):
-    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "corpus"), "--suffix", ".py", "--", *paths]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert message in run.stderr.splitlines()[-1]
+def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, paths, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["build_corpus.py", "--output", "corpus", "--suffix", ".py", "--", *paths])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

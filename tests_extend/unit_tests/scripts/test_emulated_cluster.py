@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import emulated_cluster
 from emulated_cluster import Cluster, Network, link_bytes, measure_link, transfer_rate, why_not_here
-from rank_pool import RankFailure
+from rank_pool import LIMIT_S, RankFailure
 
 SCRIPTS = Path(emulated_cluster.__file__).parent
 needs_root = pytest.mark.skipif(why_not_here() is not None, reason=f"no emulated cluster here: {why_not_here()}")
@@ -50,10 +50,15 @@ def holders(namespaces: tuple[int, ...]) -> set[str]:
 
 def assert_gone(namespaces: tuple[int, ...]) -> None:
     assert namespaces
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + LIMIT_S
     while (left := holders(namespaces)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+def reaches(cluster: Cluster, source: int, to: int, mbit: float) -> bool:
+    """Whether the link gets as fast as that in one of many tries: on a busy machine most may be slower."""
+    return any(measure_link(cluster, source, to, 0.5) > mbit for _ in range(20))
 
 
 def own_links() -> str:
@@ -67,10 +72,10 @@ def test_cluster_keeps_to_the_set_rates_and_leaves_nothing():
         namespaces = cluster.namespaces
         assert len(namespaces) == 5 and holders(namespaces)
         inside, between = measure_link(cluster, 0, 1, 0.5), measure_link(cluster, 1, 2, 0.5)
-        assert 0.3 * 400 < inside < 1.1 * 400
-        assert 0.3 * 40 < between < 1.1 * 40
+        assert inside < 1.1 * 400 and reaches(cluster, 0, 1, 0.3 * 400)
+        assert between < 1.1 * 40 and reaches(cluster, 1, 2, 0.3 * 40)
         cluster.set_slow_rate(80)
-        assert 0.3 * 80 < measure_link(cluster, 3, 0, 0.5) < 1.1 * 80
+        assert measure_link(cluster, 3, 0, 0.5) < 1.1 * 80 and reaches(cluster, 3, 0, 1.1 * 40)
         before = cluster.call(link_bytes)
         cluster.call(transfer_rate, 1, 3, 1_000_000)
         after = cluster.call(link_bytes)
@@ -84,8 +89,8 @@ def test_cluster_keeps_to_the_set_rates_and_leaves_nothing():
 @needs_root
 def test_nodes_can_share_one_slow_link():
     with Cluster(network(slow_link="node")) as cluster:
-        assert 0.3 * 40 < measure_link(cluster, 0, 3, 0.5) < 1.1 * 40
-        assert measure_link(cluster, 2, 3, 0.5) > 2 * 40
+        assert measure_link(cluster, 0, 3, 0.5) < 1.1 * 40 and reaches(cluster, 0, 3, 0.3 * 40)
+        assert reaches(cluster, 2, 3, 2 * 40)
 
 
 @needs_root

@@ -1,0 +1,75 @@
+"""The algorithm of a job: the one that is named, else what --cp-comm-type asks for, else what the heads allow."""
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+from mindspeed_cp.choice import Choice, choice_by_comm_type, choice_by_heads
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+
+_READ_BY = {"cp_window_size": "megatron_cp_algo or hybrid_cp_algo", "ulysses_degree_in_cp": "hybrid_cp_algo"}
+"""Options that say something about one algorithm, with those that read them."""
+
+
+def choose_algorithm(args: argparse.Namespace, given: Collection[str]) -> Choice | None:
+    """What to use where the user has not named an algorithm; None where he has, or where nothing is parallel.
+
+    args: Megatron's parsed arguments. given: names of those that the user gave.
+
+    Raises ConfigurationError where an algorithm and --cp-comm-type contradict each other, or where an option of one
+    algorithm is given and none is named.
+    """
+    size = args.context_parallel_size
+    if size == 1:
+        return None
+    asked = None
+    if "cp_comm_type" in given:
+        asked = choice_by_comm_type(args.cp_comm_type, args.hierarchical_context_parallel_sizes, size)
+    if args.context_parallel_algo is not None:
+        if asked is not None:
+            _check_agreement(args, asked)
+        return None
+    if asked is not None:
+        return asked
+    for name, readers in _READ_BY.items():
+        value = getattr(args, name)
+        if value not in (None, 1):
+            raise ConfigurationError(
+                f"{flag(name)} {value} without --context-parallel-algo: it belongs to {readers}; name the algorithm, "
+                f"or leave it out."
+            )
+    kv_heads = args.num_query_groups if args.group_query_attention else None
+    return choice_by_heads(size, args.num_attention_heads, kv_heads, args.tensor_model_parallel_size)
+
+
+def _check_agreement(args: argparse.Namespace, asked: Choice) -> None:
+    same = args.context_parallel_algo == asked.algorithm
+    if same and asked.degree in (None, args.ulysses_degree_in_cp):
+        return
+    degree = "" if args.ulysses_degree_in_cp is None else f" --ulysses-degree-in-cp {args.ulysses_degree_in_cp}"
+    of_asked = "" if asked.degree is None else f" --ulysses-degree-in-cp {asked.degree}"
+    raise ConfigurationError(
+        f"--context-parallel-algo {args.context_parallel_algo}{degree} contradicts --cp-comm-type "
+        f"{' '.join(args.cp_comm_type)}, which is {asked.algorithm}{of_asked}; leave out one of them."
+    )
+
+
+def start_line(config: ContextParallelConfig, choice: Choice | None, kernels: str) -> str:
+    """The one line that a job says at its start.
+
+    choice: why it is this algorithm, where the user has not named it. kernels: names of those that will compute.
+    """
+    grid = config.topology
+    parts: list[Any] = [f"Ulysses {grid.ulysses}"] * (grid.ulysses > 1)
+    if grid.ring_size > 1:
+        ring = f"ring {grid.inner}" if grid.outer == 1 else f"inner ring {grid.inner} x outer ring {grid.outer}"
+        parts.append(ring)
+    overlap = ""
+    if grid.ring_size > 1:
+        turn_on = "" if config.use_cp_send_recv_overlap else " (--use-cp-send-recv-overlap hides transfers)"
+        overlap = f", overlap {'on' if config.use_cp_send_recv_overlap else 'off'}{turn_on}"
+    because = "named" if choice is None else f"chosen, because {choice.why}"
+    return (
+        f"mindspeed_cp: context parallel size {config.context_parallel_size}, {config.context_parallel_algo} "
+        f"({because}): {' x '.join(parts)}{overlap}; attention masks {config.attention_mask_type}; kernel {kernels}"
+    )

@@ -1,0 +1,26 @@
+"""What unit and system tests share: tests that need the same processes run in one of pytest-xdist's workers."""
+
+import pytest
+
+WORKER = {
+    "gloo": "gloo",
+    "training": "training",
+    "adaptor": "patches",
+    "import_orders": "patches",
+    "endings": "imports",
+    "script_run": "imports",
+    "interpreter": "triton",
+}
+"""Fixtures that are dear to make, because they start processes or import Megatron, and the group of their tests.
+
+A group runs in one worker, so that there is one of each whatever the number of workers.
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name the group of each test for `--dist loadgroup`; see scripts/test.sh."""
+    for item in items:
+        groups = {group for fixture, group in WORKER.items() if fixture in getattr(item, "fixturenames", ())}
+        assert len(groups) <= 1, f"{item.nodeid} would have to run in two workers: {groups}"
+        for group in groups:
+            item.add_marker(pytest.mark.xdist_group(group))

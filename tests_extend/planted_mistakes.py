@@ -1,0 +1,121 @@
+"""Plant mistakes in the library, one at a time, and see that the default tests notice each of them.
+
+    python tests_extend/planted_mistakes.py                 # all of them: some minutes
+    python tests_extend/planted_mistakes.py "stale K/V"     # some
+
+Each is a change of the source text, made in a copy of this checkout. Prints which test is the first to fail, and exits
+with 1 where none does. Run it after tests were removed: what they alone had caught shows here.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "mindspeed_cp",
+    "patches",
+    "scripts",
+    "docs",
+    "tests_extend",
+    "pyproject.toml",
+    "README.md",
+    "README.zh-CN.md",
+)
+
+
+class Mistake(NamedTuple):
+    """A change of one place in a file of mindspeed_cp, and the tests, of the default run, that it has to fail."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MISTAKES = {
+    "dropped step": Mistake(
+        "attention/ring.py",
+        "            if work is None:\n                states",
+        "            if work is None or (step.offset and step == ring.schedule.steps[-1]):\n                states",
+        "attention",
+    ),
+    "wrong chunk order": Mistake(
+        "layout.py", "sorted(range(len(held)), key=held.__getitem__)", "range(len(held))", "attention"
+    ),
+    "gradient lost": Mistake(
+        "attention/transit.py", "self._add(total, keys, *self._format.unpack(message))", "pass", "attention"
+    ),
+    "stale K/V": Mistake("attention/transit.py", "return self._received\n", "return self._sent\n", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
+    "wrong peer": Mistake(
+        "attention/transit.py",
+        "schedule.peer(rank, Hop(0, -step.offset)), schedule.peer(rank, Hop(0, step.offset))",
+        "schedule.peer(rank, Hop(0, step.offset)), schedule.peer(rank, Hop(0, -step.offset))",
+        "attention",
+    ),
+    "scale left out": Mistake(
+        "attention/ring.py", ".forward(*block, mask, scale)", ".forward(*block, mask, 1.0)", "attention"
+    ),
+    "mask columns of another owner": Mistake(
+        "attention/ring.py",
+        "self.layout.shard(visible, key_owner, dim=-1)",
+        "self.layout.shard(visible, self.rank, dim=-1)",
+        "attention",
+    ),
+    "merge in bf16": Mistake(
+        "attention/merge.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
+    ),
+    "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
+}
+
+
+def first_failure(mistake: Mistake, copy: Path) -> str | None:
+    """The first test that fails with the mistake in a copy of the checkout, and how; None where all pass."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    file = copy / "mindspeed_cp" / mistake.file
+    text = file.read_text()
+    if text.count(mistake.right) != 1:
+        raise SystemExit(f"error: {mistake.file} has not one place with {mistake.right!r}; plant it anew.")
+    file.write_text(text.replace(mistake.right, mistake.wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    tests = f"tests_extend/unit_tests/{mistake.tests}"
+    done = subprocess.run([*command, tests], cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(
+            f"error: pytest ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    found = re.search(r"^FAILED \S*?::(.*)", done.stdout, re.MULTILINE)
+    return found[1] if found else None
+
+
+def main() -> int:
+    """Read the command line and plant; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="mistake", help=f"{', '.join(MISTAKES)} (all)")
+    names = parser.parse_args().names or list(MISTAKES)
+    if unknown := [name for name in names if name not in MISTAKES]:
+        parser.error(f"there is no mistake {', '.join(unknown)}; there are {', '.join(MISTAKES)}.")
+    missed = 0
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="planted_") as folder:
+            failure = first_failure(MISTAKES[name], Path(folder))
+        print(f"{name}: {f'caught by {failure}' if failure else 'NOT CAUGHT'}", flush=True)
+        missed += failure is None
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""TransformerEngine's core attention, whose constructor compares the configuration with environment variables."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches import attention
+from mindspeed_cp.patches.plugin import Plugin
+
+CAUSAL = SimpleNamespace(name="causal")
+
+
+class TEDotProductAttention:
+    """A stand-in with the checks of Megatron's class of this name, the same in all supported releases."""
+
+    def __init__(
+        self,
+        config,
+        attn_mask_type=CAUSAL,
+        attention_type="self",
+        attention_dropout=0.0,
+        softmax_scale=None,
+        pg_collection=None,
+    ):
+        if config.apply_query_key_layer_scaling != bool(int(os.getenv("NVTE_APPLY_QK_LAYER_SCALING", "0"))):
+            raise ValueError("apply_query_key_layer_scaling and NVTE_APPLY_QK_LAYER_SCALING must match")
+        if config.deterministic_mode and int(os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")) != 0:
+            raise RuntimeError("deterministic_mode is on, but NVTE_ALLOW_NONDETERMINISTIC_ALGO is not 0")
+        self.config = config
+
+
+def build(context_parallel_size, **options):
+    """A layer, constructed through the function of the patch; the configuration stays as the caller gave it."""
+    plugin = Plugin(ContextParallelConfig(context_parallel_size=context_parallel_size))
+    plugin.groups_over = lambda group: "groups"
+    patches = {patch.target: patch for patch in attention.attention_patches(plugin)}
+    values = {
+        "context_parallel_size": context_parallel_size,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "tensor_model_parallel_size": 1,
+        "kv_channels": 8,
+        "apply_query_key_layer_scaling": False,
+        "deterministic_mode": False,
+        **options,
+    }
+    layer, config = TEDotProductAttention.__new__(TEDotProductAttention), SimpleNamespace(**values)
+    wrapped = patches[f"{attention.TE_ATTENTION}.__init__"].function(TEDotProductAttention.__init__)
+    wrapped(layer, config, pg_collection=SimpleNamespace(cp="ranks"))
+    assert layer.config is config and vars(config) == values
+    return layer
+
+
+CASES = [
+    ({"deterministic_mode": True}, None),
+    ({"apply_query_key_layer_scaling": True}, None),
+    ({"apply_query_key_layer_scaling": False}, "1"),
+]
+
+
+@pytest.mark.parametrize(("options", "variable"), CASES)
+def test_variables_of_kernels_that_do_not_run_refuse_no_layer(monkeypatch, options, variable):
+    monkeypatch.setattr(attention, "build_attention", lambda config, groups: groups)
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
+    monkeypatch.delenv("NVTE_APPLY_QK_LAYER_SCALING", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NVTE_APPLY_QK_LAYER_SCALING", variable)
+    assert build(2, **options).context_parallel_attention.scale == pytest.approx(8**-0.5)
+    with pytest.raises((ValueError, RuntimeError), match="NVTE_"):
+        build(1, **options)
