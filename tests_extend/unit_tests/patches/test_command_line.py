@@ -137,7 +137,7 @@ def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, ca
         "  --use-fused-swiglo: neither Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
         "  --micro-batch-size x: invalid int value: 'x'.",
         "  y: no flag takes it; leave it out.",
-        "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56.",
+        "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56 or 64.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
