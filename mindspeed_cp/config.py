@@ -18,7 +18,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigurationError(ValueError):
-    """An option that cannot be honoured as it is set; the message names it, its value, the rule and a way out."""
+    """Options that cannot be honoured as they are set: a sentence each, with name, value, rule and a way out."""
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """One for each option, in the order in which they were found."""
+        return tuple(dict.fromkeys(self.args))
+
+    def __str__(self) -> str:
+        if len(self.sentences) == 1:
+            return self.sentences[0]
+        return "\n  ".join([f"{len(self.sentences)} things stand in the way:", *self.sentences])
 
 
 def flag(name: str) -> str:
@@ -179,15 +189,16 @@ class ContextParallelConfig:
         tensor_model_parallel_size: int = 1,
         seq_length: int | None = None,
     ) -> None:
-        """Raise ConfigurationError unless a model of this shape can be split as configured.
+        """Raise ConfigurationError with all broken rules unless a model of this shape can be split as configured.
 
         num_query_groups: number of K/V heads, where it is not the number of attention heads.
         seq_length: tokens of a whole sequence, where it is known beforehand.
         """
         if self.context_parallel_size == 1:
             return
+        broken = []
         if seq_length is not None and seq_length % self.layout.num_chunks:
-            raise ConfigurationError(
+            broken.append(
                 f"--seq-length {seq_length} is not a multiple of 2 * --context-parallel-size "
                 f"{self.context_parallel_size} = {self.layout.num_chunks}; "
                 f"use {seq_length // self.layout.num_chunks * self.layout.num_chunks or self.layout.num_chunks}."
@@ -198,11 +209,15 @@ class ContextParallelConfig:
             heads["--num-query-groups"] = num_query_groups
         for name, number in heads.items():
             if degree > 1 and number % (degree * tensor_parallel):
-                raise ConfigurationError(
+                broken.append(
                     f"{name} {number} is not a multiple of the Ulysses degree {degree} ({self._degree_flag}) times "
                     f"--tensor-model-parallel-size {tensor_parallel}; "
                     f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
                 )
+                # Its way out is one for all heads.
+                break
+        if broken:
+            raise ConfigurationError(*broken)
 
     @property
     def _degree_flag(self) -> str:
