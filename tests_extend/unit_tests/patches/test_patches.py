@@ -19,6 +19,7 @@ from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.plugin import Plugin
@@ -39,6 +40,7 @@ PATCHES = (
     *attention_patches(Plugin()),
     *latent_attention_patches(),
     *loss_patches(Plugin()),
+    *document_patches(Plugin()),
     *torch_norm_patches(),
     *dataset_helper_patches(),
     *cpu_device_patches(),
