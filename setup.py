@@ -8,6 +8,7 @@ setup(
         "mindspeed_cp.attention",
         "mindspeed_cp.comm",
         "mindspeed_cp.kernels",
+        "mindspeed_cp.launch",
         "mindspeed_cp.patches",
         "mindspeed_cp.patches.mindspeed",
     ],

@@ -1,40 +1,103 @@
-"""`python -m mindspeed_cp` prints what is here; `python -m mindspeed_cp script.py <flags>` runs a script patched."""
+"""`python -m mindspeed_cp`: a report, a check of a launch script, or a training script run with Megatron patched."""
 
 import argparse
+import difflib
+import os
 import platform
 import runpy
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
-USAGE = "python -m mindspeed_cp [script.py [flags of the script]]"
+USAGE = """python -m mindspeed_cp                                  versions, device, kernels, patches
+       python -m mindspeed_cp check FILE [argument ...]        what becomes of each flag of a launch script
+       python -m mindspeed_cp check --flag ...                 the same of flags; nothing is started
+       python -m mindspeed_cp script.py [--flag ...]           run a training script with Megatron patched
+       python -m mindspeed_cp --help | --version"""
 
 
 def main() -> None:
-    """Run the script named on the command line with Megatron patched, or print a report where none is named."""
-    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
-        print(f"usage: {USAGE}\n\n{__doc__}")
-    elif len(sys.argv) > 1:
-        run_script(sys.argv[1], sys.argv[1:])
+    """Do what the first word of the command line says; print a report where there is none."""
+    first, *rest = [*sys.argv[1:], ""]
+    if first in ("-h", "--help"):
+        print(help_text())
+    elif first == "--version":
+        from mindspeed_cp import __version__
+
+        print(f"mindspeed_cp {__version__}")
+    elif first == "check":
+        run_check(rest[:-1])
+    elif first:
+        run_script(first, sys.argv[1:])
     else:
         print(report())
 
 
-def run_script(script: str, argv: list[str]) -> None:
-    """Run `script` as the main program, as `python script` would, but with Megatron patched beforehand."""
-    parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE)
-    if not Path(script).is_file():
-        parser.error(f"there is no script {script!r}")
-    sys.argv = argv
-    # Python put the working directory first because of -m; a script expects its own, where a checkout's megatron lies.
-    # Under -P it did not.
-    sys.path[: 0 if getattr(sys.flags, "safe_path", False) else 1] = [str(Path(script).resolve().parent)]
+def help_text() -> str:
+    """How the program is used, and the flags that it adds to a training script's."""
+    from mindspeed_cp.patches.arguments import add_context_parallel_arguments
+
+    parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE, description=__doc__, add_help=False)
+    add_context_parallel_arguments(parser)
+    others = "--context-parallel-size and all others are Megatron's: python -m mindspeed_cp script.py --help"
+    return f"{parser.format_help()}\n{others}"
+
+
+def run_check(words: list[str]) -> None:
+    """Print what becomes of each flag. The status is 1 where something is blocked, 2 where nothing can be checked."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {USAGE}", file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    parser = _megatron_parser()
+    from mindspeed_cp.launch.check import CheckError, check
+
+    try:
+        text, is_blocked = check(words, parser, os.environ)
+    except CheckError as error:
+        _fail(str(error))
+    print(text)
+    raise SystemExit(int(is_blocked))
+
+
+def _megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's parser, with all flags that the adaptor adds."""
+    _patch_megatron()
+    try:
+        from megatron.training.arguments import add_megatron_arguments
+    except ImportError as error:
+        _fail(f"check reads flags as megatron.training does, which cannot be imported: {error}.")
+    parser: argparse.ArgumentParser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return parser
+
+
+def _patch_megatron() -> None:
     from mindspeed_cp.patching import PatchError
 
     try:
         import mindspeed_cp.megatron_adaptor  # noqa: F401
     except (ImportError, PatchError) as error:
-        parser.error(str(error))
+        _fail(str(error))
+
+
+def _fail(message: str) -> typing.NoReturn:
+    """End with status 2 and one line."""
+    print(f"mindspeed_cp: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_script(script: str, argv: list[str]) -> None:
+    """Run `script` as the main program, as `python script` would, but with Megatron patched beforehand."""
+    if not Path(script).is_file():
+        near = difflib.get_close_matches(script, ["check", "--help", "--version"], n=1)
+        _fail(
+            f"there is no script {script!r}; " + (f"did you mean {near[0]}?" if near else "--help says what there is.")
+        )
+    sys.argv = argv
+    # Python put the working directory first because of -m; a script expects its own, where a checkout's megatron lies.
+    # Under -P it did not.
+    sys.path[: 0 if getattr(sys.flags, "safe_path", False) else 1] = [str(Path(script).resolve().parent)]
+    _patch_megatron()
     runpy.run_path(script, run_name="__main__")
 
 

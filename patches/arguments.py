@@ -21,6 +21,8 @@ from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
 from mindspeed_cp.patches.blockers import Blocker, blockers_of, found_by, raise_for
 from mindspeed_cp.patches.command_line import Examination, examine
+from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
+from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import (
@@ -52,6 +54,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             except ConfigurationError as error:
                 _exit_with(error)
             _add_document_arguments(parser)
+            set_defaults(parser)
             return parser
 
         return add_megatron_arguments
@@ -74,13 +77,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.document_length = _document_length(args)
             if int(os.environ.get("RANK", "0")) == 0:
-                ineffective = (
-                    *config.ineffective_flags(),
-                    *_ineffective_megatron_flags(args, config),
-                    *_ineffective_document_flags(args),
-                )
-                differences = difference_notes(args, config, defaults)
-                for sentence in (*ineffective, *differences, *kernel_notes(args, config)):
+                for sentence in notes_on_arguments(args, config, defaults):
                     warnings.warn(sentence, stacklevel=2)
             return result
 
@@ -166,6 +163,7 @@ def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:
 def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unknown: bool) -> Sequence[str]:
     """The command line without MindSpeed's flags. Ends the program where something stands in the way of it."""
     if {"-h", "--help"} & {*argv}:
+        escape_help(parser)
         return argv
     found = examine(argv, parser, ignore_unknown=ignore_unknown)
     if found.blockers:
@@ -173,7 +171,7 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
         beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser))
         _exit_with(ConfigurationError(*(each.sentence for each in (*found.blockers, *beside))))
     if int(os.environ.get("RANK", "0")) == 0:
-        for sentence in notes(found.findings):
+        for sentence in (*notes(found.findings), *note_on_defaults(parser, argv)):
             warnings.warn(sentence, stacklevel=2)
     return found.argv
 
@@ -187,6 +185,15 @@ def examine_command_line(
     """
     found = examine(argv, parser)
     return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks, _defaults_of(parser))))
+
+
+def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """What the first rank would say of `argv` when it starts, beside what is said of MindSpeed's flags."""
+    said, defaults = note_on_defaults(parser, argv), _defaults_of(parser)
+    config = None if found.args is None else _examine_arguments(found.args, defaults)[0]
+    if config is None or found.args is None:
+        return said
+    return [*said, *notes_on_arguments(found.args, config, defaults)]
 
 
 def _defaults_of(parser: argparse.ArgumentParser) -> dict[str, object]:
@@ -291,7 +298,9 @@ def _examine_arguments(
     if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
         # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
         values["attention_mask_type"] = "general"
-    of_ranks = found_by(lambda: _check_world_size(args), lambda: _check_connections(args))
+    of_ranks = found_by(
+        lambda: _check_world_size(args), lambda: _check_connections(args), lambda: check_transformer_impl(args)
+    )
     try:
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
@@ -311,6 +320,19 @@ def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> Non
         # Two names of one thing, of which one is given.
         seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
     )
+
+
+def notes_on_arguments(
+    args: argparse.Namespace, config: ContextParallelConfig, defaults: Mapping[str, object]
+) -> list[str]:
+    """A sentence for each flag that has no effect, or another one than with one rank, and for slow kernels."""
+    return [
+        *config.ineffective_flags(),
+        *_ineffective_megatron_flags(args, config),
+        *_ineffective_document_flags(args),
+        *difference_notes(args, config, defaults),
+        *kernel_notes(args, config),
+    ]
 
 
 def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:

@@ -17,6 +17,7 @@ FLOORS = (
     {"attention"},
     {"patches"},
     {"megatron_adaptor"},
+    {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},
 )

@@ -150,7 +150,10 @@ def test_rules_are_not_judged_where_a_checkpoint_may_say_otherwise(run, capsys):
     )
 
 
-def test_a_script_without_mindspeed_s_flags_sees_nothing(run, megatron_arguments):
+def test_a_script_without_mindspeed_s_flags_sees_nothing(run, megatron_arguments, monkeypatch):
+    # As on a machine that lacks nothing.
+    monkeypatch.setattr(arguments, "set_defaults", lambda parser: None)
+    monkeypatch.setattr(arguments, "note_on_defaults", lambda parser, argv: [])
     flags = f"{MODEL} --rotary-base 10000 --moe-router-load-balancing-type none"
     args, said = run(flags)
     parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

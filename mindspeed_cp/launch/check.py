@@ -1,0 +1,286 @@
+"""`python -m mindspeed_cp check`: what becomes of each flag of a launch script, without starting anything."""
+
+import argparse
+import contextlib
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from mindspeed_cp.launch.launcher import Launch, find_launches
+from mindspeed_cp.launch.shell import Field, Reading, read_script
+from mindspeed_cp.patches.arguments import examine_command_line, notes_on_command_line
+from mindspeed_cp.patches.command_line import Examination, examine
+from mindspeed_cp.patches.mindspeed.record import Disposition
+from mindspeed_cp.patches.mindspeed.table import FLAGS
+from mindspeed_cp.patches.mindspeed.translate import split_flags
+
+USAGE = """python -m mindspeed_cp check FILE [argument of the script ...]
+       python -m mindspeed_cp check --flag ..."""
+
+_WIDTH = 116
+_ENVIRONMENT = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""The variable that decides whether flags are accepted."""
+
+
+class CheckError(ValueError):
+    """There is nothing to check: a line that says why, and what to give instead."""
+
+
+class Verdict(Enum):
+    """What becomes of a flag; the value is the word for it in the table."""
+
+    BLOCKED = "blocked"
+    TRANSLATED = "translated"
+    NOTED = "noted"
+    AS_IT_IS = "as it is"
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    verdict: Verdict
+    text: str
+
+
+class Unknown(NamedTuple):
+    """A word whose value is not known. means: what that leaves open."""
+
+    word: Field
+    means: str
+
+
+class Report(NamedTuple):
+    """What there is to say of one launch.
+
+    flags: those that would run, without MindSpeed's and without what is blocked on its own.
+    unknown: words whose value is not known.
+    """
+
+    launch: Launch
+    rows: tuple[Row, ...]
+    unknown: tuple[Unknown, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether anything stands in the way."""
+        return any(row.verdict is Verdict.BLOCKED for row in self.rows)
+
+
+def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> tuple[str, bool]:
+    """The report on a script or on flags, as text, and whether anything is blocked.
+
+    words: a file and the arguments that it would be started with, or flags. parser: Megatron's, patched.
+    environment: the variables that a script would find.
+
+    Raises CheckError where there is nothing to check.
+    """
+    if words[0].startswith("-"):
+        flags = tuple(Field((word,)) for word in words)
+        reading = Reading((), ())
+        ranks = environment.get("WORLD_SIZE", "")
+        own = {name: Field((value,)) for name, value in environment.items()}
+        launches = [Launch(0, "pretrain_gpt.py", flags, int(ranks) if ranks.isdecimal() else None, own, "")]
+    else:
+        reading = read_file(Path(words[0]), words[1:], environment)
+        launches = find_launches(reading.commands)
+        if not launches:
+            raise CheckError("\n".join([_no_launch(words[0]), *_omissions(reading)]))
+    reports = [examine_launch(launch, parser) for launch in launches]
+    parts = [_describe(report, words[0]) for report in reports]
+    if reading.omissions:
+        parts.append("\n".join(_omissions(reading)))
+    return "\n\n".join(parts), any(report.is_blocked for report in reports)
+
+
+def read_file(path: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Reading:
+    """What the script in a file would run.
+
+    Raises CheckError where it is no shell script.
+    """
+    if path.suffix == ".py":
+        raise CheckError(f"{path} is a Python program; check the shell script that starts it, or its flags.")
+    try:
+        return read_script(path.read_text(), arguments=arguments, environment=environment, folder=Path.cwd())
+    except OSError as error:
+        raise CheckError(f"{path}: {error.strerror}; give a shell script, or flags.") from error
+    except ValueError as error:
+        # What is no text is a ValueError, too.
+        raise CheckError(f"{path} cannot be read as a shell script: {error}.") from error
+
+
+def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
+    """What becomes of each flag of a launch."""
+    known, unknown, blocked = _sort_out_unknown(launch.flags, parser)
+    with _environment(launch.environment):
+        # Rules among sizes would be judged by the defaults of those that are not known.
+        found = examine(known, parser) if blocked else examine_command_line(known, parser, num_ranks=launch.ranks)
+        notes = [] if blocked else notes_on_command_line(found, known, parser)
+    rows = [*blocked, *_rows(found, parser), *(Row(Verdict.NOTED, note) for note in notes)]
+    if blocked:
+        rows.append(
+            Row(Verdict.NOTED, "rules among sizes were not checked, for want of the values that are not known.")
+        )
+    actions = parser._option_string_actions
+    flags = tuple(word for each in split_flags(found.argv, actions) if each.name in actions for word in each.words)
+    return Report(launch, tuple(rows), tuple(unknown), flags)
+
+
+def _sort_out_unknown(
+    fields: Sequence[Field], parser: argparse.ArgumentParser
+) -> tuple[list[str], list[Unknown], list[Row]]:
+    """The words that can be examined, those whose value is not known, and the flags that need to be known.
+
+    Text that is not known stays as it is spelt; a number or a choice that is not known is blocked.
+    """
+    actions = parser._option_string_actions
+    known: list[str] = []
+    unknown: list[Unknown] = []
+    blocked: list[Row] = []
+    left = list(fields)
+    for each in split_flags([field.text for field in fields], {*actions, *FLAGS}):
+        own, left = left[: len(each.words)], left[len(each.words) :]
+        takes = _takes(each.name, actions)
+        # Words beyond the flag's values may be flags, or nothing.
+        values, beyond = (own, []) if takes is None else (own[: 1 + takes], own[1 + takes :])
+        if not each.name:
+            values, beyond = [], own
+        loose = [field for field in beyond if field.is_unknown]
+        unknown += [Unknown(field, "it may add flags, or none") for field in loose]
+        rest = [field for field in beyond if not field.is_unknown]
+        open_values = [field for field in values if field.unresolved]
+        if open_values and not _is_text(each.name, actions):
+            spelled = " ".join(field.text for field in values)
+            why = "; ".join(dict.fromkeys(piece.why for field in open_values for piece in field.unresolved))
+            blocked.append(Row(Verdict.BLOCKED, f"{spelled}: its value is not known ({why}); {_way_out(open_values)}."))
+            known += [field.text for field in rest]
+            continue
+        unknown += [Unknown(field, "it is kept as it is spelt") for field in open_values]
+        known += [field.text for field in (*values, *rest)]
+    return known, unknown, blocked
+
+
+def _way_out(fields: Sequence[Field]) -> str:
+    names = [piece.name for field in fields for piece in field.unresolved if piece.name]
+    if not names:
+        return "write the value itself, or check the flags alone"
+    if names[0].isdecimal():
+        return "give the script's arguments after its name"
+    return f"set it: {names[0]}=... python -m mindspeed_cp check ..."
+
+
+def _takes(name: str, actions: Mapping[str, argparse.Action]) -> int | None:
+    """How many values a flag takes; None for any number."""
+    if name in actions:
+        nargs = actions[name].nargs
+        return 1 if nargs is None else nargs if isinstance(nargs, int) else None
+    if name in FLAGS:
+        return None if FLAGS[name].takes_many else int(bool(FLAGS[name].values))
+    return 1
+
+
+def _is_text(name: str, actions: Mapping[str, argparse.Action]) -> bool:
+    """Whether any text is a value of the flag, so that it does not matter which."""
+    if name in actions:
+        return actions[name].type in (None, str) and actions[name].choices is None
+    return name not in FLAGS or FLAGS[name].values.startswith("S")
+
+
+def _rows(found: Examination, parser: argparse.ArgumentParser) -> Iterator[Row]:
+    actions = parser._option_string_actions
+    yield from (Row(Verdict.BLOCKED, blocker.sentence) for blocker in found.blockers)
+    spoken_of = {blocker.flag for blocker in found.blockers}
+    for each in found.findings:
+        if each.disposition is Disposition.TRANSLATED:
+            target = f"{' '.join(each.flags)}: {each.sentence}" if each.flags else each.sentence
+            yield Row(Verdict.TRANSLATED, f"{each.flag} -> {target}.")
+    by_reason: dict[str, list[str]] = {}
+    for each in found.findings:
+        if each.disposition is Disposition.NOTED:
+            by_reason.setdefault(each.sentence, []).append(each.flag)
+    yield from (Row(Verdict.NOTED, f"{'  '.join(flags)}: {reason}.") for reason, flags in by_reason.items())
+    translated = {word for each in found.findings for word in each.flags}
+    plain = [
+        " ".join(each.words)
+        for each in split_flags(found.argv, actions)
+        if each.name in actions and each.name not in spoken_of | translated
+    ]
+    if plain:
+        yield Row(Verdict.AS_IT_IS, "  ".join(plain))
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, Field]) -> Iterator[None]:
+    """The variable that flags are judged by, as the launch would find it."""
+    before = os.environ.get(_ENVIRONMENT)
+    _set(variables[_ENVIRONMENT].text if _ENVIRONMENT in variables else None)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_ENVIRONMENT, None)
+    else:
+        os.environ[_ENVIRONMENT] = value
+
+
+def _describe(report: Report, name: str) -> str:
+    launch = report.launch
+    where = f"{name}, line {launch.line}: {launch.script}" if launch.line else "flags"
+    ranks = f" on {launch.ranks} ranks" if launch.ranks else ", on how many ranks is not known"
+    within = f", within {launch.condition}" if launch.condition else ""
+    lines = [f"{where}{ranks}{within}"]
+    for verdict in Verdict:
+        for row in report.rows:
+            if row.verdict is verdict:
+                lines += _wrap(f"  {verdict.value:<12}", row.text)
+    if report.unknown:
+        lines += ["", "not known"]
+        for each in report.unknown:
+            why = "; ".join(dict.fromkeys(piece.why for piece in each.word.unresolved))
+            lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
+    lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]
+    start = f"-m mindspeed_cp {launch.script}"
+    lines += _wrap("  ", " ".join([start, *map(_quoted, report.flags)]), ending=" \\")
+    return "\n".join(lines)
+
+
+def _wrap(head: str, text: str, *, ending: str = "") -> list[str]:
+    """Lines of a text behind a head, with flags left whole."""
+    lines = textwrap.wrap(
+        text, _WIDTH - len(head) - len(ending), break_on_hyphens=False, break_long_words=False, replace_whitespace=True
+    )
+    return [
+        f"{head if number == 0 else ' ' * len(head)}{line}{ending if number + 1 < len(lines) else ''}"
+        for number, line in enumerate(lines)
+    ]
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell would have to be given it; what is not known keeps its spelling."""
+    plain = word and not any(character in word for character in " \t\n;&|<>()'\"*?[]#~\\")
+    return word if plain or "$" in word else "'" + word.replace("'", "'\\''") + "'"
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _omissions(reading: Reading) -> list[str]:
+    lines = ["not read"]
+    for omission in reading.omissions:
+        lines += _wrap("  ", f"line {omission.line}: {_in_one_line(omission.text)}: {omission.why}")
+    return lines if reading.omissions else []
+
+
+def _no_launch(name: str) -> str:
+    return (
+        f"{name} starts no training that can be read: a command with a .py script, by torchrun, or with "
+        f"--micro-batch-size; check its flags instead: python -m mindspeed_cp check --flag ..."
+    )

@@ -1,0 +1,613 @@
+"""What a shell script would run, as far as that can be told without running anything.
+
+Assignments are followed and words expanded as bash does it. What depends on something that would have to run (the
+output of a command, which branch is taken, a variable that nobody sets) is never guessed: it stays in the word as it is
+spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
+"""
+
+import ast
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from mindspeed_cp.launch.shell_syntax import (
+    DECLARATIONS,
+    Arithmetic,
+    Assignment,
+    Block,
+    Literal,
+    Opaque,
+    Parameter,
+    Simple,
+    Statement,
+    Word,
+    parse,
+)
+
+
+class Unresolved(NamedTuple):
+    """A part of a word that is not known.
+
+    spelling: how it is written in the script. why: the reason, a clause that names the line.
+    name: the variable that is not set, where that is the reason.
+    """
+
+    spelling: str
+    why: str
+    name: str = ""
+
+
+Piece: TypeAlias = str | Unresolved
+
+
+class Field(NamedTuple):
+    """A word after expansion."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        """Its text, with what is not known as it is spelt."""
+        return "".join(piece if isinstance(piece, str) else piece.spelling for piece in self.pieces)
+
+    @property
+    def unresolved(self) -> tuple[Unresolved, ...]:
+        """What is not known of it."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, Unresolved))
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing of it is known, so that it may as well be no word or several."""
+        return bool(self.pieces) and all(isinstance(piece, Unresolved) for piece in self.pieces)
+
+
+class Command(NamedTuple):
+    """A command that the script would run.
+
+    words: its words after expansion. environment: what the script exports to it.
+    condition: the blocks around it that decide whether it runs at all; empty where nothing does.
+    """
+
+    line: int
+    words: tuple[Field, ...]
+    environment: Mapping[str, Field]
+    condition: str
+
+
+class Omission(NamedTuple):
+    """Something in a script that was not read: where, what, and why."""
+
+    line: int
+    text: str
+    why: str
+
+
+class Reading(NamedTuple):
+    """What a script would run, in order, and what was not read of it."""
+
+    commands: tuple[Command, ...]
+    omissions: tuple[Omission, ...]
+
+
+def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mapping[str, str], folder: Path) -> Reading:
+    """What a shell script would run.
+
+    arguments: its positional parameters. environment: the variables that are set before it starts.
+    folder: the working directory, where `source` looks for files.
+
+    Raises ShellSyntaxError where the text is no shell script.
+    """
+    shell = _Shell({name: _Variable((Field((value,)),)) for name, value in environment.items()}, arguments, folder)
+    shell.run(parse(text))
+    return Reading(tuple(shell.commands), tuple(shell.omissions))
+
+
+class _Variable(NamedTuple):
+    """A variable's value; a scalar is an array of one element here."""
+
+    fields: tuple[Field, ...]
+    is_array: bool = False
+
+
+class _Exit(Exception):
+    """The script, or a function of it, ends here."""
+
+
+_MAX_DEPTH = 16
+"""Scripts that source each other, or functions that call themselves, end here."""
+
+_KEYWORDS_OF_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1, "let": 0, "printf": 0, "wait": 0}
+"""Builtins that set variables from what would have to run: how many of their arguments come before the names."""
+
+_SHELLS = ("bash", "sh")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
+_ARITHMETIC_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\s*(?:[-+*/%]?=(?!=)|\+\+|--)")
+
+
+class _Shell:
+    """Variables, positional parameters and functions, as they are at one point of a script."""
+
+    def __init__(self, variables: dict[str, _Variable], arguments: Sequence[str], folder: Path | None) -> None:
+        self.commands: list[Command] = []
+        self.omissions: list[Omission] = []
+        self._variables = variables
+        self._exported = set(variables)
+        self._positional: list[Field] = [Field((each,)) for each in arguments]
+        self._functions: dict[str, Block] = {}
+        self._folder = folder
+        self._conditions: list[str] = []
+        self._depth = 0
+
+    def run(self, statements: Sequence[Statement]) -> None:
+        """Follow statements up to where the script would end."""
+        try:
+            self._follow(statements)
+        except _Exit:
+            return
+
+    def _follow(self, statements: Sequence[Statement]) -> None:
+        succeeded, before = True, ""
+        for statement in statements:
+            if statement.joined == "||" or (statement.joined and not succeeded):
+                alone = statement._replace(joined="")
+                self._perhaps([(alone,)], f"{before} {statement.joined}", statement.line, again=False)
+                succeeded = False
+            else:
+                self._one(statement)
+                succeeded = _cannot_fail(statement)
+            before = _first_line(statement.text)
+
+    def _one(self, statement: Statement) -> None:
+        if statement.subshell:
+            kept = self._state()
+            self._alone(statement)
+            self._restore(kept)
+        else:
+            self._alone(statement)
+
+    def _alone(self, statement: Statement) -> None:
+        if isinstance(statement, Simple):
+            self._simple(statement)
+        elif statement.kind == "function":
+            self._functions[statement.name] = statement
+        elif statement.kind == "{":
+            self._follow(statement.bodies[0])
+        elif statement.kind == "(":
+            kept = self._state()
+            self.run(statement.bodies[0])
+            self._restore(kept)
+        elif statement.kind == "((":
+            self._forget(_ARITHMETIC_ASSIGNMENT.findall(statement.text), statement)
+        elif statement.kind != "[[":
+            self._block(statement)
+
+    def _block(self, block: Block) -> None:
+        """A block whose bodies may run or not, or several times."""
+        loops = block.kind in ("for", "while", "until", "select")
+        why = "how often it runs is not known" if loops else "which branch is taken is not known"
+        end = f" to {block.end_line}" if block.end_line > block.line else ""
+        self._omit(Omission(block.line, block.text, f"{why}; what lines {block.line}{end} set counts as not known"))
+        if not loops:
+            self._follow(block.bodies[0])
+        bodies = block.bodies if loops else block.bodies[1:]
+        if block.name:
+            self._variables[block.name] = self._unknown(block.name, f"it is set by the loop in line {block.line}")
+        self._perhaps(bodies, block.text, block.line, again=loops)
+
+    def _perhaps(self, bodies: Sequence[Sequence[Statement]], text: str, line: int, *, again: bool) -> None:
+        """Follow each body from the state before it; what any of them sets is unknown afterwards.
+
+        again: the bodies belong to one loop, so that what one sets may be there when it starts.
+        """
+        before = self._state()[0]
+        changed: dict[str, bool] = {}
+        for is_last in (False, True) if again else (True,):
+            commands, omissions, start = len(self.commands), len(self.omissions), self._state()
+            for body in bodies:
+                self._conditions.append(f"`{text}` (line {line})")
+                self.run(body)
+                self._conditions.pop()
+                for name, appended in _differences(start[0], self._variables):
+                    changed[name] = appended and changed.get(name, True)
+                self._restore(start)
+            if not is_last:
+                del self.commands[commands:], self.omissions[omissions:]
+            for name, appended in changed.items():
+                why = f"line {line}, which may or may not run, {'appends to' if appended else 'sets'} it"
+                unknown, kept = self._unknown(name, why), before.get(name)
+                self._variables[name] = _append(kept, unknown) if appended and kept else unknown
+
+    def _state(self) -> tuple[dict[str, _Variable], set[str], list[Field], Path | None]:
+        return dict(self._variables), set(self._exported), list(self._positional), self._folder
+
+    def _restore(self, state: tuple[dict[str, _Variable], set[str], list[Field], Path | None]) -> None:
+        variables, exported, positional, self._folder = state
+        self._variables, self._exported, self._positional = dict(variables), set(exported), list(positional)
+
+    def _omit(self, omission: Omission) -> None:
+        if omission not in self.omissions:
+            self.omissions.append(omission)
+
+    def _unknown(self, name: str, why: str) -> _Variable:
+        return _Variable((Field((Unresolved(f"${{{name}}}", why),)),))
+
+    def _forget(self, names: Sequence[str], statement: Statement) -> None:
+        if names:
+            self._omit(Omission(statement.line, _first_line(statement.text), f"it sets {', '.join(names)}"))
+        for name in names:
+            self._variables[name] = self._unknown(name, f"line {statement.line} sets it, and is not read")
+
+    # Simple commands
+
+    def _simple(self, command: Simple) -> None:
+        words = tuple(field for word in command.words for field in self._expand(word))
+        if command.has_heredoc:
+            self._omit(Omission(command.line, _first_line(command.text), "a here-document's text is not read"))
+        if not words:
+            for assignment in command.assignments:
+                self._assign(assignment)
+            return
+        name, arguments = words[0].text, words[1:]
+        if name in DECLARATIONS:
+            self._declare(name, command, arguments)
+        elif name in ("source", ".") and arguments:
+            self._source(arguments, command)
+        elif name == "eval":
+            self._nested(" ".join(field.text for field in arguments), command)
+        elif name in self._functions:
+            self._call(self._functions[name], arguments, command)
+        elif name == "set":
+            if "--" in [field.text for field in arguments]:
+                self._positional = list(arguments[[field.text for field in arguments].index("--") + 1 :])
+        elif name == "shift":
+            count = arguments[0].text if arguments else "1"
+            self._positional = self._positional[int(count) :] if count.isdecimal() else []
+        elif name == "unset":
+            for field in arguments:
+                self._variables.pop(field.text, None)
+        elif name == "cd":
+            self._change_folder(arguments)
+        elif name in ("exit", "return"):
+            raise _Exit
+        elif name in _KEYWORDS_OF_NAMES:
+            self._forget(self._names_set_by(name, arguments), command)
+        elif name.startswith("-") and not words[0].is_unknown:
+            why = "no command begins with a dash: the one above it ended at a comment or at a line without a backslash"
+            self._omit(Omission(command.line, _first_line(command.text), why))
+        else:
+            self._record(command, words)
+
+    def _names_set_by(self, builtin: str, arguments: Sequence[Field]) -> list[str]:
+        texts = [field.text for field in arguments]
+        if builtin == "printf":
+            return texts[1:2] if texts[:1] == ["-v"] else []
+        if builtin == "let":
+            return [name for text in texts for name in _ARITHMETIC_ASSIGNMENT.findall(text)]
+        return [text for text in texts[_KEYWORDS_OF_NAMES[builtin] :] if _NAME.fullmatch(text)]
+
+    def _record(self, command: Simple, words: tuple[Field, ...]) -> None:
+        kept = self._state()
+        for assignment in command.assignments:
+            self._assign(assignment)
+            self._exported.add(assignment.name)
+        environment = {
+            name: self._variables[name].fields[0]
+            for name in sorted(self._exported)
+            if name in self._variables and self._variables[name].fields
+        }
+        self._restore(kept)
+        if shell_text := _text_for_another_shell(words):
+            self._nested(shell_text.text, command, only=environment)
+            return
+        if words[0].text.rpartition("/")[2] in _SHELLS and len(words) > 1:
+            self._omit(
+                Omission(command.line, _first_line(command.text), "it starts another script; check that one too")
+            )
+            return
+        self.commands.append(Command(command.line, words, environment, ", within ".join(self._conditions)))
+        if words[0].text == "exec" and len(words) > 1:
+            raise _Exit
+
+    def _declare(self, builtin: str, command: Simple, arguments: Sequence[Field]) -> None:
+        exports = builtin == "export" or any(re.fullmatch(r"-\w*x\w*", field.text) for field in arguments)
+        for assignment in command.assignments:
+            self._assign(assignment)
+        if exports:
+            self._exported |= {assignment.name for assignment in command.assignments}
+            self._exported |= {field.text for field in arguments if _NAME.fullmatch(field.text)}
+
+    def _assign(self, assignment: Assignment) -> None:
+        if assignment.is_array:
+            fields = tuple(field for word in assignment.values for field in self._expand(word))
+            for word in assignment.values:
+                self._omit_opaque(word)
+            value = _Variable(fields, True)
+        else:
+            self._omit_opaque(assignment.values[0])
+            value = _Variable((_joined(self._expand(assignment.values[0], split=False)),))
+        before = self._variables.get(assignment.name)
+        self._variables[assignment.name] = _append(before, value) if assignment.append and before else value
+
+    def _omit_opaque(self, word: Word) -> None:
+        for part in word.parts:
+            if isinstance(part, Opaque):
+                self._omit(Omission(word.line, part.spelling, part.why))
+
+    def _source(self, arguments: Sequence[Field], command: Simple) -> None:
+        file, rest = arguments[0], arguments[1:]
+        text = _first_line(command.text)
+        if file.unresolved:
+            self._omit(Omission(command.line, text, f"which file it is is not known: {file.unresolved[0].why}"))
+            return
+        path = Path(file.text)
+        if self._folder is None and not path.is_absolute():
+            self._omit(Omission(command.line, text, "the working directory is not known after `cd`"))
+            return
+        path = (self._folder or Path()) / path
+        try:
+            statements = parse(path.read_text())
+        except OSError:
+            self._omit(Omission(command.line, text, f"there is no file {path}"))
+            return
+        except ValueError as error:
+            self._omit(Omission(command.line, text, f"{path} is no shell script: {error}"))
+            return
+        positional = self._positional
+        self._positional = list(rest) if rest else positional
+        self._deeper(statements, command)
+        self._positional = positional
+
+    def _call(self, function: Block, arguments: Sequence[Field], command: Simple) -> None:
+        positional, self._positional = self._positional, list(arguments)
+        for body in function.bodies:
+            self._deeper(body, command)
+        self._positional = positional
+
+    def _deeper(self, statements: Sequence[Statement], command: Simple) -> None:
+        if self._depth == _MAX_DEPTH:
+            self._omit(Omission(command.line, _first_line(command.text), f"it is nested more than {_MAX_DEPTH} deep"))
+            return
+        self._depth += 1
+        self.run(statements)
+        self._depth -= 1
+
+    def _nested(self, text: str, command: Simple, only: Mapping[str, Field] | None = None) -> None:
+        """Follow a script that is given as text; with `only`, in a shell of its own that sees these variables."""
+        try:
+            statements = parse(text)
+        except ValueError as error:
+            self._omit(Omission(command.line, _first_line(command.text), f"its text is no shell script: {error}"))
+            return
+        kept = self._state()
+        if only is not None:
+            self._variables = {name: _Variable((field,)) for name, field in only.items()}
+        before = len(self.commands)
+        self._deeper(statements, command)
+        self.commands[before:] = [each._replace(line=command.line) for each in self.commands[before:]]
+        if only is not None:
+            self._restore(kept)
+
+    def _change_folder(self, arguments: Sequence[Field]) -> None:
+        known = len(arguments) == 1 and not arguments[0].unresolved and not arguments[0].text.startswith(("-", "~"))
+        self._folder = self._folder / arguments[0].text if known and self._folder else None
+
+    # Expansion
+
+    def _expand(self, word: Word, *, split: bool = True) -> list[Field]:
+        """The fields that a word becomes; without `split` what is not quoted stays in one piece."""
+        fields: list[list[Piece]] = []
+        current: list[Piece] | None = None
+        for part in word.parts:
+            if isinstance(part, Literal):
+                current = [*(current or []), part.text]
+                continue
+            values, quoted = self._values(part, word.line), part.quoted
+            for number, value in enumerate(values):
+                if number and current is not None:
+                    fields.append(current)
+                    current = None
+                if quoted or not split:
+                    current = [*(current or []), *value.pieces]
+                    continue
+                for piece in value.pieces:
+                    for chunk in [piece] if isinstance(piece, Unresolved) else _WORD_AND_BLANKS.findall(piece):
+                        if isinstance(chunk, str) and chunk.isspace():
+                            if current is not None:
+                                fields.append(current)
+                            current = None
+                        else:
+                            current = [*(current or []), chunk]
+        if current is not None:
+            fields.append(current)
+        return [_field(pieces) for pieces in fields]
+
+    def _values(self, part: Parameter | Arithmetic | Opaque, line: int) -> list[Field]:
+        """What an expansion gives: one value, or one for each element of an array."""
+        if isinstance(part, Opaque):
+            return [Field((Unresolved(part.spelling, f"line {line}: {part.why}"),))]
+        if isinstance(part, Arithmetic):
+            return [Field((self._compute(part, line),))]
+        return self._parameter(part, line)
+
+    def _parameter(self, part: Parameter, line: int) -> list[Field]:
+        fields = self._look_up(part, line)
+        if part.operator == "":
+            if fields is None:
+                why = f"line {line}: {_positional_why(part.name) or f'{part.name} is not set'}"
+                return [Field((Unresolved(part.spelling, why, part.name),))]
+            return fields
+        assert part.operand is not None
+        is_empty = fields is None or (part.operator.startswith(":") and not any(field.text for field in fields))
+        kind = part.operator[-1]
+        if kind == "+":
+            if fields and all(field.is_unknown for field in fields):
+                return [Field((Unresolved(part.spelling, f"line {line}: whether {part.name} is set is not known"),))]
+            return [] if is_empty else self._expand(part.operand, split=not part.quoted)
+        if not is_empty:
+            assert fields is not None
+            return fields
+        if kind == "?":
+            return [Field((Unresolved(part.spelling, f"line {line}: {part.name} is not set", part.name),))]
+        values = self._expand(part.operand, split=not part.quoted)
+        if kind == "=":
+            self._variables[part.name] = _Variable((_joined(values),))
+        return values or [Field(("",))]
+
+    def _look_up(self, part: Parameter, line: int) -> list[Field] | None:
+        """The values of a parameter; None where it is not set."""
+        if part.name in ("@", "*"):
+            fields = list(self._positional)
+            return [_joined(fields)] if part.name == "*" and part.quoted else fields
+        if part.name == "#":
+            return [Field((str(len(self._positional)),))]
+        if part.name == "0" or part.name in ("?", "$", "!", "-", "RANDOM", "SECONDS"):
+            return [Field((Unresolved(part.spelling, f"line {line}: it is known when the script runs"),))]
+        if part.name.isdecimal():
+            number = int(part.name)
+            return [self._positional[number - 1]] if number <= len(self._positional) else None
+        if (variable := self._variables.get(part.name)) is None:
+            return None
+        if part.subscript in ("@", "*"):
+            fields = list(variable.fields)
+            return [_joined(fields)] if part.subscript == "*" and part.quoted else fields
+        if part.subscript == "":
+            return list(variable.fields[:1]) or None
+        if part.subscript.isdecimal() and not any(field.is_unknown for field in variable.fields):
+            number = int(part.subscript)
+            return [variable.fields[number]] if number < len(variable.fields) else None
+        return [Field((Unresolved(part.spelling, f"line {line}: which element it is is not known"),))]
+
+    def _compute(self, part: Arithmetic, line: int) -> Piece:
+        expression = _joined(self._expand(part.expression, split=False))
+        for piece in expression.unresolved:
+            return Unresolved(part.spelling, piece.why, piece.name)
+        try:
+            return str(self._number(ast.parse(expression.text.strip().replace("/", "//"), mode="eval").body))
+        except _UnknownNumber as unknown:
+            return Unresolved(part.spelling, str(unknown) or f"line {line}: {unknown.name} is not set", unknown.name)
+        except (SyntaxError, ValueError, TypeError, ZeroDivisionError):
+            return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
+
+    def _number(self, node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name):
+            variable = self._variables.get(node.id)
+            if variable is None:
+                raise _UnknownNumber(node.id)
+            for piece in variable.fields[0].unresolved:
+                raise _UnknownNumber(piece.name, piece.why)
+            return self._number(ast.parse(variable.fields[0].text.strip(), mode="eval").body)
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+            return _UNARY[type(node.op)](self._number(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            return _BINARY[type(node.op)](self._number(node.left), self._number(node.right))
+        raise ValueError(node)
+
+
+class _UnknownNumber(Exception):
+    """Arithmetic with a variable that is not set, or whose value is not known for a reason."""
+
+    def __init__(self, name: str, why: str = "") -> None:
+        super().__init__(why)
+        self.name = name
+
+
+def _towards_zero(dividend: int, divisor: int) -> int:
+    quotient = abs(dividend) // abs(divisor)
+    return quotient if (dividend < 0) == (divisor < 0) else -quotient
+
+
+_UNARY: dict[type[ast.unaryop], Callable[[int], int]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Invert: operator.invert,
+}
+_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: _towards_zero,
+    ast.Mod: lambda dividend, divisor: dividend - divisor * _towards_zero(dividend, divisor),
+    ast.Pow: operator.pow,
+    ast.LShift: operator.lshift,
+    ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
+
+
+def _field(pieces: Sequence[Piece]) -> Field:
+    """A field whose neighbouring texts are one piece."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += piece
+        elif piece != "" or not isinstance(piece, str):
+            merged.append(piece)
+    return Field(tuple(merged))
+
+
+def _joined(fields: Sequence[Field]) -> Field:
+    """Several fields as one, with spaces between."""
+    pieces: list[Piece] = []
+    for number, field in enumerate(fields):
+        pieces += [" "] * bool(number) + list(field.pieces)
+    return _field(pieces)
+
+
+def _append(before: _Variable, more: _Variable) -> _Variable:
+    if before.is_array or more.is_array:
+        return _Variable((*before.fields, *more.fields), True)
+    return _Variable((_field([*before.fields[0].pieces, *more.fields[0].pieces]),))
+
+
+def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]) -> Iterator[tuple[str, bool]]:
+    """The variables that differ, and whether all that happened to each is that something was appended."""
+    for name in sorted({*before, *after}):
+        was, now = before.get(name), after.get(name)
+        if was != now:
+            grown = was is not None and now is not None and was.is_array and now.fields[: len(was.fields)] == was.fields
+            scalars = was is not None and now is not None and not was.is_array and not now.is_array
+            if scalars and was is not None and now is not None:
+                grown = now.fields[0].text.startswith(was.fields[0].text) and bool(was.fields[0].text)
+            yield name, grown
+
+
+def _cannot_fail(statement: Statement) -> bool:
+    """Whether a statement does nothing but assign what is there."""
+    if (
+        isinstance(statement, Block)
+        or not statement.assignments
+        or any(_is_other_word(word) for word in statement.words)
+    ):
+        return False
+    words = [word for assignment in statement.assignments for word in assignment.values]
+    return not any(isinstance(part, Opaque) for word in words for part in word.parts)
+
+
+def _is_other_word(word: Word) -> bool:
+    return not (len(word.parts) == 1 and isinstance(word.parts[0], Literal) and word.parts[0].text in DECLARATIONS)
+
+
+def _first_line(text: str) -> str:
+    first, newline, _ = text.partition("\n")
+    return first.rstrip("\\ ") + (" ..." if newline else "")
+
+
+def _positional_why(name: str) -> str:
+    return f"the script is given no argument ${name}" if name.isdecimal() else ""
+
+
+def _text_for_another_shell(words: Sequence[Field]) -> Field | None:
+    """The script in `... bash -c script`; None where there is none."""
+    for number, (first, second) in enumerate(itertools.pairwise(words)):
+        is_shell = first.text.rpartition("/")[2] in _SHELLS
+        if is_shell and re.fullmatch(r"-\w*c", second.text) and number + 2 < len(words):
+            return words[number + 2]
+    return None
