@@ -19,7 +19,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigurationError(ValueError):
-    """An option that cannot be honoured as it is set; the message names it, its value, the rule and a way out."""
+    """Options that cannot be honoured as they are set: a sentence each, with name, value, rule and a way out."""
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """One for each option, in the order in which they were found."""
+        return tuple(dict.fromkeys(self.args))
+
+    def __str__(self) -> str:
+        if len(self.sentences) == 1:
+            return self.sentences[0]
+        return "\n  ".join([f"{len(self.sentences)} things stand in the way:", *self.sentences])
 
 
 def flag(name: str) -> str:
@@ -181,7 +191,7 @@ class ContextParallelConfig:
         sequence_parallel: bool = False,
         seq_length: int | None = None,
     ) -> None:
-        """Raise ConfigurationError unless a model of this shape can be split as configured.
+        """Raise ConfigurationError with all broken rules unless a model of this shape can be split as configured.
 
         num_query_groups: number of K/V heads, where it is not the number of attention heads.
         sequence_parallel: whether the tensor-parallel ranks split each rank's tokens among themselves.
@@ -189,26 +199,31 @@ class ContextParallelConfig:
         """
         if self.context_parallel_size == 1:
             return
+        broken = []
         if seq_length is not None:
-            self._check_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
+            broken += self._broken_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
         degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
         heads = {"--num-attention-heads": num_attention_heads}
         if num_query_groups is not None:
             heads["--num-query-groups"] = num_query_groups
         for name, number in heads.items():
             if degree > 1 and number % (degree * tensor_parallel):
-                raise ConfigurationError(
+                broken.append(
                     f"{name} {number} is not a multiple of the Ulysses degree {degree} ({self._degree_flag}) times "
                     f"--tensor-model-parallel-size {tensor_parallel}; "
                     f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
                 )
+                # Its way out is one for all heads.
+                break
+        if broken:
+            raise ConfigurationError(*broken)
 
-    def _check_length(self, seq_length: int, tensor_parallel: int) -> None:
-        """tensor_parallel: ranks that split each rank's tokens."""
+    def _broken_length(self, seq_length: int, tensor_parallel: int) -> list[str]:
+        """The rule that the length breaks. tensor_parallel: ranks that split each rank's tokens."""
         size, per_rank = self.context_parallel_size, math.lcm(2, tensor_parallel)
         unit = size * per_rank
         if seq_length % unit == 0:
-            return
+            return []
         if per_rank == 2:
             rule = f"2 * --context-parallel-size {size} = {unit}"
         else:
@@ -218,7 +233,7 @@ class ContextParallelConfig:
             )
         below = seq_length // unit * unit
         lengths = or_list(length for length in (below, below + unit) if length)
-        raise ConfigurationError(f"--seq-length {seq_length} is not a multiple of {rule}; use {lengths}.")
+        return [f"--seq-length {seq_length} is not a multiple of {rule}; use {lengths}."]
 
     @property
     def _degree_flag(self) -> str:

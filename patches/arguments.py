@@ -19,7 +19,7 @@ from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConf
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind
-from mindspeed_cp.patches.blockers import Blocker, describe, found_by, raise_for
+from mindspeed_cp.patches.blockers import Blocker, blockers_of, found_by, raise_for
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.help_text import escape_help
@@ -169,7 +169,7 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
     if found.blockers:
         # Rules alone are left to validate_args, which knows what a checkpoint says.
         beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser))
-        _exit_with(ConfigurationError(describe([*found.blockers, *beside])))
+        _exit_with(ConfigurationError(*(each.sentence for each in (*found.blockers, *beside))))
     if int(os.environ.get("RANK", "0")) == 0:
         for sentence in (*notes(found.findings), *note_on_defaults(parser, argv)):
             warnings.warn(sentence, stacklevel=2)
@@ -304,7 +304,7 @@ def _examine_arguments(
     try:
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
-        return None, [Blocker.from_error(error), *unsupported(args, args.context_parallel_size, defaults), *of_ranks]
+        return None, [*blockers_of(error), *unsupported(args, args.context_parallel_size, defaults), *of_ranks]
     of_model = found_by(lambda: _check_model(args, config), lambda: check_kernels(args, config))
     return config, [*unsupported(args, config.context_parallel_size, defaults), *of_model, *of_ranks]
 

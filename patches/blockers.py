@@ -1,6 +1,6 @@
 """What stands in the way of a command line, all of it at once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from mindspeed_cp.config import ConfigurationError
@@ -16,10 +16,10 @@ class Blocker(NamedTuple):
     flag: str
     sentence: str
 
-    @classmethod
-    def from_error(cls, error: ConfigurationError) -> "Blocker":
-        """The blocker that an error tells of; its message begins with the flag."""
-        return cls(str(error).partition(" ")[0].rstrip(":,"), str(error))
+
+def blockers_of(error: ConfigurationError) -> list[Blocker]:
+    """What an error tells of; each sentence begins with the flag."""
+    return [Blocker(sentence.partition(" ")[0].rstrip(":,"), sentence) for sentence in error.sentences]
 
 
 def found_by(*checks: Callable[[], object]) -> list[Blocker]:
@@ -29,19 +29,11 @@ def found_by(*checks: Callable[[], object]) -> list[Blocker]:
         try:
             check()
         except ConfigurationError as error:
-            blockers.append(Blocker.from_error(error))
+            blockers += blockers_of(error)
     return blockers
-
-
-def describe(blockers: Sequence[Blocker]) -> str:
-    """The end of an error message: one blocker's sentence, or how many there are and a line for each."""
-    sentences = list(dict.fromkeys(blocker.sentence for blocker in blockers))
-    if len(sentences) == 1:
-        return sentences[0]
-    return "\n  ".join([f"{len(sentences)} things stand in the way:", *sentences])
 
 
 def raise_for(blockers: Iterable[Blocker]) -> None:
     """Raise ConfigurationError with all of them; nothing where there are none."""
-    if found := list(blockers):
-        raise ConfigurationError(describe(found))
+    if sentences := [blocker.sentence for blocker in blockers]:
+        raise ConfigurationError(*sentences)

@@ -43,7 +43,7 @@ def examine(argv: Sequence[str], parser: argparse.ArgumentParser, *, ignore_unkn
     ]
     given = split_flags(words, actions)
     if not ignore_unknown:
-        blockers += [_unknown(each, actions) for each in given if each.name not in actions]
+        blockers += [_unknown(each, actions) for each in given if each.name and each.name not in actions]
     parse = _Parse(parser)
     wrong = []
     whole = parse([word for each in given for word in each.words])
@@ -57,10 +57,8 @@ def examine(argv: Sequence[str], parser: argparse.ArgumentParser, *, ignore_unkn
         if whole.error is not None:
             blockers.append(Blocker("", f"{whole.error}."))
     if not ignore_unknown:
-        nobody_s = [word for each in given if each.name not in actions for word in each.words]
-        blockers += [
-            Blocker(word, f"{word}: no flag takes it; leave it out.") for word in whole.unknown if word not in nobody_s
-        ]
+        said = [word for each in given if each.name and each.name not in actions for word in each.words]
+        blockers += _nobody_s([word for word in whole.unknown if word not in said])
     return Examination(findings, words, whole.args, tuple(blockers))
 
 
@@ -70,11 +68,14 @@ def _choices(action: argparse.Action) -> list[str] | None:
 
 def _unknown(each: Given, known: Sequence[str] | dict[str, argparse.Action]) -> Blocker:
     """A flag that neither Megatron nor MindSpeed has, with the nearest that one of them has."""
-    if not each.name:
-        return Blocker(each.words[0], f"{' '.join(each.words)}: no flag takes it; leave it out.")
     near = difflib.get_close_matches(each.name, [*known, *FLAGS], n=1, cutoff=0.75)
     way_out = f"did you mean {near[0]}?" if near else "leave it out."
     return Blocker(each.name, f"{' '.join(each.words)}: neither Megatron nor MindSpeed has this flag; {way_out}")
+
+
+def _nobody_s(words: Sequence[str]) -> list[Blocker]:
+    """Words that are no flags, where no flag takes them; a value with spaces that was not quoted, often."""
+    return [Blocker(words[0], f"{' '.join(words)}: no flag takes this; leave it out.")] if words else []
 
 
 class _Parsed(NamedTuple):

@@ -56,11 +56,14 @@ class _Idleness:
         return time.monotonic() - self._since
 
     def _cpu_time(self) -> list[str]:
-        """User and system time of each process; empty where the system does not tell, and only the clock counts."""
+        """User and system time of each main thread; empty where the system does not tell, and only the clock counts.
+
+        Other threads, such as a profiler's, wake up now and then whatever the rank does.
+        """
         times: list[str] = []
         for pid in self._pids:
             with contextlib.suppress(OSError):
-                times += Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+                times += Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return times
 
 

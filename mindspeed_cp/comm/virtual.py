@@ -1,10 +1,11 @@
 """Virtual ranks: many ranks in one process, each a thread, for tests and for measurements on a single device."""
 
 import queue
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from mindspeed_cp.comm.traffic import Traffic
 
 Result = TypeVar("Result")
 
+_LOOK_UP_S = 0.05
+"""How often a rank that waits looks whether another one has raised."""
+
 
 class VirtualWorld:
     """`size` virtual ranks. timeout_s: how long a rank waits for another before it gives up."""
@@ -23,27 +27,44 @@ class VirtualWorld:
         self.size = size
         self.timeout_s = timeout_s
         self._lock = Lock()
+        self._gone = Event()
         self._mail: defaultdict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
 
     def run(self, function: Callable[[int], Result]) -> list[Result]:
         """What `function(rank)` returns on each rank, all of them run at once. Raises what the first one raised."""
+        raised: list[BaseException] = []
+
+        def run_rank(rank: int) -> Result:
+            try:
+                return function(rank)
+            except BaseException as error:
+                raised.append(error)
+                self._gone.set()
+                raise
+
+        self._gone.clear()
         with ThreadPoolExecutor(self.size) as threads:
-            futures = [threads.submit(function, rank) for rank in range(self.size)]
-            failed = [future for future in wait(futures, return_when=FIRST_EXCEPTION).done if future.exception()]
-            for future in failed:
-                future.result()
-            return [future.result() for future in futures]
+            futures = [threads.submit(run_rank, rank) for rank in range(self.size)]
+        if raised:
+            raise raised[0]
+        return [future.result() for future in futures]
 
     def send(self, channel: str, source: int, to: int, message: Tensor) -> None:
         """Deliver a copy of `message`."""
         self._box(channel, source, to).put(message.detach().clone())
 
     def receive(self, channel: str, source: int, to: int) -> Tensor:
-        """The next message from `source` to `to`. Raises RuntimeError when none comes in time."""
-        try:
-            return self._box(channel, source, to).get(timeout=self.timeout_s)
-        except queue.Empty:
-            raise RuntimeError(f"virtual rank {to} waited {self.timeout_s} s for rank {source} in {channel}") from None
+        """The next message from `source` to `to`. Raises RuntimeError when none comes in time, or a rank has raised."""
+        box, deadline = self._box(channel, source, to), time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return box.get(timeout=min(_LOOK_UP_S, self.timeout_s))
+            except queue.Empty:
+                if self._gone.is_set():
+                    raise RuntimeError(f"virtual rank {to} waits for rank {source}, and a rank has raised") from None
+                if time.monotonic() >= deadline:
+                    message = f"virtual rank {to} waited {self.timeout_s} s for rank {source} in {channel}"
+                    raise RuntimeError(message) from None
 
     def _box(self, channel: str, source: int, to: int) -> "queue.Queue[Tensor]":
         with self._lock:

@@ -16,6 +16,7 @@ from mindspeed_cp.patches.mindspeed.record import (
 )
 
 _BALANCING = "--moe-router-load-balancing-type"
+_GROUPS = ("--moe-router-num-groups", "--n-group")
 
 
 def _first_dense(value: str, line: CommandLine) -> Ruling:
@@ -76,10 +77,18 @@ def _normalised(value: str, line: CommandLine) -> Ruling:
         return Ruling(Disposition.NOTED, f"Megatron's router normalises; {_BALANCING} softmax_topk is translated so")
     if balancing != "aux_loss":
         return Ruling(Disposition.NOTED, f"{_BALANCING} {balancing} does not read it")
-    undone = ("--moe-router-topk-scaling-factor", "--routed-scaling-factor", "--moe-router-pre-softmax")
+    undone = ("--moe-router-topk-scaling-factor", "--routed-scaling-factor")
     if present := [name for name in undone if line.has(name)]:
         return Ruling(Disposition.REFUSED, f"with aux_loss it undoes {present[0]}; leave out that or this")
-    return Ruling(Disposition.NOTED, "the weights of the chosen experts sum to 1 in any case")
+    if not line.has("--moe-router-pre-softmax"):
+        return Ruling(Disposition.NOTED, "the weights of the chosen experts sum to 1 in any case")
+    if any(line.has(name) for name in _GROUPS):
+        return Ruling(
+            Disposition.REFUSED, "groups are chosen otherwise without --moe-router-pre-softmax; leave this out"
+        )
+    return Ruling(
+        Disposition.TRANSLATED, "Megatron's router without --moe-router-pre-softmax", (), ("--moe-router-pre-softmax",)
+    )
 
 
 def _softmax_first(value: str, line: CommandLine) -> Ruling:
@@ -89,7 +98,7 @@ def _softmax_first(value: str, line: CommandLine) -> Ruling:
         return Ruling(Disposition.REFUSED, f"with {present[0]} Megatron's router differs; leave that out")
     if line.text("--moe-router-score-function", "softmax") != "softmax":
         return Ruling(Disposition.REFUSED, "it is a softmax whatever the score function; use softmax")
-    if any(line.has(name) for name in ("--moe-router-num-groups", "--n-group")):
+    if any(line.has(name) for name in _GROUPS):
         return Ruling(Disposition.REFUSED, "it knows no groups of experts; leave out --moe-router-num-groups")
     pre_softmax = () if line.has("--norm-topk-prob") else ("--moe-router-pre-softmax",)
     return Ruling(
@@ -163,7 +172,7 @@ EXPERTS = (
         "",
         "the weights of the chosen experts sum to 1",
         Disposition.NOTED,
-        "noted, they do in any case; refused with aux_loss where it undoes a scaling or --moe-router-pre-softmax",
+        "noted, they do in any case; with --moe-router-pre-softmax that is left out; refused where it undoes a scaling",
         _normalised,
     ),
     Record(

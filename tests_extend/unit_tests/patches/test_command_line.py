@@ -51,8 +51,7 @@ FLAG_SETS = [
     (f"{RING} --position-embedding-type alibi --alibi-fusion-attn-type 2", ["--position-embedding-type"]),
     (f"{RING} {EXPERTS} --moe-permutation-async-comm --moe-token-dispatcher-type alltoall_seq", []),
     (
-        f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1 "
-        "--moe-layer-freq 1",
+        f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1",
         [],
     ),
     (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --norm-topk-prob --moe-grouped-gemm", []),
@@ -129,15 +128,15 @@ def run(megatron_arguments, monkeypatch):
 def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(SystemExit) as stop:
-        run(f"{MODEL} {RING} {FUSED} --seq-length 60 --fix-router --use-fused-swiglo --micro-batch-size x --swiglu y")
+        run(f"{MODEL} {RING} {FUSED} --seq-length 60 --fix-router --use-fused-swiglo --seed x --swiglu y e s")
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "pretrain_gpt.py: error: 6 things stand in the way:",
         "  --fix-router: Megatron has no such router; leave it out.",
         "  --use-fused-swiglo: neither Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
-        "  --micro-batch-size x: invalid int value: 'x'.",
-        "  y: no flag takes it; leave it out.",
-        "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56.",
+        "  --seed x: invalid int value: 'x'.",
+        "  y e s: no flag takes this; leave it out.",
+        "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56 or 64.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]

@@ -50,6 +50,7 @@ TRANSLATED = [
     ("--moe-router-load-balancing-type noaux_tc --seq-aux", "--moe-router-load-balancing-type none"),
     ("--moe-token-dispatcher-type alltoall_seq", "--moe-token-dispatcher-type alltoall"),
     ("--norm-topk-prob", ""),
+    ("--norm-topk-prob --moe-router-pre-softmax", ""),
     ("--shape-order BNSD", "--megatron-cp-in-bnsd"),
     ("--shape-order SBH", ""),
     ("--cp-attention-mask-type general", "--attention-mask-type general"),
@@ -91,7 +92,7 @@ DIFFERENT = [
         "--norm-topk-prob --moe-router-topk-scaling-factor 2.5",
         "with aux_loss it undoes --moe-router-topk-scaling-factor; leave out that or this.",
     ),
-    ("--norm-topk-prob --moe-router-pre-softmax", "it undoes --moe-router-pre-softmax; leave out that or this."),
+    ("--norm-topk-prob --moe-router-pre-softmax --n-group 4", "leave this out."),
     (
         "--moe-router-load-balancing-type softmax_topk --moe-router-enable-expert-bias",
         "with --moe-router-enable-expert-bias Megatron's router differs; leave that out.",

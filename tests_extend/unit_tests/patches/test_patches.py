@@ -19,6 +19,7 @@ from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
+from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
@@ -42,6 +43,7 @@ PATCHES = (
     *latent_attention_patches(),
     *loss_patches(Plugin()),
     *micro_batch_patches(Plugin()),
+    *document_patches(Plugin()),
     *torch_norm_patches(),
     *dataset_helper_patches(),
     *cpu_device_patches(),
