@@ -101,7 +101,8 @@ def test_text_that_is_not_known_is_kept_and_a_number_is_blocked(checked):
     text, is_blocked = checked(f'{RUN} --save $1/x --lr "$LR" $EXTRA --train-iters $2')
     assert is_blocked
     assert rows(text, "blocked") == [
-        "--lr $LR: its value is not known (line 9: LR is not set); set it before the command: LR=... python -m mindspeed_cp check.",
+        "--lr $LR: its value is not known (line 9: LR is not set); "
+        "set it before the command: LR=... python -m mindspeed_cp check.",
         "--train-iters $2: its value is not known (line 9: the script is given no argument $2); "
         "give the script's arguments after its name.",
     ]
