@@ -60,7 +60,8 @@ class ContextParallelConfig:
         default="ulysses_cp_algo",
         metadata={
             "help": "How attention is computed over the context-parallel ranks: Ulysses (all-to-all over heads), ring "
-            "attention (a double ring with --cp-window-size above 1), or Ulysses inside and a ring outside."
+            "attention (a double ring with --cp-window-size above 1), or Ulysses inside and a ring outside. By default "
+            "what --cp-comm-type asks for, else Ulysses where the heads allow it, else a hybrid or the ring."
         },
     )
     cp_window_size: int = field(

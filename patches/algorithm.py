@@ -1,7 +1,6 @@
 """The algorithm of a job: the one that is named, else what --cp-comm-type asks for, else what the heads allow."""
 
 import argparse
-from collections.abc import Collection
 from typing import Any
 
 from mindspeed_cp.choice import Choice, choice_by_comm_type, choice_by_heads
@@ -11,10 +10,20 @@ _READ_BY = {"cp_window_size": "megatron_cp_algo or hybrid_cp_algo", "ulysses_deg
 """Options that say something about one algorithm, with those that read them."""
 
 
-def choose_algorithm(args: argparse.Namespace, given: Collection[str]) -> Choice | None:
+class _Unsaid(list[str]):
+    """The default of --cp-comm-type: equal to a list that the user gives, and no choice of his."""
+
+
+def mark_default(parser: argparse.ArgumentParser) -> None:
+    """Let `choose_algorithm` tell whether the user gave --cp-comm-type; called when Megatron's flags are there."""
+    if isinstance(default := parser.get_default("cp_comm_type"), list):
+        parser.set_defaults(cp_comm_type=_Unsaid(default))
+
+
+def choose_algorithm(args: argparse.Namespace) -> Choice | None:
     """What to use where the user has not named an algorithm; None where he has, or where nothing is parallel.
 
-    args: Megatron's parsed arguments. given: names of those that the user gave.
+    args: Megatron's parsed arguments, of a parser that `mark_default` has seen.
 
     Raises ConfigurationError where an algorithm and --cp-comm-type contradict each other, or where an option of one
     algorithm is given and none is named.
@@ -23,7 +32,7 @@ def choose_algorithm(args: argparse.Namespace, given: Collection[str]) -> Choice
     if size == 1:
         return None
     asked = None
-    if "cp_comm_type" in given:
+    if args.cp_comm_type is not None and not isinstance(args.cp_comm_type, _Unsaid):
         asked = choice_by_comm_type(args.cp_comm_type, args.hierarchical_context_parallel_sizes, size)
     if args.context_parallel_algo is not None:
         if asked is not None:
@@ -33,7 +42,7 @@ def choose_algorithm(args: argparse.Namespace, given: Collection[str]) -> Choice
         return asked
     for name, readers in _READ_BY.items():
         value = getattr(args, name)
-        if value not in (None, 1):
+        if value is not None and value > 1:
             raise ConfigurationError(
                 f"{flag(name)} {value} without --context-parallel-algo: it belongs to {readers}; name the algorithm, "
                 f"or leave it out."

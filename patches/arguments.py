@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, BlockCase
-from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.layout import MaskKind, SequenceLayout
+from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.blockers import Blocker, blockers_of, found_by, raise_for
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
@@ -55,6 +57,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 _exit_with(error)
             _add_document_arguments(parser)
             set_defaults(parser)
+            mark_default(parser)
             return parser
 
         return add_megatron_arguments
@@ -63,7 +66,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
             try:
-                config = config_from_arguments(args, defaults)
+                config, choice = settled(args, defaults)
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
             except ConfigurationError as error:
@@ -77,6 +80,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.document_length = _document_length(args)
             if int(os.environ.get("RANK", "0")) == 0:
+                if config.context_parallel_size > 1:
+                    print(start_line(config, choice, _kernel_names(args, config)), flush=True)
                 for sentence in notes_on_arguments(args, config, defaults):
                     warnings.warn(sentence, stacklevel=2)
             return result
@@ -190,9 +195,12 @@ def examine_command_line(
 def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """What the first rank would say of `argv` when it starts, beside what is said of MindSpeed's flags."""
     said, defaults = note_on_defaults(parser, argv), _defaults_of(parser)
-    config = None if found.args is None else _examine_arguments(found.args, defaults)[0]
-    if config is None or found.args is None:
+    settled = None if found.args is None else _examine_arguments(found.args, defaults)[0]
+    if settled is None or found.args is None:
         return said
+    config, choice = settled
+    if config.context_parallel_size > 1:
+        said.append(start_line(config, choice, _kernel_names(found.args, config)))
     return [*said, *notes_on_arguments(found.args, config, defaults)]
 
 
@@ -264,7 +272,9 @@ def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
-    shared = {"help": option.metadata["help"], "default": option.default}
+    # Where no algorithm is named, one is chosen.
+    default = None if option.name == "context_parallel_algo" else option.default
+    shared = {"help": option.metadata["help"], "default": default}
     if hint is bool:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:
@@ -274,24 +284,38 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     return {**shared, "type": int}
 
 
-def config_from_arguments(
-    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
-) -> ContextParallelConfig:
-    """The configuration that parsed arguments describe.
+class Settled(NamedTuple):
+    """The configuration that parsed arguments describe, and why it has its algorithm where they name none."""
+
+    config: ContextParallelConfig
+    choice: Choice | None
+
+
+def settled(args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})) -> Settled:
+    """The configuration that parsed arguments describe; the algorithm that was chosen is written into them.
 
     defaults: see unsupported.
 
     Raises ConfigurationError with all rules that they break.
     """
-    config, blockers = _examine_arguments(args, defaults)
+    found, blockers = _examine_arguments(args, defaults)
     raise_for(blockers)
-    assert config is not None, "there is a configuration, or a rule that it breaks"
-    return config
+    assert found is not None, "there is a configuration, or a rule that it breaks"
+    args.context_parallel_algo = found.config.context_parallel_algo
+    args.ulysses_degree_in_cp = found.config.ulysses_degree_in_cp
+    return found
+
+
+def config_from_arguments(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+) -> ContextParallelConfig:
+    """The configuration of `settled`."""
+    return settled(args, defaults).config
 
 
 def _examine_arguments(
     args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
-) -> tuple[ContextParallelConfig | None, list[Blocker]]:
+) -> tuple[Settled | None, list[Blocker]]:
     """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form."""
     values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
@@ -301,12 +325,18 @@ def _examine_arguments(
     of_ranks = found_by(
         lambda: _check_world_size(args), lambda: _check_connections(args), lambda: check_transformer_impl(args)
     )
+    of_options = unsupported(args, args.context_parallel_size, defaults)
     try:
+        choice = choose_algorithm(args)
+        if choice is not None:
+            values |= {"context_parallel_algo": choice.algorithm, "ulysses_degree_in_cp": choice.degree}
+        elif args.context_parallel_algo is None:
+            del values["context_parallel_algo"]
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
-        return None, [*blockers_of(error), *unsupported(args, args.context_parallel_size, defaults), *of_ranks]
+        return None, [*blockers_of(error), *of_options, *of_ranks]
     of_model = found_by(lambda: _check_model(args, config), lambda: check_kernels(args, config))
-    return config, [*unsupported(args, config.context_parallel_size, defaults), *of_model, *of_ranks]
+    return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 
 
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
@@ -339,9 +369,9 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
     """A sentence for each flag of Megatron's that is set and chooses among algorithms that are not in force."""
     if config.context_parallel_size == 1:
         return []
+    two_levels = args.cp_comm_type is not None and "a2a+p2p" in args.cp_comm_type
     given = {
-        "cp_comm_type": args.cp_comm_type not in (None, "p2p", ["p2p"]),
-        "hierarchical_context_parallel_sizes": args.hierarchical_context_parallel_sizes is not None,
+        "hierarchical_context_parallel_sizes": args.hierarchical_context_parallel_sizes is not None and not two_levels,
         "attention_backend": args.attention_backend.name != "auto",
     }
     ours = "--context-parallel-algo and --context-parallel-kernels are in force"
@@ -366,15 +396,22 @@ def kernel_notes(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     if config.context_parallel_kernels:
         return []
     slow = [case for case in _block_cases(args, config) if case.device_type != "cpu" and _runs_reference(case)]
+    of_masks = {case.mask: case for case in reversed(slow)}  # The first with each mask says enough.
     return [
         f"attention runs the reference kernel, which is exact, but slow, and holds all scores of a block: "
         f"{KERNELS.explain(case)}"
-        for case in slow
+        for case in reversed(of_masks.values())
     ]
 
 
 def _runs_reference(case: BlockCase) -> bool:
     return KERNELS.choose(case).name == "reference"
+
+
+def _kernel_names(args: argparse.Namespace, config: ContextParallelConfig) -> str:
+    """The kernels that will compute the model's attention, as far as the arguments tell."""
+    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
+    return " and ".join(dict.fromkeys(kernels.choose(case).name for case in _block_cases(args, config))) or "any"
 
 
 def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> list[BlockCase]:
@@ -387,11 +424,6 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    tokens = args.seq_length // config.topology.ring_size
-    masks = {
-        "causal": (MaskKind.TRIANGLE, MaskKind.NONE),
-        "general": (MaskKind.TRIANGLE, MaskKind.NONE, MaskKind.ARBITRARY),
-    }
     return [
         BlockCase(
             device_type=device,
@@ -399,14 +431,28 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
             mask=mask,
             num_heads=args.num_attention_heads // heads_over,
             num_kv_heads=max(kv_heads // heads_over, 1),
-            num_queries=tokens,
-            num_keys=tokens,
+            num_queries=num_queries,
+            num_keys=num_keys,
             head_size=head_size,
             value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
         )
-        for mask in masks[config.attention_mask_type]
+        for mask, num_queries, num_keys in _blocks(config, args.seq_length // config.topology.ring_size)
     ]
+
+
+def _blocks(config: ContextParallelConfig, num_tokens: int) -> list[tuple[MaskKind, int, int]]:
+    """Mask, queries and keys of the blocks between ring ranks that hold so many tokens each."""
+    layout = SequenceLayout(size=config.topology.ring_size, kind=config.layout.kind)
+    pairs = [(0, 0)] if layout.size == 1 else [(0, 0), (0, 1), (1, 0)]
+    # A layer that is given no mask is what its own type says, also where others are given one.
+    causal = (True,) if config.attention_mask_type == "causal" else (True, False)
+    works = [layout.work(*pair, causal=each, num_tokens=num_tokens) for each in causal for pair in pairs]
+    tokens = range(num_tokens)
+    blocks = [(work.mask, len(tokens[work.queries]), len(tokens[work.keys])) for work in works if work is not None]
+    if config.attention_mask_type == "general":
+        blocks.append((MaskKind.ARBITRARY, num_tokens, num_tokens))
+    return list(dict.fromkeys(blocks))
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -147,6 +147,7 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
     ],
 )
 def test_arguments_that_break_a_rule_are_refused(parser, flags, message):
+    flags = ["--context-parallel-algo", "ulysses_cp_algo", *flags]  # Another one that is named after it counts.
     assert refusal_of(config_from_arguments, parser.parse_args([*CP4, *flags])) == message
 
 
@@ -491,7 +492,8 @@ def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(arguments, "kernel_notes", lambda args, config: [])
-    args = parser.parse_args([*CP4, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
+    ulysses = ["--context-parallel-algo", "ulysses_cp_algo"]
+    args = parser.parse_args([*CP4, *ulysses, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         validation.validate(args, {})
@@ -531,9 +533,52 @@ def test_no_difference_is_said_of_a_model_without_randomness(parser):
 
 
 @pytest.mark.parametrize(
+    ("flags", "algorithm", "degree"),
+    [
+        ([], "ulysses_cp_algo", None),
+        (["--num-attention-heads", "6"], "hybrid_cp_algo", 2),
+        (["--num-attention-heads", "7"], "megatron_cp_algo", None),
+        (["--group-query-attention", "--num-query-groups", "2"], "hybrid_cp_algo", 2),
+        (["--cp-comm-type", "p2p"], "megatron_cp_algo", None),
+        (["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"], "hybrid_cp_algo", 2),
+        (["--cp-comm-type", "p2p", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None),
+        (["--num-attention-heads", "7", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None),
+    ],
+)
+def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
+    parser, validation, capsys, flags, algorithm, degree
+):
+    args = parser.parse_args([*CP4, *flags])
+    validation.validate(args, {})
+    assert (args.context_parallel_algo, args.ulysses_degree_in_cp) == (algorithm, degree)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mindspeed_cp: ")]
+    assert f"context parallel size 4, {algorithm} " in line
+    assert "(named)" in line if "--context-parallel-algo" in flags else ", because " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--context-parallel-algo", "ulysses_cp_algo", "--cp-comm-type", "p2p"],
+            "--context-parallel-algo ulysses_cp_algo contradicts --cp-comm-type p2p, which is megatron_cp_algo; leave "
+            "out one of them.",
+        ),
+        (["--cp-comm-type", "all_gather"], "gathering all K/V is not available yet"),
+        (["--cp-comm-type", "p2p", "a2a"], "one algorithm is used in all layers"),
+        (["--ulysses-degree-in-cp", "2"], "--ulysses-degree-in-cp 2 without --context-parallel-algo: it belongs to"),
+        (["--cp-window-size", "2"], "--cp-window-size 2 without --context-parallel-algo: it belongs to"),
+    ],
+)
+def test_options_of_another_algorithm_are_refused(parser, validation, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        validation.validate(parser.parse_args([*CP4, *flags]), {})
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "flags",
     [
-        ["--cp-comm-type", "a2a"],
         ["--hierarchical-context-parallel-sizes", "2", "2"],
         ["--attention-backend", "flash"],
     ],
@@ -551,7 +596,7 @@ LAYER = [*CP4, "--hidden-size", "512", "--bf16"]
 
 def test_an_accelerator_without_a_kernel_of_its_own_is_said(parser, monkeypatch):
     monkeypatch.setattr("mindspeed_cp.patches.arguments.KERNELS", KERNELS.only(["cpu_flash", "reference"]))
-    args = parser.parse_args(LAYER)
+    args = parser.parse_args([*LAYER, "--context-parallel-algo", "megatron_cp_algo"])
     for note in (notes := kernel_notes(args, config_from_arguments(args))):
         assert note.startswith(
             "attention runs the reference kernel, which is exact, but slow, and holds all scores of a block"
