@@ -116,13 +116,16 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
     """What becomes of each flag of a launch."""
     known, unknown, blocked = _sort_out_unknown(launch.flags, parser)
     with _environment(launch.environment):
-        # Rules among sizes would be judged by the defaults of those that are not known.
+        # Rules among several flags would be judged by the defaults of those that are not known.
         found = examine(known, parser) if blocked else examine_command_line(known, parser, num_ranks=launch.ranks)
         notes = [] if blocked else notes_on_command_line(found, known, parser)
     rows = [*blocked, *_rows(found, parser), *(Row(Verdict.NOTED, note) for note in notes)]
     if blocked:
         rows.append(
-            Row(Verdict.NOTED, "rules among sizes were not checked, for want of the values that are not known.")
+            Row(
+                Verdict.NOTED,
+                "what the flags mean together was not checked, for want of the values that are not known.",
+            )
         )
     actions = parser._option_string_actions
     flags = tuple(word for each in split_flags(found.argv, actions) if each.name in actions for word in each.words)

@@ -6,10 +6,12 @@ spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
 """
 
 import ast
+import functools
 import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -204,22 +206,29 @@ class _Shell:
         again: the bodies belong to one loop, so that what one sets may be there when it starts.
         """
         before = self._state()[0]
-        changed: dict[str, bool] = {}
+        changed: dict[str, _Change] = {}
         for is_last in (False, True) if again else (True,):
             commands, omissions, start = len(self.commands), len(self.omissions), self._state()
             for body in bodies:
                 self._conditions.append(f"`{text}` (line {line})")
                 self.run(body)
                 self._conditions.pop()
-                for name, appended in _differences(start[0], self._variables):
-                    changed[name] = appended and changed.get(name, True)
+                for name, change in _differences(start[0], self._variables):
+                    changed[name] = min(change, changed.get(name, change))
                 self._restore(start)
             if not is_last:
                 del self.commands[commands:], self.omissions[omissions:]
-            for name, appended in changed.items():
-                why = f"line {line}, which may or may not run, {'appends to' if appended else 'sets'} it"
-                unknown, kept = self._unknown(name, why), before.get(name)
-                self._variables[name] = _append(kept, unknown) if appended and kept else unknown
+            for name, change in changed.items():
+                verb = "sets" if change is _Change.REPLACED else "appends to"
+                unknown, kept = (
+                    self._unknown(name, f"line {line}, which may or may not run, {verb} it"),
+                    before.get(name),
+                )
+                if kept is None or change is _Change.REPLACED:
+                    self._variables[name] = unknown
+                else:
+                    between = [_Variable((Field((" ",)),))] if change is _Change.MORE_WORDS else []
+                    self._variables[name] = functools.reduce(_append, [*between, unknown], kept)
 
     def _state(self) -> tuple[dict[str, _Variable], set[str], list[Field], Path | None]:
         return dict(self._variables), set(self._exported), list(self._positional), self._folder
@@ -567,16 +576,30 @@ def _append(before: _Variable, more: _Variable) -> _Variable:
     return _Variable((_field([*before.fields[0].pieces, *more.fields[0].pieces]),))
 
 
-def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]) -> Iterator[tuple[str, bool]]:
-    """The variables that differ, and whether all that happened to each is that something was appended."""
+class _Change(IntEnum):
+    """What happened to a variable; of two changes, the smaller says less about what is kept."""
+
+    REPLACED = 0
+    LONGER = 1
+    MORE_WORDS = 2
+
+
+def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]) -> Iterator[tuple[str, _Change]]:
+    """The variables that differ, and how."""
     for name in sorted({*before, *after}):
         was, now = before.get(name), after.get(name)
-        if was != now:
-            grown = was is not None and now is not None and was.is_array and now.fields[: len(was.fields)] == was.fields
-            scalars = was is not None and now is not None and not was.is_array and not now.is_array
-            if scalars and was is not None and now is not None:
-                grown = now.fields[0].text.startswith(was.fields[0].text) and bool(was.fields[0].text)
-            yield name, grown
+        if was == now:
+            continue
+        if was is None or now is None or was.is_array != now.is_array:
+            yield name, _Change.REPLACED
+        elif was.is_array:
+            # Elements are words of their own.
+            yield name, _Change.LONGER if now.fields[: len(was.fields)] == was.fields else _Change.REPLACED
+        else:
+            old, new = was.fields[0].text, now.fields[0].text
+            grown = bool(old) and new.startswith(old)
+            more_words = grown and new[len(old) :][:1].isspace()
+            yield name, _Change.MORE_WORDS if more_words else _Change.LONGER if grown else _Change.REPLACED
 
 
 def _cannot_fail(statement: Statement) -> bool:

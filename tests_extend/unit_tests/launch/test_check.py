@@ -121,10 +121,10 @@ def test_arguments_and_variables_of_the_caller_count(checked):
     assert "not known" not in text
 
 
-def test_rules_wait_for_sizes_that_are_not_known(checked):
+def test_rules_wait_for_values_that_are_not_known(checked):
     text, _ = checked(f"{RUN} --seq-length $S --attention-dropout 0.1")
     assert [row.partition(":")[0] for row in rows(text, "blocked")] == ["--seq-length $S"]
-    assert any("rules among sizes were not checked" in row for row in rows(text, "noted"))
+    assert any("what the flags mean together was not checked" in row for row in rows(text, "noted"))
 
 
 def test_what_was_not_read_is_listed(checked):

@@ -103,11 +103,19 @@ def test_what_would_have_to_run_stays_as_it_is_spelt(tmp_path, script, word, nam
     assert (field.text, [(piece.name, piece.why) for piece in field.unresolved]) == (word, [(name, why)])
 
 
-@pytest.mark.parametrize("initial", ['A="--a"', "A=(--a)"])
-def test_what_a_branch_appends_follows_what_is_there(tmp_path, initial):
-    more = 'A+=" --b"' if '"' in initial else "A+=(--b)"
-    fields = read(f"{initial}\nif $X; then {more}; fi\nrun ${{A[@]}}", tmp_path).commands[-1].words
-    assert fields[1].pieces[0] == "--a"
+@pytest.mark.parametrize(
+    ("initial", "more", "words"),
+    [
+        ('A="--a"', 'A+=" --b"', ["--a", "${A}"]),
+        ('A="--a"', 'A="$A --b"', ["--a", "${A}"]),
+        ('A="--a"', 'A="$A,b"', ["--a${A}"]),
+        ('A="--a"', 'A="$A,b"; A="--a --c"', ["--a", "${A}"]),
+        ("A=(--a)", "A+=(--b)", ["--a", "${A}"]),
+    ],
+)
+def test_what_a_branch_appends_follows_what_is_there(tmp_path, initial, more, words):
+    fields = read(f"{initial}\nif $X; then {more}; fi\nrun ${{A[@]}}", tmp_path).commands[-1].words[1:]
+    assert [field.text for field in fields] == words
     assert [piece.why for field in fields for piece in field.unresolved] == [
         "line 2, which may or may not run, appends to it"
     ]
