@@ -134,6 +134,8 @@ DIFFERENT = [
     ("--shape-order NBSD", "MindSpeed has no such value; use SBH, BSH, BSND, BNSD."),
     ("--moe-intermediate-size many", "it takes a whole number; give it one."),
     ("--ema-decay", "it needs a value; give it one."),
+    ("--data-path a b --use-fused-rmsnorm yes", "it takes no value; leave out yes."),
+    ("--moe-intermediate-size 96 64", "it takes one value; leave out 64."),
 ]
 
 
