@@ -80,6 +80,10 @@ TRANSLATED = [
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /models/some --trust-remote-code",
     ),
     ("--num-layer-list 2,2,2", ""),
+    (
+        "--num-layer-list 1,3,2 --pipeline-model-parallel-size 3",
+        "--pipeline-model-parallel-layout Et*1|t*3|t*2L --pipeline-model-parallel-size 3",
+    ),
     ("--optimizer-selection fused_torch_adamw", ""),
     ("--pre-tockens 64 --next-tockens 0 --sparse-mode 2", ""),
 ]
@@ -126,7 +130,11 @@ DIFFERENT = [
         "it needs --rope-scaling-factor 8.",
     ),
     ("--tokenizer-type PretrainedFromHF", "it needs --tokenizer-name-or-path; give it."),
-    ("--num-layer-list 1,2,3", "use --pipeline-model-parallel-layout."),
+    ("--num-layer-list 1,2,3", "it needs a number of layers for each stage; give them all."),
+    (
+        "--num-layer-list 1,2,3 --pipeline-model-parallel-size 3 --mtp-num-layers 1",
+        "with --mtp-num-layers stages hold more; use --pipeline-model-parallel-layout.",
+    ),
     ("--optimizer-selection fused_ema_adamw", "use --optimizer adam."),
     (
         "--moe-intermediate-size 96 --moe-ffn-hidden-size 64",
