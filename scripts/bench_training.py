@@ -29,8 +29,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 MODEL_FLAGS = shlex.split("""
-    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer
     --vocab-size 257 --mock-data --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --micro-batch-size 1
     --global-batch-size 1 --lr 1e-3 --lr-decay-style constant --log-interval 1 --distributed-backend gloo

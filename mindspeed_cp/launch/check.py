@@ -169,7 +169,7 @@ def _way_out(fields: Sequence[Field]) -> str:
         return "write the value itself, or check the flags alone"
     if names[0].isdecimal():
         return "give the script's arguments after its name"
-    return f"set it: {names[0]}=... python -m mindspeed_cp check ..."
+    return f"set it before the command: {names[0]}=... python -m mindspeed_cp check"
 
 
 def _takes(name: str, actions: Mapping[str, argparse.Action]) -> int | None:

@@ -33,8 +33,6 @@ HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.trainin
 
 # A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
 MODEL_FLAGS = """
-    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
     --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data

@@ -39,10 +39,8 @@ print({"cuda": "nccl", "npu": "hccl", None: "gloo"}[accelerator()])') || {
     }
 fi
 
-# What both runs share. Without TransformerEngine and apex, Megatron's fused functions have to be switched off.
+# What both runs share.
 model_flags=(
-    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion
     --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS"
     --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH" --position-embedding-type rope
     --attention-dropout 0 --hidden-dropout 0

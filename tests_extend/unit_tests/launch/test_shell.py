@@ -1,5 +1,8 @@
 """Shell scripts as they are read: what would run, what is not known of it and why, and what is not read."""
 
+import os
+import subprocess
+
 import pytest
 
 from mindspeed_cp.launch.shell import read_script
@@ -47,6 +50,11 @@ def words_of(text, tmp_path, *arguments, **environment):
     ],
 )
 def test_words_are_those_that_bash_makes(tmp_path, script, words):
+    (tmp_path / "in").touch()
+    run = 'exec 3>said; run() { printf "<%s>" "$@" >&3; printf "\\n" >&3; }; export -f run\n'
+    subprocess.run(["bash", "-c", run + script], cwd=tmp_path, env={"PATH": os.defpath}, check=True)
+    # Without arguments printf prints its format once.
+    assert "".join(f"<{word}>" for word in words or [""]) in (tmp_path / "said").read_text().splitlines()
     reading = read(script, tmp_path)
     assert ["run", *words] in [[field.text for field in command.words] for command in reading.commands]
     assert not any(field.unresolved for command in reading.commands for field in command.words)
