@@ -67,10 +67,10 @@ def _choices(action: argparse.Action) -> list[str] | None:
 
 
 def _unknown(each: Given, known: Sequence[str] | dict[str, argparse.Action]) -> Blocker:
-    """A flag that neither Megatron nor MindSpeed has, with the nearest that one of them has."""
+    """A flag that neither this Megatron nor MindSpeed has, with the nearest that one of them has."""
     near = difflib.get_close_matches(each.name, [*known, *FLAGS], n=1, cutoff=0.75)
     way_out = f"did you mean {near[0]}?" if near else "leave it out."
-    return Blocker(each.name, f"{' '.join(each.words)}: neither Megatron nor MindSpeed has this flag; {way_out}")
+    return Blocker(each.name, f"{' '.join(each.words)}: neither this Megatron nor MindSpeed has this flag; {way_out}")
 
 
 def _nobody_s(words: Sequence[str]) -> list[Blocker]:

@@ -16,9 +16,9 @@ from mindspeed_cp.patches.mindspeed.table import FLAGS, SECTIONS, VALUES
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "mindspeed_flags.md"
 HEAD = f"""# MindSpeed's flags
 
-All {len(FLAGS)} flags of the training programs of MindSpeed and MindSpeed-LLM, and {len(VALUES)} values that they add
-to Megatron's flags: what each does there, and what becomes of it here. `python scripts/write_mindspeed_flags.py` writes
-this page from the records in `patches/mindspeed`: edit those.
+All flags of the training programs of MindSpeed and MindSpeed-LLM, {len(FLAGS)} of them, and {len(VALUES)} values
+that they add to Megatron's: what each does there, and what becomes of it here.
+`python scripts/write_mindspeed_flags.py` writes this page from the records in `patches/mindspeed`: edit those.
 
 - **the same**: the plugin has it, with the same meaning
 - **noted**: it changes no result; it is taken, and listed in one line

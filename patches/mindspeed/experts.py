@@ -203,8 +203,10 @@ EXPERTS = (
         --moe-comm-aux-loss-coeff X =0
         --use-global-aux-loss
         --moe-use-sinkhorn
-        --input-jitter
         """,
+    ),
+    *noted(
+        "switches off noise on the router's input", "it is off; --moe-input-jitter-eps is Megatron's", "--input-jitter"
     ),
     Record(
         "--moe-model-type",

@@ -13,9 +13,21 @@ def _optimizer(value: str, line: CommandLine) -> Ruling:
 
 
 def _layer_list(value: str, line: CommandLine) -> Ruling:
-    if len(set(value.split(","))) == 1:
+    """The embedding is in the first stage and the loss in the last, there and here."""
+    layers = value.split(",")
+    if len(set(layers)) == 1:
         return Ruling(Disposition.NOTED, "all stages hold as many layers, as Megatron has it")
-    return Ruling(Disposition.REFUSED, "Megatron spells it otherwise; use --pipeline-model-parallel-layout")
+    beside = ("--mtp-num-layers", "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank")
+    if present := [name for name in beside if line.has(name)]:
+        return Ruling(Disposition.REFUSED, f"with {present[0]} stages hold more; use --pipeline-model-parallel-layout")
+    if len(layers) != line.number("--pipeline-model-parallel-size") or not all(map(str.isdigit, layers)):
+        return Ruling(Disposition.REFUSED, "it needs a number of layers for each stage; give them all")
+    layout = "|".join(f"t*{number}" for number in layers)
+    return Ruling(
+        Disposition.TRANSLATED,
+        "Megatron's --pipeline-model-parallel-layout",
+        ("--pipeline-model-parallel-layout", f"E{layout}L"),
+    )
 
 
 OPERATORS = (
@@ -314,8 +326,8 @@ OPERATORS = (
         "--num-layer-list",
         "S",
         "layers of each pipeline stage",
-        Disposition.REFUSED,
-        "noted where all are as many; else use --pipeline-model-parallel-layout",
+        Disposition.TRANSLATED,
+        "--pipeline-model-parallel-layout; noted where all are as many; refused with virtual stages or MTP",
         _layer_list,
     ),
     *refused(

@@ -42,25 +42,23 @@ PROGRAMS = (
         """,
     ),
     *refused(
-        "another vocabulary",
-        "Megatron builds it otherwise; use --padded-vocab-size",
-        """
-        --tokenizer-kwargs S...
-        --pad-vocab-size-to N
-        """,
+        "arguments of the tokenizer, its tokens among them",
+        "Megatron passes none on; leave it out",
+        "--tokenizer-kwargs S...",
     ),
+    *refused("the size of the vocabulary", "it may round it up; use --padded-vocab-size", "--pad-vocab-size-to N"),
     *noted(
         "sequences of different lengths from batch to batch",
         "data sets of Megatron's have sequences of --seq-length",
         "--variable-seq-lengths",
     ),
+    *noted("reports which documents a batch has", "the same results", "--return-document-ids"),
     *refused(
         "another order or choice of samples",
         "Megatron's data sets do not have it; leave it out",
         """
         --no-shuffle
         --padded-samples
-        --return-document-ids
         """,
     ),
     *refused(

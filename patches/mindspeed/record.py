@@ -89,6 +89,8 @@ class Record(NamedTuple):
             return None
         if len(values) < bool(self.values):
             return "it needs a value; give it one"
+        if extra := values[bool(self.values) :]:
+            return f"it takes {'one' if self.values else 'no'} value; leave out {' '.join(extra)}"
         for value in values:
             if self.choices and value not in self.choices:
                 return f"MindSpeed has no such value; use {', '.join(self.choices)}"

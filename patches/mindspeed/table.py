@@ -8,6 +8,7 @@ define. Their launchers, searches and data tools have parsers of their own.
 from mindspeed_cp.patches.mindspeed.attention import ATTENTION, ATTENTION_VALUES
 from mindspeed_cp.patches.mindspeed.experts import EXPERTS, EXPERTS_VALUES
 from mindspeed_cp.patches.mindspeed.models import MODELS
+from mindspeed_cp.patches.mindspeed.older import OLDER
 from mindspeed_cp.patches.mindspeed.operators import OPERATORS
 from mindspeed_cp.patches.mindspeed.programs import PROGRAMS, PROGRAMS_VALUES
 from mindspeed_cp.patches.mindspeed.record import Record
@@ -18,6 +19,7 @@ SECTIONS: dict[str, tuple[Record, ...]] = {
     "The model": MODELS,
     "Operators, communication, memory, reports": OPERATORS,
     "Tokenizers, data, and other programs": PROGRAMS,
+    "Megatron's in other releases": OLDER,
 }
 """Flags, by subject."""
 

@@ -97,14 +97,12 @@ def _ruling(each: Given, line: CommandLine, known: Mapping[str, Collection[str] 
     record = _value_record(each, known) if each.name in known else FLAGS.get(each.name)
     if record is None or record.disposition is Disposition.SAME:
         return None
-    own, rest = _own_values(record, each)
-    if misfit := record.misfit(own) if each.name not in known else None:
+    if misfit := record.misfit(each.values) if each.name not in known else None:
         return Ruling(Disposition.REFUSED, misfit)
-    ruling = record.ruling(" ".join(own), line)
+    ruling = record.ruling(" ".join(each.values), line)
     if contradicted := _contradicted(each, ruling, line):
         return Ruling(Disposition.REFUSED, f"{contradicted} says otherwise; leave out one of them")
-    # Words that are nobody's stay, for Megatron's parser to refuse.
-    return ruling._replace(flags=(*ruling.flags, *rest))
+    return ruling
 
 
 def _value_record(each: Given, known: Mapping[str, Collection[str] | None]) -> Record | None:
@@ -122,14 +120,6 @@ def _matches(record: Record, value: str) -> bool:
     except ValueError:
         return False
     return not value.lstrip("+-").isdigit()
-
-
-def _own_values(record: Record, each: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The values that a flag takes, and the words behind them that are nobody's."""
-    if record.takes_many:
-        return each.values, ()
-    takes = 1 if record.values else 0
-    return each.values[:takes], each.values[takes:]
 
 
 def _contradicted(each: Given, ruling: Ruling, line: CommandLine) -> str | None:

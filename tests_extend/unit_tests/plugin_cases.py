@@ -34,6 +34,7 @@ def build_layers(group: dist.ProcessGroup | None) -> Layers:
         assert plugin.groups_over(group) is first
     further = set(registered) - before - made
     reason = plugin.reason_to_stay()
+    dist.barrier(group)  # Nobody closes a connection that another one is still making.
     plugin.drop_groups()
     assert plugin.reason_to_stay() is None
     return Layers(len(made), len(further), len(set(registered) - before), reason)

@@ -336,6 +336,7 @@ def build_and_destroy(group: dist.ProcessGroup | None, topology: CPTopology, ove
             assert len({tuple(dist.get_process_group_ranks(each)) for each in ring}) == 1
         ulysses = None if groups.ulysses is None else dist.get_process_group_ranks(groups.ulysses)
         ring_ranks = None if groups.ring is None else dist.get_process_group_ranks(groups.ring.inner)
+        dist.barrier(group)  # Nobody closes a connection that another one is still making.
         groups.destroy()
         left = set(registered) - before
         built.append(Built(ulysses, ring_ranks, len(ring or ()), len(made), len(left)))
@@ -361,6 +362,7 @@ def made_timeouts(group: dist.ProcessGroup | None, topology: CPTopology, timeout
     groups = ContextParallelGroups.build(topology, group, overlap=True, timeout=timeout)
     made = set(registered) - before
     timeouts = [each._get_backend(torch.device("cpu")).options._timeout for each in made]
+    dist.barrier(group)
     groups.destroy()
     return timeouts
 

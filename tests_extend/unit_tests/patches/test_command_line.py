@@ -133,7 +133,7 @@ def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, ca
     assert capsys.readouterr().err.splitlines() == [
         "pretrain_gpt.py: error: 6 things stand in the way:",
         "  --fix-router: Megatron has no such router; leave it out.",
-        "  --use-fused-swiglo: neither Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
+        "  --use-fused-swiglo: neither this Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
         "  --seed x: invalid int value: 'x'.",
         "  y e s: no flag takes this; leave it out.",
         "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56 or 64.",
