@@ -15,14 +15,15 @@ from mindspeed_cp.config import ConfigurationError
 from mindspeed_cp.device import accelerator
 
 _TRANSFORMER_ENGINE = "transformer_engine"
-_COMPILED = "cuda"
+_COMPILED = "torch.compile"
 
 
 class _Default(NamedTuple):
     """A default that takes the place of Megatron's.
 
     flag: what the user would write. dest, value: what that means among the arguments.
-    needs: what Megatron's own default needs, any of these: modules, or "cuda" for torch.compile on a GPU.
+    needs: what Megatron's own default needs, any of these: modules, or "torch.compile", which takes functions as Megatron
+        has them on NVIDIA GPUs, and on a CPU runs them eagerly.
     """
 
     flag: str
@@ -50,7 +51,7 @@ _DEFAULTS = (
         (_TRANSFORMER_ENGINE, "scaled_upper_triang_masked_softmax_cuda"),
     ),
     _Default("--no-rope-fusion", "apply_rope_fusion", False, (_TRANSFORMER_ENGINE,)),
-    # These are compiled by torch. The fused GELU is its tanh approximation; the others are the same to the bit.
+    # Compiled by torch. The fused GELU is its tanh approximation, so that an NPU computes another one than a GPU.
     _Default("--no-bias-gelu-fusion", "bias_gelu_fusion", False, (_COMPILED,)),
     _Default("--no-bias-swiglu-fusion", "bias_swiglu_fusion", False, (_COMPILED,)),
     _Default("--no-bias-dropout-fusion", "bias_dropout_fusion", False, (_COMPILED,)),
@@ -61,9 +62,9 @@ _NEED_TRANSFORMER_ENGINE = ("transformer_engine", "inference_optimized")
 
 
 def is_here(need: str) -> bool:
-    """Whether a module can be imported, or the accelerator is the named one."""
+    """Whether a module can be imported, or torch compiles for this machine's accelerator."""
     if need == _COMPILED:
-        return accelerator() == need
+        return accelerator() in ("cuda", None)
     try:
         importlib.import_module(need)
     except ImportError:
@@ -90,9 +91,10 @@ def note_on_defaults(
     flags = [each.flag for each in _replaced(parser, here) if each.flag.split()[0] not in named]
     if not flags or "--yaml-cfg" in named:
         return []
+    of_gelu = ", but for GELU, of which the fused one is an approximation" * ("--no-bias-gelu-fusion" in flags)
     return [
-        f"Megatron's defaults that need TransformerEngine, apex or a CUDA GPU give way on this machine to "
-        f"{' '.join(flags)}; results are the same, but for GELU, of which the fused one is an approximation."
+        f"Megatron's defaults that need TransformerEngine, apex or torch.compile give way on this machine to "
+        f"{' '.join(flags)}; results are the same{of_gelu}."
     ]
 
 

@@ -39,10 +39,10 @@ def megatron_parser(megatron_arguments):
     ("here", "flags"),
     [
         (set(), EIGHT),
-        ({"cuda"}, OF_PACKAGES),
-        ({"cuda", "transformer_engine"}, ["--no-gradient-accumulation-fusion"]),
+        ({"torch.compile"}, OF_PACKAGES),
+        ({"torch.compile", "transformer_engine"}, ["--no-gradient-accumulation-fusion"]),
         ({"apex"}, [flag for flag in EIGHT if flag != "--no-persist-layer-norm"]),
-        ({"cuda", *MODULES}, []),
+        ({"torch.compile", *MODULES}, []),
     ],
 )
 def test_without_a_package_the_defaults_are_those_that_need_none(megatron_arguments, megatron_parser, here, flags):
