@@ -22,8 +22,8 @@ class _Default(NamedTuple):
     """A default that takes the place of Megatron's.
 
     flag: what the user would write. dest, value: what that means among the arguments.
-    needs: what Megatron's own default needs, any of these: modules, or "torch.compile", which takes functions as Megatron
-        has them on NVIDIA GPUs, and on a CPU runs them eagerly.
+    needs: what Megatron's own default needs, any of these: modules, or "torch.compile", which compiles what Megatron has
+        for it on NVIDIA GPUs, and on a CPU runs it eagerly.
     """
 
     flag: str

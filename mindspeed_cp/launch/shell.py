@@ -121,7 +121,7 @@ class _Exit(Exception):
 _MAX_DEPTH = 16
 """Scripts that source each other, or functions that call themselves, end here."""
 
-_KEYWORDS_OF_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1, "let": 0, "printf": 0, "wait": 0}
+_ARGUMENTS_BEFORE_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1, "let": 0, "printf": 0}
 """Builtins that set variables from what would have to run: how many of their arguments come before the names."""
 
 _SHELLS = ("bash", "sh")
@@ -282,7 +282,7 @@ class _Shell:
             self._change_folder(arguments)
         elif name in ("exit", "return"):
             raise _Exit
-        elif name in _KEYWORDS_OF_NAMES:
+        elif name in _ARGUMENTS_BEFORE_NAMES:
             self._forget(self._names_set_by(name, arguments), command)
         elif name.startswith("-") and not words[0].is_unknown:
             why = "no command begins with a dash: the one above it ended at a comment or at a line without a backslash"
@@ -296,7 +296,7 @@ class _Shell:
             return texts[1:2] if texts[:1] == ["-v"] else []
         if builtin == "let":
             return [name for text in texts for name in _ARITHMETIC_ASSIGNMENT.findall(text)]
-        return [text for text in texts[_KEYWORDS_OF_NAMES[builtin] :] if _NAME.fullmatch(text)]
+        return [text for text in texts[_ARGUMENTS_BEFORE_NAMES[builtin] :] if _NAME.fullmatch(text)]
 
     def _record(self, command: Simple, words: tuple[Field, ...]) -> None:
         kept = self._state()
