@@ -22,8 +22,8 @@ class _Default(NamedTuple):
     """A default that takes the place of Megatron's.
 
     flag: what the user would write. dest, value: what that means among the arguments.
-    needs: what Megatron's own default needs, any of these: modules, or "torch.compile", which compiles what Megatron has
-        for it on NVIDIA GPUs, and on a CPU runs it eagerly.
+    needs: what Megatron's own default needs, any of these: modules, or "torch.compile", which compiles for NVIDIA GPUs
+        what Megatron has for it, and on a CPU runs it eagerly.
     """
 
     flag: str
