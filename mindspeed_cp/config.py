@@ -121,7 +121,7 @@ class ContextParallelConfig:
         if not proper:
             raise ConfigurationError(
                 f"--context-parallel-algo hybrid_cp_algo needs a --context-parallel-size with a divisor between 1 and "
-                f"itself, and {size} has none; use another size, ulysses_cp_algo or megatron_cp_algo."
+                f"itself, and {size} has none; use a size like 4, 6 or 8, ulysses_cp_algo or megatron_cp_algo."
             )
         if degree is None:
             raise ConfigurationError(
@@ -242,9 +242,8 @@ class ContextParallelConfig:
         return "--ulysses-degree-in-cp" if hybrid else "--context-parallel-size"
 
     def _fitting_degrees(self, heads: list[int], tensor_parallel: int) -> str:
-        """The degrees that would divide the heads, as the middle of a sentence; empty where there is none."""
-        fitting = [degree for degree in divisors(min(heads)) if all(n % (degree * tensor_parallel) == 0 for n in heads)]
-        if self.context_parallel_algo == "hybrid_cp_algo":
-            fitting = [degree for degree in fitting if degree in divisors(self.context_parallel_size)[:-1]]
-        fitting = [degree for degree in fitting if degree > 1]
-        return f"a {self._degree_flag} of {or_list(fitting)}, or " if fitting else ""
+        """Hybrids of this size that would divide the heads, as the middle of a sentence; empty where there is none."""
+        proper = divisors(self.context_parallel_size)[1:-1]
+        fitting = [degree for degree in proper if all(n % (degree * tensor_parallel) == 0 for n in heads)]
+        hybrid = "" if self.context_parallel_algo == "hybrid_cp_algo" else "hybrid_cp_algo with "
+        return f"{hybrid}a --ulysses-degree-in-cp of {or_list(fitting)}, or " if fitting else ""

@@ -278,10 +278,21 @@ def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:
-        return {**shared, "choices": CHOICES[option.name]}
+        meanings = {"type": _algorithm} if option.name == "context_parallel_algo" else {}
+        return {**shared, **meanings, "choices": CHOICES[option.name]}
     if typing.get_origin(hint) is tuple:
         return {**shared, "nargs": "+", "choices": KERNELS.names}
     return {**shared, "type": int}
+
+
+def _algorithm(text: str) -> str:
+    """A value of --context-parallel-algo: argparse says which there are, and not what they mean."""
+    if text not in CHOICES["context_parallel_algo"]:
+        raise argparse.ArgumentTypeError(
+            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring) or "
+            f"hybrid_cp_algo (Ulysses inside, a ring outside)"
+        )
+    return text
 
 
 class Settled(NamedTuple):

@@ -52,7 +52,7 @@ BROKEN_RULES = [
     (
         dict(size=7, algorithm=HYBRID, degree=7),
         "--context-parallel-algo hybrid_cp_algo needs a --context-parallel-size with a divisor between 1 and itself, "
-        "and 7 has none; use another size, ulysses_cp_algo or megatron_cp_algo.",
+        "and 7 has none; use a size like 4, 6 or 8, ulysses_cp_algo or megatron_cp_algo.",
     ),
     (
         dict(size=8, algorithm=HYBRID),
@@ -211,19 +211,19 @@ BROKEN_MODELS = [
         dict(size=4),
         dict(num_attention_heads=6),
         "--num-attention-heads 6 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-        "--tensor-model-parallel-size 1; use a --context-parallel-size of 2, 3 or 6, or megatron_cp_algo.",
+        "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or megatron_cp_algo.",
     ),
     (
         dict(size=4),
         dict(num_attention_heads=8, tensor_model_parallel_size=4),
         "--num-attention-heads 8 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-        "--tensor-model-parallel-size 4; use a --context-parallel-size of 2, or megatron_cp_algo.",
+        "--tensor-model-parallel-size 4; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or megatron_cp_algo.",
     ),
     (
         dict(size=4),
         dict(num_attention_heads=8, num_query_groups=2),
         "--num-query-groups 2 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-        "--tensor-model-parallel-size 1; use a --context-parallel-size of 2, or megatron_cp_algo.",
+        "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or megatron_cp_algo.",
     ),
     (
         dict(size=4),

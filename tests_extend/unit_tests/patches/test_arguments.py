@@ -124,17 +124,20 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
         (
             ["--num-attention-heads", "6"],
             "--num-attention-heads 6 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use a --context-parallel-size of 2, 3 or 6, or megatron_cp_algo.",
+            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
+            "megatron_cp_algo.",
         ),
         (
             ["--tensor-model-parallel-size", "4"],
             "--num-attention-heads 8 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 4; use a --context-parallel-size of 2, or megatron_cp_algo.",
+            "--tensor-model-parallel-size 4; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
+            "megatron_cp_algo.",
         ),
         (
             ["--group-query-attention", "--num-query-groups", "2"],
             "--num-query-groups 2 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use a --context-parallel-size of 2, or megatron_cp_algo.",
+            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
+            "megatron_cp_algo.",
         ),
         (
             ["--seq-length", "20"],
