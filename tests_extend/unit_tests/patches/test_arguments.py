@@ -85,12 +85,19 @@ def test_flag_parses_in_megatron_s_parser(parser, flags, name, value):
     assert getattr(parser.parse_args([]), name) != value
 
 
-@pytest.mark.parametrize("flag", ["--context-parallel-algo", "--attention-mask-type", "--context-parallel-kernels"])
-def test_unknown_choice_is_refused_by_the_parser(parser, flag, capsys):
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--context-parallel-algo", "unknown is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring"),
+        ("--attention-mask-type", "invalid choice: 'unknown'"),
+        ("--context-parallel-kernels", "invalid choice: 'unknown'"),
+    ],
+)
+def test_unknown_choice_is_refused_by_the_parser(parser, flag, answer, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args([flag, "unknown"])
     assert stop.value.code == 2
-    assert f"argument {flag}: invalid choice: 'unknown'" in capsys.readouterr().err
+    assert f"argument {flag}: {answer}" in capsys.readouterr().err
 
 
 def test_flags_have_a_group_of_their_own_in_the_help(parser):
