@@ -70,9 +70,10 @@ Q = torch.zeros(1, HEADS_OF_HYBRID, 6, 8)
         (dict(v=None), "no mask", "refused: AttributeError"),
         (dict(q=Q.to("meta"), k=Q.to("meta"), v=Q.to("meta")), "float32 on cpu", "float32 on meta"),
     ],
-    ids="dtype,refused,batch and tokens,heads and size,mask,scale,gradients,integers,nan,type,nothing,device".split(
-        ","
-    ),
+    ids=[
+        *("dtype", "refused", "batch and tokens", "heads and size", "mask", "scale", "gradients", "integers", "nan"),
+        *("type", "nothing", "device"),
+    ],
 )
 def test_one_rank_that_comes_with_something_else_is_named_on_every_rank(changes, theirs, its):
     case = plain_case(HYBRID, mask="full")
