@@ -54,7 +54,7 @@ FLAG_SETS = [
         f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1",
         [],
     ),
-    (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --norm-topk-prob --moe-grouped-gemm", []),
+    (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --moe-grouped-gemm", []),
     (
         f"{RING} {EXPERTS} --moe-router-load-balancing-type group_limited_greedy --topk-group 2 --fix-router --seq-aux",
         ["--moe-router-load-balancing-type", "--fix-router"],
@@ -71,7 +71,7 @@ FLAG_SETS = [
     (f"{RING} --rope-scaling-type longrope --long-factor 1,2", ["--rope-scaling-type"]),
     (f"{RING} --position-embedding-type rope --rotary-base 1e6 --normalization RMSNorm --qk-layernorm", []),
     (f"{RING} {TOKENIZER} --tokenizer-padding-side left --data-path data --split 949,50,1 --mock-data", []),
-    (f"{RING} --noop-layers 6,7 --num-layer-list 2,2,2,2", ["--noop-layers"]),
+    (f"{RING} --noop-layers 6,7 --num-layer-list 4,4 --pipeline-model-parallel-size 2", ["--noop-layers"]),
     (f"{RING} --stage sft --is-instruction-dataset --prompt-type qwen", ["--stage", "--is-instruction-dataset"]),
     (f"{RING} --lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_proj", ["--lora-target-modules"]),
     (f"{RING} --recompute-activation-function --enable-recompute-layers-per-pp-rank --recompute-granularity full", []),
