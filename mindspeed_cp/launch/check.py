@@ -85,7 +85,7 @@ def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Ma
         own = {name: Field((value,)) for name, value in environment.items()}
         launches = [Launch(0, "pretrain_gpt.py", flags, int(ranks) if ranks.isdecimal() else None, own, "")]
     else:
-        reading = read_file(Path(words[0]), words[1:], environment)
+        reading = read_file(words[0], words[1:], environment)
         launches = find_launches(reading.commands)
         if not launches:
             raise CheckError("\n".join([_no_launch(words[0]), *_omissions(reading)]))
@@ -96,11 +96,14 @@ def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Ma
     return "\n\n".join(parts), any(report.is_blocked for report in reports)
 
 
-def read_file(path: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Reading:
+def read_file(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Reading:
     """What the script in a file would run.
 
     Raises CheckError where it is no shell script.
     """
+    if not name:
+        raise CheckError("there is no file ''; give a shell script, or flags.")
+    path = Path(name)
     if path.suffix == ".py":
         raise CheckError(f"{path} is a Python program; check the shell script that starts it, or its flags.")
     try:

@@ -378,9 +378,13 @@ class _Parser:
         if found.group(1) in ("<<", "<<-"):
             delimiter = "".join(part.text for part in self._word().parts if isinstance(part, Literal))
             self._heredocs.append((delimiter, found.group(1) == "<<-"))
-        elif self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS:
+        elif self._starts_word():
             self._word()
         return True
+
+    def _starts_word(self) -> bool:
+        substitutes = self._peek("<(") or self._peek(">(")
+        return substitutes or (self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS)
 
     def _assignment(self, found: "re.Match[str]") -> Assignment:
         line = self._line()
@@ -396,12 +400,11 @@ class _Parser:
                 if self._peek(")"):
                     self._at += 1
                     break
-                if self._text[self._at] in _METACHARACTERS and not self._peek("<("):
+                if not self._starts_word():
                     raise self._error(f"{self._text[self._at]!r} stands within the array {name}")
                 values.append(self._word())
             return Assignment(name, bool(plus), tuple(values), True, line)
-        starts_value = self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS
-        value = self._word() if starts_value or self._peek("<(") else Word((), line)
+        value = self._word() if self._starts_word() else Word((), line)
         if subscript:
             value = Word((Opaque(found.group(), "one element of an array is set", False),), line)
         return Assignment(name, bool(plus), (value,), False, line)

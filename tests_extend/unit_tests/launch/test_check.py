@@ -1,9 +1,11 @@
 """What `python -m mindspeed_cp check` says of scripts and flags, and its exit status."""
 
 import argparse
+import logging
 import os
 import sys
 import textwrap
+import warnings
 
 import pytest
 
@@ -22,6 +24,10 @@ SCRIPT = """
         --tensor-model-parallel-size $TP --context-parallel-size 2
     )
 """
+ACCEPTED = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 1 --attention-dropout 0 --hidden-dropout 0 --distributed-backend gloo"
+).split()
 RUN = 'torchrun --nproc-per-node 4 pretrain_gpt.py "${ARGS[@]}"'
 
 
@@ -187,7 +193,10 @@ def run_program(monkeypatch, parser, *words):
         (["check", "--help"], 0, "usage: python -m mindspeed_cp"),
         (["chek"], 2, "mindspeed_cp: error: there is no script 'chek'; did you mean check?"),
         (["--help"], 0, "  --context-parallel-algo {ulysses_cp_algo,"),
+        (["check", "--num-layers", "2", "--help"], 0, "usage: python -m mindspeed_cp"),
+        (["check", ""], 2, "mindspeed_cp: error: there is no file ''; give a shell script, or flags."),
         (["--version"], 0, "mindspeed_cp 0."),
+        (["--version", "x"], 2, "error: --version takes no argument, and is given 'x'; leave it out."),
     ],
 )
 def test_program_says_and_ends_as_documented(monkeypatch, capsys, parser, words, status, line):
@@ -195,3 +204,19 @@ def test_program_says_and_ends_as_documented(monkeypatch, capsys, parser, words,
     said = capsys.readouterr()
     assert line in " ".join((said.out + said.err).split()) or line in said.out
     assert bool(said.err) == (status == 2)
+
+
+def test_nothing_but_the_report_is_said(monkeypatch, parser, caplog, recwarn):
+    def noisy_parser():
+        logging.getLogger("noise").warning("on import")
+        warnings.warn("on import", stacklevel=1)
+        return parser
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sys, "argv", ["mindspeed_cp", "check", *ACCEPTED])
+    monkeypatch.setattr(program, "_megatron_parser", noisy_parser)
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert (end.value.code, caplog.records, list(recwarn)) == (0, [], [])
+    logging.getLogger("noise").warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]

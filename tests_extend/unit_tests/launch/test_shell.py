@@ -37,6 +37,7 @@ def words_of(text, tmp_path, *arguments, **environment):
         ('ARGS="\n  --a 1 \\\n  --b \\"2\\"\n"\nrun $ARGS', ["--a", "1", "--b", '"2"']),
         ("run a > log 2>&1 < in", ["a"]),
         ("run a 2>&1 | tee log; A=1; run $A", ["1"]),
+        ("exec > >(cat >log) 2>&1\nrun a > >(cat >log)", ["a"]),
         ("if true; then\n  :\nfi\nrun a", ["a"]),
         ("f() {\n  run $1 $B\n}\nB=2\nf 1", ["1", "2"]),
         ('A=1\neval "run \\$A"', ["1"]),
