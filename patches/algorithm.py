@@ -35,14 +35,16 @@ def choose_algorithm(args: argparse.Namespace) -> Choice | None:
     if args.cp_comm_type is not None and not isinstance(args.cp_comm_type, _Unsaid):
         asked = choice_by_comm_type(args.cp_comm_type, args.hierarchical_context_parallel_sizes, size)
     if args.context_parallel_algo is not None:
-        if asked is not None:
-            _check_agreement(args, asked)
-        return None
+        if asked is None:
+            return None
+        _check_agreement(args, asked)
+        return asked if args.ulysses_degree_in_cp != asked.degree else None
     if asked is not None:
+        _check_degree(args, asked)
         return asked
     for name, readers in _READ_BY.items():
         value = getattr(args, name)
-        if value is not None and value > 1:
+        if value not in (None, 1) and (value > 1 or name == "ulysses_degree_in_cp"):
             raise ConfigurationError(
                 f"{flag(name)} {value} without --context-parallel-algo: it belongs to {readers}; name the algorithm, "
                 f"or leave it out."
@@ -52,14 +54,22 @@ def choose_algorithm(args: argparse.Namespace) -> Choice | None:
 
 
 def _check_agreement(args: argparse.Namespace, asked: Choice) -> None:
-    same = args.context_parallel_algo == asked.algorithm
-    if same and asked.degree in (None, args.ulysses_degree_in_cp):
+    if args.context_parallel_algo != asked.algorithm:
+        raise ConfigurationError(
+            f"--context-parallel-algo {args.context_parallel_algo} contradicts --cp-comm-type "
+            f"{' '.join(args.cp_comm_type)}, which is {asked.algorithm}; leave out one of them."
+        )
+    _check_degree(args, asked)
+
+
+def _check_degree(args: argparse.Namespace, asked: Choice) -> None:
+    degree = args.ulysses_degree_in_cp
+    if degree in (None, asked.degree) or (asked.degree is None and degree == 1):
         return
-    degree = "" if args.ulysses_degree_in_cp is None else f" --ulysses-degree-in-cp {args.ulysses_degree_in_cp}"
-    of_asked = "" if asked.degree is None else f" --ulysses-degree-in-cp {asked.degree}"
+    of_asked = "no Ulysses within a ring" if asked.degree is None else f"a Ulysses degree of {asked.degree}"
     raise ConfigurationError(
-        f"--context-parallel-algo {args.context_parallel_algo}{degree} contradicts --cp-comm-type "
-        f"{' '.join(args.cp_comm_type)}, which is {asked.algorithm}{of_asked}; leave out one of them."
+        f"--ulysses-degree-in-cp {degree} contradicts --cp-comm-type {' '.join(args.cp_comm_type)}, which has "
+        f"{of_asked}; leave out one of them."
     )
 
 

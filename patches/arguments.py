@@ -66,7 +66,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         @functools.wraps(original)
         def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
             try:
-                config, choice = settled(args, defaults)
+                config, choice = settled(args, defaults, at_start=True)
                 if asks_for_cpu(args.distributed_backend):
                     use_cpu()
             except ConfigurationError as error:
@@ -173,7 +173,7 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
     found = examine(argv, parser, ignore_unknown=ignore_unknown)
     if found.blockers:
         # Rules alone are left to validate_args, which knows what a checkpoint says.
-        beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser))
+        beside = _rules_broken(found.args, int(os.environ.get("WORLD_SIZE", "1")), _defaults_of(parser), at_start=True)
         _exit_with(ConfigurationError(*(each.sentence for each in (*found.blockers, *beside))))
     if int(os.environ.get("RANK", "0")) == 0:
         for sentence in (*notes(found.findings), *note_on_defaults(parser, argv)):
@@ -210,13 +210,17 @@ def _defaults_of(parser: argparse.ArgumentParser) -> dict[str, object]:
 
 
 def _rules_broken(
-    args: argparse.Namespace | None, num_ranks: int | None, defaults: Mapping[str, object]
+    args: argparse.Namespace | None,
+    num_ranks: int | None,
+    defaults: Mapping[str, object],
+    *,
+    at_start: bool = False,
 ) -> list[Blocker]:
     """The rules that parsed arguments break; none where there are none, or others may take their place later."""
     if args is None or args.yaml_cfg is not None or args.use_checkpoint_args:
         return []
     args.world_size = num_ranks
-    _, blockers = _examine_arguments(args, defaults)
+    _, blockers = _examine_arguments(args, defaults, at_start=at_start)
     return blockers
 
 
@@ -302,14 +306,16 @@ class Settled(NamedTuple):
     choice: Choice | None
 
 
-def settled(args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})) -> Settled:
+def settled(
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({}), *, at_start: bool = False
+) -> Settled:
     """The configuration that parsed arguments describe; the algorithm that was chosen is written into them.
 
-    defaults: see unsupported.
+    defaults: see unsupported. at_start: whether the job starts on this machine now.
 
     Raises ConfigurationError with all rules that they break.
     """
-    found, blockers = _examine_arguments(args, defaults)
+    found, blockers = _examine_arguments(args, defaults, at_start=at_start)
     raise_for(blockers)
     assert found is not None, "there is a configuration, or a rule that it breaks"
     args.context_parallel_algo = found.config.context_parallel_algo
@@ -325,9 +331,14 @@ def config_from_arguments(
 
 
 def _examine_arguments(
-    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
+    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({}), *, at_start: bool = False
 ) -> tuple[Settled | None, list[Blocker]]:
-    """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form."""
+    """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form.
+
+    at_start: whether the job starts on this machine now.
+    """
+    if broken := _broken_sizes(args):
+        return None, broken
     values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
     if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
@@ -336,6 +347,8 @@ def _examine_arguments(
     of_ranks = found_by(
         lambda: _check_world_size(args), lambda: _check_connections(args), lambda: check_transformer_impl(args)
     )
+    if at_start:
+        of_ranks += found_by(lambda: asks_for_cpu(args.distributed_backend))
     of_options = unsupported(args, args.context_parallel_size, defaults)
     try:
         choice = choose_algorithm(args)
@@ -346,8 +359,29 @@ def _examine_arguments(
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
         return None, [*blockers_of(error), *of_options, *of_ranks]
-    of_model = found_by(lambda: _check_model(args, config), lambda: check_kernels(args, config))
+    of_model = found_by(
+        lambda: _check_model(args, config),
+        lambda: check_kernels(args, config),
+        lambda: refuse_lost_masks(args, config),
+        lambda: refuse_unloadable_optimizer(args, config),
+    )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
+
+
+_SIZES = (
+    *("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_attention_heads"),
+    *("num_query_groups", "hidden_size", "kv_channels", "seq_length", "encoder_seq_length"),
+)
+
+
+def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
+    """Sizes below 1, with which no other rule can be looked at."""
+    given = {flag(name): getattr(args, name) for name in _SIZES}
+    return [
+        Blocker(name, f"{name} {value} is below 1; use 1 or more.")
+        for name, value in given.items()
+        if value is not None and value < 1
+    ]
 
 
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
@@ -422,7 +456,10 @@ def _runs_reference(case: BlockCase) -> bool:
 def _kernel_names(args: argparse.Namespace, config: ContextParallelConfig) -> str:
     """The kernels that will compute the model's attention, as far as the arguments tell."""
     kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
-    return " and ".join(dict.fromkeys(kernels.choose(case).name for case in _block_cases(args, config))) or "any"
+    try:
+        return " and ".join(dict.fromkeys(kernels.choose(case).name for case in _block_cases(args, config))) or "any"
+    except NotImplementedError:  # Said as what stands in the way.
+        return "none"
 
 
 def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> list[BlockCase]:

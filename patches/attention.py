@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -102,18 +102,20 @@ class LayerAttention:
         query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
         where masked (as Megatron has it), with T the tokens of all ranks. mask_type: overrides the layer's own.
 
-        Raises ValueError, on all ranks, where nothing says who sees whom and for a mask of another shape or dtype;
-        NotImplementedError for inference.
+        Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, and for
+        inference.
         """
         if query.size(0) != key.size(0):
-            raise NotImplementedError(
+            self.refuse(
                 f"{query.size(0)} queries over {key.size(0)} keys a rank: inference with context parallelism is not "
-                f"available; use --context-parallel-size 1."
+                f"available; use --context-parallel-size 1.",
+                query,
             )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask_type = mask_type or self.mask_type
         if self.general is None:
-            _check_mask_type(mask_type)
+            if mask_type != "causal":
+                self.refuse(_other_mask_type(mask_type), query)
             out = self.causal(q, k, v, scale=self.scale)
         elif attention_mask is not None:
             self._check_mask(query, attention_mask)
@@ -122,21 +124,27 @@ class LayerAttention:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
             out = attention(q, k, v, scale=self.scale)
         else:
-            self.causal.refuse(
+            self.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
-                f"sees whom; give it one, or build it with the mask type causal or no_mask."
+                f"sees whom; give it one, or build it with the mask type causal or no_mask.",
+                query,
             )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def refuse(self, reason: str, query: Tensor) -> NoReturn:
+        """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
+        self.causal.refuse(reason, query)
 
     def _check_mask(self, query: Tensor, mask: Tensor) -> None:
         tokens, batch, heads, _ = query.shape
         keys = tokens * self.size
         fits = mask.dim() == 4 and mask.size(0) in (1, batch) and mask.size(1) in (1, heads)
         if not fits or mask.shape[2:] != (tokens, keys) or mask.dtype != torch.bool:
-            self.causal.refuse(
+            self.refuse(
                 f"attention_mask is {list(mask.shape)} of {mask.dtype}, and this rank's {tokens} queries of {keys} "
                 f"tokens need [{batch} or 1, {heads} or 1, {tokens}, {keys}] of torch.bool, True where masked; "
-                f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens."
+                f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
+                query,
             )
 
 
@@ -190,8 +198,10 @@ def _wrap_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         named = bind_by_name(original, (self, *args), kwargs)
         for argument, what in (("packed_seq_params", "packed sequences"), ("attention_bias", "attention biases")):
             if named[argument] is not None:
-                raise NotImplementedError(
-                    f"{argument} with context parallelism: {what} are not available yet; use --context-parallel-size 1."
+                attention.refuse(
+                    f"{argument} with context parallelism: {what} are not available yet; "
+                    f"use --context-parallel-size 1.",
+                    named["query"],
                 )
         mask_type = named.get("attn_mask_type")
         return attention(
@@ -258,14 +268,12 @@ def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:
             f"a layer with attention_dropout {named['attention_dropout']} with --context-parallel-size "
             f"{config.context_parallel_size}: attention dropout is not available yet; give it 0."
         )
-    if config.attention_mask_type == "causal":
-        _check_mask_type(named["attn_mask_type"].name)
+    if config.attention_mask_type == "causal" and (mask_type := named["attn_mask_type"].name) != "causal":
+        raise ConfigurationError(_other_mask_type(mask_type))
 
 
-def _check_mask_type(mask_type: str) -> None:
-    """Raise ConfigurationError unless a layer of this type is what --attention-mask-type causal says."""
-    if mask_type != "causal":
-        raise ConfigurationError(
-            f"a layer with the mask type {mask_type} and --attention-mask-type causal: they differ; "
-            f"use --attention-mask-type general."
-        )
+def _other_mask_type(mask_type: str) -> str:
+    return (
+        f"a layer with the mask type {mask_type} and --attention-mask-type causal: they differ; "
+        f"use --attention-mask-type general."
+    )

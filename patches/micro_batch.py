@@ -31,8 +31,8 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target=f"{_SCHEDULES}:{name}",
             kind="wrap",
             function=wrap_step,
-            why="All layers of a stage get tensors of the same shapes: the ranks have to compare them once a "
-            "micro-batch (a recomputation compares once more).",
+            why="All layers of a stage get the tensors of one micro-batch: ranks compare what they have come with once "
+            "for all of them (once more where layers differ among themselves, and for a recomputation).",
             remove_when="Megatron tells its layers which micro-batch they compute.",
         )
         for name in ("forward_step", "backward_step")

@@ -178,7 +178,7 @@ def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -
 
     Megatron itself goes on with causal attention there, also at CP = 1.
 
-    args: Megatron's arguments after validate_args, which says how many virtual stages there are.
+    args: Megatron's arguments; only after validate_args is it known how many virtual stages a layout makes.
     """
     size = config.context_parallel_size
     # get_batch of pretrain_gpt.py, in all releases: the first and the last stage have a batch, and those that predict
@@ -198,7 +198,7 @@ def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParalle
     DistributedOptimizer looks for the number of steps where apex has it, and ends in a bare AssertionError (torch_dist)
     or KeyError (torch), at CP = 1 too.
 
-    args: Megatron's arguments after validate_args, which may leave the state out.
+    args: Megatron's arguments; validate_args may still leave the state out.
     """
     if config.context_parallel_size == 1 or not args.use_distributed_optimizer or args.load is None:
         return

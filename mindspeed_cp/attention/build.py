@@ -29,7 +29,7 @@ def build_attention(
 
     group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them; None is
         the default group of all ranks. Some configurations need groups beside it, which all ranks of the world have to
-        make together: see ContextParallelGroups.build.
+        make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
@@ -113,7 +113,9 @@ def _groups(
     if isinstance(group, ContextParallelGroups):
         check_size(config.topology, group.context_parallel)
         return group
-    group = group or dist.group.WORLD
+    group = dist.group.WORLD if group is None else group
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{group!r} is no process group; give one of torch.distributed.new_group, or a DeviceMesh.")
     if group is None:
         raise ValueError("there is no process group yet; call torch.distributed.init_process_group first.")
     return ContextParallelGroups.build(config.topology, group, overlap=config.use_cp_send_recv_overlap)

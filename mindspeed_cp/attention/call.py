@@ -18,6 +18,8 @@ from mindspeed_cp.kernels import BlockCase, BlockMask, MaskKind
 from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.layout import SequenceLayout
 
+_TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
+
 
 class Attention(Protocol):
     """Attention over however many ranks: each gives its own tokens' queries, keys and values."""
@@ -102,10 +104,11 @@ class ContextParallelAttention:
             self._check_mask(q, visible)
             factor = number(scale, q)
             words = f"{_words(q, k, v, factor, visible)}; {self._setup}"
-        except ValueError as error:
-            refusal = str(error)
+        except Exception as error:
+            # Whatever it is, the other ranks would wait for this one.
+            refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
         if self.agreement is not None:
-            self.agreement.reach(words, refusal=refusal, device=q.device)
+            self.agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
         elif refusal is not None:
             raise ValueError(refusal)
         # Fused kernels take a factor above 0 for granted.
@@ -113,10 +116,10 @@ class ContextParallelAttention:
             return PreparedCall(-q, k, v, -factor, visible)
         return PreparedCall(q, k, v, factor, visible) if factor else PreparedCall(q * 0.0, k, v, 1.0, visible)
 
-    def refuse(self, reason: str) -> NoReturn:
-        """Raise ValueError on every rank: the caller cannot make this call here, and the others would wait for it."""
+    def refuse(self, reason: str, q: Tensor) -> NoReturn:
+        """Raise ValueError on every rank: the caller cannot attend with `q` here, and the others would wait for it."""
         if self.agreement is not None:
-            self.agreement.reach("", refusal=reason)
+            self.agreement.reach("", refusal=reason, device=q.device)
         raise ValueError(reason)
 
     def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
@@ -150,6 +153,8 @@ def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     That is what it does for torch's own scaled_dot_product_attention, but for fp64, which it leaves alone.
     """
+    if any(hasattr(x, "to_local") for x in (q, k, v)):
+        raise ValueError("q, k or v is a DTensor, and attention takes each rank's own shard; give q.to_local().")
     device_type = q.device.type
     if q.dtype == k.dtype == v.dtype or not autocast_is_on(device_type):
         return q, k, v
@@ -200,16 +205,20 @@ def number(scale: float | Tensor | None, q: Tensor) -> float:
     if scale is None:
         return default_scale(q)
     if isinstance(scale, Tensor):
-        if scale.requires_grad:
+        if scale.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "scale is a tensor that requires a gradient, and attention gives it none; multiply q by it, and give "
                 "scale=1.0."
             )
         if scale.numel() != 1:
             raise ValueError(f"scale is a tensor of {tuple(scale.shape)}; give one number, or multiply q by it.")
-    value = float(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"scale is {value}; give a finite number, or None for 1 / sqrt({q.size(-1)}).")
+    value = float(scale) + 0.0  # -0.0 is 0.0.
+    largest = torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
+    if not abs(value) <= largest:
+        raise ValueError(
+            f"scale is {value}, and scores are computed up to {largest:.2g}; give a finite number, or None for "
+            f"1 / sqrt({q.size(-1)})."
+        )
     return value
 
 
@@ -223,6 +232,7 @@ def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None
     mask = "no mask" if visible is None else f"a mask {tuple(visible.shape)}"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {str(q.dtype).removeprefix('torch.')}, {mask}, "
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {str(q.dtype).removeprefix('torch.')} on "
+        f"{q.device.type}, {mask}, "
         f"scale {scale:.17g}, with{'' if gradients else 'out'} gradients"
     )

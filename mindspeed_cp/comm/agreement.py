@@ -5,12 +5,19 @@ Note [Agreement]
     each rank says in words what it has come with, and sends the digest of that to every other: 8 bytes a rank. Where
     all digests are equal, nothing else is sent. Where they are not, the words follow, and every rank raises the same
     error, which names what each rank has come with. It is asked at every call, never remembered from an earlier one: a
-    rank that remembers does not take part, and the one whose case has changed would wait alone.
+    rank that remembers goes on to its tensors, while the one whose case has changed asks.
 
     A program whose layers all get the tensors of one micro-batch may ask once for all of them: `once` remembers what
-    has been agreed on for the time of a `with` block, which all ranks enter and leave at the same place.
+    has been agreed on for the time of a `with` block. All ranks enter and leave it at the same place of their program,
+    and within it a case that is new on one rank is new on all. The words hold the number of the call, so that a rank
+    that has made fewer is found out when they next agree.
 
-    Between processes the digests are messages from each to each: a rank that does not answer is known by its number.
+    Between processes the digests are messages from each to each, with a tag of their own: a rank that does not answer
+    is known by its number, and a digest is never taken for a tensor. On a group that carries no tensors of the CPU they
+    are gathered by the backend, which names nobody.
+
+    What is not compared: the order of backward passes, and calls of two attentions that were built apart. Threads of
+    one rank must not call at the same time.
 """
 
 import hashlib
@@ -20,7 +27,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mindspeed_cp.comm.communicator import Communicator
+from mindspeed_cp.comm.communicator import Communicator, Transfer
 
 _WORDS_BYTES = 1024
 """Longest words that are sent; what is longer is cut."""
@@ -36,7 +43,9 @@ class Agreement:
     def __init__(self, communicator: Communicator, *, on_host: bool = True) -> None:
         self.communicator = communicator
         self._on_host = on_host
-        self._agreed: set[bytes] | None = None
+        self._agreed: set[str] | None = None
+        self._calls = 0
+        self._failure: str | None = None
 
     def reach(self, words: str, *, refusal: str | None = None, device: torch.device | None = None) -> None:
         """Return when all ranks have come with the same words.
@@ -46,26 +55,30 @@ class Agreement:
 
         Raises ValueError on every rank where words differ or a rank refuses: with the refusal itself where all ranks
         refuse alike, else with what each rank has come with. Raises RuntimeError, which names them, where ranks do
-        not answer within the group's timeout.
+        not answer within the group's timeout, and from then on: the group cannot be used any more.
         """
-        words = words if refusal is None else f"refused: {refusal}"
-        digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
-        if self._agreed is not None and digest in self._agreed:
+        self._calls += 1
+        if self._agreed is not None and refusal is None and words in self._agreed:
             return
+        if self._failure is not None:
+            raise RuntimeError(f"{self._failure}; that was an earlier call, and the group cannot be used any more")
+        said = f"{words if refusal is None else f'refused: {refusal}'}; call {self._calls}"
+        digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
         place = torch.device("cpu") if self._on_host or device is None else device
         digests = self._gather(torch.frombuffer(bytearray(digest), dtype=torch.int64).to(place))
         if len(set(digests.flatten().tolist())) > 1:
-            raise ValueError(_difference(self._gather_words(words, place)))
+            raise ValueError(_difference(self._gather_words(said, place)))
         if refusal is not None:
             raise ValueError(refusal)
         if self._agreed is not None:
-            self._agreed.add(digest)
+            self._agreed.add(words)
 
     @contextmanager
     def once(self) -> Iterator[None]:
         """Within it, ranks that have come with some words once need not be asked about the same words again.
 
-        All ranks have to enter and leave it at the same place of their program: once a micro-batch, say.
+        All ranks have to enter and leave it at the same place of their program, once a micro-batch, say; and none of
+        them may come with new words within it where another comes with words that have been agreed on.
         """
         before, self._agreed = self._agreed, set()
         try:
@@ -76,6 +89,10 @@ class Agreement:
     def __deepcopy__(self, memo: object) -> "Agreement":
         """The same object: what was agreed on belongs to the group, not to one of the layers that ask."""
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what a window remembers: a copy from elsewhere would remember it for ever."""
+        return self.__dict__ | {"_agreed": None}
 
     def _gather_words(self, words: str, place: torch.device) -> list[str]:
         sent = words.encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES, b"\0")
@@ -90,8 +107,13 @@ class Agreement:
         rows = mine.new_empty((size, *mine.shape))
         rows[rank] = mine
         others = [(rank + distance) % size for distance in range(1, size)]
-        transfers = {other: self.communicator.exchange(mine, other, rows[other], other) for other in others}
+        transfers: dict[int, Transfer] = {}
         silent: dict[int, RuntimeError] = {}
+        for other in others:
+            try:
+                transfers[other] = self.communicator.exchange(mine, other, rows[other], other)
+            except RuntimeError as error:
+                silent[other] = error
         for other, transfer in transfers.items():
             try:
                 transfer.wait()
@@ -99,10 +121,11 @@ class Agreement:
                 silent[other] = error
         if silent:
             first = next(iter(silent.values()))
-            raise RuntimeError(
+            self._failure = (
                 f"{_ranks(sorted(silent))} of the group of {size} did not come to this call of attention, which rank "
                 f"{rank} has reached: stopped, gone, or elsewhere in the program ({first})"
-            ) from first
+            )
+            raise RuntimeError(self._failure) from first
         return rows
 
 
@@ -113,8 +136,8 @@ def _difference(words: Sequence[str]) -> str:
         cases.setdefault(case, []).append(rank)
     listed = "; ".join(f"{_ranks(ranks)}: {case}" for case, ranks in cases.items())
     return (
-        f"the ranks of a context-parallel group call attention differently: {listed}; all of them must come with the "
-        f"same sizes, dtype, scale and kind of mask: pad to equal shards, cast, or mend the rank that differs."
+        f"the ranks of a context-parallel group call attention differently: {listed}; all of them must come to the "
+        f"same call alike: pad to equal shards, cast, give one scale and kind of mask, and gradients on all or none."
     )
 
 

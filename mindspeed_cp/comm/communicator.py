@@ -70,10 +70,11 @@ class _Message(NamedTuple):
 class ProcessGroupCommunicator:
     """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
 
-    group: None is the default group of all ranks.
+    group: None is the default group of all ranks. tag: of its messages; gloo gives those of one tag to receives of no
+    other.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None, *, tag: int = 0) -> None:
         group = group or dist.group.WORLD
         assert group is not None, "there is no process group yet"
         self.group = group
@@ -81,6 +82,7 @@ class ProcessGroupCommunicator:
         self.size = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
         self.traffic = traffic if traffic is not None else Traffic()
+        self._tag = tag
 
     def all_to_all(self, send: Tensor) -> Tensor:
         """See Communicator.all_to_all."""
@@ -134,14 +136,15 @@ class ProcessGroupCommunicator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the group's name, which finds it again within the same job and nowhere else."""
-        return _communicator_by_name, (self.group.group_name, tuple(self._global_ranks))
+        return _communicator_by_name, (self.group.group_name, tuple(self._global_ranks), self._tag)
 
     def _post(self, messages: list[_Message]) -> Transfer:
         """Start all of them."""
         if not messages:
             return _ProcessGroupTransfer([], [])
         operations = [
-            dist.P2POp(each.way, each.content, self._global_ranks[each.peer], self.group) for each in messages
+            dist.P2POp(each.way, each.content, self._global_ranks[each.peer], self.group, self._tag)
+            for each in messages
         ]
         return _ProcessGroupTransfer(dist.batch_isend_irecv(operations), [each.peer for each in messages])
 
@@ -162,7 +165,7 @@ class _ProcessGroupTransfer:
                 raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
 
 
-def _communicator_by_name(name: str, global_ranks: tuple[int, ...]) -> ProcessGroupCommunicator:
+def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) -> ProcessGroupCommunicator:
     """The communicator that was pickled. Raises RuntimeError where this process has no such group."""
     try:
         group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
@@ -174,7 +177,7 @@ def _communicator_by_name(name: str, global_ranks: tuple[int, ...]) -> ProcessGr
             f"a pickled attention belongs to the process group {name!r} of ranks {list(global_ranks)}, which this job "
             f"does not have; save the module's state_dict instead, and build its attention anew."
         )
-    return ProcessGroupCommunicator(group)
+    return ProcessGroupCommunicator(group, tag=tag)
 
 
 def _require_contiguous(send: Tensor) -> None:

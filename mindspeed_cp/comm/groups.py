@@ -1,8 +1,10 @@
 """Process groups of each axis of the context-parallel grid."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,13 @@ from mindspeed_cp.topology import CPTopology
 
 _OUTER, _GRADIENTS, _HOST = 1, 2, 3
 """Further groups of the same ranks, for messages that must not queue behind others, or that the host sends."""
+
+_AGREEMENT_TAG = 1
+"""Of the messages of agreements; tensors have 0."""
+
+# A group of the user's may have any order, and its places are those of the grid; new_group sorts unless it is told.
+# Before it could be told, there were no other groups than sorted ones.
+_UNSORTED: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
 
 
 class _Planned(NamedTuple):
@@ -75,6 +84,10 @@ class ContextParallelGroups:
         Raises ValueError where the group's size is not the topology's.
         """
         check_size(topology, context_parallel)
+        # What differs here would make other groups on some ranks, and the rest would wait for them.
+        _agreement_over(context_parallel).reach(
+            f"{topology}, overlap={overlap}, host_group={host_group}", device=_device_of(context_parallel)
+        )
         planned = _plan(topology, overlap, host_group)
         rank, members = dist.get_rank(context_parallel), dist.get_process_group_ranks(context_parallel)
         made = _make_groups(planned, members, timeout or _timeout_of(context_parallel))
@@ -82,8 +95,7 @@ class ContextParallelGroups:
         def group_of(ranks: tuple[int, ...], copy: int = 0) -> dist.ProcessGroup:
             return made.get((ranks, copy), context_parallel)
 
-        everyone = group_of(tuple(range(topology.size)), _HOST)
-        agreement = Agreement(ProcessGroupCommunicator(everyone), on_host=_carries_cpu_tensors(everyone))
+        agreement = _agreement_over(group_of(tuple(range(topology.size)), _HOST))
 
         ulysses = group_of(topology.ulysses_ranks(rank)) if topology.ulysses > 1 else None
         ring = None
@@ -105,11 +117,22 @@ class ContextParallelGroups:
     def destroy(self) -> None:
         """Destroy the groups that `build` made; the context-parallel group itself is its owner's."""
         for group in self._made:
-            dist.destroy_process_group(group)
+            # torch raises for a group that is gone with all others already.
+            with suppress(ValueError):
+                dist.destroy_process_group(group)
+
+    def __deepcopy__(self, memo: object) -> "ContextParallelGroups":
+        """The same object: a process has its groups once."""
+        return self
 
 
 def check_size(topology: CPTopology, context_parallel: dist.ProcessGroup) -> None:
     """Raise ValueError unless the group has as many ranks as the topology."""
+    if dist.get_rank(context_parallel) < 0:
+        raise ValueError(
+            "this rank is not in the context-parallel group that it is given; where the others build groups, it calls "
+            "ContextParallelGroups.take_part."
+        )
     size = dist.get_world_size(context_parallel)
     if size != topology.size:
         raise ValueError(
@@ -154,10 +177,20 @@ def _make_groups(
     for others in sorted({tuple(ranks) for ranks in everyone if ranks}):
         for ranks, copy, backend in plan:
             global_ranks = [others[rank] for rank in ranks]
-            group = dist.new_group(global_ranks, timeout=timeout, backend=backend)
+            group = dist.new_group(global_ranks, timeout=timeout, backend=backend, **_UNSORTED)
             if list(others) == members and dist.get_rank() in global_ranks:
                 made[ranks, copy] = group
     return made
+
+
+def _agreement_over(group: dist.ProcessGroup) -> Agreement:
+    return Agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG), on_host=_carries_cpu_tensors(group))
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """A device whose tensors the group carries."""
+    kind = "cpu" if _carries_cpu_tensors(group) else group._device_types[0].type
+    return torch.device(kind, 0 if kind == "cpu" else getattr(torch, kind).current_device())
 
 
 def _carries_cpu_tensors(group: dist.ProcessGroup) -> bool:

@@ -1,6 +1,9 @@
 """What the ranks run for attention/test_call.py: one rank comes with something else than the rest, or does not come."""
 
+import copy
+import dataclasses
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -123,7 +126,76 @@ def errors_in_micro_batches(case: Case, micro_batches: Sequence[Sequence[Call]])
     return run_virtually(case, on_rank)
 
 
+def errors_after_a_layer_is_left_out(case: Case, culprit: int) -> list[str]:
+    """Two layers of a micro-batch, of which the culprit leaves out one, and the next call: the error on rank 0."""
+
+    def on_rank(attention: ContextParallelAttention, rank: int) -> str:
+        call = plain_call(case)
+        agreement = attention.agreement
+        assert agreement is not None
+        with agreement.once():
+            for _ in range(1 if rank == culprit else 2):
+                attention.prepare(*call[:3])
+        return error_of(attention, call)
+
+    errors = run_virtually(case, on_rank)
+    assert len(set(errors)) == 1
+    return [part for part in ("ranks 0, 2 to 3: q", "rank 1: q", "call 3", "call 2") if part in errors[0]]
+
+
 # Gloo ranks.
+
+
+def change_length_within_a_window(group: dist.ProcessGroup | None, case: Case, timeout: timedelta) -> str:
+    """The second layer of a micro-batch, in which rank 1 has other lengths: what each rank gets."""
+    ours = dist.new_group(list(range(case.size)), timeout=timeout)
+    if group is None:
+        return "RuntimeError: outside"
+    attention = build_attention(case.config, ours)
+    usual, other = plain_call(case), plain_call(dataclasses.replace(case, tokens=case.tokens + 2))
+    assert attention.agreement is not None
+    with attention.agreement.once():
+        attention(*usual[:3])
+        try:
+            attention(*(other if dist.get_rank(group) == 1 else usual)[:3])
+        except RuntimeError as error:
+            return f"RuntimeError: {error}"
+    return "a result"
+
+
+def messages_of_one_pickled_in_a_window(group: dist.ProcessGroup, case: Case) -> int:
+    """How many messages a copy that was pickled in a window sends to agree on two calls."""
+    attention, call = build_attention(case.config, group), plain_call(case)
+    assert attention.agreement is not None
+    with attention.agreement.once():
+        attention(*call[:3])
+        copied = pickle.loads(pickle.dumps(attention))
+    copied.agreement.communicator.traffic.clear()
+    for _ in range(2):
+        copied(*call[:3])
+    return copied.agreement.communicator.traffic.calls["exchange"]
+
+
+def build_with_overlap_on_one_rank(group: dist.ProcessGroup, topology: CPTopology) -> str:
+    """What a rank gets whose group is built with overlap on rank 1 alone."""
+    try:
+        ContextParallelGroups.build(topology, group, overlap=dist.get_rank(group) == 1)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def attend_in_an_unsorted_group(world: dist.ProcessGroup, case: Case, ranks: list[int]) -> tuple[int, Shard | None]:
+    """A rank's place in a group of this order, and its part of the case there."""
+    ours = dist.new_group(ranks, sort_ranks=False)
+    if dist.get_rank() not in ranks:
+        ContextParallelGroups.take_part(case.topology, overlap=case.overlap)
+        return -1, None
+    rank = dist.get_rank(ours)
+    assert rank == ranks.index(dist.get_rank())
+    shard = forward_and_backward(rank, case, build_attention(case.config, ours))
+    dist.barrier(ours)
+    return rank, shard
 
 
 def change_length_at_the_second_batch(group: dist.ProcessGroup | None, case: Case, culprit: int) -> list[str] | None:
@@ -185,8 +257,6 @@ def stop_one(
 
 def copies(group: dist.ProcessGroup, case: Case) -> tuple[bool, bool, str]:
     """Whether a deep copy and a pickled one of a module give its results; how one of another job's group fails."""
-    import copy
-    import pickle
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:

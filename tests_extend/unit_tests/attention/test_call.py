@@ -66,8 +66,14 @@ Q = torch.zeros(1, HEADS_OF_HYBRID, 6, 8)
         (dict(q=Q.clone().requires_grad_()), "without gradients", "with gradients"),
         (dict(q=Q.int(), k=Q.int(), v=Q.int()), "q (1, 4, 6, 8)", "refused: "),
         (dict(scale=float("nan")), "scale 0.35", "refused: scale is nan"),
+        (dict(scale=[1.0]), "scale 0.35", "refused: TypeError"),
+        (dict(v=None), "no mask", "refused: AttributeError"),
+        (dict(q=Q.to("meta"), k=Q.to("meta"), v=Q.to("meta")), "float32 on cpu", "float32 on meta"),
     ],
-    ids=["dtype", "refused", "batch and tokens", "heads and size", "mask", "scale", "gradients", "integers", "nan"],
+    ids=[
+        *("dtype", "refused", "batch and tokens", "heads and size", "mask", "scale", "gradients", "integers", "nan"),
+        *("type", "nothing", "device"),
+    ],
 )
 def test_one_rank_that_comes_with_something_else_is_named_on_every_rank(changes, theirs, its):
     case = plain_case(HYBRID, mask="full")
@@ -81,7 +87,40 @@ def test_one_rank_that_comes_with_something_else_is_named_on_every_rank(changes,
 def test_ranks_that_all_come_with_the_same_mistake_are_told_it_alone():
     case = plain_case(RING)
     calls = [plain_call(case)._replace(scale=float("inf")) for _ in range(4)]
-    assert cases.virtual_errors(case, calls) == ["scale is inf; give a finite number, or None for 1 / sqrt(8)."] * 4
+    message = "scale is inf, and scores are computed up to 3.4e+38; give a finite number, or None for 1 / sqrt(8)."
+    assert cases.virtual_errors(case, calls) == [message] * 4
+
+
+def test_a_rank_that_left_out_a_layer_of_a_micro_batch_is_found_out_at_the_next_agreement():
+    assert cases.errors_after_a_layer_is_left_out(plain_case(ULYSSES), culprit=1) == (
+        ["ranks 0, 2 to 3: q", "rank 1: q", "call 3", "call 2"]
+    )
+
+
+def test_a_length_that_changes_within_a_micro_batch_on_one_rank_is_no_result_on_any(gloo, tmp_path):
+    timeout = timedelta(seconds=3)
+    errors = gloo.run_on_all(2, cases.change_length_within_a_window, plain_case(cases.CPTopology(inner=2)), timeout)
+    assert all("RuntimeError" in error for error in errors), errors
+
+
+def test_an_attention_pickled_within_a_micro_batch_agrees_again(gloo):
+    assert gloo.run(2, cases.messages_of_one_pickled_in_a_window, plain_case(cases.CPTopology(ulysses=2))) == [2, 2]
+
+
+def test_groups_built_for_different_set_ups_are_one_error_on_every_rank(gloo):
+    errors = gloo.run(2, cases.build_with_overlap_on_one_rank, cases.CPTopology(inner=2))
+    assert len(set(errors)) == 1
+    assert "overlap=False" in errors[0] and "overlap=True" in errors[0]
+
+
+@pytest.mark.parametrize("topology", [HYBRID, cases.DOUBLE], ids=["hybrid", "double ring"])
+def test_a_group_in_another_order_than_the_worlds_is_attended_in_its_own_order(gloo, topology):
+    case = plain_case(topology, dtype=torch.float64, overlap=True)
+    shards = gloo.run(8, cases.attend_in_an_unsorted_group, case, [2, 0, 3, 1])
+    q, k, v, dout, _ = inputs(case)
+    exact = dense_attention(q, k, v, dout, visible=causal_mask(q.size(2)))
+    in_order = sorted((rank, shard) for rank, shard in shards if shard is not None)
+    assert_equal_to(exact, restored(case, [shard for _, shard in in_order]))
 
 
 @pytest.mark.parametrize("topology", [ULYSSES, HYBRID], ids=["ulysses", "hybrid"])

@@ -542,28 +542,37 @@ def test_no_difference_is_said_of_a_model_without_randomness(parser):
     assert difference_notes(args, config_from_arguments(args)) == []
 
 
+TWO_LEVELS = ["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"]
+
+
 @pytest.mark.parametrize(
-    ("flags", "algorithm", "degree"),
+    ("flags", "algorithm", "degree", "why"),
     [
-        ([], "ulysses_cp_algo", None),
-        (["--num-attention-heads", "6"], "hybrid_cp_algo", 2),
-        (["--num-attention-heads", "7"], "megatron_cp_algo", None),
-        (["--group-query-attention", "--num-query-groups", "2"], "hybrid_cp_algo", 2),
-        (["--cp-comm-type", "p2p"], "megatron_cp_algo", None),
-        (["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"], "hybrid_cp_algo", 2),
-        (["--cp-comm-type", "p2p", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None),
-        (["--num-attention-heads", "7", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None),
+        ([], "ulysses_cp_algo", None, "because"),
+        (["--num-attention-heads", "6"], "hybrid_cp_algo", 2, "because"),
+        (["--num-attention-heads", "7"], "megatron_cp_algo", None, "because"),
+        (["--group-query-attention", "--num-query-groups", "2"], "hybrid_cp_algo", 2, "because"),
+        (["--cp-comm-type", "p2p"], "megatron_cp_algo", None, "asks for it"),
+        (TWO_LEVELS, "hybrid_cp_algo", 2, "asks for it"),
+        ([*TWO_LEVELS, "--context-parallel-algo", "hybrid_cp_algo"], "hybrid_cp_algo", 2, "asks for it"),
+        (["--cp-comm-type", "p2p", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None, "(named)"),
+        (
+            ["--num-attention-heads", "7", "--context-parallel-algo", "megatron_cp_algo"],
+            "megatron_cp_algo",
+            None,
+            "(named)",
+        ),
     ],
 )
 def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
-    parser, validation, capsys, flags, algorithm, degree
+    parser, validation, capsys, flags, algorithm, degree, why
 ):
     args = parser.parse_args([*CP4, *flags])
     validation.validate(args, {})
     assert (args.context_parallel_algo, args.ulysses_degree_in_cp) == (algorithm, degree)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mindspeed_cp: ")]
     assert f"context parallel size 4, {algorithm} " in line
-    assert "(named)" in line if "--context-parallel-algo" in flags else ", because " in line
+    assert why in line
 
 
 @pytest.mark.parametrize(
@@ -578,6 +587,23 @@ def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
         (["--cp-comm-type", "p2p", "a2a"], "one algorithm is used in all layers"),
         (["--ulysses-degree-in-cp", "2"], "--ulysses-degree-in-cp 2 without --context-parallel-algo: it belongs to"),
         (["--cp-window-size", "2"], "--cp-window-size 2 without --context-parallel-algo: it belongs to"),
+        (["--ulysses-degree-in-cp", "-3"], "--ulysses-degree-in-cp -3 without --context-parallel-algo: it belongs to"),
+        (
+            [*TWO_LEVELS, "--ulysses-degree-in-cp", "4"],
+            "--ulysses-degree-in-cp 4 contradicts --cp-comm-type a2a+p2p, which has a Ulysses degree of 2; leave out",
+        ),
+        (
+            ["--cp-comm-type", "p2p", "--ulysses-degree-in-cp", "2"],
+            "--ulysses-degree-in-cp 2 contradicts --cp-comm-type p2p, which has no Ulysses within a ring; leave out",
+        ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0 is below 1; use 1 or more."),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 is below 1; use 1 or more."),
+        (["--num-attention-heads", "0"], "--num-attention-heads 0 is below 1; use 1 or more."),
+        (["--seq-length", "-3"], "--seq-length -3 is below 1; use 1 or more."),
+        (
+            ["--reset-attention-mask", "--pipeline-model-parallel-size", "4"],
+            "4 pipeline stages, virtual ones included: Megatron gives the batch's mask to the first and the last alone",
+        ),
     ],
 )
 def test_options_of_another_algorithm_are_refused(parser, validation, capsys, flags, message):
