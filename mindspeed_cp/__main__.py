@@ -1,13 +1,16 @@
 """`python -m mindspeed_cp`: a report, a check of a launch script, or a training script run with Megatron patched."""
 
 import argparse
+import contextlib
 import difflib
+import logging
 import os
 import platform
 import runpy
 import sys
 import textwrap
 import typing
+import warnings
 from pathlib import Path
 
 USAGE = """python -m mindspeed_cp                                  versions, device, kernels, patches
@@ -22,6 +25,8 @@ def main() -> None:
     first, *rest = [*sys.argv[1:], ""]
     if first in ("-h", "--help"):
         print(help_text())
+    elif first == "--version" and rest[:-1]:
+        _fail(f"--version takes no argument, and is given {' '.join(rest[:-1])!r}; leave it out.")
     elif first == "--version":
         from mindspeed_cp import __version__
 
@@ -46,18 +51,34 @@ def help_text() -> str:
 
 def run_check(words: list[str]) -> None:
     """Print what becomes of each flag. The status is 1 where something is blocked, 2 where nothing can be checked."""
-    if not words or words[0] in ("-h", "--help"):
+    # What follows a script's name is the script's.
+    of_flags = words if words and words[0].startswith("-") else []
+    if not words or {"-h", "--help"} & {*of_flags}:
         print(f"usage: {USAGE}", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
-    parser = _megatron_parser()
-    from mindspeed_cp.launch.check import CheckError, check
+    with _silence():
+        parser = _megatron_parser()
+        from mindspeed_cp.launch.check import CheckError, check
 
-    try:
-        text, is_blocked = check(words, parser, os.environ)
-    except CheckError as error:
-        _fail(str(error))
+        try:
+            text, is_blocked = check(words, parser, os.environ)
+        except CheckError as error:
+            _fail(str(error))
     print(text)
     raise SystemExit(int(is_blocked))
+
+
+@contextlib.contextmanager
+def _silence() -> typing.Iterator[None]:
+    """No warnings and no logs: the report says what is to be said, of a job that does not run here."""
+    threshold = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(threshold)
 
 
 def _megatron_parser() -> argparse.ArgumentParser:

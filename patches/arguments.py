@@ -7,7 +7,7 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,15 @@ from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, BlockCase
 from mindspeed_cp.layout import MaskKind, SequenceLayout
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
-from mindspeed_cp.patches.blockers import Blocker, blockers_of, found_by, raise_for
+from mindspeed_cp.patches.blockers import (
+    Blocker,
+    PartialArguments,
+    UnknownValueError,
+    blockers_of,
+    found_by,
+    none_for_unknown,
+    raise_for,
+)
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.help_text import escape_help
@@ -182,13 +190,20 @@ def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unkn
 
 
 def examine_command_line(
-    argv: Sequence[str], parser: argparse.ArgumentParser, *, num_ranks: int | None = None
+    argv: Sequence[str],
+    parser: argparse.ArgumentParser,
+    *,
+    num_ranks: int | None = None,
+    unknown: Collection[str] = (),
 ) -> Examination:
     """All that there is to say of a command line before it runs, without side effects.
 
     parser: Megatron's, patched, with all flags added. num_ranks: ranks that it is to run on, where that is known.
+    unknown: arguments whose values are not known; rules that read one say nothing.
     """
     found = examine(argv, parser)
+    if unknown and found.args is not None:
+        found = found._replace(args=PartialArguments(found.args, unknown))
     return found._replace(blockers=(*found.blockers, *_rules_broken(found.args, num_ranks, _defaults_of(parser))))
 
 
@@ -199,9 +214,11 @@ def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argpa
     if settled is None or found.args is None:
         return said
     config, choice = settled
-    if config.context_parallel_size > 1:
-        said.append(start_line(config, choice, _kernel_names(found.args, config)))
-    return [*said, *notes_on_arguments(found.args, config, defaults)]
+    try:
+        start = [start_line(config, choice, _kernel_names(found.args, config))]
+        return [*said, *start * (config.context_parallel_size > 1), *notes_on_arguments(found.args, config, defaults)]
+    except UnknownValueError:
+        return said
 
 
 def _defaults_of(parser: argparse.ArgumentParser) -> dict[str, object]:
@@ -217,7 +234,7 @@ def _rules_broken(
     at_start: bool = False,
 ) -> list[Blocker]:
     """The rules that parsed arguments break; none where there are none, or others may take their place later."""
-    if args is None or args.yaml_cfg is not None or args.use_checkpoint_args:
+    if args is None or "yaml_cfg" not in args or args.yaml_cfg is not None or args.use_checkpoint_args:
         return []
     args.world_size = num_ranks
     _, blockers = _examine_arguments(args, defaults, at_start=at_start)
@@ -339,18 +356,14 @@ def _examine_arguments(
     """
     if broken := _broken_sizes(args):
         return None, broken
-    values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
-    values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
-    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
-        # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
-        values["attention_mask_type"] = "general"
     of_ranks = found_by(
         lambda: _check_world_size(args), lambda: _check_connections(args), lambda: check_transformer_impl(args)
     )
     if at_start:
         of_ranks += found_by(lambda: asks_for_cpu(args.distributed_backend))
-    of_options = unsupported(args, args.context_parallel_size, defaults)
+    of_options = found_by(lambda: raise_for(unsupported(none_for_unknown(args), args.context_parallel_size, defaults)))
     try:
+        values = _configured(args)
         choice = choose_algorithm(args)
         if choice is not None:
             values |= {"context_parallel_algo": choice.algorithm, "ulysses_degree_in_cp": choice.degree}
@@ -359,6 +372,8 @@ def _examine_arguments(
         config = ContextParallelConfig(**values)
     except ConfigurationError as error:
         return None, [*blockers_of(error), *of_options, *of_ranks]
+    except UnknownValueError:
+        return None, [*of_options, *of_ranks]
     of_model = found_by(
         lambda: _check_model(args, config),
         lambda: check_kernels(args, config),
@@ -366,6 +381,16 @@ def _examine_arguments(
         lambda: refuse_unloadable_optimizer(args, config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
+
+
+def _configured(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration, as parsed arguments have them."""
+    values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
+    values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
+    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
+        # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
+        values["attention_mask_type"] = "general"
+    return values
 
 
 _SIZES = (
@@ -376,7 +401,8 @@ _SIZES = (
 
 def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
     """Sizes below 1, with which no other rule can be looked at."""
-    given = {flag(name): getattr(args, name) for name in _SIZES}
+    sizes = none_for_unknown(args)
+    given = {flag(name): getattr(sizes, name) for name in _SIZES}
     return [
         Blocker(name, f"{name} {value} is below 1; use 1 or more.")
         for name, value in given.items()
@@ -387,13 +413,14 @@ def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     if args.num_attention_heads is None:
         return
+    lengths = none_for_unknown(args)
     config.check_model(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
         # Two names of one thing, of which one is given.
-        seq_length=args.encoder_seq_length if args.seq_length is None else args.seq_length,
+        seq_length=lengths.encoder_seq_length if lengths.seq_length is None else lengths.seq_length,
     )
 
 

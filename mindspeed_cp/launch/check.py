@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from mindspeed_cp.launch.launcher import Launch, find_launches
+from mindspeed_cp.launch.launcher import Launch, find_launches, find_unread
 from mindspeed_cp.launch.shell import Field, Reading, read_script
 from mindspeed_cp.patches.arguments import examine_command_line, notes_on_command_line
 from mindspeed_cp.patches.command_line import Examination, examine
@@ -21,6 +22,7 @@ USAGE = """python -m mindspeed_cp check FILE [argument of the script ...]
        python -m mindspeed_cp check --flag ..."""
 
 _WIDTH = 116
+_FLAG = re.compile(r"--[a-z][\w-]*")
 _ENVIRONMENT = "CUDA_DEVICE_MAX_CONNECTIONS"
 """The variable that decides whether flags are accepted."""
 
@@ -85,8 +87,10 @@ def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Ma
         own = {name: Field((value,)) for name, value in environment.items()}
         launches = [Launch(0, "pretrain_gpt.py", flags, int(ranks) if ranks.isdecimal() else None, own, "")]
     else:
-        reading = read_file(Path(words[0]), words[1:], environment)
+        reading = read_file(words[0], words[1:], environment)
         launches = find_launches(reading.commands)
+        omissions = {*reading.omissions, *find_unread(reading.commands)}
+        reading = reading._replace(omissions=tuple(sorted(omissions, key=lambda each: each.line)))
         if not launches:
             raise CheckError("\n".join([_no_launch(words[0]), *_omissions(reading)]))
     reports = [examine_launch(launch, parser) for launch in launches]
@@ -96,11 +100,14 @@ def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Ma
     return "\n\n".join(parts), any(report.is_blocked for report in reports)
 
 
-def read_file(path: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Reading:
+def read_file(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Reading:
     """What the script in a file would run.
 
     Raises CheckError where it is no shell script.
     """
+    if not name:
+        raise CheckError("there is no file ''; give a shell script, or flags.")
+    path = Path(name)
     if path.suffix == ".py":
         raise CheckError(f"{path} is a Python program; check the shell script that starts it, or its flags.")
     try:
@@ -114,28 +121,59 @@ def read_file(path: Path, arguments: Sequence[str], environment: Mapping[str, st
 
 def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
     """What becomes of each flag of a launch."""
-    known, unknown, blocked = _sort_out_unknown(launch.flags, parser)
-    with _environment(launch.environment):
-        # Rules among several flags would be judged by the defaults of those that are not known.
-        found = examine(known, parser) if blocked else examine_command_line(known, parser, num_ranks=launch.ranks)
-        notes = [] if blocked else notes_on_command_line(found, known, parser)
-    rows = [*blocked, *_rows(found, parser), *(Row(Verdict.NOTED, note) for note in notes)]
-    if blocked:
-        rows.append(
-            Row(
-                Verdict.NOTED,
-                "what the flags mean together was not checked, for want of the values that are not known.",
-            )
-        )
     actions = parser._option_string_actions
-    flags = tuple(word for each in split_flags(found.argv, actions) if each.name in actions for word in each.words)
-    return Report(launch, tuple(rows), tuple(unknown), flags)
+    asks_for_help = [field for field in launch.flags if field.text in ("-h", "--help")]
+    known, unknown, blocked, without_value = _sort_out_unknown(
+        [field for field in launch.flags if field not in asks_for_help], parser
+    )
+    # What MindSpeed's flags stand for depends on their values: any argument may be among it.
+    needed = [name for name in without_value if not _is_text(name, actions)]
+    read_by_any_rule = not {*needed} <= {*actions}
+    variable = launch.environment.get(_ENVIRONMENT)
+    with _environment(variable):
+        if read_by_any_rule:
+            found, notes = examine(known, parser), []
+        else:
+            dests = {actions[name].dest for name in without_value if name in actions}
+            found = examine_command_line(known, parser, num_ranks=launch.ranks, unknown=dests)
+            notes = notes_on_command_line(found, known, parser)
+    of_help = [f"{field.text}: the help is printed, and nothing runs; leave it out." for field in asks_for_help]
+    lost = [
+        f"{each.text} (line {each.line}): {each.why}; end each line above it with a backslash, and put comments "
+        f"before the command."
+        for each in launch.lost
+    ]
+    rows = [
+        *(Row(Verdict.BLOCKED, sentence) for sentence in (*of_help, *lost)),
+        *blocked,
+        *_rows(found, parser),
+        *(Row(Verdict.NOTED, note) for note in notes),
+    ]
+    if needed:
+        rules = "what the flags mean together was" if read_by_any_rule else "rules that read them were"
+        rows.append(Row(Verdict.NOTED, f"{'  '.join(needed)}: for want of values, {rules} not checked."))
+    if variable is not None and variable.unresolved:
+        unknown.append(Unknown(variable, f"as {_ENVIRONMENT} it has to be 1 wherever Megatron asks for it"))
+    return Report(launch, tuple(rows), tuple(unknown), tuple(_without_blocked(found, actions)))
+
+
+def _without_blocked(found: Examination, actions: Mapping[str, argparse.Action]) -> Iterator[str]:
+    """The words of flags that would run, without those that a blocker is about, unless it is about others beside."""
+    given = [each for each in split_flags(found.argv, actions) if each.name in actions]
+    names = {each.name for each in given}
+    blocked = {
+        blocker.flag for blocker in found.blockers if not {*_FLAG.findall(blocker.sentence)} & names - {blocker.flag}
+    }
+    for each in given:
+        if each.name not in blocked:
+            yield from each.words
 
 
 def _sort_out_unknown(
     fields: Sequence[Field], parser: argparse.ArgumentParser
-) -> tuple[list[str], list[Unknown], list[Row]]:
-    """The words that can be examined, those whose value is not known, and the flags that need to be known.
+) -> tuple[list[str], list[Unknown], list[Row], list[str]]:
+    """The words that can be examined, those that are not known, a row for each flag that needs to be known, and the
+    names of all flags without a known value.
 
     Text that is not known stays as it is spelt; a number or a choice that is not known is blocked.
     """
@@ -143,6 +181,7 @@ def _sort_out_unknown(
     known: list[str] = []
     unknown: list[Unknown] = []
     blocked: list[Row] = []
+    without_value: list[str] = []
     left = list(fields)
     for each in split_flags([field.text for field in fields], {*actions, *FLAGS}):
         own, left = left[: len(each.words)], left[len(each.words) :]
@@ -155,6 +194,8 @@ def _sort_out_unknown(
         unknown += [Unknown(field, "it may add flags, or none") for field in loose]
         rest = [field for field in beyond if not field.is_unknown]
         open_values = [field for field in values if field.unresolved]
+        if open_values and (each.name in actions or each.name in FLAGS):
+            without_value.append(each.name)
         if open_values and not _is_text(each.name, actions):
             spelled = " ".join(field.text for field in values)
             why = "; ".join(dict.fromkeys(piece.why for field in open_values for piece in field.unresolved))
@@ -163,7 +204,7 @@ def _sort_out_unknown(
             continue
         unknown += [Unknown(field, "it is kept as it is spelt") for field in open_values]
         known += [field.text for field in (*values, *rest)]
-    return known, unknown, blocked
+    return known, unknown, blocked, without_value
 
 
 def _way_out(fields: Sequence[Field]) -> str:
@@ -216,10 +257,10 @@ def _rows(found: Examination, parser: argparse.ArgumentParser) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, Field]) -> Iterator[None]:
-    """The variable that flags are judged by, as the launch would find it."""
+def _environment(variable: Field | None) -> Iterator[None]:
+    """The variable that flags are judged by, as the launch would find it; where it is not known, as it should be."""
     before = os.environ.get(_ENVIRONMENT)
-    _set(variables[_ENVIRONMENT].text if _ENVIRONMENT in variables else None)
+    _set(None if variable is None else "1" if variable.unresolved else variable.text)
     try:
         yield
     finally:

@@ -6,11 +6,12 @@ spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
 """
 
 import ast
+import contextlib
 import functools
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -66,25 +67,27 @@ class Field(NamedTuple):
         return bool(self.pieces) and all(isinstance(piece, Unresolved) for piece in self.pieces)
 
 
-class Command(NamedTuple):
-    """A command that the script would run.
-
-    words: its words after expansion. environment: what the script exports to it.
-    condition: the blocks around it that decide whether it runs at all; empty where nothing does.
-    """
-
-    line: int
-    words: tuple[Field, ...]
-    environment: Mapping[str, Field]
-    condition: str
-
-
 class Omission(NamedTuple):
     """Something in a script that was not read: where, what, and why."""
 
     line: int
     text: str
     why: str
+
+
+class Command(NamedTuple):
+    """A command that the script would run.
+
+    words: its words after expansion. environment: what the script exports to it.
+    condition: the blocks around it that decide whether it runs at all; empty where nothing does.
+    lost: lines below it that were meant to go on with it, and do not.
+    """
+
+    line: int
+    words: tuple[Field, ...]
+    environment: Mapping[str, Field]
+    condition: str
+    lost: tuple[Omission, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -102,7 +105,8 @@ def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mappin
 
     Raises ShellSyntaxError where the text is no shell script.
     """
-    shell = _Shell({name: _Variable((Field((value,)),)) for name, value in environment.items()}, arguments, folder)
+    variables = {name: _Variable((Field((value,)),)) for name, value in environment.items()}
+    shell = _Shell(variables, [Field((each,)) for each in arguments], folder)
     shell.run(parse(text))
     return Reading(tuple(shell.commands), tuple(shell.omissions))
 
@@ -115,7 +119,27 @@ class _Variable(NamedTuple):
 
 
 class _Exit(Exception):
-    """The script, or a function of it, ends here."""
+    """The script ends here."""
+
+
+class _Return(_Exit):
+    """The function, or the script that was sourced, ends here."""
+
+
+class _Scope(NamedTuple):
+    """A call of a function. hidden: what its local variables hide. depth: how many conditions it is called under."""
+
+    hidden: dict[str, _Variable | None]
+    depth: int
+
+
+class _State(NamedTuple):
+    """What a subshell, or a branch, does not share with what comes after it."""
+
+    variables: dict[str, _Variable]
+    exported: dict[str, str]
+    functions: dict[str, tuple[Sequence[Statement], ...]]
+    folder: Path | None
 
 
 _MAX_DEPTH = 16
@@ -127,20 +151,34 @@ _ARGUMENTS_BEFORE_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1
 _SHELLS = ("bash", "sh")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
-_ARITHMETIC_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\s*(?:[-+*/%]?=(?!=)|\+\+|--)")
+_NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
+_ARITHMETIC_ASSIGNMENT = re.compile(
+    r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
+)
+_POSITIONAL = "@"
+"""The name of the positional parameters among the variables."""
+
+_BLANKS = " \t\n"
+"""What bash splits words at, unless IFS says otherwise."""
 
 
 class _Shell:
-    """Variables, positional parameters and functions, as they are at one point of a script."""
+    """Variables, positional parameters among them, and functions, as they are at one point of a script.
 
-    def __init__(self, variables: dict[str, _Variable], arguments: Sequence[str], folder: Path | None) -> None:
+    Of a function there are several bodies where it is not known which it has. An exported variable has the reason why
+    it may not be, empty where it is.
+    """
+
+    def __init__(self, variables: dict[str, _Variable], arguments: Sequence[Field], folder: Path | None) -> None:
         self.commands: list[Command] = []
         self.omissions: list[Omission] = []
-        self._variables = variables
-        self._exported = set(variables)
-        self._positional: list[Field] = [Field((each,)) for each in arguments]
-        self._functions: dict[str, Block] = {}
+        self._exported = dict.fromkeys(variables, "")
+        self._variables = {**variables, _POSITIONAL: _Variable(tuple(arguments), True)}
+        self._functions: dict[str, tuple[Sequence[Statement], ...]] = {}
         self._folder = folder
+        self._scopes: list[_Scope] = []
+        self._integers: set[str] = set()
+        self._constants: set[str] = set()
         self._conditions: list[str] = []
         self._depth = 0
 
@@ -175,7 +213,7 @@ class _Shell:
         if isinstance(statement, Simple):
             self._simple(statement)
         elif statement.kind == "function":
-            self._functions[statement.name] = statement
+            self._functions[statement.name] = (statement.bodies[0],)
         elif statement.kind == "{":
             self._follow(statement.bodies[0])
         elif statement.kind == "(":
@@ -183,7 +221,7 @@ class _Shell:
             self.run(statement.bodies[0])
             self._restore(kept)
         elif statement.kind == "((":
-            self._forget(_ARITHMETIC_ASSIGNMENT.findall(statement.text), statement)
+            self._forget(_names_assigned(statement.name), statement.line, statement.text)
         elif statement.kind != "[[":
             self._block(statement)
 
@@ -196,8 +234,8 @@ class _Shell:
         if not loops:
             self._follow(block.bodies[0])
         bodies = block.bodies if loops else block.bodies[1:]
-        if block.name:
-            self._variables[block.name] = self._unknown(block.name, f"it is set by the loop in line {block.line}")
+        for name in [block.name] if _NAME.fullmatch(block.name) else _names_assigned(block.name):
+            self._variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
         self._perhaps(bodies, block.text, block.line, again=loops)
 
     def _perhaps(self, bodies: Sequence[Sequence[Statement]], text: str, line: int, *, again: bool) -> None:
@@ -205,50 +243,60 @@ class _Shell:
 
         again: the bodies belong to one loop, so that what one sets may be there when it starts.
         """
-        before = self._state()[0]
+        before = dict(self._variables)
         changed: dict[str, _Change] = {}
+        exported: set[str] = set()
+        functions: dict[str, tuple[Sequence[Statement], ...]] = {}
         for is_last in (False, True) if again else (True,):
             commands, omissions, start = len(self.commands), len(self.omissions), self._state()
             for body in bodies:
                 self._conditions.append(f"`{text}` (line {line})")
                 self.run(body)
                 self._conditions.pop()
-                for name, change in _differences(start[0], self._variables):
+                for name, change in _differences(start.variables, self._variables):
                     changed[name] = min(change, changed.get(name, change))
+                exported |= self._exported.keys() - start.exported.keys()
+                for name, known in self._functions.items():
+                    functions[name] = tuple(
+                        dict.fromkeys((*functions.get(name, start.functions.get(name, ((),))), *known))
+                    )
                 self._restore(start)
             if not is_last:
                 del self.commands[commands:], self.omissions[omissions:]
             for name, change in changed.items():
                 verb = "sets" if change is _Change.REPLACED else "appends to"
-                unknown, kept = (
-                    self._unknown(name, f"line {line}, which may or may not run, {verb} it"),
-                    before.get(name),
-                )
+                unknown = self._unknown(name, f"line {line}, which may or may not run, {verb} it")
+                kept = before.get(name)
                 if kept is None or change is _Change.REPLACED:
                     self._variables[name] = unknown
                 else:
                     between = [_Variable((Field((" ",)),))] if change is _Change.MORE_WORDS else []
                     self._variables[name] = functools.reduce(_append, [*between, unknown], kept)
+            self._exported |= dict.fromkeys(exported, f"line {line}, which may or may not run, exports it")
+            self._functions |= functions
 
-    def _state(self) -> tuple[dict[str, _Variable], set[str], list[Field], Path | None]:
-        return dict(self._variables), set(self._exported), list(self._positional), self._folder
+    def _state(self) -> _State:
+        return _State(dict(self._variables), dict(self._exported), dict(self._functions), self._folder)
 
-    def _restore(self, state: tuple[dict[str, _Variable], set[str], list[Field], Path | None]) -> None:
-        variables, exported, positional, self._folder = state
-        self._variables, self._exported, self._positional = dict(variables), set(exported), list(positional)
+    def _restore(self, state: _State) -> None:
+        variables, exported, functions, self._folder = state
+        self._variables, self._exported, self._functions = dict(variables), dict(exported), dict(functions)
 
     def _omit(self, omission: Omission) -> None:
         if omission not in self.omissions:
             self.omissions.append(omission)
 
     def _unknown(self, name: str, why: str) -> _Variable:
-        return _Variable((Field((Unresolved(f"${{{name}}}", why),)),))
+        spelling = "$@" if name == _POSITIONAL else f"${{{name}}}"
+        return _Variable((Field((Unresolved(spelling, why),)),))
 
-    def _forget(self, names: Sequence[str], statement: Statement) -> None:
+    def _forget(self, names: Sequence[str], line: int, text: str) -> None:
+        """Count variables as not known that a line sets to what is not read."""
         if names:
-            self._omit(Omission(statement.line, _first_line(statement.text), f"it sets {', '.join(names)}"))
+            spelled = ", ".join("$@" if name == _POSITIONAL else name for name in names)
+            self._omit(Omission(line, _first_line(text), f"it sets {spelled}"))
         for name in names:
-            self._variables[name] = self._unknown(name, f"line {statement.line} sets it, and is not read")
+            self._variables[name] = self._unknown(name, f"line {line} sets it, and is not read")
 
     # Simple commands
 
@@ -270,47 +318,67 @@ class _Shell:
         elif name in self._functions:
             self._call(self._functions[name], arguments, command)
         elif name == "set":
-            if "--" in [field.text for field in arguments]:
-                self._positional = list(arguments[[field.text for field in arguments].index("--") + 1 :])
+            self._set(arguments, command)
         elif name == "shift":
-            count = arguments[0].text if arguments else "1"
-            self._positional = self._positional[int(count) :] if count.isdecimal() else []
+            self._shift(arguments[0].text if arguments else "1", command)
         elif name == "unset":
             for field in arguments:
                 self._variables.pop(field.text, None)
+                self._exported.pop(field.text, None)
         elif name == "cd":
             self._change_folder(arguments)
         elif name in ("exit", "return"):
-            raise _Exit
+            raise _Exit if name == "exit" else _Return
         elif name in _ARGUMENTS_BEFORE_NAMES:
-            self._forget(self._names_set_by(name, arguments), command)
+            self._forget(self._names_set_by(name, arguments), command.line, command.text)
         elif name.startswith("-") and not words[0].is_unknown:
             why = "no command begins with a dash: the one above it ended at a comment or at a line without a backslash"
-            self._omit(Omission(command.line, _first_line(command.text), why))
+            omission = Omission(command.line, _first_line(command.text), why)
+            self._omit(omission)
+            if self.commands:
+                self.commands[-1] = self.commands[-1]._replace(lost=(*self.commands[-1].lost, omission))
         else:
             self._record(command, words)
+
+    def _set(self, arguments: Sequence[Field], command: Simple) -> None:
+        texts = [field.text for field in arguments]
+        number = 0
+        while number < len(texts) and texts[number][:1] in ("-", "+") and texts[number] not in ("-", "--"):
+            number += 2 if re.fullmatch(r"[-+]\w*o", texts[number]) else 1
+        if number >= len(texts):
+            return
+        if arguments[number].is_unknown:
+            self._forget([_POSITIONAL], command.line, command.text)
+            return
+        number += texts[number] in ("-", "--")
+        self._variables[_POSITIONAL] = _Variable(tuple(arguments[number:]), True)
+
+    def _shift(self, count: str, command: Simple) -> None:
+        fields = self._variables[_POSITIONAL].fields
+        if not count.isdecimal() or any(field.is_unknown for field in fields[: int(count)]):
+            self._forget([_POSITIONAL], command.line, command.text)
+        elif int(count) <= len(fields):
+            # Bash shifts nothing where there are fewer.
+            self._variables[_POSITIONAL] = _Variable(fields[int(count) :], True)
 
     def _names_set_by(self, builtin: str, arguments: Sequence[Field]) -> list[str]:
         texts = [field.text for field in arguments]
         if builtin == "printf":
             return texts[1:2] if texts[:1] == ["-v"] else []
         if builtin == "let":
-            return [name for text in texts for name in _ARITHMETIC_ASSIGNMENT.findall(text)]
+            return [name for text in texts for name in _names_assigned(text)]
         return [text for text in texts[_ARGUMENTS_BEFORE_NAMES[builtin] :] if _NAME.fullmatch(text)]
 
     def _record(self, command: Simple, words: tuple[Field, ...]) -> None:
         kept = self._state()
         for assignment in command.assignments:
             self._assign(assignment)
-            self._exported.add(assignment.name)
-        environment = {
-            name: self._variables[name].fields[0]
-            for name in sorted(self._exported)
-            if name in self._variables and self._variables[name].fields
-        }
+            self._exported[assignment.name] = ""
+        environment = self._environment()
         self._restore(kept)
-        if shell_text := _text_for_another_shell(words):
-            self._nested(shell_text.text, command, only=environment)
+        environment |= _set_by_env(words)
+        if (number := _text_for_another_shell(words)) is not None:
+            self._nested(words[number].text, command, environment, words[number + 2 :])
             return
         if words[0].text.rpartition("/")[2] in _SHELLS and len(words) > 1:
             self._omit(
@@ -321,25 +389,87 @@ class _Shell:
         if words[0].text == "exec" and len(words) > 1:
             raise _Exit
 
+    def _environment(self) -> dict[str, Field]:
+        """What the shell exports, as far as it is known."""
+        found = {}
+        for name, doubt in sorted(self._exported.items()):
+            if doubt:
+                found[name] = Field((Unresolved(f"${{{name}}}", doubt),))
+            elif name in self._variables and self._variables[name].fields:
+                found[name] = self._variables[name].fields[0]
+        return found
+
     def _declare(self, builtin: str, command: Simple, arguments: Sequence[Field]) -> None:
-        exports = builtin == "export" or any(re.fullmatch(r"-\w*x\w*", field.text) for field in arguments)
+        options = "".join(field.text[1:] for field in arguments if field.text.startswith("-"))
+        # Of an argument that is quoted, or that a variable gives, it shows after expansion that it assigns.
+        quoted = [(found, field) for field in arguments if (found := _NAME_AND_VALUE.match(_known_start(field)))]
+        bare = [field.text for field in arguments if _NAME.fullmatch(field.text)]
+        names = {assignment.name for assignment in command.assignments} | {found.group(1) for found, _ in quoted}
+        if builtin == "local" or (builtin in ("declare", "typeset") and "g" not in options):
+            self._hide({*names, *bare}, bare)
+        if "i" in options:
+            self._integers |= {*names, *bare}
         for assignment in command.assignments:
             self._assign(assignment)
-        if exports:
-            self._exported |= {assignment.name for assignment in command.assignments}
-            self._exported |= {field.text for field in arguments if _NAME.fullmatch(field.text)}
+        for found, field in quoted:
+            rest = _field([found.group(3), *field.pieces[1:]])
+            self._put(found.group(1), _Variable((rest,)), bool(found.group(2)), command.line)
+        if any(field.is_unknown for field in arguments):
+            self._omit(Omission(command.line, _first_line(command.text), "which variables it sets is not known"))
+        if builtin == "readonly" or "r" in options:
+            self._constants |= {*names, *bare}
+        if builtin == "export" or "x" in options:
+            self._exported |= dict.fromkeys({*names, *bare}, "")
+
+    def _hide(self, names: Collection[str], bare: Collection[str]) -> None:
+        """Let variables be those of the function that is called, without a value those that are given none."""
+        if not self._scopes:
+            return
+        scope = self._scopes[-1]
+        certain = len(self._conditions) == scope.depth
+        for name in names:
+            hidden = self._variables.get(name)
+            if not certain:
+                hidden = self._unknown(name, "whether a function changes it, or hides it, is not known")
+            if name not in scope.hidden:
+                scope.hidden[name] = hidden
+                if name in bare:
+                    self._variables.pop(name, None)
 
     def _assign(self, assignment: Assignment) -> None:
+        for word in assignment.values:
+            self._omit_opaque(word)
+        name, line = assignment.name, assignment.line
         if assignment.is_array:
             fields = tuple(field for word in assignment.values for field in self._expand(word))
-            for word in assignment.values:
-                self._omit_opaque(word)
-            value = _Variable(fields, True)
-        else:
-            self._omit_opaque(assignment.values[0])
-            value = _Variable((_joined(self._expand(assignment.values[0], split=False)),))
-        before = self._variables.get(assignment.name)
-        self._variables[assignment.name] = _append(before, value) if assignment.append and before else value
+            self._put(name, _Variable(fields, True), assignment.append, line)
+            return
+        value = _Variable((_joined(self._expand(assignment.values[0], split=False)),))
+        if assignment.subscript:
+            before = self._variables.get(name, _Variable((), True))
+            number = int(assignment.subscript) if assignment.subscript.isdecimal() else -1
+            splits = any(field.is_unknown for field in before.fields[: number + 1])
+            if not 0 <= number <= len(before.fields) or splits or assignment.append:
+                self._forget([name], line, f"{name}[{assignment.subscript}]=")
+                return
+            value = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+        self._put(name, value, assignment.append, line)
+
+    def _put(self, name: str, value: _Variable, append: bool, line: int) -> None:
+        """Give a variable a value, or more of it."""
+        if name in self._constants:
+            self._omit(Omission(line, f"{name}=", f"{name} is read-only, so that bash refuses to set it"))
+            return
+        before = self._variables.get(name) if append else None
+        if name in self._integers:
+            if before is not None or value.is_array:
+                self._forget([name], line, f"{name}=")
+                return
+            pieces = value.fields[0].pieces
+            word = Word(tuple(Literal(piece, True) for piece in pieces if isinstance(piece, str)), line)
+            if len(word.parts) == len(pieces):
+                value = _Variable((Field((self._compute(Arithmetic(word, True, value.fields[0].text), line),)),))
+        self._variables[name] = value if before is None else _append(before, value)
 
     def _omit_opaque(self, word: Word) -> None:
         for part in word.parts:
@@ -365,40 +495,82 @@ class _Shell:
         except ValueError as error:
             self._omit(Omission(command.line, text, f"{path} is no shell script: {error}"))
             return
-        positional = self._positional
-        self._positional = list(rest) if rest else positional
-        self._deeper(statements, command)
-        self._positional = positional
+        if rest:
+            with self._arguments(rest):
+                self._deeper(lambda: self._follow(statements), command)
+        else:
+            self._deeper(lambda: self._follow(statements), command)
 
-    def _call(self, function: Block, arguments: Sequence[Field], command: Simple) -> None:
-        positional, self._positional = self._positional, list(arguments)
-        for body in function.bodies:
-            self._deeper(body, command)
-        self._positional = positional
+    def _call(self, bodies: Sequence[Sequence[Statement]], arguments: Sequence[Field], command: Simple) -> None:
+        def follow() -> None:
+            if len(bodies) == 1:
+                self._follow(bodies[0])
+            else:
+                self._perhaps(bodies, command.text, command.line, again=False)
 
-    def _deeper(self, statements: Sequence[Statement], command: Simple) -> None:
+        self._scopes.append(_Scope({}, len(self._conditions)))
+        with self._arguments(arguments):
+            try:
+                self._deeper(follow, command)
+            finally:
+                for name, value in self._scopes.pop().hidden.items():
+                    self._reset(name, value)
+
+    def _reset(self, name: str, value: _Variable | None) -> None:
+        if value is None:
+            self._variables.pop(name, None)
+        else:
+            self._variables[name] = value
+
+    @contextlib.contextmanager
+    def _arguments(self, arguments: Sequence[Field]) -> Iterator[None]:
+        """Positional parameters for the time being."""
+        before = self._variables[_POSITIONAL]
+        self._variables[_POSITIONAL] = _Variable(tuple(arguments), True)
+        try:
+            yield
+        finally:
+            self._variables[_POSITIONAL] = before
+
+    def _deeper(self, follow: Callable[[], None], command: Simple) -> None:
+        """Follow what a function or another script says, up to where it returns."""
         if self._depth == _MAX_DEPTH:
             self._omit(Omission(command.line, _first_line(command.text), f"it is nested more than {_MAX_DEPTH} deep"))
             return
         self._depth += 1
-        self.run(statements)
-        self._depth -= 1
+        try:
+            follow()
+        except _Return:
+            return
+        finally:
+            self._depth -= 1
 
-    def _nested(self, text: str, command: Simple, only: Mapping[str, Field] | None = None) -> None:
+    def _nested(
+        self,
+        text: str,
+        command: Simple,
+        only: Mapping[str, Field] | None = None,
+        arguments: Sequence[Field] = (),
+    ) -> None:
         """Follow a script that is given as text; with `only`, in a shell of its own that sees these variables."""
         try:
-            statements = parse(text)
+            statements = parse(text, command.line)
         except ValueError as error:
             self._omit(Omission(command.line, _first_line(command.text), f"its text is no shell script: {error}"))
             return
-        kept = self._state()
-        if only is not None:
-            self._variables = {name: _Variable((field,)) for name, field in only.items()}
         before = len(self.commands)
-        self._deeper(statements, command)
-        self.commands[before:] = [each._replace(line=command.line) for each in self.commands[before:]]
-        if only is not None:
+        try:
+            if only is None:
+                self._deeper(lambda: self._follow(statements), command)
+                return
+            kept = self._state()
+            self._variables = {name: _Variable((field,)) for name, field in only.items()}
+            self._exported = dict.fromkeys(only, "")
+            self._variables[_POSITIONAL] = _Variable(tuple(arguments), True)
+            self._deeper(lambda: self.run(statements), command)
             self._restore(kept)
+        finally:
+            self.commands[before:] = [each._replace(line=command.line) for each in self.commands[before:]]
 
     def _change_folder(self, arguments: Sequence[Field]) -> None:
         known = len(arguments) == 1 and not arguments[0].unresolved and not arguments[0].text.startswith(("-", "~"))
@@ -422,6 +594,9 @@ class _Shell:
                 if quoted or not split:
                     current = [*(current or []), *value.pieces]
                     continue
+                if doubt := self._doubt_about_words(value, word.line):
+                    current = [*(current or []), Unresolved(value.text, doubt)]
+                    continue
                 for piece in value.pieces:
                     for chunk in [piece] if isinstance(piece, Unresolved) else _WORD_AND_BLANKS.findall(piece):
                         if isinstance(chunk, str) and chunk.isspace():
@@ -433,6 +608,13 @@ class _Shell:
         if current is not None:
             fields.append(current)
         return [_field(pieces) for pieces in fields]
+
+    def _doubt_about_words(self, value: Field, line: int) -> str:
+        """Why it is not known which words a value becomes that is not quoted."""
+        if (separators := self._variables.get("IFS")) is None or separators.fields[0].text == _BLANKS:
+            return ""
+        splits = bool({*value.text} & {*_BLANKS, *separators.fields[0].text}) or separators.fields[0].unresolved
+        return f"line {line}: IFS decides which words it is" if splits else ""
 
     def _values(self, part: Parameter | Arithmetic | Opaque, line: int) -> list[Field]:
         """What an expansion gives: one value, or one for each element of an array."""
@@ -468,16 +650,19 @@ class _Shell:
 
     def _look_up(self, part: Parameter, line: int) -> list[Field] | None:
         """The values of a parameter; None where it is not set."""
+        positional = self._variables[_POSITIONAL].fields
         if part.name in ("@", "*"):
-            fields = list(self._positional)
+            fields = list(positional)
             return [_joined(fields)] if part.name == "*" and part.quoted else fields
         if part.name == "#":
-            return [Field((str(len(self._positional)),))]
+            for field in positional:
+                if field.is_unknown:
+                    return [Field((field.unresolved[0]._replace(spelling=part.spelling),))]
+            return [Field((str(len(positional)),))]
         if part.name == "0" or part.name in ("?", "$", "!", "-", "RANDOM", "SECONDS"):
             return [Field((Unresolved(part.spelling, f"line {line}: it is known when the script runs"),))]
         if part.name.isdecimal():
-            number = int(part.name)
-            return [self._positional[number - 1]] if number <= len(self._positional) else None
+            return _element(positional, int(part.name) - 1, part)
         if (variable := self._variables.get(part.name)) is None:
             return None
         if part.subscript in ("@", "*"):
@@ -485,15 +670,18 @@ class _Shell:
             return [_joined(fields)] if part.subscript == "*" and part.quoted else fields
         if part.subscript == "":
             return list(variable.fields[:1]) or None
-        if part.subscript.isdecimal() and not any(field.is_unknown for field in variable.fields):
-            number = int(part.subscript)
-            return [variable.fields[number]] if number < len(variable.fields) else None
+        if part.subscript.isdecimal():
+            return _element(variable.fields, int(part.subscript), part)
         return [Field((Unresolved(part.spelling, f"line {line}: which element it is is not known"),))]
 
     def _compute(self, part: Arithmetic, line: int) -> Piece:
         expression = _joined(self._expand(part.expression, split=False))
+        assigned = _names_assigned(expression.text)
+        self._forget(assigned, line, part.spelling)
         for piece in expression.unresolved:
             return Unresolved(part.spelling, piece.why, piece.name)
+        if assigned:
+            return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
         try:
             return str(self._number(ast.parse(expression.text.strip().replace("/", "//"), mode="eval").body))
         except _UnknownNumber as unknown:
@@ -511,11 +699,21 @@ class _Shell:
             for piece in variable.fields[0].unresolved:
                 raise _UnknownNumber(piece.name, piece.why)
             return self._number(ast.parse(variable.fields[0].text.strip(), mode="eval").body)
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+        # Bash takes -2 ** 2 for (-2) ** 2.
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY and not _is_power(node.operand):
             return _UNARY[type(node.op)](self._number(node.operand))
         if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
             return _BINARY[type(node.op)](self._number(node.left), self._number(node.right))
         raise ValueError(node)
+
+
+def _is_power(node: ast.expr) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)
+
+
+def _names_assigned(expression: str) -> list[str]:
+    """The variables that an arithmetic expression changes."""
+    return [name for names in _ARITHMETIC_ASSIGNMENT.findall(expression) for name in names if name]
 
 
 class _UnknownNumber(Exception):
@@ -549,6 +747,14 @@ _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.BitOr: operator.or_,
     ast.BitXor: operator.xor,
 }
+
+
+def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Field] | None:
+    """An element of an array; a part that is not known may be any number of elements."""
+    for field in fields[: number + 1]:
+        if field.is_unknown:
+            return [Field((field.unresolved[0]._replace(spelling=part.spelling),))]
+    return [fields[number]] if number < len(fields) else None
 
 
 def _field(pieces: Sequence[Piece]) -> Field:
@@ -627,10 +833,30 @@ def _positional_why(name: str) -> str:
     return f"the script is given no argument ${name}" if name.isdecimal() else ""
 
 
-def _text_for_another_shell(words: Sequence[Field]) -> Field | None:
-    """The script in `... bash -c script`; None where there is none."""
+def _known_start(field: Field) -> str:
+    """The text of a field up to the first part that is not known."""
+    return field.pieces[0] if field.pieces and isinstance(field.pieces[0], str) else ""
+
+
+def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
+    """The variables that `env name=value ... command` sets, also behind a command that runs it."""
+    names = [field.text.rpartition("/")[2] for field in words]
+    found = {}
+    behind = words[names.index("env") + 1 :] if "env" in names else ()
+    for option, field in itertools.pairwise((Field(("",)), *behind)):
+        if option.text in ("-u", "-C"):
+            continue
+        if assignment := _NAME_AND_VALUE.match(_known_start(field)):
+            found[assignment.group(1)] = _field([assignment.group(3), *field.pieces[1:]])
+        elif not field.text.startswith("-"):
+            break
+    return found
+
+
+def _text_for_another_shell(words: Sequence[Field]) -> int | None:
+    """Which word is the script in `... bash -c script`; None where there is none."""
     for number, (first, second) in enumerate(itertools.pairwise(words)):
         is_shell = first.text.rpartition("/")[2] in _SHELLS
         if is_shell and re.fullmatch(r"-\w*c", second.text) and number + 2 < len(words):
-            return words[number + 2]
+            return number + 2
     return None

@@ -68,9 +68,10 @@ class Word(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """`name=value` or `name+=value`; several values where it is an array."""
+    """`name=value`, `name[subscript]=value` or with `+=`; several values where it is an array."""
 
     name: str
+    subscript: str
     append: bool
     values: tuple[Word, ...]
     is_array: bool
@@ -99,7 +100,7 @@ class Block(NamedTuple):
 
     kind: the word that opens it: if, case, for, while, until, select, function, `(`, `{`, `((` or `[[`.
     bodies: lists of statements, of which the first always runs; those after it may run or not.
-    name: the function's, or the loop's variable.
+    name: the function's, the loop's variable, or the expression of `((` and of `for ((`.
     """
 
     kind: str
@@ -116,6 +117,7 @@ Statement: TypeAlias = Simple | Block
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _ASSIGNMENT = re.compile(rf"({_NAME})(\[[^\]\n]*\])?(\+?)=")
+_ELEMENT = re.compile(r"\[[^\]\s]*\]\+?=")
 _REDIRECTION = re.compile(r"(?:\d+|\{\w+\})?(<<<|<<-|<<|&>>|&>|>>|>&|<&|>\||<>|<(?!\()|>(?!\())")
 _RESERVED = re.compile(
     r"(?:if|then|elif|else|fi|for|while|until|select|do|done|case|esac|function|time|\[\[|[{}!])(?=[\s;()&|<>]|$)"
@@ -128,26 +130,27 @@ _METACHARACTERS = " \t\n;&|()<>"
 _CASE_END = frozenset({";;", ";&", ";;&"})
 
 
-def parse(text: str) -> tuple[Statement, ...]:
-    """The statements of a script.
+def parse(text: str, line: int = 1) -> tuple[Statement, ...]:
+    """The statements of a script, whose first line has this number.
 
     Raises ShellSyntaxError where a quote, a bracket or a block is not closed.
     """
-    return _Parser(text).statements()
+    return _Parser(text, line).statements()
 
 
 class _Parser:
     """A position in a text, and what is expected from there on."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, line: int) -> None:
         self._text = text
+        self._first_line = line
         self._at = 0
         self._heredocs: list[tuple[str, bool]] = []
 
     # Position
 
     def _line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
+        return self._text.count("\n", 0, self._at) + self._first_line
 
     def _error(self, what: str, line: int | None = None) -> ShellSyntaxError:
         return ShellSyntaxError(line or self._line(), what)
@@ -261,10 +264,11 @@ class _Parser:
             return name, self._function_body()
         if kind in ("((", "[["):
             self._at -= len(kind)
+            start = self._at
             if kind == "((":
                 self._balanced("(", ")")
-            else:
-                self._conditional(line)
+                return self._text[start : self._at], ()
+            self._conditional(line)
             return "", ()
         return "", (self._body({"}" if kind == "{" else ")"}, line),)
 
@@ -290,9 +294,10 @@ class _Parser:
 
     def _loop(self, line: int) -> tuple[str, tuple[tuple[Statement, ...], ...]]:
         self._skip(newlines=False)
-        name = ""
         if self._peek("(("):
+            start = self._at
             self._balanced("(", ")")
+            name = self._text[start : self._at]
         else:
             name = self._match(re.compile(_NAME), "a loop's variable is expected")
         header = re.compile(r"(?:(?!\bdo\b)[^;\n\\]|\\\n|\\.)*").match(self._text, self._at)
@@ -378,9 +383,13 @@ class _Parser:
         if found.group(1) in ("<<", "<<-"):
             delimiter = "".join(part.text for part in self._word().parts if isinstance(part, Literal))
             self._heredocs.append((delimiter, found.group(1) == "<<-"))
-        elif self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS:
+        elif self._starts_word():
             self._word()
         return True
+
+    def _starts_word(self) -> bool:
+        substitutes = self._peek("<(") or self._peek(">(")
+        return substitutes or (self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS)
 
     def _assignment(self, found: "re.Match[str]") -> Assignment:
         line = self._line()
@@ -396,15 +405,16 @@ class _Parser:
                 if self._peek(")"):
                     self._at += 1
                     break
-                if self._text[self._at] in _METACHARACTERS and not self._peek("<("):
+                if not self._starts_word():
                     raise self._error(f"{self._text[self._at]!r} stands within the array {name}")
-                values.append(self._word())
-            return Assignment(name, bool(plus), tuple(values), True, line)
-        starts_value = self._at < len(self._text) and self._text[self._at] not in _METACHARACTERS
-        value = self._word() if starts_value or self._peek("<(") else Word((), line)
-        if subscript:
-            value = Word((Opaque(found.group(), "one element of an array is set", False),), line)
-        return Assignment(name, bool(plus), (value,), False, line)
+                begin = self._at
+                value = self._word()
+                if _ELEMENT.match(self._text, begin):
+                    value = Word((Opaque(self._text[begin : self._at], "elements have subscripts", False),), line)
+                values.append(value)
+            return Assignment(name, "", bool(plus), tuple(values), True, line)
+        value = self._word() if self._starts_word() else Word((), line)
+        return Assignment(name, (subscript or "")[1:-1], bool(plus), (value,), False, line)
 
     # Words
 
@@ -416,7 +426,7 @@ class _Parser:
             if character in "<>" and self._text[self._at + 1 : self._at + 2] == "(":
                 begin = self._at
                 self._at += 1
-                self._balanced("(", ")")
+                self._command_in_brackets()
                 parts.append(Opaque(self._text[begin : self._at], "a process substitution runs a command", False))
             elif character in _METACHARACTERS or self._peek("\\\n"):
                 if self._peek("\\\n"):
@@ -497,7 +507,7 @@ class _Parser:
             return self._arithmetic(start, line, quoted)
         if self._peek("$("):
             self._at += 1
-            self._balanced("(", ")")
+            self._command_in_brackets()
             return Opaque(self._text[start : self._at], "a command would have to run", quoted)
         if self._peek("${"):
             return self._braced(start, line, quoted)
@@ -518,7 +528,7 @@ class _Parser:
         spelling = self._text[start : self._at]
         if not spelling.endswith("))"):
             return Opaque(spelling, "a command would have to run", quoted)
-        inner = _Parser(spelling[3:-2])
+        inner = _Parser(spelling[3:-2], line)
         parts: list[Part] = []
         while inner._at < len(inner._text):
             if inner._text[inner._at] in "$`":
@@ -572,6 +582,18 @@ class _Parser:
                 parts.append(Literal(self._text[begin : self._at], False))
         self._at += 1
         return parts
+
+    def _command_in_brackets(self) -> None:
+        """Go past a command in round brackets, whose comments and here-documents may hold any quotes and brackets."""
+        start, heredocs, self._heredocs = self._at, self._heredocs, []
+        self._at += 1
+        try:
+            self._body({")"}, self._line())
+        except ShellSyntaxError:
+            # It stays as it is spelt, so that its end is all that has to be known.
+            self._at = start
+            self._balanced("(", ")")
+        self._heredocs = heredocs
 
     def _balanced(self, opener: str, closer: str) -> None:
         """Go past a bracket and all that is within, to the one that closes it."""

@@ -1,9 +1,11 @@
 """What `python -m mindspeed_cp check` says of scripts and flags, and its exit status."""
 
 import argparse
+import logging
 import os
 import sys
 import textwrap
+import warnings
 
 import pytest
 
@@ -22,6 +24,10 @@ SCRIPT = """
         --tensor-model-parallel-size $TP --context-parallel-size 2
     )
 """
+ACCEPTED = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 1 --attention-dropout 0 --hidden-dropout 0 --distributed-backend gloo"
+)
 RUN = 'torchrun --nproc-per-node 4 pretrain_gpt.py "${ARGS[@]}"'
 
 
@@ -122,9 +128,28 @@ def test_arguments_and_variables_of_the_caller_count(checked):
 
 
 def test_rules_wait_for_values_that_are_not_known(checked):
-    text, _ = checked(f"{RUN} --seq-length $S --attention-dropout 0.1")
-    assert [row.partition(":")[0] for row in rows(text, "blocked")] == ["--seq-length $S"]
-    assert any("what the flags mean together was not checked" in row for row in rows(text, "noted"))
+    run = f"{RUN.replace('4', '3')} --attention-dropout 0.1"
+    text, _ = checked(f"{run} --seq-length 3 --save-interval $I")
+    rules = ["does not divide the 3 ranks", "attention dropout is not available yet", "--seq-length 3 is not a mult"]
+    blocked = "\n".join(rows(text, "blocked"))
+    assert [rule in blocked for rule in rules] == [True, True, True]
+    text, _ = checked(f"{run} --seq-length $S")
+    blocked = "\n".join(rows(text, "blocked"))
+    assert "--seq-length $S: its value is not known" in blocked
+    assert [rule in blocked for rule in rules] == [True, True, False]
+    text, _ = checked(f"{run} --context-parallel-size $S")
+    assert [row.partition(":")[0] for row in rows(text, "blocked")] == ["--context-parallel-size $S"]
+    assert "--context-parallel-size: for want of values, rules that read them were not checked." in rows(text, "noted")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--num-layers a", "--context-parallel-algo=ulysses", "--context-parallel-kernels foo", "--cp-comm-type", "--help"],
+)
+def test_what_is_blocked_is_not_among_what_would_run(checked, flag):
+    text, is_blocked = checked(f"{RUN} {flag}")
+    assert is_blocked and any(row.startswith(flag) for row in rows(text, "blocked"))
+    assert flag not in text.split("would run without what is blocked\n")[1]
 
 
 def test_what_was_not_read_is_listed(checked):
@@ -187,7 +212,10 @@ def run_program(monkeypatch, parser, *words):
         (["check", "--help"], 0, "usage: python -m mindspeed_cp"),
         (["chek"], 2, "mindspeed_cp: error: there is no script 'chek'; did you mean check?"),
         (["--help"], 0, "  --context-parallel-algo {ulysses_cp_algo,"),
+        (["check", "--num-layers", "2", "--help"], 0, "usage: python -m mindspeed_cp"),
+        (["check", ""], 2, "mindspeed_cp: error: there is no file ''; give a shell script, or flags."),
         (["--version"], 0, "mindspeed_cp 0."),
+        (["--version", "x"], 2, "error: --version takes no argument, and is given 'x'; leave it out."),
     ],
 )
 def test_program_says_and_ends_as_documented(monkeypatch, capsys, parser, words, status, line):
@@ -195,3 +223,36 @@ def test_program_says_and_ends_as_documented(monkeypatch, capsys, parser, words,
     said = capsys.readouterr()
     assert line in " ".join((said.out + said.err).split()) or line in said.out
     assert bool(said.err) == (status == 2)
+
+
+def test_nothing_but_the_report_is_said(monkeypatch, parser, caplog, recwarn):
+    def noisy_parser():
+        logging.getLogger("noise").warning("on import")
+        warnings.warn("on import", stacklevel=1)
+        return parser
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sys, "argv", ["mindspeed_cp", "check", *ACCEPTED.split()])
+    monkeypatch.setattr(program, "_megatron_parser", noisy_parser)
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert (end.value.code, caplog.records, list(recwarn)) == (0, [], [])
+    logging.getLogger("noise").warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
+
+
+def test_connections_that_may_be_set_are_not_blocked(checked):
+    text, is_blocked = checked(f"unset CUDA_DEVICE_MAX_CONNECTIONS\nexport CUDA_DEVICE_MAX_CONNECTIONS=$C\n{RUN}")
+    assert not is_blocked
+    assert "$C: line 10: C is not set; as CUDA_DEVICE_MAX_CONNECTIONS it has to be 1" in text
+    assert not checked(f"unset CUDA_DEVICE_MAX_CONNECTIONS\nenv CUDA_DEVICE_MAX_CONNECTIONS=1 {RUN}")[1]
+
+
+def test_lost_flags_are_blocked(checked):
+    text, is_blocked = checked(f"{RUN} \\\n  # why\n  --seq-length 64")
+    assert is_blocked and rows(text, "blocked")[0].startswith("--seq-length 64 (line 11): no command begins")
+
+
+def test_launch_that_is_not_read_is_listed_beside_those_that_are(checked):
+    text, _ = checked(f"{RUN}\ntorchrun $SCRIPT --micro-batch-size 1")
+    assert "line 10: torchrun $SCRIPT --micro-batch-size 1: which training script it starts is not known" in text

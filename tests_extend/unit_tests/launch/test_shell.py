@@ -37,6 +37,7 @@ def words_of(text, tmp_path, *arguments, **environment):
         ('ARGS="\n  --a 1 \\\n  --b \\"2\\"\n"\nrun $ARGS', ["--a", "1", "--b", '"2"']),
         ("run a > log 2>&1 < in", ["a"]),
         ("run a 2>&1 | tee log; A=1; run $A", ["1"]),
+        ("exec > >(cat >log) 2>&1\nrun a > >(cat >log)", ["a"]),
         ("if true; then\n  :\nfi\nrun a", ["a"]),
         ("f() {\n  run $1 $B\n}\nB=2\nf 1", ["1", "2"]),
         ('A=1\neval "run \\$A"', ["1"]),
@@ -47,6 +48,17 @@ def words_of(text, tmp_path, *arguments, **environment):
         ('run "$@" $*', []),
         ("A=1 && B=2\nrun $B", ["2"]),
         ("run a\nexit 0\nrun b", ["a"]),
+        ("f() { exit; }\nrun a; f; run b", ["a"]),
+        ("f() { return; run c; }\nf; run b", ["b"]),
+        ("L=4; f() { local L=16 M=(1); }; f; run $L", ["4"]),
+        ("L=4; f() { L=16; }; f; run $L", ["16"]),
+        ("set a b; run $1 $#; set -euo pipefail; run $2", ["b"]),
+        ("set -- 1; shift 2; run $1", ["1"]),
+        ('export "L=4" M=5; run $L $M', ["4", "5"]),
+        ("A=(1 2); A[1]=x; A[2]=y; run ${A[@]}", ["1", "x", "y"]),
+        ("declare -i W=3+4; run $W", ["7"]),
+        ("run $(((-2) ** 2)) $((2 - -3))", ["4", "5"]),
+        ("bash -c 'run $1' x y", ["y"]),
     ],
 )
 def test_words_are_those_that_bash_makes(tmp_path, script, words):
@@ -89,6 +101,22 @@ def test_command_sees_what_is_exported_to_it(tmp_path):
         ("A=x; run ${A%y}", "${A%y}", "", "line 1: the operator within the braces is not known here"),
         ("run {1..4}", "{1..4}", "", "line 1: braces make several words of it"),
         ("A=4; run $((A++))", "$((A++))", "", "line 1: arithmetic of this kind is not computed here"),
+        ("A=4; ((++A)); run $A", "${A}", "", "line 1 sets it, and is not read"),
+        ("A=4; ((A<<=1)); run $A", "${A}", "", "line 1 sets it, and is not read"),
+        ("A=4; : $((A+=4)); run $A", "${A}", "", "line 1 sets it, and is not read"),
+        ("A=4; B=$((A++)); run $A", "${A}", "", "line 1 sets it, and is not read"),
+        ("for ((A = 0; A < 2; A++)); do :; done; run $A", "${A}", "", "it is set by the loop in line 1"),
+        ('set -- a; shift $((OPTIND - 1)); run "$@"', "$@", "", "line 1 sets it, and is not read"),
+        ("set -- a; while $X; do shift; done; run $1", "$1", "", "line 1, which may or may not run, sets it"),
+        ("IFS=,; A=1,2; run $A", "1,2", "", "line 1: IFS decides which words it is"),
+        ("A=([1]=4 [0]=1); run ${A[0]}", "${A[0]}", "", "line 1: elements have subscripts"),
+        ("A=1\n\nbash -c 'run $B'", "$B", "B", "line 3: B is not set"),
+        (
+            "A=$(a # it's\ncase b in c) d;; esac\ncat <<E\n(\nE\n)\nrun x$A",
+            "x$(a # it's\ncase b in c) d;; esac\ncat <<E\n(\nE\n)",
+            "",
+            "line 1: a command would have to run",
+        ),
         ("A=1\nif $X; then A=2; fi\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\ncase $X in a) A=2;; esac\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\nfor B in 1 2; do A=$B; done\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
@@ -133,7 +161,8 @@ def test_command_of_a_branch_knows_its_condition(tmp_path):
     [
         ("A=$(nproc)", 1, "$(nproc)", "a command would have to run"),
         ("A=(a <(b))", 1, "<(b)", "a process substitution runs a command"),
-        ("A[1]=2", 1, "A[1]=", "one element of an array is set"),
+        ("A[1]=2", 1, "A[1]=", "it sets A"),
+        ("readonly A=1\nA=2", 2, "A=", "A is read-only, so that bash refuses to set it"),
         (
             "if a; then\n  B=1\nfi",
             1,
@@ -188,3 +217,31 @@ def test_nothing_is_executed(tmp_path):
     script = f"touch {witness}\nA=$(touch {witness})\n`touch {witness}`\neval touch {witness}\n. <(touch {witness})"
     read(script, tmp_path)
     assert not witness.exists()
+
+
+def test_function_that_each_branch_defines_may_be_either(tmp_path):
+    script = "if $X; then f() { run 1; }; else f() { run 2; }; fi\nf"
+    commands = [command for command in read(script, tmp_path).commands if command.words[0].text == "run"]
+    assert [(command.words[1].text, command.condition) for command in commands] == [
+        ("1", "`f` (line 2)"),
+        ("2", "`f` (line 2)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "value"),
+    [
+        ("if $X; then export A=1; fi\nrun", "${A}"),
+        ("A=1; if $X; then export A; fi\nrun", "${A}"),
+        ("export A=$B; run", "$B"),
+        ("env A=1 run", "1"),
+        ("srun env -u B A=1 C=2 run", "1"),
+    ],
+)
+def test_variable_that_may_be_exported_is_known_as_far_as_it_is(tmp_path, script, value):
+    assert read(script, tmp_path).commands[-1].environment["A"].text == value
+
+
+def test_flags_below_a_comment_are_lost_to_the_command_above(tmp_path):
+    (command,) = read("run --a \\\n  # --b \\\n  --c 1", tmp_path).commands
+    assert [(lost.line, lost.text) for lost in command.lost] == [(3, "--c 1")]
