@@ -9,6 +9,7 @@ from mindspeed_cp.patches.mindspeed.record import (
     CommandLine,
     Disposition,
     Record,
+    Rule,
     Ruling,
     noted,
     records,
@@ -126,6 +127,17 @@ def _latent_yarn(line: CommandLine) -> Ruling:
         tuple(word for pair in flags.items() for word in pair if word is not None),
         (*_SPELT_TWICE, *_SPELT_TWICE.values(), *_YARN_ALONE),
     )
+
+
+def _of_yarn(number: int) -> Rule:
+    """Megatron's own yarn has this number, and no flag for it; MindSpeed's flag of the same name sets it there."""
+
+    def rule(value: str, line: CommandLine) -> Ruling:
+        if line.text("--rope-type") == "yarn" and float(value) != number:
+            return Ruling(Disposition.REFUSED, f"with --rope-type yarn Megatron has no flag for it; use {number}")
+        return Ruling(Disposition.NOTED, _OF_SCALING)
+
+    return rule
 
 
 def _partial_rotary(value: str, line: CommandLine) -> Ruling:
@@ -282,14 +294,26 @@ ATTENTION = (
         "--rotary-scaling-factor, --mscale, --mscale-all-dim; others refused",
         _rope_scaling,
     ),
+    *(
+        Record(
+            name,
+            values,
+            "numbers of the stretched rotary frequencies",
+            Disposition.NOTED,
+            f"noted, {_OF_SCALING}; with --rope-type yarn refused but for {number}",
+            _of_yarn(number),
+        )
+        for name, values, number in (
+            ("--original-max-position-embeddings", "X", 4096),
+            ("--beta-fast", "N", 32),
+            ("--beta-slow", "N", 1),
+        )
+    ),
     *noted(
         "numbers of the stretched rotary frequencies",
         _OF_SCALING,
         """
-        --original-max-position-embeddings X
         --rope-scaling-original-max-position-embeddings N
-        --beta-fast N
-        --beta-slow N
         --rope-scaling-beta-fast N
         --rope-scaling-beta-slow N
         --rope-scaling-mscale X

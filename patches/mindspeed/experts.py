@@ -221,7 +221,7 @@ EXPERTS = (
             "N",
             "experts are chosen within the best groups of them",
             Disposition.TRANSLATED,
-            f"{megatrons}; refused unless --moe-router-topk is twice their number: some releases score by 2",
+            f"{megatrons}; refused unless --moe-router-topk is twice the groups chosen, as releases differ",
             _in_groups(megatrons),
         )
         for name, megatrons in (("--n-group", _GROUPS[0]), ("--topk-group", _GROUPS_CHOSEN[0]))

@@ -174,9 +174,11 @@ def spelled_otherwise(there: str, pairs: Mapping[str, str]) -> tuple[Record, ...
     for line, target in pairs.items():
         name, _, values = line.partition(" ")
 
-        def rule(value: str, line: CommandLine, target: str = target, is_size: bool = values == "N") -> Ruling:
-            if is_size and int(value) < 1:
+        def rule(value: str, line: CommandLine, target: str = target, values: str = values) -> Ruling:
+            if values == "N" and int(value) < 1:
                 return Ruling(Disposition.REFUSED, "it has to be 1 or more; give it such a number, or leave it out")
+            if values == "X" and float(value) < 0:
+                return Ruling(Disposition.REFUSED, "it has to be 0 or more; give it such a number, or leave it out")
             return Ruling(Disposition.TRANSLATED, f"Megatron's {target}", (*target.split(), *value.split()))
 
         made.append(Record(name, values, there, Disposition.TRANSLATED, f"Megatron's {target}", rule))

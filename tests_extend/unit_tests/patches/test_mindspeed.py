@@ -71,6 +71,8 @@ TRANSLATED = [
     ("--input-jitter --moe-input-jitter-eps 0", "--moe-input-jitter-eps 0"),
     ("--compress-optimizer", ""),
     ("--mtp-loss-scale 0.3", ""),
+    ("--beta-fast 16", ""),
+    ("--multi-latent-attention --rope-type yarn --beta-slow 1", "--multi-latent-attention --rope-type yarn"),
     ("--shape-order BNSD", "--megatron-cp-in-bnsd"),
     ("--shape-order SBH", ""),
     ("--cp-attention-mask-type general", "--attention-mask-type general"),
@@ -119,6 +121,8 @@ DIFFERENT = [
     ("--n-shared-experts 2 --moe-ffn-hidden-size 0", "it needs --moe-ffn-hidden-size; give it."),
     ("--n-shared-experts -1 --ffn-hidden-size 8", "there are no fewer than 0; use 0 or more."),
     ("--moe-intermediate-size 0", "it has to be 1 or more; give it such a number, or leave it out."),
+    ("--routed-scaling-factor -2", "it has to be 0 or more; give it such a number, or leave it out."),
+    ("--multi-latent-attention --rope-type yarn --beta-fast 16", "Megatron has no flag for it; use 32."),
     ("--routed-scaling-factor nan", "it takes a number; give it one."),
     ("--n-group 0", "it has to be 1 or more; give it such a number, or leave it out."),
     (
