@@ -291,7 +291,9 @@ def _describe(report: Report, name: str) -> str:
             lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
     lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]
     start = f"-m mindspeed_cp {launch.script}"
-    lines += _wrap("  ", " ".join([start, *map(_quoted, report.flags)]), ending=" \\")
+    open_words = {each.word.text for each in report.unknown}
+    flags = [word if word in open_words else _quoted(word) for word in report.flags]
+    lines += _wrap("  ", " ".join([start, *flags]), ending=" \\")
     return "\n".join(lines)
 
 

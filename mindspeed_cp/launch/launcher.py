@@ -20,8 +20,6 @@ _WITHOUT_VALUE = _MODULE | frozenset(
         "--standalone",
         "--no-python",
         "--no_python",
-        "-m",
-        "--module",
         "--run-path",
         "--run_path",
         "--use-env",

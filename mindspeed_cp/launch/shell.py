@@ -8,6 +8,7 @@ spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
 import ast
 import contextlib
 import functools
+import glob
 import itertools
 import operator
 import re
@@ -155,6 +156,7 @@ _NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _ARITHMETIC_ASSIGNMENT = re.compile(
     r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
 )
+_PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
 _POSITIONAL = "@"
 """The name of the positional parameters among the variables."""
 
@@ -584,7 +586,10 @@ class _Shell:
         current: list[Piece] | None = None
         for part in word.parts:
             if isinstance(part, Literal):
-                current = [*(current or []), part.text]
+                found: Piece = part.text
+                if not part.quoted:
+                    found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
+                current = [*(current or []), found]
                 continue
             values, quoted = self._values(part, word.line), part.quoted
             for number, value in enumerate(values):
@@ -608,6 +613,22 @@ class _Shell:
         if current is not None:
             fields.append(current)
         return [_field(pieces) for pieces in fields]
+
+    def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
+        """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
+        if starts and text.startswith("~"):
+            home = self._variables.get("HOME")
+            if home is None or not re.match(r"~(/|$)", text) or home.fields[0].unresolved:
+                return Unresolved(text, f"line {line}: which folder ~ is is not known")
+            text = home.fields[0].text + text[1:]
+        if split and _PATTERN_OF_FILES.search(text):
+            # Path.glob does not take every pattern that bash takes.
+            matches = self._folder is None or any(glob.iglob(text, root_dir=self._folder))  # noqa: PTH207
+            # Bash leaves a pattern that no file matches as it is.
+            return (
+                Unresolved(text, f"line {line}: which files match is known when the script runs") if matches else text
+            )
+        return text
 
     def _doubt_about_words(self, value: Field, line: int) -> str:
         """Why it is not known which words a value becomes that is not quoted."""
