@@ -231,8 +231,9 @@ class _Shell:
         """A block whose bodies may run or not, or several times."""
         loops = block.kind in ("for", "while", "until", "select")
         why = "how often it runs is not known" if loops else "which branch is taken is not known"
-        end = f" to {block.end_line}" if block.end_line > block.line else ""
-        self._omit(Omission(block.line, block.text, f"{why}; what lines {block.line}{end} set counts as not known"))
+        several = block.end_line > block.line
+        lines = f"lines {block.line} to {block.end_line} set" if several else f"line {block.line} sets"
+        self._omit(Omission(block.line, block.text, f"{why}; what {lines} counts as not known"))
         if not loops:
             self._follow(block.bodies[0])
         bodies = block.bodies if loops else block.bodies[1:]

@@ -176,7 +176,7 @@ def test_command_of_a_branch_knows_its_condition(tmp_path):
             "for a in b; do c; done",
             1,
             "for a in b; do c; done",
-            "how often it runs is not known; what lines 1 set counts as not known",
+            "how often it runs is not known; what line 1 sets counts as not known",
         ),
         ("run <<EOF\n$(never\nEOF\nB=1", 1, "run <<EOF", "a here-document's text is not read"),
         ("source none.sh", 1, "source none.sh", "there is no file {folder}/none.sh"),
