@@ -141,6 +141,8 @@ class _State(NamedTuple):
     exported: dict[str, str]
     functions: dict[str, tuple[Sequence[Statement], ...]]
     folder: Path | None
+    integers: frozenset[str]
+    constants: frozenset[str]
 
 
 _MAX_DEPTH = 16
@@ -179,8 +181,8 @@ class _Shell:
         self._functions: dict[str, tuple[Sequence[Statement], ...]] = {}
         self._folder = folder
         self._scopes: list[_Scope] = []
-        self._integers: set[str] = set()
-        self._constants: set[str] = set()
+        self._integers: frozenset[str] = frozenset()
+        self._constants: frozenset[str] = frozenset()
         self._conditions: list[str] = []
         self._depth = 0
 
@@ -279,10 +281,11 @@ class _Shell:
             self._functions |= functions
 
     def _state(self) -> _State:
-        return _State(dict(self._variables), dict(self._exported), dict(self._functions), self._folder)
+        variables, exported, functions = dict(self._variables), dict(self._exported), dict(self._functions)
+        return _State(variables, exported, functions, self._folder, self._integers, self._constants)
 
     def _restore(self, state: _State) -> None:
-        variables, exported, functions, self._folder = state
+        variables, exported, functions, self._folder, self._integers, self._constants = state
         self._variables, self._exported, self._functions = dict(variables), dict(exported), dict(functions)
 
     def _omit(self, omission: Omission) -> None:
@@ -516,7 +519,10 @@ class _Shell:
             try:
                 self._deeper(follow, command)
             finally:
-                for name, value in self._scopes.pop().hidden.items():
+                hidden = self._scopes.pop().hidden
+                self._integers -= hidden.keys()
+                self._constants -= hidden.keys()
+                for name, value in hidden.items():
                     self._reset(name, value)
 
     def _reset(self, name: str, value: _Variable | None) -> None:

@@ -53,6 +53,7 @@ def words_of(text, tmp_path, *arguments, **environment):
         ("L=4; f() { local L=16 M=(1); }; f; run $L", ["4"]),
         ("L=4; f() { L=16; }; f; run $L", ["16"]),
         ("HOME=/h; A=~/x; run ~/y $A '~' a~ none*", ["/h/y", "/h/x", "~", "a~", "none*"]),
+        ("(readonly Z=5); f() { local -r Y=5; }; f; Z=6; Y=6; run $Z $Y", ["6", "6"]),
         ("set a b; run $1 $#; set -euo pipefail; run $2", ["b"]),
         ("set -- 1; shift 2; run $1", ["1"]),
         ('export "L=4" M=5; run $L $M', ["4", "5"]),
