@@ -42,8 +42,8 @@ class Mistake(NamedTuple):
 MISTAKES = {
     "dropped step": Mistake(
         "attention/ring.py",
-        "            if work is None:\n                states",
-        "            if work is None or (step.offset and step == ring.schedule.steps[-1]):\n                states",
+        "        if work is None:\n            steps",
+        "        if work is None or (step.offset and step == ring.schedule.steps[-1]):\n            steps",
         "attention",
     ),
     "wrong chunk order": Mistake(

@@ -45,7 +45,13 @@ def _sparse_mode(value: str, line: CommandLine) -> Ruling:
 
 
 def _reaches_back(value: str, line: CommandLine) -> Ruling:
-    if int(value) >= (line.number("--seq-length") or 0):
+    # Two names of one thing, of which one is given.
+    length = line.whole("--seq-length", line.whole("--encoder-seq-length"))
+    if length is None:
+        return Ruling(
+            Disposition.REFUSED, "it is a sliding window unless it reaches --seq-length; give that, or leave it out"
+        )
+    if int(value) >= length:
         return Ruling(Disposition.NOTED, "it reaches back to the start of every sequence")
     return Ruling(Disposition.REFUSED, _BAND)
 
@@ -57,8 +63,12 @@ def _reaches_ahead(value: str, line: CommandLine) -> Ruling:
 
 
 _ORIGINAL = "--rope-scaling-original-max-position-embeddings"
-_YARN_ALONE = (_ORIGINAL, "--rope-scaling-mscale", "--rope-scaling-mscale-all-dim", "--yarn-scaling-factor")
-_BETAS = ("--beta-fast", "--beta-slow", "--rope-scaling-beta-fast", "--rope-scaling-beta-slow")
+_YARN_ALONE = (_ORIGINAL, "--rope-scaling-mscale", "--rope-scaling-mscale-all-dim")
+_SPELT_TWICE = {
+    "--beta-fast": "--rope-scaling-beta-fast",
+    "--beta-slow": "--rope-scaling-beta-slow",
+    "--yarn-scaling-factor": "--rope-scaling-factor",
+}
 _LLAMA3_ALONE = ("--low-freq-factor", "--high-freq-factor", "--original-max-position-embeddings")
 
 
@@ -67,7 +77,7 @@ def _rope_scaling(value: str, line: CommandLine) -> Ruling:
         return _llama3(line)
     if value != "yarn":
         return Ruling(Disposition.REFUSED, f"Megatron has no {value} scaling; use llama3 or yarn, or leave it out", ())
-    if not (line.has("--multi-latent-attention") or line.has("--multi-head-latent-attention")):
+    if not line.is_latent():
         return Ruling(
             Disposition.REFUSED,
             "Megatron has no flag for YaRN's factor without --multi-latent-attention; leave it out",
@@ -86,9 +96,15 @@ def _llama3(line: CommandLine) -> Ruling:
 
 def _latent_yarn(line: CommandLine) -> Ruling:
     """The same frequencies and the same two factors on cosines and scores; three numbers have no flag of Megatron's."""
-    factor = line.text("--yarn-scaling-factor") or line.text("--rope-scaling-factor")
-    if factor is None:
+    for name, other in _SPELT_TWICE.items():
+        if line.has(name) and line.has(other) and line.number(name) != line.number(other):
+            both = f"{name} {line.text(name)} and {other} {line.text(other)}"
+            return Ruling(Disposition.REFUSED, f"{both} are two values of one thing; leave out one of them")
+    factor_name = "--yarn-scaling-factor" if line.has("--yarn-scaling-factor") else "--rope-scaling-factor"
+    if not line.has(factor_name):
         return Ruling(Disposition.REFUSED, "MindSpeed's releases differ in its factor; give --rope-scaling-factor")
+    if (line.number(factor_name) or 0) <= 0:
+        return Ruling(Disposition.REFUSED, f"{factor_name} has to be a number above 0; give it such a one")
     fixed: dict[str, tuple[float, float | None]] = {
         _ORIGINAL: (4096, None),
         "--beta-fast": (32, line.number("--rope-scaling-beta-fast", 32)),
@@ -100,7 +116,7 @@ def _latent_yarn(line: CommandLine) -> Ruling:
         return Ruling(Disposition.REFUSED, f"Megatron has no flag for that; it needs {needed}")
     flags = {
         "--rope-type": "yarn",
-        "--rotary-scaling-factor": factor,
+        "--rotary-scaling-factor": line.text(factor_name),
         "--mscale": line.text("--rope-scaling-mscale", "1.0"),
         "--mscale-all-dim": line.text("--rope-scaling-mscale-all-dim", "0.0"),
     }
@@ -108,19 +124,30 @@ def _latent_yarn(line: CommandLine) -> Ruling:
         Disposition.TRANSLATED,
         "Megatron's --rope-type yarn with its factors",
         tuple(word for pair in flags.items() for word in pair if word is not None),
-        ("--rope-scaling-factor", *_YARN_ALONE, *_BETAS),
+        (*_SPELT_TWICE, *_SPELT_TWICE.values(), *_YARN_ALONE),
     )
 
 
 def _partial_rotary(value: str, line: CommandLine) -> Ruling:
     if float(value) == 0:
         return Ruling(Disposition.NOTED, "it is off")
-    if line.has("--multi-latent-attention") or line.has("--multi-head-latent-attention"):
+    if not 0 < float(value) <= 1:
+        return Ruling(Disposition.REFUSED, "it is a part of each head; use a number above 0 and up to 1")
+    if line.is_latent():
         return Ruling(Disposition.REFUSED, "it has no counterpart in latent attention; leave it out")
-    return Ruling(Disposition.TRANSLATED, "Megatron's --rotary-percent", ("--rotary-percent", value))
+    if line.number("--rotary-percent", 1) != 1:
+        return Ruling(
+            Disposition.REFUSED,
+            "MindSpeed takes it of what --rotary-percent leaves; use --rotary-percent with both in one",
+        )
+    return Ruling(
+        Disposition.TRANSLATED, "Megatron's --rotary-percent", ("--rotary-percent", value), ("--rotary-percent",)
+    )
 
 
 def _rotary_base(value: str, line: CommandLine) -> Ruling:
+    if float(value) < 1:
+        return Ruling(Disposition.REFUSED, "a rotary base is 1 or more; use a whole number")
     if float(value).is_integer():
         return Ruling(Disposition.TRANSLATED, "as a whole number", ("--rotary-base", str(int(float(value)))))
     return Ruling(Disposition.REFUSED, "Megatron takes whole numbers alone; use one")
@@ -218,7 +245,7 @@ ATTENTION = (
         "N",
         "how far back attention reaches",
         Disposition.NOTED,
-        "noted from --seq-length on; below it is a sliding window, refused",
+        "noted from --seq-length on; below it, or where that is unknown, it is a sliding window, refused",
         _reaches_back,
     ),
     Record(
@@ -289,7 +316,7 @@ ATTENTION = (
         "X",
         "the part of each head that is rotated",
         Disposition.TRANSLATED,
-        "--rotary-percent; 0 noted, it is off; refused with latent attention",
+        "--rotary-percent; 0 noted, it is off; refused with latent attention, and with a --rotary-percent beside it",
         _partial_rotary,
     ),
 )

@@ -8,6 +8,7 @@ from mindspeed_cp.patches.mindspeed.record import (
     CommandLine,
     Disposition,
     Record,
+    Rule,
     Ruling,
     noted,
     records,
@@ -17,19 +18,67 @@ from mindspeed_cp.patches.mindspeed.record import (
 
 _BALANCING = "--moe-router-load-balancing-type"
 _GROUPS = ("--moe-router-num-groups", "--n-group")
+_GROUPS_CHOSEN = ("--moe-router-group-topk", "--topk-group")
+_SCALINGS = ("--moe-router-topk-scaling-factor", "--routed-scaling-factor")
+
+
+def _first_present(line: CommandLine, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if line.has(name)), None)
+
+
+def _groups_differ(line: CommandLine) -> str | None:
+    """Why other groups of experts would be chosen than in some of MindSpeed-LLM's releases; None where none would.
+
+    2.0 and 2.1, and later ones with --topk-softmax-in-fp32, score a group by its two best experts; Megatron by its
+    topk // group_topk best. Where all groups are chosen the score does not matter.
+    """
+    given = _first_present(line, _GROUPS_CHOSEN)
+    if given is None:
+        return None
+    chosen, experts = line.whole(given), line.whole("--moe-router-topk", 2)
+    if not chosen or not experts or chosen < 1:
+        return f"{given} and --moe-router-topk have to be 1 or more"
+    if experts // chosen == 2 or any(line.whole(name) == chosen for name in _GROUPS):
+        return None
+    return f"MindSpeed scores groups by 2 experts, Megatron by --moe-router-topk over {given}, {experts // chosen}"
+
+
+def _in_groups(megatrons: str) -> Rule:
+    def rule(value: str, line: CommandLine) -> Ruling:
+        if int(value) < 1:
+            return Ruling(Disposition.REFUSED, "it has to be 1 or more; give it such a number, or leave it out")
+        if why := _groups_differ(line):
+            return Ruling(
+                Disposition.REFUSED,
+                f"{why}; use a --moe-router-topk of twice the groups chosen, or Megatron's "
+                f"{_GROUPS[0]} and {_GROUPS_CHOSEN[0]}",
+            )
+        return Ruling(Disposition.TRANSLATED, f"Megatron's {megatrons}", (megatrons, value))
+
+    return rule
+
+
+def _softmax_in_fp32(value: str, line: CommandLine) -> Ruling:
+    if why := _groups_differ(line):
+        return Ruling(
+            Disposition.REFUSED, f"{why}; leave it out, or use a --moe-router-topk of twice the groups chosen"
+        )
+    return Ruling(Disposition.NOTED, "rounding alone")
 
 
 def _first_dense(value: str, line: CommandLine) -> Ruling:
     """Layer i, from 0, holds experts where i >= K and --moe-layer-freq divides i."""
-    layers, every = line.number("--num-layers"), line.number("--moe-layer-freq", 1)
+    layers, every = line.whole("--num-layers"), line.whole("--moe-layer-freq", 1)
     if layers is None:
         return Ruling(Disposition.REFUSED, "it needs --num-layers; give it")
     if not every:
-        return Ruling(Disposition.REFUSED, "it needs a whole number as --moe-layer-freq; use 1")
+        return Ruling(Disposition.REFUSED, "it needs a whole number as --moe-layer-freq; use 1, or leave this out")
     first = int(value)
+    if not -1 <= first < layers:
+        return Ruling(Disposition.REFUSED, f"--num-layers {layers} has no such layer; use 0 to {layers - 1}, or -1")
     if first == 0 and every not in (1, -1):
-        return Ruling(Disposition.REFUSED, f"MindSpeed's releases differ in it with --moe-layer-freq {every:g}; use 1")
-    pattern = [int(layer >= first and layer % every == 0) for layer in range(int(layers))]
+        return Ruling(Disposition.REFUSED, f"MindSpeed's releases differ in it with --moe-layer-freq {every}; use 1")
+    pattern = [int(layer >= first and layer % every == 0) for layer in range(layers)]
     return Ruling(
         Disposition.TRANSLATED,
         "Megatron's --moe-layer-freq, layer by layer",
@@ -51,14 +100,17 @@ def _spell(pattern: list[int]) -> str:
 def _shared_experts(value: str, line: CommandLine) -> Ruling:
     if int(value) == 0:
         return Ruling(Disposition.NOTED, "it is off")
+    if int(value) < 0:
+        return Ruling(Disposition.REFUSED, "there are no fewer than 0; use 0 or more")
     names = ("--moe-ffn-hidden-size", "--moe-intermediate-size", "--ffn-hidden-size")
-    size = next((line.number(name) for name in names if line.has(name)), None)
-    if size is None:
+    name = _first_present(line, names)
+    size = None if name is None else line.whole(name)
+    if size is None or size < 1:
         return Ruling(Disposition.REFUSED, "it needs --moe-ffn-hidden-size; give it")
     return Ruling(
         Disposition.TRANSLATED,
         "Megatron's --moe-shared-expert-intermediate-size, as many times the expert's size",
-        ("--moe-shared-expert-intermediate-size", str(int(value) * int(size))),
+        ("--moe-shared-expert-intermediate-size", str(int(value) * size)),
     )
 
 
@@ -71,15 +123,28 @@ def _shared_gate(value: str, line: CommandLine) -> Ruling:
 
 
 def _normalised(value: str, line: CommandLine) -> Ruling:
-    """Read by aux_loss and softmax_topk alone (group_limited_greedy is refused); in aux_loss after the scaling."""
+    """Read by aux_loss and softmax_topk alone (group_limited_greedy is refused).
+
+    In aux_loss after scaling and dropping; in softmax_topk from 2.2 on.
+    """
     balancing = line.text(_BALANCING, "aux_loss")
     if balancing == "softmax_topk":
-        return Ruling(Disposition.NOTED, f"Megatron's router normalises; {_BALANCING} softmax_topk is translated so")
+        return Ruling(
+            Disposition.REFUSED,
+            f"with softmax_topk MindSpeed-LLM reads it from 2.2 on; leave it out for weights as they are, or use "
+            f"{_BALANCING} none without it for weights that sum to 1",
+        )
     if balancing != "aux_loss":
         return Ruling(Disposition.NOTED, f"{_BALANCING} {balancing} does not read it")
-    undone = ("--moe-router-topk-scaling-factor", "--routed-scaling-factor")
-    if present := [name for name in undone if line.has(name)]:
-        return Ruling(Disposition.REFUSED, f"with aux_loss it undoes {present[0]}; leave out that or this")
+    if line.whole("--moe-router-topk", 2) == 1:
+        return Ruling(Disposition.REFUSED, "of one expert it makes the weight 1, which Megatron does not; leave it out")
+    if present := _first_present(line, _SCALINGS):
+        return Ruling(Disposition.REFUSED, f"with aux_loss it undoes {present}; leave out that or this")
+    if line.has("--moe-expert-capacity-factor"):
+        return Ruling(
+            Disposition.REFUSED,
+            "with --moe-expert-capacity-factor it makes up for what is dropped, which Megatron does not; leave it out",
+        )
     if not line.has("--moe-router-pre-softmax"):
         return Ruling(Disposition.NOTED, "the weights of the chosen experts sum to 1 in any case")
     if any(line.has(name) for name in _GROUPS):
@@ -92,26 +157,27 @@ def _normalised(value: str, line: CommandLine) -> Ruling:
 
 
 def _softmax_first(value: str, line: CommandLine) -> Ruling:
-    """Softmax over all experts, then the k largest. Normalised, they are the softmax of the k largest scores."""
+    """Softmax over all experts, then the k largest. MindSpeed-LLM scales them from 26.0 on."""
     different = ("--moe-router-enable-expert-bias", "--moe-expert-capacity-factor")
-    if present := [name for name in different if line.has(name)]:
-        return Ruling(Disposition.REFUSED, f"with {present[0]} Megatron's router differs; leave that out")
+    if present := _first_present(line, different):
+        return Ruling(Disposition.REFUSED, f"with {present} Megatron's router differs; leave that out")
+    if present := _first_present(line, _SCALINGS):
+        return Ruling(Disposition.REFUSED, f"MindSpeed's releases differ in it with {present}; leave that out")
     if line.text("--moe-router-score-function", "softmax") != "softmax":
         return Ruling(Disposition.REFUSED, "it is a softmax whatever the score function; use softmax")
     if any(line.has(name) for name in _GROUPS):
         return Ruling(Disposition.REFUSED, "it knows no groups of experts; leave out --moe-router-num-groups")
-    pre_softmax = () if line.has("--norm-topk-prob") else ("--moe-router-pre-softmax",)
     return Ruling(
         Disposition.TRANSLATED,
-        "Megatron's router without balancing, normalised or with --moe-router-pre-softmax",
-        (_BALANCING, "none", *pre_softmax),
+        "Megatron's router without balancing, with --moe-router-pre-softmax",
+        (_BALANCING, "none", "--moe-router-pre-softmax"),
         ("--moe-router-pre-softmax",),
     )
 
 
 def _sequence_loss(value: str, line: CommandLine) -> Ruling:
     balancing = line.text(_BALANCING, "aux_loss")
-    if balancing not in ("none", "noaux_tc") or not line.number("--moe-aux-loss-coeff", 0):
+    if balancing not in ("none", "noaux_tc") or line.number("--moe-aux-loss-coeff", 0) == 0:
         return Ruling(Disposition.NOTED, "there is no loss that it would change")
     return Ruling(Disposition.REFUSED, f"its loss is weighed otherwise than Megatron's; use {_BALANCING} seq_aux_loss")
 
@@ -120,6 +186,15 @@ def _dispatcher(value: str, line: CommandLine) -> Ruling:
     if line.has("--moe-expert-capacity-factor"):
         return Ruling(Disposition.REFUSED, "with --moe-expert-capacity-factor it drops other tokens; use alltoall")
     return Ruling(Disposition.TRANSLATED, "alltoall", ("--moe-token-dispatcher-type", "alltoall"))
+
+
+def _jitter_off(value: str, line: CommandLine) -> Ruling:
+    """Until 2.3 it switches the noise off, later it does nothing."""
+    if line.number("--moe-input-jitter-eps", 0) == 0:
+        return Ruling(Disposition.NOTED, "it is off")
+    return Ruling(
+        Disposition.REFUSED, "MindSpeed's releases differ in it with --moe-input-jitter-eps; leave out that or this"
+    )
 
 
 _OF_DEEPSPEED = "it belongs to --moe-model-type deepspeed_moe, which is refused"
@@ -134,13 +209,22 @@ def _model_type(value: str, line: CommandLine) -> Ruling:
 
 EXPERTS = (
     *spelled_otherwise(
-        "sizes and groups of a mixture of experts",
+        "sizes and factors of a mixture of experts",
         {
             "--moe-intermediate-size N": "--moe-ffn-hidden-size",
-            "--n-group N": "--moe-router-num-groups",
-            "--topk-group N": "--moe-router-group-topk",
             "--routed-scaling-factor X": "--moe-router-topk-scaling-factor",
         },
+    ),
+    *(
+        Record(
+            name,
+            "N",
+            "experts are chosen within the best groups of them",
+            Disposition.TRANSLATED,
+            f"{megatrons}; refused unless --moe-router-topk is twice their number: some releases score by 2",
+            _in_groups(megatrons),
+        )
+        for name, megatrons in (("--n-group", _GROUPS[0]), ("--topk-group", _GROUPS_CHOSEN[0]))
     ),
     Record(
         "--first-k-dense-replace",
@@ -172,7 +256,8 @@ EXPERTS = (
         "",
         "the weights of the chosen experts sum to 1",
         Disposition.NOTED,
-        "noted, they do in any case; with --moe-router-pre-softmax that is left out; refused where it undoes a scaling",
+        "noted, they do in any case; with --moe-router-pre-softmax that is left out; refused with softmax_topk, with "
+        "one expert, and where it undoes a scaling or a capacity",
         _normalised,
     ),
     Record(
@@ -184,14 +269,15 @@ EXPERTS = (
         _sequence_loss,
     ),
     *spelled_otherwise("the router's scores in fp32", {"--router-gating-in-fp32": "--moe-router-dtype fp32"}),
-    *noted(
-        "where the router's weights are rounded",
-        "rounding alone",
-        """
-        --topk-softmax-in-fp32
-        --moe-revert-type-after-topk
-        """,
+    Record(
+        "--topk-softmax-in-fp32",
+        "",
+        "where the router's weights are rounded, and how groups of experts are scored",
+        Disposition.NOTED,
+        "noted, rounding alone; refused where groups would be others",
+        _softmax_in_fp32,
     ),
+    *noted("where the router's weights are rounded", "rounding alone", "--moe-revert-type-after-topk"),
     *refused(
         "other routers and losses",
         "Megatron has no such router; leave it out",
@@ -205,8 +291,13 @@ EXPERTS = (
         --moe-use-sinkhorn
         """,
     ),
-    *noted(
-        "switches off noise on the router's input", "it is off; --moe-input-jitter-eps is Megatron's", "--input-jitter"
+    Record(
+        "--input-jitter",
+        "",
+        "switches off noise on the router's input",
+        Disposition.NOTED,
+        "noted, it is off; refused with --moe-input-jitter-eps, MindSpeed's releases differ",
+        _jitter_off,
     ),
     Record(
         "--moe-model-type",
@@ -237,7 +328,7 @@ EXPERTS_VALUES = (
         "softmax_topk",
         "softmax over all experts, then the largest",
         Disposition.TRANSLATED,
-        "none, with --moe-router-pre-softmax unless --norm-topk-prob; refused with bias, capacity or groups",
+        "none, with --moe-router-pre-softmax; refused with bias, capacity, scaling, groups or --norm-topk-prob",
         _softmax_first,
     ),
     Record(

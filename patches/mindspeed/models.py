@@ -4,7 +4,25 @@ Source: Ascend/MindSpeed-LLM, mindspeed_llm/features_manager/{models,transformer
 Ascend/MindSpeed, mindspeed/features_manager/transformer.
 """
 
-from mindspeed_cp.patches.mindspeed.record import noted, refused, spelled_otherwise
+from mindspeed_cp.patches.mindspeed.record import (
+    CommandLine,
+    Disposition,
+    Record,
+    Ruling,
+    noted,
+    records,
+    refused,
+    spelled_otherwise,
+)
+
+
+def _loss_scale(value: str, line: CommandLine) -> Ruling:
+    if line.has("--mtp-num-layers"):
+        return Ruling(
+            Disposition.REFUSED, "with --mtp-num-layers Megatron spells it otherwise; use --mtp-loss-scaling-factor"
+        )
+    return Ruling(Disposition.NOTED, _PREDICTION)
+
 
 _INDEXER = "it belongs to --enable-dsa-indexer, which is refused"
 _STREAMS = "it belongs to --enable-mhc, which is refused"
@@ -111,14 +129,15 @@ MODELS = (
         "Megatron's prediction shifts within the sequence; use --mtp-num-layers and --mtp-loss-scaling-factor",
         "--num-nextn-predict-layers N =0",
     ),
-    *noted(
-        "numbers of that prediction",
-        _PREDICTION,
-        """
-        --mtp-loss-scale X
-        --share-mtp-embedding-and-output-weight
-        """,
+    Record(
+        "--mtp-loss-scale",
+        "X",
+        "the weight of that prediction's loss",
+        Disposition.NOTED,
+        f"noted, {_PREDICTION}; with --mtp-num-layers refused, use --mtp-loss-scaling-factor",
+        _loss_scale,
     ),
+    *noted("what that prediction shares", _PREDICTION, "--share-mtp-embedding-and-output-weight"),
     *refused(
         "another head for that prediction",
         "Megatron's is another; leave it out",
@@ -178,4 +197,15 @@ MODELS = (
         --output-multiplier-scale X =1
         """,
     ),
+)
+
+MODELS_VALUES = records(
+    Disposition.REFUSED,
+    "layers of MindSpeed-LLM's",
+    "Megatron has no such layers; leave it out where Megatron's own are the same, which --qk-layernorm, "
+    "--multi-latent-attention and their like describe, or name a spec of your own",
+    """
+    --spec mindspeed_llm.*
+    --spec modellink.*
+    """,
 )

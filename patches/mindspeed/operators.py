@@ -15,13 +15,26 @@ def _optimizer(value: str, line: CommandLine) -> Ruling:
 def _layer_list(value: str, line: CommandLine) -> Ruling:
     """The embedding is in the first stage and the loss in the last, there and here."""
     layers = value.split(",")
-    if len(set(layers)) == 1:
-        return Ruling(Disposition.NOTED, "all stages hold as many layers, as Megatron has it")
-    beside = ("--mtp-num-layers", "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank")
+    if not all(each.isdecimal() and int(each) for each in layers):
+        return Ruling(Disposition.REFUSED, "it is a list of numbers of layers; give it as 4,4,3")
+    stages = line.whole("--pipeline-model-parallel-size", 1)
+    if len(layers) != stages:
+        return Ruling(
+            Disposition.REFUSED,
+            f"it needs a number of layers for each of --pipeline-model-parallel-size {stages}; give them all",
+        )
+    if sum(map(int, layers)) != line.whole("--num-layers"):
+        return Ruling(
+            Disposition.REFUSED, f"its sum is not --num-layers {line.text('--num-layers', '')}; give them all"
+        )
+    beside = ["--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"]
+    is_even = len({*map(int, layers)}) == 1
+    if not is_even:
+        beside.append("--mtp-num-layers")
     if present := [name for name in beside if line.has(name)]:
         return Ruling(Disposition.REFUSED, f"with {present[0]} stages hold more; use --pipeline-model-parallel-layout")
-    if len(layers) != line.number("--pipeline-model-parallel-size") or not all(map(str.isdigit, layers)):
-        return Ruling(Disposition.REFUSED, "it needs a number of layers for each stage; give them all")
+    if is_even:
+        return Ruling(Disposition.NOTED, "all stages hold as many layers, as Megatron has it")
     layout = "|".join(f"t*{number}" for number in layers)
     return Ruling(
         Disposition.TRANSLATED,
@@ -184,6 +197,7 @@ OPERATORS = (
         --loss-chunk-size N
         --output-layer-slice-num N
         --compress-activation S
+        --compress-optimizer
         --compress-dense {disable,level0,level1}
         --param-and-grad-buffer-pad N
         --layerzero
@@ -327,7 +341,8 @@ OPERATORS = (
         "S",
         "layers of each pipeline stage",
         Disposition.TRANSLATED,
-        "--pipeline-model-parallel-layout; noted where all are as many; refused with virtual stages or MTP",
+        "--pipeline-model-parallel-layout; noted where all are as many; refused with virtual stages, MTP, or "
+        "another number of stages or layers",
         _layer_list,
     ),
     *refused(
@@ -346,7 +361,6 @@ OPERATORS = (
         """
         --quant-states {fp8,hif8,mxfp8}
         --quant-grads
-        --compress-optimizer
         --o2-optimizer
         --o2-gradient
         --qat-scheme S

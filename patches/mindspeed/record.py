@@ -1,5 +1,6 @@
 """What a flag of MindSpeed's is there and here: the record, and the words for what becomes of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -43,11 +44,22 @@ class CommandLine:
         return " ".join(self._flags[name]) if name in self._flags else default
 
     def number(self, name: str, default: float | None = None) -> float | None:
-        """Its value as a number; `default` where it is not given or none."""
-        try:
-            return float(self.text(name) or "")
-        except ValueError:
+        """Its value as a number; `default` where it is not given, None where it is something else."""
+        text = self.text(name)
+        if text is None:
             return default
+        return float(text) if is_number(text) else None
+
+    def whole(self, name: str, default: int | None = None) -> int | None:
+        """Its value as a whole number; `default` where it is not given, None where it is something else."""
+        text = self.text(name)
+        if text is None:
+            return default
+        return int(text) if _is_whole(text) else None
+
+    def is_latent(self) -> bool:
+        """Whether the attention is latent, in either spelling."""
+        return self.has("--multi-latent-attention") or self.has("--multi-head-latent-attention")
 
 
 Rule = Callable[[str, CommandLine], Ruling]
@@ -94,9 +106,9 @@ class Record(NamedTuple):
         for value in values:
             if self.choices and value not in self.choices:
                 return f"MindSpeed has no such value; use {', '.join(self.choices)}"
-            if self.values == "N" and not _is(int, value):
+            if self.values == "N" and not _is_whole(value):
                 return "it takes a whole number; give it one"
-            if self.values == "X" and not _is(float, value):
+            if self.values == "X" and not is_number(value):
                 return "it takes a number; give it one"
         return None
 
@@ -105,12 +117,20 @@ class Record(NamedTuple):
         return self.rule(value, line) if self.rule else Ruling(self.disposition, self.here)
 
 
-def _is(kind: type, text: str) -> bool:
+def _is_whole(text: str) -> bool:
     try:
-        kind(text)
+        int(text)
     except ValueError:
         return False
     return True
+
+
+def is_number(text: str) -> bool:
+    """Whether it is a number, and a finite one."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def records(disposition: Disposition, there: str, here: str, flags: str) -> tuple[Record, ...]:
@@ -146,12 +166,17 @@ def refused(there: str, here: str, flags: str) -> tuple[Record, ...]:
 
 
 def spelled_otherwise(there: str, pairs: Mapping[str, str]) -> tuple[Record, ...]:
-    """Flags that Megatron has under another name, with the same values and meaning: `{"--theirs N": "--megatrons"}`."""
+    """Flags that Megatron has under another name, with the same values and meaning: `{"--theirs N": "--megatrons"}`.
+
+    Whole numbers are sizes: 0 is "not given" in some of MindSpeed's releases, and no size in Megatron.
+    """
     made = []
     for line, target in pairs.items():
         name, _, values = line.partition(" ")
 
-        def rule(value: str, line: CommandLine, target: str = target) -> Ruling:
+        def rule(value: str, line: CommandLine, target: str = target, is_size: bool = values == "N") -> Ruling:
+            if is_size and int(value) < 1:
+                return Ruling(Disposition.REFUSED, "it has to be 1 or more; give it such a number, or leave it out")
             return Ruling(Disposition.TRANSLATED, f"Megatron's {target}", (*target.split(), *value.split()))
 
         made.append(Record(name, values, there, Disposition.TRANSLATED, f"Megatron's {target}", rule))

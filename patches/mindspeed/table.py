@@ -7,7 +7,7 @@ define. Their launchers, searches and data tools have parsers of their own.
 
 from mindspeed_cp.patches.mindspeed.attention import ATTENTION, ATTENTION_VALUES
 from mindspeed_cp.patches.mindspeed.experts import EXPERTS, EXPERTS_VALUES
-from mindspeed_cp.patches.mindspeed.models import MODELS
+from mindspeed_cp.patches.mindspeed.models import MODELS, MODELS_VALUES
 from mindspeed_cp.patches.mindspeed.older import OLDER
 from mindspeed_cp.patches.mindspeed.operators import OPERATORS
 from mindspeed_cp.patches.mindspeed.programs import PROGRAMS, PROGRAMS_VALUES
@@ -23,8 +23,9 @@ SECTIONS: dict[str, tuple[Record, ...]] = {
 }
 """Flags, by subject."""
 
-VALUES: tuple[Record, ...] = (*ATTENTION_VALUES, *EXPERTS_VALUES, *PROGRAMS_VALUES)
-"""Values of Megatron's flags that its parser refuses: `values` is the value, or `X` for a number in another form."""
+VALUES: tuple[Record, ...] = (*ATTENTION_VALUES, *EXPERTS_VALUES, *MODELS_VALUES, *PROGRAMS_VALUES)
+"""Values of Megatron's flags that MindSpeed adds: `values` is the value, its beginning before `*`, or `X` for a number
+that is not written as a whole one."""
 
 FLAGS: dict[str, Record] = {record.name: record for section in SECTIONS.values() for record in section}
 """Flags by name."""

@@ -8,7 +8,7 @@ have to know what Megatron derives from what, in each release. A YAML configurat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from mindspeed_cp.patches.mindspeed.record import CommandLine, Disposition, Record, Ruling
+from mindspeed_cp.patches.mindspeed.record import CommandLine, Disposition, Record, Ruling, is_number
 from mindspeed_cp.patches.mindspeed.table import FLAGS, VALUES
 
 
@@ -106,20 +106,19 @@ def _ruling(each: Given, line: CommandLine, known: Mapping[str, Collection[str] 
 
 
 def _value_record(each: Given, known: Mapping[str, Collection[str] | None]) -> Record | None:
-    if len(each.values) != 1 or each.values[0] in (known[each.name] or ()):
+    if not each.values or each.values[0] in (known[each.name] or ()):
         return None
-    return next((record for record in VALUES if record.name == each.name and _matches(record, each.values[0])), None)
+    return next((record for record in VALUES if record.name == each.name and _matches(record, each.values)), None)
 
 
-def _matches(record: Record, value: str) -> bool:
-    if record.values != "X":
-        return record.values == value
+def _matches(record: Record, values: Sequence[str]) -> bool:
+    first, *others = values
+    if record.values.endswith("*"):
+        return first.startswith(record.values[:-1])
+    if others or record.values != "X":
+        return not others and record.values == first
     # A number that is not written as a whole one.
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return not value.lstrip("+-").isdigit()
+    return is_number(first) and not first.lstrip("+-").isdigit()
 
 
 def _contradicted(each: Given, ruling: Ruling, line: CommandLine) -> str | None:

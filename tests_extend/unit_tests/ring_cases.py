@@ -1,9 +1,9 @@
 """What the ranks run for the tests of rings, of double rings and of hybrids, over gloo and as virtual ranks."""
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -258,17 +258,22 @@ class FailingKernel(RecordingKernel):
 # Gloo ranks.
 
 
-@functools.cache
-def _groups(topology: CPTopology, overlap: bool, group: dist.ProcessGroup | None) -> ContextParallelGroups | None:
-    """Of the world's first ranks. All ranks of the world call it in the same order, so that all find them made or not.
+@contextmanager
+def _groups(
+    topology: CPTopology, overlap: bool, group: dist.ProcessGroup | None
+) -> Iterator[ContextParallelGroups | None]:
+    """Groups over the group for the time of a `with` block, which all ranks of the world enter; None outside the group.
 
-    A rank outside has no group that would tell one context-parallel group from another, hence only the first ranks.
+    They are gone afterwards: each has a thread in every rank, which wakes a hundred times a second.
     """
     if group is None:
         ContextParallelGroups.take_part(topology, overlap=overlap)
-        return None
-    assert dist.get_process_group_ranks(group) == list(range(topology.size))
-    return ContextParallelGroups.build(topology, group, overlap=overlap)
+        yield None
+        return
+    groups = ContextParallelGroups.build(topology, group, overlap=overlap)
+    yield groups
+    dist.barrier(group)  # Nobody closes a connection over which another one still receives.
+    groups.destroy()
 
 
 def attend_every_way(group: dist.ProcessGroup | None, case: Case) -> list[Shard]:
@@ -276,11 +281,11 @@ def attend_every_way(group: dist.ProcessGroup | None, case: Case) -> list[Shard]
     shards = []
     for overlap in (False, True):
         way = dataclasses.replace(case, overlap=overlap)
-        groups = _groups(case.topology, overlap, group)
-        if groups is not None:
-            assert way.config.topology == case.topology
-            attention = build_attention(way.config, groups, layout=case.sequence_layout)
-            shards += [forward_and_backward(dist.get_rank(group), case, attention) for _ in range(2)]
+        with _groups(case.topology, overlap, group) as groups:
+            if groups is not None:
+                assert way.config.topology == case.topology
+                attention = build_attention(way.config, groups, layout=case.sequence_layout)
+                shards += [forward_and_backward(dist.get_rank(group), case, attention) for _ in range(2)]
     return shards
 
 
@@ -369,12 +374,12 @@ def made_timeouts(group: dist.ProcessGroup | None, topology: CPTopology, timeout
 
 def profiled_names(group: dist.ProcessGroup | None, case: Case) -> list[str]:
     """Names that the profiler shows for one forward and backward pass, those of the library alone."""
-    groups = _groups(case.topology, case.overlap, group)
-    if groups is None:
-        return []
-    attention = build_attention(case.config, groups, layout=case.sequence_layout)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        forward_and_backward(dist.get_rank(group), case, attention)
+    with _groups(case.topology, case.overlap, group) as groups:
+        if groups is None:
+            return []
+        attention = build_attention(case.config, groups, layout=case.sequence_layout)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            forward_and_backward(dist.get_rank(group), case, attention)
     return sorted(event.name for event in profiler.events() if "ring" in event.name.split(":")[0].split())
 
 
@@ -383,17 +388,17 @@ def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, f
 
     They end as a training process does that raises, so that whoever waits for them learns of it.
     """
-    groups = _groups(case.topology, case.overlap, group)
-    if groups is None:
-        return
-    rank = dist.get_rank(group)
-    kernels = KernelRegistry((FailingKernel(fail=lambda: os._exit(7), at=1),)) if rank == culprit else KERNELS
-    attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
-    try:
-        forward_and_backward(rank, case, attention)
-    except RuntimeError as error:
-        (Path(folder) / str(rank)).write_text(str(error))
-    os._exit(8)
+    with _groups(case.topology, case.overlap, group) as groups:
+        if groups is None:
+            return
+        rank = dist.get_rank(group)
+        kernels = KernelRegistry((FailingKernel(fail=lambda: os._exit(7), at=1),)) if rank == culprit else KERNELS
+        attention = build_attention(case.config, groups, layout=case.sequence_layout, kernels=kernels)
+        try:
+            forward_and_backward(rank, case, attention)
+        except RuntimeError as error:
+            (Path(folder) / str(rank)).write_text(str(error))
+        os._exit(8)
 
 
 def errors_of_virtual_ranks(case: Case, culprit: int, phase: str) -> list[str]:

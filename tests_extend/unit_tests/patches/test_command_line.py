@@ -15,6 +15,7 @@ from mindspeed_cp.patches.arguments import (
     config_from_arguments,
     examine_command_line,
 )
+from mindspeed_cp.patches.command_line import examine
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
 
@@ -54,10 +55,10 @@ FLAG_SETS = [
         f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1",
         [],
     ),
-    (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --norm-topk-prob --moe-grouped-gemm", []),
+    (f"{RING} {EXPERTS} --moe-router-load-balancing-type softmax_topk --moe-grouped-gemm", []),
     (
         f"{RING} {EXPERTS} --moe-router-load-balancing-type group_limited_greedy --topk-group 2 --fix-router --seq-aux",
-        ["--moe-router-load-balancing-type", "--fix-router"],
+        ["--moe-router-load-balancing-type", "--topk-group", "--fix-router"],
     ),
     (f"{RING} {EXPERTS} --num-zero-experts 4 --moe-zero-memory level0", ["--num-zero-experts"]),
     (f"{RING} {EXPERTS} --moe-alltoall-overlap-comm --moe-fb-overlap --schedules-method dualpipev --moe-zerc", []),
@@ -71,7 +72,7 @@ FLAG_SETS = [
     (f"{RING} --rope-scaling-type longrope --long-factor 1,2", ["--rope-scaling-type"]),
     (f"{RING} --position-embedding-type rope --rotary-base 1e6 --normalization RMSNorm --qk-layernorm", []),
     (f"{RING} {TOKENIZER} --tokenizer-padding-side left --data-path data --split 949,50,1 --mock-data", []),
-    (f"{RING} --noop-layers 6,7 --num-layer-list 2,2,2,2", ["--noop-layers"]),
+    (f"{RING} --noop-layers 6,7 --num-layer-list 4,4 --pipeline-model-parallel-size 2", ["--noop-layers"]),
     (f"{RING} --stage sft --is-instruction-dataset --prompt-type qwen", ["--stage", "--is-instruction-dataset"]),
     (f"{RING} --lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_proj", ["--lora-target-modules"]),
     (f"{RING} --recompute-activation-function --enable-recompute-layers-per-pp-rank --recompute-granularity full", []),
@@ -134,12 +135,52 @@ def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, ca
         "pretrain_gpt.py: error: 6 things stand in the way:",
         "  --fix-router: Megatron has no such router; leave it out.",
         "  --use-fused-swiglo: neither this Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
-        "  --seed x: invalid int value: 'x'.",
+        "  --seed x: it takes a whole number; give it one.",
         "  y e s: no flag takes this; leave it out.",
         "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56 or 64.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--num-layers", ""], "--num-layers '': it takes a whole number; give it one."),
+        (["--lr", "fast"], "--lr fast: it takes a number; give it one."),
+        (["--lr", "-1e-3"], "--lr -1e-3: a number in this form is taken for a flag; write --lr=-1e-3."),
+        (
+            ["--ema-decay", "-1e-3"],
+            "--ema-decay -1e-3: a number in this form is taken for a flag; write --ema-decay=-1e-3.",
+        ),
+        (["--seed"], "--seed: it needs a value; give it one."),
+        (["--swiglu=yes"], "--swiglu=yes: it takes no value; give the flag alone."),
+        (["--attention-mask-type", "none"], "--attention-mask-type none: it has no such value; use causal or general."),
+        (["--swiglu", ""], "'': no flag takes this; leave it out."),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule_and_a_way_out(parser, flags, sentence):
+    assert [each.sentence for each in examine(flags, parser).blockers] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--context-par", "--context-parallel-algo, --context-parallel-kernels or --context-parallel-size"),
+        ("--tensor-model-par", "--tensor-model-parallel-size"),
+        ("--tp", "--tensor-model-parallel-size"),
+        ("--cp-size", "--context-parallel-size"),
+        ("--use-fused-rmsnrm", "--use-fused-rmsnorm"),
+    ],
+)
+def test_an_unknown_flag_comes_with_what_may_be_meant(parser, flag, meant):
+    (blocker,) = examine([flag, "4"], parser).blockers
+    assert blocker.sentence.endswith(f"; did you mean {meant}?")
+
+
+def test_a_few_letters_are_not_taken_for_a_flag_without_effect(parser):
+    (blocker,) = examine(["--tp-z", "4"], parser).blockers
+    assert "--tp-x" not in blocker.sentence and "--tp-y" not in blocker.sentence
 
 
 def test_rules_are_not_judged_where_a_checkpoint_may_say_otherwise(run, capsys):

@@ -81,7 +81,7 @@ def test_patched_parser_has_them_and_the_named_layers_are_refused(megatron_argum
     with PatchRegistry(argument_patches(Plugin(), print)).applied():
         args = megatron_arguments.parse_args()
         assert (args.transformer_impl, args.apply_rope_fusion) == ("local", False)
-        args.transformer_impl = "transformer_engine"
+        args.transformer_impl, args.distributed_backend = "transformer_engine", "gloo"
         with pytest.raises(SystemExit):
             megatron_arguments.validate_args(args)
     assert "pretrain_gpt.py: error: --transformer-impl transformer_engine needs" in capsys.readouterr().err

@@ -24,13 +24,25 @@ TRANSLATED = [
     ("--qk-rope-head-dim 8", "--qk-pos-emb-head-dim 8"),
     ("--moe-intermediate-size 96", "--moe-ffn-hidden-size 96"),
     ("--n-group 4", "--moe-router-num-groups 4"),
-    ("--topk-group 2", "--moe-router-group-topk 2"),
+    (
+        "--n-group 8 --topk-group 4 --moe-router-topk 8",
+        "--moe-router-num-groups 8 --moe-router-group-topk 4 --moe-router-topk 8",
+    ),
+    (
+        "--n-group 8 --topk-group 8 --moe-router-topk 8",
+        "--moe-router-num-groups 8 --moe-router-group-topk 8 --moe-router-topk 8",
+    ),
+    ("--topk-softmax-in-fp32", ""),
+    (
+        "--topk-softmax-in-fp32 --moe-router-num-groups 4 --moe-router-group-topk 3 --moe-router-topk 6",
+        "--moe-router-num-groups 4 --moe-router-group-topk 3 --moe-router-topk 6",
+    ),
     ("--routed-scaling-factor 2.5", "--moe-router-topk-scaling-factor 2.5"),
     ("--first-k-dense-replace 2", "--moe-layer-freq [0,0,1,1,1,1]"),
     ("--first-k-dense-replace 0", "--moe-layer-freq 1"),
     ("--first-k-dense-replace -1 --moe-layer-freq -1", "--moe-layer-freq 1"),
     ("--moe-layer-freq 2 --first-k-dense-replace 1", "--moe-layer-freq [0,0,1,0,1,0]"),
-    ("--first-k-dense-replace 6", "--moe-layer-freq [0]*6"),
+    ("--first-k-dense-replace 5", "--moe-layer-freq [0]*5+[1]"),
     (
         "--n-shared-experts 2 --moe-ffn-hidden-size 96",
         "--moe-shared-expert-intermediate-size 192 --moe-ffn-hidden-size 96",
@@ -47,16 +59,25 @@ TRANSLATED = [
         "--moe-router-load-balancing-type softmax_topk",
         "--moe-router-load-balancing-type none --moe-router-pre-softmax",
     ),
-    ("--moe-router-load-balancing-type softmax_topk --norm-topk-prob", "--moe-router-load-balancing-type none"),
     ("--moe-router-load-balancing-type noaux_tc --seq-aux", "--moe-router-load-balancing-type none"),
     ("--moe-token-dispatcher-type alltoall_seq", "--moe-token-dispatcher-type alltoall"),
     ("--norm-topk-prob", ""),
     ("--norm-topk-prob --moe-router-pre-softmax", ""),
+    (
+        "--norm-topk-prob --moe-router-topk 1 --moe-router-load-balancing-type sinkhorn",
+        "--moe-router-topk 1 --moe-router-load-balancing-type sinkhorn",
+    ),
+    ("--input-jitter", ""),
+    ("--input-jitter --moe-input-jitter-eps 0", "--moe-input-jitter-eps 0"),
+    ("--compress-optimizer", ""),
+    ("--mtp-loss-scale 0.3", ""),
     ("--shape-order BNSD", "--megatron-cp-in-bnsd"),
     ("--shape-order SBH", ""),
     ("--cp-attention-mask-type general", "--attention-mask-type general"),
     ("--use-glm-rope --rotary-percent 0.5", "--rotary-interleaved --rotary-percent 0.5"),
     ("--partial-rotary-factor 0.25", "--rotary-percent 0.25"),
+    ("--partial-rotary-factor 0.25 --rotary-percent 1.0", "--rotary-percent 0.25"),
+    ("--partial-rotary-factor 0 --rotary-percent 0.5", "--rotary-percent 0.5"),
     ("--rotary-base 1e6", "--rotary-base 1000000"),
     ("--rotary-base=10000.0", "--rotary-base 10000"),
     (
@@ -66,7 +87,7 @@ TRANSLATED = [
     ),
     (
         "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 40 --beta-fast 32 --beta-slow 1 "
-        "--rope-scaling-mscale 0.707 --rope-scaling-mscale-all-dim 0.707 "
+        "--rope-scaling-beta-fast 32 --rope-scaling-mscale 0.707 --rope-scaling-mscale-all-dim 0.707 "
         "--rope-scaling-original-max-position-embeddings 4096",
         "--multi-latent-attention --rope-type yarn --rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707",
     ),
@@ -79,7 +100,7 @@ TRANSLATED = [
         "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path /models/some",
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /models/some --trust-remote-code",
     ),
-    ("--num-layer-list 2,2,2", ""),
+    ("--num-layer-list 2,2,2 --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3"),
     (
         "--num-layer-list 1,3,2 --pipeline-model-parallel-size 3",
         "--pipeline-model-parallel-layout Et*1|t*3|t*2L --pipeline-model-parallel-size 3",
@@ -91,13 +112,46 @@ TRANSLATED = [
 # What is not the same there and here, and the end of the answer.
 DIFFERENT = [
     ("--first-k-dense-replace 0 --moe-layer-freq 2", "use 1."),
+    ("--first-k-dense-replace 1 --moe-layer-freq ([0,1]*2)", "use 1, or leave this out."),
+    ("--first-k-dense-replace 6", "--num-layers 6 has no such layer; use 0 to 5, or -1."),
+    ("--first-k-dense-replace -2", "--num-layers 6 has no such layer; use 0 to 5, or -1."),
     ("--n-shared-experts 2", "it needs --moe-ffn-hidden-size; give it."),
+    ("--n-shared-experts 2 --moe-ffn-hidden-size 0", "it needs --moe-ffn-hidden-size; give it."),
+    ("--n-shared-experts -1 --ffn-hidden-size 8", "there are no fewer than 0; use 0 or more."),
+    ("--moe-intermediate-size 0", "it has to be 1 or more; give it such a number, or leave it out."),
+    ("--routed-scaling-factor nan", "it takes a number; give it one."),
+    ("--n-group 0", "it has to be 1 or more; give it such a number, or leave it out."),
+    (
+        "--topk-group 2 --moe-router-topk 8",
+        "MindSpeed scores groups by 2 experts, Megatron by --moe-router-topk over --topk-group, 4; use a "
+        "--moe-router-topk of twice the groups chosen, or Megatron's --moe-router-num-groups and "
+        "--moe-router-group-topk.",
+    ),
+    (
+        "--n-group 8 --moe-router-group-topk 6 --moe-router-topk 6",
+        "--moe-router-num-groups and --moe-router-group-topk.",
+    ),
+    (
+        "--topk-softmax-in-fp32 --moe-router-num-groups 8 --moe-router-group-topk 4",
+        "leave it out, or use a --moe-router-topk of twice the groups chosen.",
+    ),
+    ("--input-jitter --moe-input-jitter-eps 0.01", "with --moe-input-jitter-eps; leave out that or this."),
+    ("--mtp-num-layers 1 --mtp-loss-scale 0.3", "use --mtp-loss-scaling-factor."),
+    ("--spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec", "or name a spec of your own."),
     ("--shared-expert-gate --shared-expert-gate-output-dimension 64", "use --shared-expert-gate-output-dimension 1."),
     (
         "--norm-topk-prob --moe-router-topk-scaling-factor 2.5",
         "with aux_loss it undoes --moe-router-topk-scaling-factor; leave out that or this.",
     ),
     ("--norm-topk-prob --moe-router-pre-softmax --n-group 4", "leave this out."),
+    ("--norm-topk-prob --moe-router-topk 1 --moe-router-pre-softmax", "which Megatron does not; leave it out."),
+    ("--norm-topk-prob --moe-router-topk 1 --moe-router-score-function sigmoid", "Megatron does not; leave it out."),
+    ("--norm-topk-prob --moe-expert-capacity-factor 1.5", "which Megatron does not; leave it out."),
+    (
+        "--moe-router-load-balancing-type softmax_topk --norm-topk-prob",
+        "use --moe-router-load-balancing-type none without it for weights that sum to 1.",
+    ),
+    ("--moe-router-load-balancing-type softmax_topk --moe-router-topk-scaling-factor 2", "leave that out."),
     (
         "--moe-router-load-balancing-type softmax_topk --moe-router-enable-expert-bias",
         "with --moe-router-enable-expert-bias Megatron's router differs; leave that out.",
@@ -115,6 +169,10 @@ DIFFERENT = [
     ("--pre-tockens 63", "sliding windows are not available yet; leave it out."),
     ("--next-tockens -1", "sliding windows are not available yet; leave it out."),
     ("--rotary-base 10000.5", "Megatron takes whole numbers alone; use one."),
+    ("--rotary-base=-1e6", "a rotary base is 1 or more; use a whole number."),
+    ("--partial-rotary-factor nan", "it takes a number; give it one."),
+    ("--partial-rotary-factor 1.5", "use a number above 0 and up to 1."),
+    ("--partial-rotary-factor 0.5 --rotary-percent 0.5", "use --rotary-percent with both in one."),
     ("--partial-rotary-factor 0.5 --multi-latent-attention", "leave it out."),
     ("--rope-scaling-type longrope", "Megatron has no longrope scaling; use llama3 or yarn, or leave it out."),
     ("--rope-scaling-type yarn --rope-scaling-factor 4", "without --multi-latent-attention; leave it out."),
@@ -125,12 +183,36 @@ DIFFERENT = [
     ),
     ("--multi-latent-attention --rope-scaling-type yarn", "give --rope-scaling-factor."),
     (
+        "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor -4 ",
+        "--rope-scaling-factor has to be a number above 0; give it such a one.",
+    ),
+    (
+        "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 4 --beta-fast 32 "
+        "--rope-scaling-beta-fast 16",
+        "--beta-fast 32 and --rope-scaling-beta-fast 16 are two values of one thing; leave out one of them.",
+    ),
+    (
+        "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 4 --yarn-scaling-factor 8",
+        "leave out one of them.",
+    ),
+    (
         "--rope-scaling-type llama3 --rope-scaling-factor 32 --low-freq-factor 1 --high-freq-factor 4 "
         "--original-max-position-embeddings 8192",
         "it needs --rope-scaling-factor 8.",
     ),
     ("--tokenizer-type PretrainedFromHF", "it needs --tokenizer-name-or-path; give it."),
-    ("--num-layer-list 1,2,3", "it needs a number of layers for each stage; give them all."),
+    ("--num-layer-list 1,2,3", "a number of layers for each of --pipeline-model-parallel-size 1; give them all."),
+    (
+        "--num-layer-list 2,2,2 --pipeline-model-parallel-size 2",
+        "a number of layers for each of --pipeline-model-parallel-size 2; give them all.",
+    ),
+    ("--num-layer-list 1,1 --pipeline-model-parallel-size 2", "its sum is not --num-layers 6; give them all."),
+    ("--num-layer-list ,", "it is a list of numbers of layers; give it as 4,4,3."),
+    ("--num-layer-list 0,6 --pipeline-model-parallel-size 2", "give it as 4,4,3."),
+    (
+        "--num-layer-list 3,3 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "stages hold more; use --pipeline-model-parallel-layout.",
+    ),
     (
         "--num-layer-list 1,2,3 --pipeline-model-parallel-size 3 --mtp-num-layers 1",
         "with --mtp-num-layers stages hold more; use --pipeline-model-parallel-layout.",
@@ -211,6 +293,17 @@ def test_what_is_not_the_same_is_refused(parser, flags, end):
     (blocker,) = examine([*MODEL, *flags.split()], parser).blockers
     assert blocker.sentence.endswith(end)
     assert ends_well(blocker) or "needs" in end
+
+
+@pytest.mark.parametrize("length", [[], ["--encoder-seq-length", "17"], ["--seq-length", "17"]])
+def test_a_reach_of_less_than_the_sequence_or_of_an_unknown_part_of_it_is_refused(length):
+    (finding,) = translate(
+        [*length, "--pre-tockens", "16"], {"--seq-length": None, "--encoder-seq-length": None}
+    ).findings
+    assert finding.disposition is Disposition.REFUSED
+    if length:
+        (finding,) = translate([*length, "--pre-tockens", "17"], {length[0]: None}).findings
+        assert finding.disposition is Disposition.NOTED
 
 
 def test_a_flag_or_value_that_megatron_has_is_megatron_s():
