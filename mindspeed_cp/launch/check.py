@@ -116,7 +116,7 @@ def read_file(name: str, arguments: Sequence[str], environment: Mapping[str, str
         raise CheckError(f"{path}: {error.strerror}; give a shell script, or flags.") from error
     except ValueError as error:
         # What is no text is a ValueError, too.
-        raise CheckError(f"{path} cannot be read as a shell script: {error}.") from error
+        raise CheckError(f"{path} cannot be read as a shell script: {error}; give a shell script, or flags.") from error
 
 
 def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
@@ -277,7 +277,7 @@ def _set(value: str | None) -> None:
 def _describe(report: Report, name: str) -> str:
     launch = report.launch
     where = f"{name}, line {launch.line}: {launch.script}" if launch.line else "flags"
-    ranks = f" on {launch.ranks} ranks" if launch.ranks else ", on how many ranks is not known"
+    ranks = f" on {launch.ranks} rank{'s' * (launch.ranks > 1)}" if launch.ranks else ", on how many ranks is not known"
     within = f", within {launch.condition}" if launch.condition else ""
     lines = [f"{where}{ranks}{within}"]
     for verdict in Verdict:
@@ -291,7 +291,9 @@ def _describe(report: Report, name: str) -> str:
             lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
     lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]
     start = f"-m mindspeed_cp {launch.script}"
-    lines += _wrap("  ", " ".join([start, *map(_quoted, report.flags)]), ending=" \\")
+    open_words = {each.word.text for each in report.unknown}
+    flags = [word if word in open_words else _quoted(word) for word in report.flags]
+    lines += _wrap("  ", " ".join([start, *flags]), ending=" \\")
     return "\n".join(lines)
 
 

@@ -14,13 +14,12 @@ _OF_A_TRAINING = "--micro-batch-size"
 """Megatron trains with no command line that lacks it; its tools for data and checkpoints do not have it."""
 
 
-_WITHOUT_VALUE = frozenset(
+_MODULE = frozenset({"-m", "--module"})
+_WITHOUT_VALUE = _MODULE | frozenset(
     {
         "--standalone",
         "--no-python",
         "--no_python",
-        "-m",
-        "--module",
         "--run-path",
         "--run_path",
         "--use-env",
@@ -28,7 +27,7 @@ _WITHOUT_VALUE = frozenset(
     }
 )
 """Options of torchrun that take no value."""
-_NOTHING_IS_RUN = frozenset({"echo", ":", "which", "type"})
+_NOTHING_IS_RUN = frozenset({"echo", ":", "which", "type", "[", "test"})
 _SUBMIT = re.compile(r"(?:.*/)?(?:sbatch|qsub|bsub)")
 
 
@@ -94,17 +93,19 @@ def _has_flags_of_a_training(words: Sequence[Field]) -> bool:
 
 
 def _script_of_torchrun(words: Sequence[Field], first: int) -> int | None:
-    """Which word is the script, behind torchrun's options and `-m mindspeed_cp`."""
+    """Which word is the script, behind torchrun's options and `-m mindspeed_cp`.
+
+    Other words are gone past: an address that is still a placeholder has blanks, often.
+    """
     number = first
     while number < len(words):
         text = words[number].text
-        if text.endswith(".py"):
+        if text.endswith(".py") and not text.startswith("-"):
             return number
-        if text.startswith("-") and "=" not in text and text not in _WITHOUT_VALUE:
-            number += 1
-        elif not text.startswith("-") and not words[number].is_unknown and text != "mindspeed_cp":
+        if text in _MODULE and [field.text for field in words[number + 1 : number + 2]] != ["mindspeed_cp"]:
             return None
-        number += 1
+        takes_next = text.startswith("-") and "=" not in text and text not in _WITHOUT_VALUE
+        number += 2 if takes_next else 1
     return None
 
 

@@ -8,6 +8,7 @@ spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
 import ast
 import contextlib
 import functools
+import glob
 import itertools
 import operator
 import re
@@ -140,6 +141,8 @@ class _State(NamedTuple):
     exported: dict[str, str]
     functions: dict[str, tuple[Sequence[Statement], ...]]
     folder: Path | None
+    integers: frozenset[str]
+    constants: frozenset[str]
 
 
 _MAX_DEPTH = 16
@@ -155,6 +158,7 @@ _NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _ARITHMETIC_ASSIGNMENT = re.compile(
     r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
 )
+_PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
 _POSITIONAL = "@"
 """The name of the positional parameters among the variables."""
 
@@ -177,8 +181,8 @@ class _Shell:
         self._functions: dict[str, tuple[Sequence[Statement], ...]] = {}
         self._folder = folder
         self._scopes: list[_Scope] = []
-        self._integers: set[str] = set()
-        self._constants: set[str] = set()
+        self._integers: frozenset[str] = frozenset()
+        self._constants: frozenset[str] = frozenset()
         self._conditions: list[str] = []
         self._depth = 0
 
@@ -229,8 +233,9 @@ class _Shell:
         """A block whose bodies may run or not, or several times."""
         loops = block.kind in ("for", "while", "until", "select")
         why = "how often it runs is not known" if loops else "which branch is taken is not known"
-        end = f" to {block.end_line}" if block.end_line > block.line else ""
-        self._omit(Omission(block.line, block.text, f"{why}; what lines {block.line}{end} set counts as not known"))
+        several = block.end_line > block.line
+        lines = f"lines {block.line} to {block.end_line} set" if several else f"line {block.line} sets"
+        self._omit(Omission(block.line, block.text, f"{why}; what {lines} counts as not known"))
         if not loops:
             self._follow(block.bodies[0])
         bodies = block.bodies if loops else block.bodies[1:]
@@ -276,10 +281,11 @@ class _Shell:
             self._functions |= functions
 
     def _state(self) -> _State:
-        return _State(dict(self._variables), dict(self._exported), dict(self._functions), self._folder)
+        variables, exported, functions = dict(self._variables), dict(self._exported), dict(self._functions)
+        return _State(variables, exported, functions, self._folder, self._integers, self._constants)
 
     def _restore(self, state: _State) -> None:
-        variables, exported, functions, self._folder = state
+        variables, exported, functions, self._folder, self._integers, self._constants = state
         self._variables, self._exported, self._functions = dict(variables), dict(exported), dict(functions)
 
     def _omit(self, omission: Omission) -> None:
@@ -513,7 +519,10 @@ class _Shell:
             try:
                 self._deeper(follow, command)
             finally:
-                for name, value in self._scopes.pop().hidden.items():
+                hidden = self._scopes.pop().hidden
+                self._integers -= hidden.keys()
+                self._constants -= hidden.keys()
+                for name, value in hidden.items():
                     self._reset(name, value)
 
     def _reset(self, name: str, value: _Variable | None) -> None:
@@ -584,7 +593,10 @@ class _Shell:
         current: list[Piece] | None = None
         for part in word.parts:
             if isinstance(part, Literal):
-                current = [*(current or []), part.text]
+                found: Piece = part.text
+                if not part.quoted:
+                    found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
+                current = [*(current or []), found]
                 continue
             values, quoted = self._values(part, word.line), part.quoted
             for number, value in enumerate(values):
@@ -608,6 +620,22 @@ class _Shell:
         if current is not None:
             fields.append(current)
         return [_field(pieces) for pieces in fields]
+
+    def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
+        """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
+        if starts and text.startswith("~"):
+            home = self._variables.get("HOME")
+            if home is None or not re.match(r"~(/|$)", text) or home.fields[0].unresolved:
+                return Unresolved(text, f"line {line}: which folder ~ is is not known")
+            text = home.fields[0].text + text[1:]
+        if split and _PATTERN_OF_FILES.search(text):
+            # Path.glob does not take every pattern that bash takes.
+            matches = self._folder is None or any(glob.iglob(text, root_dir=self._folder))  # noqa: PTH207
+            # Bash leaves a pattern that no file matches as it is.
+            return (
+                Unresolved(text, f"line {line}: which files match is known when the script runs") if matches else text
+            )
+        return text
 
     def _doubt_about_words(self, value: Field, line: int) -> str:
         """Why it is not known which words a value becomes that is not quoted."""

@@ -176,7 +176,11 @@ def test_each_of_two_launches_is_checked(checked):
         ("none.sh", None, "none.sh: No such file or directory; give a shell script, or flags."),
         (".", None, ".: Is a directory; give a shell script, or flags."),
         ("a.py", b"x = 1", "a.py is a Python program; check the shell script that starts it, or its flags."),
-        ("a.sh", b"echo 'a", "a.sh cannot be read as a shell script: line 1: a single quote is not closed."),
+        (
+            "a.sh",
+            b"echo 'a",
+            "a.sh cannot be read as a shell script: line 1: a single quote is not closed; give a shell",
+        ),
         ("a.bin", b"\x7fELF\xff\xfe", "a.bin cannot be read as a shell script: 'utf-8' codec can't decode"),
         ("a.yaml", b"a: 1\nb:\n  - 2\n", "a.yaml starts no training that can be read: "),
         ("empty.sh", b"", "empty.sh starts no training that can be read: "),
@@ -246,6 +250,11 @@ def test_connections_that_may_be_set_are_not_blocked(checked):
     assert not is_blocked
     assert "$C: line 10: C is not set; as CUDA_DEVICE_MAX_CONNECTIONS it has to be 1" in text
     assert not checked(f"unset CUDA_DEVICE_MAX_CONNECTIONS\nenv CUDA_DEVICE_MAX_CONNECTIONS=1 {RUN}")[1]
+
+
+def test_one_rank_is_no_plural(checked):
+    run = RUN.replace("--nproc-per-node 4", "--nproc-per-node 1")
+    assert checked(run)[0].startswith("train.sh, line 9: pretrain_gpt.py on 1 rank\n")
 
 
 def test_lost_flags_are_blocked(checked):

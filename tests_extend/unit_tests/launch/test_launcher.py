@@ -20,6 +20,7 @@ FLAGS = "train.py --micro-batch-size 1"
         ("torchrun --master_addr $HOST train.py", 1),
         ("torchrun --nproc-per-node 2 --nproc-per-node 4 train.py", 4),
         ("PET_NPROC_PER_NODE=4 torchrun train.py", 4),
+        ("torchrun --nproc-per-node 2 --master_addr your node train.py", 2),
         ("torchrun --log-dir /x/log.py train.py", 1),
         ("/opt/bin/python3.12 -m torch.distributed.run --nproc_per_node 2 -m mindspeed_cp train.py", 2),
         ("python -m torch.distributed.launch --nproc_per_node 2 train.py", 2),
