@@ -1,6 +1,7 @@
 """Ring, double ring and hybrid against dense attention: results, accuracy, messages, memory, failures and names."""
 
 import dataclasses
+import itertools
 import re
 from unittest import mock
 
@@ -53,9 +54,11 @@ IN_TURN = [
     for number, topology in enumerate(filter(reachable, GRIDS))
 ]
 """Every grid that flags ask for, with one mask and one kind of heads after the other."""
+GLOO_IN_TURN = [pytest.param(*each, marks=[pytest.mark.slow] * (number % 3 > 0)) for number, each in enumerate(IN_TURN)]
+"""Over processes a third of them by default: each grid runs on virtual ranks too."""
 
 
-@pytest.mark.parametrize(("topology", "mask", "heads"), IN_TURN, ids=grid_id)
+@pytest.mark.parametrize(("topology", "mask", "heads"), GLOO_IN_TURN, ids=grid_id)
 def test_every_grid_of_gloo_ranks_equals_dense_attention_with_the_same_bits_in_every_run_and_with_overlap(
     gloo, topology, mask, heads
 ):
@@ -67,10 +70,14 @@ def test_every_grid_of_gloo_ranks_equals_dense_attention_with_the_same_bits_in_e
     assert_equal_to(dense(case), restored(case, [shards[0] for shards in runs]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("mask", ["causal", "full", "per head"])
-@pytest.mark.parametrize("topology", [each for each in GRIDS if reachable(each)], ids=grid_name)
+@pytest.mark.parametrize(
+    ("topology", "mask", "heads"),
+    [
+        pytest.param(*each, marks=[] if each in IN_TURN else [pytest.mark.slow])
+        for each in itertools.product(filter(reachable, GRIDS), ("causal", "full", "per head"), HEADS)
+    ],
+    ids=grid_id,
+)
 def test_every_grid_of_virtual_ranks_equals_dense_attention_with_every_mask_and_heads(topology, mask, heads):
     case = case_on(topology, mask=mask, **HEADS[heads])
     assert_equal_to(dense(case), restored(case, attend_virtually(case)))
