@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check the style and run the tests; makes the environment if it is not there.
 #
-#   bash scripts/test.sh                     # what everyone runs before a commit: under 4 minutes on 2 cores
+#   bash scripts/test.sh                     # what everyone runs before a commit: some minutes on 2 cores
 #   bash scripts/test.sh --all               # the slow tests too
 #   bash scripts/test.sh -k ulysses -x       # other arguments go to pytest
 #   bash scripts/test.sh -n 0 --pdb          # in one process, as a debugger needs it
