@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ class RankPool:
 
     All of them at once, for they join one another; where each joins `alone`, only those that a call needs.
 
-    preload: modules that one server imports before it forks the ranks. It must have no threads then.
+    preload: modules that one server imports before it forks the ranks. It must have no threads then, and there is one
+    in a process: the first pool's. Where there are none, each rank is a fresh interpreter.
     join: called in each process as `join(rank, folder)` before anything else, with a folder that all ranks share.
     """
 
@@ -118,8 +120,10 @@ class RankPool:
 
     def _start(self, ranks: Sequence[int]) -> None:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rank_pool_")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(self._preload)
+        context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+        if self._preload:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(self._preload)
         for rank in ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._folder.name, self._join, theirs))

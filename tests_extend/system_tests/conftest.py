@@ -16,7 +16,7 @@ class TrainingPool:
     """Ranks that train through Megatron again and again: importing it takes longer than a run of a toy."""
 
     def __init__(self) -> None:
-        self._pool = RankPool(8, ["pytest", "torch"], training_cases.import_megatron, alone=True)
+        self._pool = RankPool(8, training_cases.PRELOAD, training_cases.prepare_rank, alone=True)
 
     @functools.cache  # noqa: B019  (one pool for the whole session)
     def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:

@@ -37,13 +37,18 @@ MODEL_FLAGS = """
     --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64
     --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
     --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
-    --micro-batch-size 1 --global-batch-size 2 --train-iters 20 --lr 1e-3 --lr-decay-style constant --log-interval 1
+    --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --lr-decay-style constant --log-interval 1
     --distributed-backend gloo --distributed-timeout-minutes 4 --num-workers 0
 """
+ITERATIONS = 8
+"""Enough for a fault to show: a gradient that is wrong in the first changes the losses of all others."""
+
+PRELOAD = ["pytest", "torch", "megatron.core.models.gpt", "megatron.training"]
+"""Modules whose import takes longer than a run, and starts no thread; those that are not installed are passed over."""
 
 
-def import_megatron(rank: int, folder: str) -> None:
-    """What takes longest, once for each process."""
+def prepare_rank(rank: int, folder: str) -> None:
+    """What each process needs before its first run."""
     del folder
     os.environ["RANK"] = str(rank)
     warnings.simplefilter("ignore")
@@ -51,6 +56,9 @@ def import_megatron(rank: int, folder: str) -> None:
 
     if HAS_TRAINING:
         import megatron.training  # noqa: F401
+    # forget_run collects what a run has left, and need not go through all modules for it.
+    gc.collect()
+    gc.freeze()
 
 
 def train(
@@ -66,7 +74,7 @@ def train(
     output = io.StringIO()
     with (
         launched(world_size, port),
-        mock.patch.object(sys, "argv", [str(SCRIPT), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]),
+        mock.patch.object(sys, "argv", _command(flags)),
         sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
@@ -79,6 +87,10 @@ def train(
         finally:
             forget_run()
     return losses_in(output.getvalue(), line)
+
+
+def _command(flags: str) -> list[str]:
+    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]
 
 
 class CoreLayerResult(NamedTuple):
