@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
-    {"topology", "layout", "schedule"},
-    {"config", "patching", "device"},
+    {"topology", "layout", "schedule", "plan"},
+    {"layouts", "program", "config", "patching", "device"},
     {"kernels", "comm", "choice"},
     {"attention"},
     {"patches"},

@@ -1,0 +1,530 @@
+r"""Who sees whom: which tokens of one rank attend to which of another, as rectangles that kernels know.
+
+Everything that depends on it reads `AttentionPlan.tiles`: attention, what travels, bytes, predictions, drawings and
+checks. Integers and slices; no torch.
+
+Note [Tiles]
+    Tokens lie in a rank's memory in runs: stretches of one document whose positions count up with them. Within two
+    runs the rule "query i sees key j where -ahead <= i - j <= behind" is a band along the diagonal of a rectangle of
+    local tokens. Such a band is what FlashAttention calls a window, aligned bottom right: row a of n sees, of m keys,
+
+        a + (m - n) - left  <=  b  <=  a + (m - n) + right
+
+    and causal attention is left = None, right = 0 on a square. A tile is cropped until its first and last row, and its
+    first and last key, take part; then no row is dead and neither bound is negative.
+
+    Two tiles are one where their union is again a band on a rectangle. That is so if the band which spans both has the
+    area of both, since it holds them and they do not overlap. Causal attention on a zigzag is one tile for each pair of
+    ranks by this rule, three pieces on the diagonal:
+
+        keys        early  late                    early  late
+        early       \                         the triangle on all local tokens
+        late        full   \
+
+    It makes one tile of keys that lie side by side and are seen by all rows, whatever their positions. What depends on
+    positions (ALiBi, dropout by position) asks for tiles that end where positions jump: `at_gaps`.
+
+Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `window_size`.
+"""
+
+import functools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+
+class Run(NamedTuple):
+    """Tokens start..stop of one rank: they are the positions `position`.. of one document of one sample.
+
+    document: numbered in the order of the stream. sample: its index in the batch; None where all samples are alike.
+    """
+
+    start: int
+    stop: int
+    position: int
+    document: int = 0
+    sample: int | None = None
+
+
+class Band(NamedTuple):
+    """Query i of a document sees its key j where -ahead <= i - j <= behind; None is without bound.
+
+    keys: the positions of the keys that it is about, from..to; the bands of one document are about different keys.
+    """
+
+    behind: int | None
+    ahead: int | None
+    keys: tuple[int, int | None] = (0, None)
+
+
+FULL = (Band(None, None),)
+CAUSAL = (Band(None, 0),)
+
+
+class Tile(NamedTuple):
+    """These queries attend to these keys under this window, see Note [Tiles].
+
+    queries, keys: tokens of the two ranks. left, right: the window, None where it does not cut the rectangle.
+    distance: the first query's position minus the first key's; None where positions jump within.
+    area: pairs of query and key that see each other, one head's share of the work.
+    sample: the one it is of; None for all.
+    """
+
+    queries: slice
+    keys: slice
+    left: int | None
+    right: int | None
+    distance: int | None
+    area: int
+    sample: int | None = None
+
+
+class Layout(Protocol):
+    """Who holds what. A rank's tokens are in the order of the stream: by sample, document and position."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that hold something, or could."""
+        ...
+
+    def num_tokens(self, rank: int) -> int:
+        """Tokens of a sample that `rank` holds."""
+        ...
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """What `rank` holds, in its order."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who sees whom between the queries and the keys that ranks hold.
+
+    queries, keys: who holds them; the same object in self-attention. bands: what a query sees of its document.
+    bands_of: the documents for which that is something else.
+
+    Raises ValueError for a band in which nothing sees anything, or bands of one document about the same keys.
+    """
+
+    queries: Layout
+    keys: Layout
+    bands: tuple[Band, ...] = CAUSAL
+    bands_of: Mapping[int, tuple[Band, ...]] = field(default_factory=dict)
+    _tiles: dict[tuple[int, int, bool], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[int, "_KeyIndex"] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for bands in (self.bands, *self.bands_of.values()):
+            _check_bands(bands)
+
+    def tiles(self, query_rank: int, key_rank: int, *, at_gaps: bool = False) -> tuple[Tile, ...]:
+        """What the queries of one rank see of the keys of another: the one answer to who sees whom.
+
+        at_gaps: whether tiles end where positions jump.
+
+        Every pair that sees each other is in one tile, and no other pair is in any. There are never more tiles than
+        runs of queries, runs of keys and documents together, unless they end at gaps.
+        """
+        case = query_rank, key_rank, at_gaps
+        if case not in self._tiles:
+            pieces = _merged_rows(self._rows(query_rank, self._index(key_rank), at_gaps), at_gaps)
+            self._tiles[case] = tuple(piece.tile() for piece in pieces)
+        return self._tiles[case]
+
+    def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
+        """Those tokens of `key_rank` that some query of `query_rank` sees, as few slices as possible."""
+        return union(tile.keys for tile in self.tiles(query_rank, key_rank))
+
+    def area(self, query_rank: int, key_rank: int) -> int:
+        """Pairs of query and key that see each other."""
+        return sum(tile.area for tile in self.tiles(query_rank, key_rank))
+
+    def of_groups(self, groups: Sequence[Sequence[int]]) -> "AttentionPlan":
+        """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.
+
+        How a group's tokens are put in order is `GroupedLayout.pieces` of its `queries` and `keys`.
+        """
+        queries = GroupedLayout(self.queries, tuple(map(tuple, groups)))
+        keys = queries if self.keys is self.queries else GroupedLayout(self.keys, queries.groups)
+        return AttentionPlan(queries, keys, self.bands, self.bands_of)
+
+    def _index(self, key_rank: int) -> "_KeyIndex":
+        if key_rank not in self._indices:
+            self._indices[key_rank] = _KeyIndex(self.keys.runs(key_rank))
+        return self._indices[key_rank]
+
+    def _rows(self, query_rank: int, index: "_KeyIndex", at_gaps: bool) -> "Iterator[list[_Piece]]":
+        """For each run of queries the pieces that it sees, merged along the keys."""
+        for run in joined(self.queries.runs(query_rank)):
+            pieces: list[_Piece] = []
+            for band in self.bands_of.get(run.document, self.bands):
+                for piece in index.seen(run, band, at_gaps):
+                    merged = _merged(pieces[-1], piece, at_gaps) if pieces else None
+                    if merged is None:
+                        pieces.append(piece)
+                    else:
+                        pieces[-1] = merged
+            yield pieces
+
+
+class Part(NamedTuple):
+    """Tokens start..stop of the shard of a group's member."""
+
+    member: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class GroupedLayout:
+    """What groups of ranks hold together, each group's tokens in the order of the stream.
+
+    groups: the ranks of `layout` in each, by their place in the group.
+    """
+
+    layout: Layout
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """See Layout: the groups."""
+        return len(self.groups)
+
+    def num_tokens(self, rank: int) -> int:
+        """See Layout."""
+        return sum(self.layout.num_tokens(member) for member in self.groups[rank])
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """See Layout."""
+        return joined(run for run, _ in _in_order(self, rank))
+
+    def parts(self, rank: int) -> dict[int | None, tuple[Part, ...]]:
+        """For each sample the parts of its members' shards that give the group's tokens when put one after another."""
+        parts: dict[int | None, list[Part]] = {}
+        for run, part in _in_order(self, rank):
+            before = parts.setdefault(run.sample, [])
+            if before and before[-1].member == part.member and before[-1].stop == part.start:
+                part = before.pop()._replace(stop=part.stop)
+            before.append(part)
+        return {sample: tuple(each) for sample, each in parts.items()}
+
+
+@functools.cache
+def _in_order(grouped: GroupedLayout, rank: int) -> tuple[tuple[Run, Part], ...]:
+    """A group's runs in the order of the stream, by the tokens that they will be, and where each comes from."""
+    held = [
+        (run, Part(place, run.start, run.stop))
+        for place, member in enumerate(grouped.groups[rank])
+        for run in grouped.layout.runs(member)
+    ]
+    held.sort(key=lambda item: (item[0].sample or 0, item[0].document, item[0].position))
+    placed, sample, start = [], None, 0
+    for run, part in held:
+        if run.sample != sample:
+            sample, start = run.sample, 0
+        stop = start + run.stop - run.start
+        placed.append((run._replace(start=start, stop=stop), part))
+        start = stop
+    return tuple(placed)
+
+
+def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The same tokens in as few runs as possible."""
+    result: list[Run] = []
+    for run in runs:
+        if result and _continues(result[-1], run):
+            result[-1] = result[-1]._replace(stop=run.stop)
+        elif run.stop > run.start:
+            result.append(run)
+    return tuple(result)
+
+
+def _continues(run: Run, following: Run) -> bool:
+    return following == run._replace(start=run.stop, stop=following.stop, position=run.position + run.stop - run.start)
+
+
+def union(slices: Iterable[slice]) -> tuple[slice, ...]:
+    """The tokens that any of them has, as few slices as possible, ascending."""
+    result: list[slice] = []
+    for each in sorted(slices, key=lambda each: each.start):
+        if result and each.start <= result[-1].stop:
+            result[-1] = slice(result[-1].start, max(result[-1].stop, each.stop))
+        else:
+            result.append(each)
+    return tuple(result)
+
+
+def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
+    """The part of a tile between these queries and these keys; None where they see nothing of each other."""
+    piece = _Piece.of_tile(tile)
+    q0, q1 = max(piece.first_query, queries.start), min(piece.last_query, queries.stop - 1)
+    k0, k1 = max(piece.first_key, keys.start), min(piece.last_key, keys.stop - 1)
+    if q0 > q1 or k0 > k1:
+        return None
+    part = _Piece.of((q0, q1), (k0, k1), piece.low, piece.high, piece.offset, piece.sample)
+    return None if part is None else part.tile()
+
+
+def halves(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """The tiles in two parts of about the same area.
+
+    A causal block's late queries see its early keys as a rectangle, which is half of it: kernels know that, and the two
+    triangles that are left, better than what a cut across all keys would leave. Where that is no fair half (within a
+    quarter of the area), the queries are cut.
+    """
+    if not tiles:
+        return (), ()
+    queries = slice(min(t.queries.start for t in tiles), max(t.queries.stop for t in tiles))
+    keys = slice(min(t.keys.start for t in tiles), max(t.keys.stop for t in tiles))
+    early, late = _cut(queries, (queries.start + queries.stop) // 2)
+    early_keys, late_keys = _cut(keys, (keys.start + keys.stop) // 2)
+    area = sum(tile.area for tile in tiles)
+    first = _parts(tiles, [(late, early_keys)])
+    if abs(2 * sum(tile.area for tile in first) - area) * 4 <= area:
+        return first, _parts(tiles, [(early, early_keys), (early, late_keys), (late, late_keys)])
+
+    def area_before(row: int) -> int:
+        return sum(tile.area for tile in _parts(tiles, [(slice(queries.start, row), keys)]))
+
+    row = bisect_left(range(queries.start, queries.stop), area, key=lambda row: 2 * area_before(row)) + queries.start
+    early, late = _cut(queries, row)
+    return _parts(tiles, [(early, keys)]), _parts(tiles, [(late, keys)])
+
+
+def _cut(tokens: slice, at: int) -> tuple[slice, slice]:
+    return slice(tokens.start, at), slice(at, tokens.stop)
+
+
+def _parts(tiles: tuple[Tile, ...], rectangles: Sequence[tuple[slice, slice]]) -> tuple[Tile, ...]:
+    parts = (within(tile, *rectangle) for rectangle in rectangles for tile in tiles)
+    return tuple(part for part in parts if part is not None)
+
+
+def check_runs(layout: Layout) -> None:
+    """Raise ValueError unless every token of every rank is in one run, and every position of a document in one rank."""
+    held: dict[tuple[int | None, int], list[tuple[int, int, int]]] = {}
+    for rank in range(layout.num_ranks):
+        runs, num_tokens = layout.runs(rank), layout.num_tokens(rank)
+        place: dict[int | None, Run] = {}
+        for run in runs:
+            before = place.get(run.sample)
+            expected = before.stop if before else 0
+            if run.start != expected or run.stop <= run.start:
+                raise ValueError(
+                    f"rank {rank}: {run} does not begin at token {expected}, where the run before it ends, or is "
+                    f"empty; runs hold each token once, in order."
+                )
+            if before and (before.document, before.position) >= (run.document, run.position):
+                raise ValueError(f"rank {rank}: {run} comes after {before}; runs go by document and position.")
+            place[run.sample] = run
+            last = run.position + run.stop - run.start
+            held.setdefault((run.sample, run.document), []).append((run.position, last, rank))
+        if None in place and len(place) > 1:
+            raise ValueError(f"rank {rank}: some runs are of all samples and some of one; give each a sample, or none.")
+        for sample, run in place.items():
+            if run.stop != num_tokens:
+                raise ValueError(f"rank {rank}: runs of sample {sample} end at {run.stop}, of {num_tokens} tokens.")
+    for (sample, document), pieces in held.items():
+        pieces.sort()
+        ends = [0, *(last for _, last, _ in pieces)]
+        for expected, (first, _, rank) in zip(ends, pieces, strict=False):
+            if first != expected:
+                what = "is held twice" if first < expected else "is held by no rank"
+                raise ValueError(
+                    f"position {min(first, expected)} of document {document}, sample {sample}, {what}: see rank {rank}."
+                )
+
+
+def _check_bands(bands: tuple[Band, ...]) -> None:
+    for band in bands:
+        first, last = band.keys
+        if (None not in (band.behind, band.ahead) and band.behind + band.ahead < 0) or (  # type: ignore[operator]
+            first < 0 or (last is not None and last < first)
+        ):
+            raise ValueError(f"{band}: nothing sees anything in it; it wants -ahead <= behind, and keys from 0 on.")
+    for earlier, later in pairwise(sorted(bands, key=lambda band: band.keys[0])):
+        if earlier.keys[1] is None or earlier.keys[1] > later.keys[0]:
+            raise ValueError(f"{earlier} and {later} are about the same keys, which a query would see twice.")
+
+
+class _Piece(NamedTuple):
+    """Queries and keys from..to in local tokens; a sees b where low <= b - a <= high, and both bounds are reached.
+
+    offset: what i - j is more than a - b, positions than tokens; None where it is not the same everywhere.
+    """
+
+    first_query: int
+    last_query: int
+    first_key: int
+    last_key: int
+    low: int
+    high: int
+    offset: int | None
+    area: int
+    sample: int | None
+
+    @classmethod
+    def of(
+        cls,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        low: int | None,
+        high: int | None,
+        offset: int | None,
+        sample: int | None,
+    ) -> "_Piece | None":
+        """The band in a rectangle, both ends of which are included, cropped; None where nothing sees anything."""
+        q0, q1, k0, k1 = *queries, *keys
+        low = k0 - q1 if low is None else low
+        high = k1 - q0 if high is None else high
+        q0, q1 = max(q0, k0 - high), min(q1, k1 - low)
+        k0, k1 = max(k0, q0 + low), min(k1, q1 + high)
+        if q0 > q1 or k0 > k1:
+            return None
+        low, high = max(low, k0 - q1), min(high, k1 - q0)
+        return cls(q0, q1, k0, k1, low, high, offset, _area(q0, q1, k0, k1, low, high), sample)
+
+    @classmethod
+    def of_tile(cls, tile: Tile) -> "_Piece":
+        """The inverse of `tile`."""
+        q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
+        low = k0 - q1 if tile.left is None else k1 - q1 - tile.left
+        high = k1 - q0 if tile.right is None else tile.right + k1 - q1
+        offset = None if tile.distance is None else tile.distance - q0 + k0
+        return cls(q0, q1, k0, k1, low, high, offset, tile.area, tile.sample)
+
+    def tile(self) -> Tile:
+        """As kernels know it."""
+        q0, q1, k0, k1 = self[:4]
+        return Tile(
+            slice(q0, q1 + 1),
+            slice(k0, k1 + 1),
+            left=k1 - q1 - self.low if self.low > k0 - q1 else None,
+            right=self.high + q1 - k1 if self.high < k1 - q0 else None,
+            distance=None if self.offset is None else self.offset + q0 - k0,
+            area=self.area,
+            sample=self.sample,
+        )
+
+
+def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
+    """Pairs in the rectangle with low <= b - a <= high."""
+    rows, keys = q1 - q0 + 1, k1 - k0 + 1
+
+    def keys_up_to(last: int) -> int:
+        """Sum over t <= last of t clamped to 0..keys."""
+        if last <= 0:
+            return 0
+        inside = min(last, keys)
+        return inside * (inside + 1) // 2 + (last - inside) * keys
+
+    def below(diagonal: int) -> int:
+        """Pairs with b - a <= diagonal."""
+        first = diagonal - (k0 - q0)
+        return keys_up_to(first + rows) - keys_up_to(first)
+
+    return below(high) - below(low - 1)
+
+
+def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
+    """Both as one; None where their union is no band on a rectangle, or positions jump and they may not."""
+    if first.sample != second.sample or (at_gaps and first.offset != second.offset):
+        return None
+    q0, q1 = min(first.first_query, second.first_query), max(first.last_query, second.last_query)
+    k0, k1 = min(first.first_key, second.first_key), max(first.last_key, second.last_key)
+    low, high = min(first.low, second.low), max(first.high, second.high)
+    area = first.area + second.area
+    if _area(q0, q1, k0, k1, low, high) != area:
+        return None
+    offset = first.offset if first.offset == second.offset else None
+    return _Piece(q0, q1, k0, k1, low, high, offset, area, first.sample)
+
+
+def _merged_rows(rows: Iterable[list[_Piece]], at_gaps: bool) -> list[_Piece]:
+    """The pieces of all rows; one that continues a piece of the row before it is merged with that one."""
+    result: list[_Piece] = []
+    above: dict[tuple[str, int], int] = {}  # Places in `result` by first and by last key: others cannot continue.
+    for row in rows:
+        edges: dict[tuple[str, int], int] = {}
+        for piece in row:
+            place = len(result)
+            for edge in (("first", piece.first_key), ("last", piece.last_key), ("only", 0)):
+                if edge in above and (merged := _merged(result[above[edge]], piece, at_gaps)) is not None:
+                    place = above[edge]
+                    result[place] = merged
+                    break
+            else:
+                result.append(piece)
+            edges["first", piece.first_key] = edges["last", piece.last_key] = place
+        if len(row) == 1:
+            edges["only", 0] = place
+        above = edges
+    return result
+
+
+class _KeyIndex:
+    """A rank's runs of keys by sample and document, each document's in the order of positions and of tokens."""
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self._runs: dict[tuple[int | None, int], list[Run]] = {}
+        for run in joined(runs):
+            self._runs.setdefault((run.sample, run.document), []).append(run)
+        self._positions = {of: [run.position for run in runs] for of, runs in self._runs.items()}
+
+    def seen(self, queries: Run, band: Band, at_gaps: bool) -> Iterator[_Piece]:
+        """The pieces of keys that a run of queries sees by `band`, in the order of tokens."""
+        of = queries.sample, queries.document
+        runs, positions = self._runs.get(of, []), self._positions.get(of, [])
+        first, last = queries.position, queries.position + queries.stop - queries.start - 1
+        by_any = _limits(band, first, last)
+        begin = max(0, bisect_right(positions, by_any[0]) - 1)
+        end = bisect_right(positions, by_any[1])
+        # Runs that every query sees as a whole are one piece: they lie side by side.
+        by_all = _limits(band, last, first)
+        whole = bisect_left(positions, by_all[0], begin, end)
+        whole_end = min(end, bisect_right(positions, by_all[1], begin, end))
+        if whole < whole_end and _last(runs[whole_end - 1]) > by_all[1]:
+            whole_end -= 1
+        if at_gaps or whole_end - whole < 2:
+            whole = whole_end = begin
+        for place in range(begin, end):
+            if place == whole < whole_end:
+                keys = runs[whole].start, runs[whole_end - 1].stop - 1
+                yield from _some(_Piece.of(_tokens(queries), keys, None, None, None, queries.sample))
+            if not whole <= place < whole_end:
+                yield from _some(_piece_of_runs(queries, runs[place], band))
+
+
+def _piece_of_runs(queries: Run, keys: Run, band: Band) -> _Piece | None:
+    first, last = band.keys
+    start = max(keys.start, keys.start + first - keys.position)
+    stop = keys.stop if last is None else min(keys.stop, keys.start + last - keys.position)
+    offset = (queries.position - queries.start) - (keys.position - keys.start)
+    low = None if band.behind is None else offset - band.behind
+    high = None if band.ahead is None else offset + band.ahead
+    if start >= stop:
+        return None
+    return _Piece.of(_tokens(queries), (start, stop - 1), low, high, offset, queries.sample)
+
+
+def _limits(band: Band, lowest_query: int, highest_query: int) -> tuple[float, float]:
+    """The first and the last key that a query sees, of the lowest and of the highest one."""
+    first, stop = band.keys
+    begin = first if band.behind is None else max(first, lowest_query - band.behind)
+    end = float("inf") if band.ahead is None else highest_query + band.ahead
+    return begin, end if stop is None else min(end, stop - 1)
+
+
+def _tokens(run: Run) -> tuple[int, int]:
+    return run.start, run.stop - 1
+
+
+def _last(run: Run) -> int:
+    """Position of its last token."""
+    return run.position + run.stop - run.start - 1
+
+
+def _some(piece: _Piece | None) -> tuple[_Piece, ...]:
+    return () if piece is None else (piece,)
