@@ -18,7 +18,11 @@ A group runs in one worker, so that there is one of each whatever the number of 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the group of each test for `--dist loadgroup`; see scripts/test.sh."""
+    """Name the group of each test for `--dist loadgroup`, see scripts/test.sh, and have system tests go first.
+
+    They take longest: the last ones of a run would keep one worker busy while the others have nothing left to do.
+    """
+    items.sort(key=lambda item: "system_tests" not in item.path.parts)
     for item in items:
         groups = {group for fixture, group in WORKER.items() if fixture in getattr(item, "fixturenames", ())}
         assert len(groups) <= 1, f"{item.nodeid} would have to run in two workers: {groups}"

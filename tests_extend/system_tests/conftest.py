@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from preload import PRELOAD
 from rank_pool import LIMIT_S, RankFailure, RankPool
 from system_tests import layer_cases, mask_cases, training_cases
 from system_tests.compare_losses import VALIDATION
@@ -16,7 +17,7 @@ class TrainingPool:
     """Ranks that train through Megatron again and again: importing it takes longer than a run of a toy."""
 
     def __init__(self) -> None:
-        self._pool = RankPool(8, training_cases.PRELOAD, training_cases.prepare_rank, alone=True)
+        self._pool = RankPool(8, PRELOAD, training_cases.prepare_rank, alone=True)
 
     @functools.cache  # noqa: B019  (one pool for the whole session)
     def losses(self, ranks: int, flags: str, sabotage: str | None = None) -> dict[int, float]:

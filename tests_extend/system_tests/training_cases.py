@@ -43,9 +43,6 @@ MODEL_FLAGS = """
 ITERATIONS = 8
 """Enough for a fault to show: a gradient that is wrong in the first changes the losses of all others."""
 
-PRELOAD = ["pytest", "torch", "megatron.core.models.gpt", "megatron.training"]
-"""Modules whose import takes longer than a run, and starts no thread; those that are not installed are passed over."""
-
 
 def prepare_rank(rank: int, folder: str) -> None:
     """What each process needs before its first run."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from preload import PRELOAD
 from rank_pool import LIMIT_S, RankPool
 
 WORLD_SIZE = 8
@@ -21,7 +22,7 @@ class GlooPool:
     """`WORLD_SIZE` ranks of one gloo world, and groups of them that are made once."""
 
     def __init__(self) -> None:
-        self._pool = RankPool(WORLD_SIZE, ["pytest", "torch"], _join_world)
+        self._pool = RankPool(WORLD_SIZE, PRELOAD, _join_world)
         self._groups: set[tuple[int, ...]] = set()
 
     def run(

@@ -49,6 +49,8 @@ model_flags=(
     --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000
     --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$ITERS"
     --lr "$LEARNING_RATE" --lr-decay-style constant --log-interval 1
+    # Each rank would start six processes to load what is in memory.
+    --num-workers 0
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --distributed-backend "$BACKEND"
 )
 if [[ -n $QUERY_GROUPS ]]; then
