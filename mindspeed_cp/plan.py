@@ -113,6 +113,9 @@ class AttentionPlan:
     bands: tuple[Band, ...] = CAUSAL
     bands_of: Mapping[int, tuple[Band, ...]] = field(default_factory=dict)
     _tiles: dict[tuple[int, int, bool], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _grouped: "dict[tuple[tuple[int, ...], ...], AttentionPlan]" = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _indices: dict[int, "_KeyIndex"] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -141,14 +144,20 @@ class AttentionPlan:
         """Pairs of query and key that see each other."""
         return sum(tile.area for tile in self.tiles(query_rank, key_rank))
 
-    def of_groups(self, groups: Sequence[Sequence[int]]) -> "AttentionPlan":
+    def __hash__(self) -> int:
+        """Of what it is made of; plans that say the same are one in a cache."""
+        return hash((self.queries, self.keys, self.bands, tuple(sorted(self.bands_of.items()))))
+
+    def of_groups(self, groups: tuple[tuple[int, ...], ...]) -> "AttentionPlan":
         """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.
 
         How a group's tokens are put in order is `GroupedLayout.pieces` of its `queries` and `keys`.
         """
-        queries = GroupedLayout(self.queries, tuple(map(tuple, groups)))
-        keys = queries if self.keys is self.queries else GroupedLayout(self.keys, queries.groups)
-        return AttentionPlan(queries, keys, self.bands, self.bands_of)
+        if groups not in self._grouped:
+            queries = GroupedLayout(self.queries, groups)
+            keys = queries if self.keys is self.queries else GroupedLayout(self.keys, groups)
+            self._grouped[groups] = AttentionPlan(queries, keys, self.bands, self.bands_of)
+        return self._grouped[groups]
 
     def _index(self, key_rank: int) -> "_KeyIndex":
         if key_rank not in self._indices:

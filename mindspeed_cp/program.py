@@ -110,12 +110,17 @@ class Program:
                 sent[message.axis] += message.num_tokens * (1 if message.piece is not None else self.pieces)
         return Counter({axis: tokens // self.pieces for axis, tokens in sent.items()})
 
-    def held(self) -> int:
-        """The most tokens of others' K/V that are in memory at once; one that is received counts from its posting."""
+    def last_uses(self) -> dict[tuple[int, int | None], int]:
+        """The number of the last step that works on a block, or sends it, by owner and piece."""
         last_use: dict[tuple[int, int | None], int] = {}
         for number, step in enumerate(self.steps):
             used = {(step.owner, step.piece)} | {(message.owner, message.piece) for message in step.sends}
             last_use.update(dict.fromkeys(used, number))
+        return last_use
+
+    def held(self) -> int:
+        """The most tokens of others' K/V that are in memory at once; one that is received counts from its posting."""
+        last_use = self.last_uses()
         alive: dict[tuple[int, int | None], int] = {}
         most = 0
         for number, step in enumerate(self.steps):
@@ -127,19 +132,24 @@ class Program:
         return most // self.pieces
 
 
-def program(plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, *, pieces: int = 1) -> Program:
+def program(
+    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, *, pieces: int = 1, in_two: bool = True
+) -> Program:
     """What `rank` does: K/V pass from rank to rank, and gradients go home, see the notes above.
 
-    plan: between the ring's ranks. pieces: of the heads, in foreign inner rings. Steps at which nothing is computed and
-    nothing travels are left out.
+    plan: between the ring's ranks. pieces: of the heads, in foreign inner rings. in_two: whether a backward pass does
+    the own block in two parts. Steps at which nothing is computed and nothing travels are left out.
     """
-    return Program(rank, tuple(_steps(_Rotation(plan, schedule), rank, phase, pieces)), pieces)
+    rotation, backward = _Rotation(plan, schedule), phase is Phase.BACKWARD
+    own = plan.tiles(rank, rank)
+    parts = halves(own) if backward and in_two and schedule.size > 1 else (own, ())
+    return Program(rank, tuple(_steps(rotation, rank, backward, pieces, *parts)), pieces)
 
 
-def _steps(rotation: "_Rotation", rank: int, phase: Phase, pieces: int) -> Iterator[Step]:
-    schedule, backward = rotation.schedule, phase is Phase.BACKWARD
-    own = rotation.plan.tiles(rank, rank)
-    first, last = halves(own) if backward and schedule.size > 1 else (own, ())
+def _steps(
+    rotation: "_Rotation", rank: int, backward: bool, pieces: int, first: tuple[Tile, ...], last: tuple[Tile, ...]
+) -> Iterator[Step]:
+    schedule = rotation.schedule
     for outer in range(schedule.outer):
         for piece in range(pieces) if outer and pieces > 1 else (None,):
             for inner in range(schedule.inner):

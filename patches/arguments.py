@@ -18,8 +18,9 @@ import torch
 from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import KERNELS, BlockCase
-from mindspeed_cp.layout import MaskKind, SequenceLayout
+from mindspeed_cp.kernels import KERNELS, BlockCase, MaskKind
+from mindspeed_cp.kernels.tiles import cut, mask_kind
+from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.blockers import (
     Blocker,
@@ -42,6 +43,7 @@ from mindspeed_cp.patches.unsupported import (
     unsupported,
 )
 from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
 
 ARGUMENTS = "megatron.training.arguments"
 INITIALIZE = "megatron.training.initialize"
@@ -518,13 +520,16 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
 
 def _blocks(config: ContextParallelConfig, num_tokens: int) -> list[tuple[MaskKind, int, int]]:
     """Mask, queries and keys of the blocks between ring ranks that hold so many tokens each."""
-    layout = SequenceLayout(size=config.topology.ring_size, kind=config.layout.kind)
-    pairs = [(0, 0)] if layout.size == 1 else [(0, 0), (0, 1), (1, 0)]
+    num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
+    shards = EqualChunks(config.topology.ring_size, num_tokens, config.layout.kind)
+    pairs = [(0, 0)] if shards.num_ranks == 1 else [(0, 0), (0, 1), (1, 0)]
     # A layer that is given no mask is what its own type says, also where others are given one.
-    causal = (True,) if config.attention_mask_type == "causal" else (True, False)
-    works = [layout.work(*pair, causal=each, num_tokens=num_tokens) for each in causal for pair in pairs]
-    tokens = range(num_tokens)
-    blocks = [(work.mask, len(tokens[work.queries]), len(tokens[work.keys])) for work in works if work is not None]
+    bands = (CAUSAL,) if config.attention_mask_type == "causal" else (CAUSAL, FULL)
+    plans = [AttentionPlan(shards, shards, each) for each in bands]
+    tiles = [part for plan in plans for pair in pairs for tile in plan.tiles(*pair) for part in cut(tile)]
+    blocks = [
+        (mask_kind(tile), tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start) for tile in tiles
+    ]
     if config.attention_mask_type == "general":
         blocks.append((MaskKind.ARBITRARY, num_tokens, num_tokens))
     return list(dict.fromkeys(blocks))

@@ -37,10 +37,12 @@ from torch.utils.benchmark import Timer
 
 from benchmark.kernel import block_flops
 from mindspeed_cp.attention import Attention, LocalAttention, RingCommunicators, compose_attention
-from mindspeed_cp.attention.transit import BlockFormat
+from mindspeed_cp.attention.exchange import BlockFormat
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind, choose_merge_kernel
+from mindspeed_cp.kernels.tiles import mask_kind
+from mindspeed_cp.plan import AttentionPlan
 
 ON_GPU = {"tokens": [4096, 8192, 16384, 32768], "ranks": [2, 4, 8], "heads": ["32:32", "64:8"], "head_size": 128}
 ON_CPU = {"tokens": [128, 256], "ranks": [2, 4], "heads": ["4:4", "8:2"], "head_size": 64}
@@ -79,10 +81,12 @@ class RingCase:
 
     def blocks(self, rank: int) -> list[BlockCase]:
         """What the rank's kernel computes, by owner of the keys."""
-        layout, everything = self.config.layout, range(self.tokens)
-        works = [layout.work(rank, owner, causal=True, num_tokens=self.tokens) for owner in range(self.num_ranks)]
+        shards = self.config.layout.of(self.tokens)
+        plan = AttentionPlan(shards, shards)
+        tiles = (tile for owner in range(self.num_ranks) for tile in plan.tiles(rank, owner))
         return [
-            self._block(len(everything[work.queries]), len(everything[work.keys]), work.mask) for work in works if work
+            self._block(tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start, mask_kind(tile))
+            for tile in tiles
         ]
 
     def dense(self, tokens: int) -> BlockCase:

@@ -1,4 +1,4 @@
-"""Draw who holds which chunk and what a ring does at each step, from the layout and the schedule themselves.
+"""Draw who holds which chunk and what a ring does at each step, from the plan and the program themselves.
 
 python scripts/draw_schedule.py            # draws them anew into docs/architecture.md
 python scripts/draw_schedule.py --check    # only says whether they are as the code has them
@@ -9,8 +9,10 @@ import re
 import sys
 from pathlib import Path
 
-from mindspeed_cp.layout import MaskKind, SequenceLayout
-from mindspeed_cp.schedule import Hop, RingSchedule, Step
+from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.plan import FULL, AttentionPlan, Tile
+from mindspeed_cp.program import Axis, Phase, Program, Step, program
+from mindspeed_cp.schedule import RingSchedule
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 DRAWING = re.compile(r"(<!-- drawing: (\w+) -->\n).*?(<!-- end of drawing -->)", re.DOTALL)
@@ -18,66 +20,64 @@ DRAWING = re.compile(r"(<!-- drawing: (\w+) -->\n).*?(<!-- end of drawing -->)",
 
 def draw_chunks(size: int) -> str:
     """Which rank holds each chunk of a sequence, and what a rank's queries see of each owner's keys."""
-    layout = SequenceLayout(size=size)
-    owner = {chunk: rank for rank in range(size) for chunk in layout.chunk_ids(rank)}
+    shards = EqualChunks(size, tokens=2)
+    plan = AttentionPlan(shards, shards)
+    owner = {chunk: rank for rank in range(size) for chunk in shards.chunks(rank)}
     lines = [
-        "chunk of the sequence  " + "".join(f"{chunk:3d}" for chunk in range(layout.num_chunks)),
-        "held by rank           " + "".join(f"{owner[chunk]:3d}" for chunk in range(layout.num_chunks)),
+        "chunk of the sequence  " + "".join(f"{chunk:3d}" for chunk in sorted(owner)),
+        "held by rank           " + "".join(f"{owner[chunk]:3d}" for chunk in sorted(owner)),
         "",
         "queries of   keys of rank " + "".join(f"{rank:<12d}" for rank in range(size)).rstrip(),
     ]
-    for query_owner in range(size):
-        cells = (_draw_work(layout, query_owner, key_owner) for key_owner in range(size))
-        lines.append(f"rank {query_owner}                    " + "".join(f"{cell:12s}" for cell in cells).rstrip())
+    for query_rank in range(size):
+        cells = (_draw_tiles(plan.tiles(query_rank, key_rank)) for key_rank in range(size))
+        lines.append(f"rank {query_rank}                    " + "".join(f"{cell:12s}" for cell in cells).rstrip())
     return "\n".join(lines)
 
 
-def _draw_work(layout: SequenceLayout, query_owner: int, key_owner: int) -> str:
-    work = layout.work(query_owner, key_owner, causal=True, num_tokens=2)
-    if work is None:
-        return "-"
-    queries, keys = ("all" if part == slice(0, 2) else "half" for part in (work.queries, work.keys))
-    return "triangle" if work.mask is MaskKind.TRIANGLE else f"{queries} x {keys}"
+def _draw_tiles(tiles: tuple[Tile, ...]) -> str:
+    drawn = []
+    for tile in tiles:
+        queries, keys = ("all" if part == slice(0, 2) else "half" for part in (tile.queries, tile.keys))
+        drawn.append("triangle" if tile.right == 0 else f"{queries} x {keys}")
+    return ", ".join(drawn) or "-"
 
 
 def draw_ring(outer: int, inner: int) -> str:
-    """Which block each rank works on at each step, and what travels meanwhile."""
+    """Which block each rank works on at each step, and what travels meanwhile, where all see all."""
     schedule = RingSchedule(outer=outer, inner=inner)
+    shards = EqualChunks(schedule.size, tokens=2)
+    plan = AttentionPlan(shards, shards, FULL)
+    programs = [program(plan, schedule, rank, Phase.BACKWARD) for rank in range(schedule.size)]
     width = max(4, len(str(schedule.size)) + 2)
-    windows = [" ".join(f"{w * inner + i:>{width - 1}d}" for i in range(inner)) for w in range(outer)]
-    head = "rank     " + "  |".join(windows)
-    lines = [f"{head}   K/V on its way{'':32}dK/dV on its way"]
-    for step in schedule.steps:
-        owners = [
-            " ".join(f"{schedule.owner(w * inner + i, step):>{width - 1}d}" for i in range(inner)) for w in range(outer)
-        ]
-        name = f"({step.window},{step.offset})"
-        lines.append(f"{name:9s}{'  |'.join(owners)}   {_draw_kv(schedule, step):46s}{_draw_gradients(schedule, step)}")
+    rings = [" ".join(f"{o * inner + i:>{width - 1}d}" for i in range(inner)) for o in range(outer)]
+    lines = [f"step     {'  |'.join(rings)}   {'K/V on its way to rank 0':40s}dK/dV that leave rank 0"]
+    for number, steps in enumerate(zip(*(each.steps for each in programs), strict=True)):
+        cells = [f"{step.owner if step.tiles else '-':>{width - 1}}" for step in steps]
+        owners = "  |".join(" ".join(cells[o * inner : (o + 1) * inner]) for o in range(outer))
+        under_way = _draw_kv(programs[0], number)
+        lines.append(f"{number:<9d}{owners}   {under_way:40s}{_draw_gradients(steps[0])}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _draw_kv(schedule: RingSchedule, step: Step) -> str:
-    """The transfers of K/V that are under way while `step` is computed, those that left earlier included."""
+def _draw_kv(of_rank: Program, number: int) -> str:
+    """The transfers of K/V to a rank that are under way while a step is computed, those that left earlier included."""
+    owners = [step.owner for step in of_rank.steps]
     under_way = []
-    for start in schedule.steps[: schedule.steps.index(step) + 1]:
-        for needed_at, hop in schedule.departures(start).items():
-            if schedule.steps.index(needed_at) > schedule.steps.index(step):
-                under_way.append(f"{_draw_hop(hop)} for ({needed_at.window},{needed_at.offset})")
+    for step in of_rank.steps[: number + 1]:
+        for message in step.receives:
+            needed_at = owners.index(message.owner)
+            if needed_at > number:
+                under_way.append(f"from {message.peer} for step {needed_at}")
     return ", ".join(under_way) or "nothing"
 
 
-def _draw_gradients(schedule: RingSchedule, step: Step) -> str:
-    """What leaves after `step` in the backward pass."""
-    leaving = []
-    if step.offset:
-        leaving.append(f"partials {_draw_hop(Hop(0, -step.offset))}")
-    if schedule.ends_window(step) and step.window:
-        leaving.append(f"the window's sum {_draw_hop(Hop(-step.window, 0))}")
-    return ", ".join(leaving) or "nothing"
-
-
-def _draw_hop(hop: Hop) -> str:
-    return f"{hop.inner:+d} in window" if hop.outer == 0 else f"{hop.outer:+d} window"
+def _draw_gradients(step: Step) -> str:
+    """What leaves after a step of rank 0."""
+    if step.gives is None:
+        return "nothing"
+    what = "the sum" if step.gives.axis is Axis.ACROSS else "partials"
+    return f"{what} for {step.gives.owner} to {step.gives.peer}"
 
 
 DRAWINGS = {

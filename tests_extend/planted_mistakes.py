@@ -41,36 +41,49 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
     "dropped step": Mistake(
-        "attention/ring.py",
-        "        if work is None:\n            steps",
-        "        if work is None or (step.offset and step == ring.schedule.steps[-1]):\n            steps",
+        "program.py",
+        "            for inner in range(schedule.inner):\n",
+        "            for inner in range(schedule.inner - (schedule.inner > 2)):\n",
         "attention",
     ),
-    "wrong chunk order": Mistake(
-        "layout.py", "sorted(range(len(held)), key=held.__getitem__)", "range(len(held))", "attention"
-    ),
+    "wrong chunk order": Mistake("attention/ulysses.py", "places)\n", "sorted(places))\n", "attention"),
+    "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
     "gradient lost": Mistake(
-        "attention/transit.py", "self._add(total, keys, *self._format.unpack(message))", "pass", "attention"
+        "attention/exchange.py", "self._add_message(posted.message, posted.received)", "pass", "attention"
     ),
-    "stale K/V": Mistake("attention/transit.py", "return self._received\n", "return self._sent\n", "attention"),
-    "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
-    "wrong peer": Mistake(
-        "attention/transit.py",
-        "schedule.peer(rank, Hop(0, -step.offset)), schedule.peer(rank, Hop(0, step.offset))",
-        "schedule.peer(rank, Hop(0, step.offset)), schedule.peer(rank, Hop(0, -step.offset))",
+    "stale K/V": Mistake(
+        "attention/exchange.py",
+        "self._here[key] = Block(",
+        "self._here.setdefault(key, next(iter(self._here.values()))); Block(",
         "attention",
+    ),
+    "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
+    "message to the wrong peer": Mistake(
+        "program.py",
+        "gives = _message(schedule.peer(rank, Hop(0, -inner)),",
+        "gives = _message(schedule.peer(rank, Hop(0, inner)),",
+        "test_program.py",
+    ),
+    "own block's second part forgotten": Mistake(
+        "program.py", "    yield from _live(Step(rank, last))\n", "", "attention"
     ),
     "scale left out": Mistake(
-        "attention/ring.py", ".forward(*block, mask, scale)", ".forward(*block, mask, 1.0)", "attention"
+        "attention/ring.py", ".forward(*tensors, mask, terms.scale)", ".forward(*tensors, mask, 1.0)", "attention"
+    ),
+    "kernel of the forward pass not kept": Mistake(
+        "attention/ring.py",
+        "grads = done.kernel.backward(",
+        "grads = ring.kernels.choose(done.case).backward(",
+        "attention",
     ),
     "mask columns of another owner": Mistake(
         "attention/ring.py",
-        "self.layout.shard(visible, key_owner, dim=-1)",
-        "self.layout.shard(visible, self.rank, dim=-1)",
+        "mask = _mask(plan, terms, step.owner, tile, of[1])",
+        "mask = _mask(plan, terms, ring.rank, tile, of[1])",
         "attention",
     ),
     "merge in bf16": Mistake(
-        "attention/merge.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
+        "attention/sums.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
-from mindspeed_cp.attention.local import LocalAttention
+from mindspeed_cp.attention.exchange import RingCommunicators
+from mindspeed_cp.attention.planned import PlannedAttention
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.transit import RingCommunicators
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig
@@ -75,28 +75,27 @@ def compose_attention(
     topology, layout = config.topology, layout or config.layout
     if layout.size != topology.size:
         raise ValueError(f"{layout} is not one of the {topology.size} context-parallel ranks.")
-    causal = config.attention_mask_type == "causal"
     if config.context_parallel_kernels:
         kernels = kernels.only(config.context_parallel_kernels)
     if config.megatron_cp_in_bnsd:
         kernels = kernels.in_bnsd()
-    attention: Attention = LocalAttention(causal=causal, kernels=kernels)
-    if ring is not None:
-        attention = RingAttention(
-            schedule=RingSchedule(outer=topology.outer, inner=topology.inner),
-            # What a Ulysses group holds together is its ring rank's shard, of a ring as long as the number of groups.
-            layout=SequenceLayout(size=topology.ring_size, kind=layout.kind),
-            communicators=ring,
-            causal=causal,
-            overlap=config.use_cp_send_recv_overlap,
-            kernels=kernels,
-            merge_kernels=merge_kernels,
-        )
+    ring_attention = RingAttention(
+        schedule=RingSchedule(outer=topology.outer, inner=topology.inner),
+        communicators=ring,
+        overlap=config.use_cp_send_recv_overlap,
+        kernels=kernels,
+        merge_kernels=merge_kernels,
+    )
+    attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:
+        firsts = range(0, topology.size, topology.ulysses)
         attention = UlyssesAttention(
-            communicator=ulysses, chunk_order=layout.gather_order(topology.ulysses_ranks(rank)), inner=attention
+            communicator=ulysses,
+            groups=tuple(topology.ulysses_ranks(first) for first in firsts),
+            group=rank // topology.ulysses,
+            ring=ring_attention,
         )
-    return attention
+    return PlannedAttention(attention, layout, causal=config.attention_mask_type == "causal")
 
 
 def _groups(

@@ -1,14 +1,28 @@
-"""Ring attention: K/V blocks travel from rank to rank while each rank's queries stay. Plain and double ring alike.
+"""Ring attention: K/V travel from rank to rank while each rank's queries stay. Plain, double, and of one rank.
+
+    chunk of the sequence    0  1  2  3  4  5  6  7
+    held by rank             0  1  2  3  3  2  1  0         (zigzag of four ranks; others are in layouts.py)
+
+    rank 1, forward          works on rank 1      sends rank 1's K/V on
+                             works on rank 0      sends rank 0's K/V on
+                             works on rank 3      sends rank 3's K/V on
+                             works on rank 2
+    backward, likewise       works on rank 1, one half
+                             works on rank 0      gives rank 0 its gradients
+                             works on rank 3      gives rank 3 its gradients
+                             works on rank 2      gives rank 2 its gradients
+                             works on rank 1, the other half
+
+Who sees whom is the plan's to say (plan.py), and what travels when the program's (program.py). This module computes the
+tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
 
 Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key head size, V value head size.
-
-Which block is worked on at each step is data: see Note [One schedule] in schedule.py. Who sees whom is data too:
-SequenceLayout.work. What travels meanwhile is in transit.py. This module only follows them, forward and backward.
 
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from mindspeed_cp.attention.call import default_scale
-from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
-from mindspeed_cp.attention.transit import GradientsHome, Ring, travel
+from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, RingCommunicators
+from mindspeed_cp.attention.sums import MergedOutput, TokenSum
+from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
@@ -29,48 +43,62 @@ from mindspeed_cp.kernels import (
     BlockMask,
     BlockOutput,
     KernelRegistry,
+    MaskKind,
     MergeKernel,
-    add_,
 )
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.layout import BlockWork, MaskKind
+from mindspeed_cp.kernels.tiles import Turned, cut, is_turned, mask_kind
+from mindspeed_cp.plan import AttentionPlan, Tile, halves, joined
+from mindspeed_cp.program import Phase, Program, Step, program
+from mindspeed_cp.schedule import RingSchedule
 
 
 @dataclass(frozen=True)
-class RingAttention(Ring):
+class RingAttention:
     """Attention whose keys and values are spread over the ranks of a ring.
 
-    kernels: what to choose from for each block. merge_kernels: what to choose from for merging them, the preferred
-    first.
+    schedule: the grid of its ranks, 1 x 1 for a rank that is alone. communicators: None for that one. overlap: whether
+    messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
+    tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
+    program.py; it divides the K/V heads.
     """
 
+    schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
+    communicators: RingCommunicators | None = None
+    overlap: bool = False
     kernels: KernelRegistry = KERNELS
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
+    pieces: int = 1
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """See Attention. The chunks divide the tokens."""
-        if q.size(2) % self.layout.chunks_per_rank:
-            raise ValueError(
-                f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
-            )
+    @property
+    def rank(self) -> int:
+        """This rank's place in the ring."""
+        return 0 if self.communicators is None else self.communicators.inner.rank
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        """See Attention."""
-        out: Tensor = _Ring.apply(self, q, k, v, visible, default_scale(q) if scale is None else scale)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
+        """See PlannedAttention. plan: between the ranks of the ring."""
+        out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)
         return out
 
-    def mask(self, work: BlockWork, key_owner: int, visible: Tensor | None) -> BlockMask:
-        """The mask of a block: the layout's, or the columns of `visible` that stand for the block's keys."""
-        if visible is None:
-            return BlockMask(work.mask)
-        return BlockMask(MaskKind.ARBITRARY, self.layout.shard(visible, key_owner, dim=-1))
+    def player(self, plan: AttentionPlan, phase: Phase, *, in_two: bool = True) -> Player:
+        """How this rank plays the program of a pass. in_two: whether the own block may be done in two parts."""
+        steps = _program(plan, self.schedule, self.rank, phase, self.pieces, in_two)
+        return Player(steps, phase, self.schedule, self.communicators, self.overlap)
 
 
-class _Step(NamedTuple):
-    """What the forward pass keeps of a step: the kernel that computed it, and that kernel's own state."""
+@functools.lru_cache(maxsize=256)
+def _program(
+    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, in_two: bool
+) -> Program:
+    """The program, made once for all layers of a batch."""
+    return program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
 
+
+class _Computed(NamedTuple):
+    """What the forward pass keeps of a tile: the kernel that computed it, and that kernel's own state."""
+
+    tile: Tile
+    case: BlockCase
     kernel: BlockKernel
     state: tuple[Tensor, ...]
 
@@ -80,74 +108,157 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
+        ctx: Any,
+        ring: RingAttention,
+        plan: AttentionPlan,
+        terms: Terms,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
     ) -> Tensor:
         with autocast_off(q.device.type):
-            (out, lse, _), steps = _forward(ring, q, k, v, visible, scale)
+            (out, lse, _), computed = _forward(ring, plan, terms, q, k, v)
         ctx.save_for_backward(q, k, v, visible, out, lse)
-        ctx.ring, ctx.scale, ctx.steps = ring, scale, steps
+        ctx.ring, ctx.plan, ctx.scale, ctx.computed = ring, plan, terms.scale, computed
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out, lse = ctx.saved_tensors
+        terms = Terms(ctx.scale, visible)
         with autocast_off(q.device.type):
             gradients = _backward(
-                ctx.ring, ctx.steps, grad_outputs[0], q, k, v, visible, BlockOutput(out, lse), ctx.scale
+                ctx.ring, ctx.plan, terms, ctx.computed, grad_outputs[0], q, k, v, BlockOutput(out, lse)
             )
-        return None, *gradients, None, None
+        return None, None, None, *gradients, None
 
 
 def _forward(
-    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
-) -> tuple[BlockOutput, list[_Step | None]]:
-    """The merged output over all blocks, and what the backward pass needs of each step; None where nothing was done."""
-    merged: MergedOutput | None = None
-    steps: list[_Step | None] = []
-    for step, owner, keys, values in travel(ring, k, v, "forward"):
-        work = ring.work(ring.rank, owner, q.size(2))
-        if work is None:
-            steps.append(None)
-            continue
-        with record_function(ring.step_name("forward", step)):
-            block = (q[:, :, work.queries], keys[:, :, work.keys], values[:, :, work.keys])
-            mask = ring.mask(work, owner, visible)
-            kernel = ring.kernels.choose(BlockCase.of(*block, mask))
-            output = kernel.forward(*block, mask, scale)
-            if merged is None:
-                merged = MergedOutput(output, ring.merge_kernels)
-            else:
-                merged.merge(output, work.queries)
-        steps.append(_Step(kernel, output.state))
-    assert merged is not None, "the first step is the rank's own block, which it always sees"
-    return merged.result(q.dtype), steps
+    ring: RingAttention, plan: AttentionPlan, terms: Terms, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[BlockOutput, dict[tuple[int, int | None], list[_Computed]]]:
+    """The merged output over all steps and, by owner and piece, what the backward pass needs of each tile."""
+    player = ring.player(plan, Phase.FORWARD)
+    merged = MergedOutput(q.new_empty(()).expand(*q.shape[:3], v.size(3)), ring.merge_kernels)
+    computed: dict[tuple[int, int | None], list[_Computed]] = {}
+    key_values = KeyValues(player, k, v)
+
+    def compute(step: Step, tile: Tile) -> _Computed:
+        of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
+        tensors = q[of], *key_values.at(step, of[0], tile.keys)
+        mask = _mask(plan, terms, step.owner, tile, of[1])
+        case = BlockCase.of(*tensors, mask)
+        kernel = _kernel(ring, tile, case)
+        output = kernel.forward(*tensors, mask, terms.scale)
+        merged.merge(output, tile.queries, of[1], of[0])
+        return _Computed(tile, case, kernel, output.state)
+
+    for step in key_values.steps():
+        if step.tiles:
+            with record_function(player.name(step.owner)):
+                done = [compute(step, tile) for tile in _taken(step.tiles)]
+            computed.setdefault((step.owner, step.piece), []).extend(done)
+    return merged.result(), computed
 
 
 def _backward(
     ring: RingAttention,
-    steps: list[_Step | None],
+    plan: AttentionPlan,
+    terms: Terms,
+    computed: dict[tuple[int, int | None], list[_Computed]],
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
     merged: BlockOutput,
-    scale: float,
 ) -> BlockGradients:
     """Gradients of this rank's q, k and v, each rounded once."""
-    dq = torch.zeros(q.shape, dtype=accumulator_dtype(q.dtype), device=q.device)
-    homing = GradientsHome(ring, k, v)
-    for done, (step, owner, keys, values) in zip(steps, travel(ring, k, v, "backward"), strict=True):
-        work = ring.work(ring.rank, owner, q.size(2))
-        if work is None or done is None:
-            homing.bring(step, None, None)
-            continue
-        with record_function(ring.step_name("backward", step)):
-            rows = work.queries
-            block = (q[:, :, rows], keys[:, :, work.keys], values[:, :, work.keys])
-            output = BlockOutput(merged.out[:, :, rows], merged.lse[:, :, rows], done.state)
-            grads = done.kernel.backward(dout[:, :, rows], *block, output, ring.mask(work, owner, visible), scale)
-            add_(dq[:, :, rows], grads.dq)
-        homing.bring(step, grads.dk, grads.dv)
-    return BlockGradients(dq.to(q.dtype), *homing.finish())
+    own = computed.get((ring.rank, None), [])
+    player = ring.player(plan, Phase.BACKWARD, in_two=all(_takes_halves(done) for done in own))
+    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
+
+    def compute(step: Step, tile: Tile) -> Partial:
+        of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
+        done = _done(computed[step.owner, step.piece], tile)
+        grads = done.kernel.backward(
+            *(dout[of], q[of], *key_values.at(step, of[0], tile.keys)),
+            BlockOutput(merged.out[of], merged.lse[of], done.state),
+            _mask(plan, terms, step.owner, tile, of[1]),
+            terms.scale,
+        )
+        dq.add(grads.dq, tile.queries, of[1], of[0])
+        return Partial(of[0], tile.keys, grads.dk, grads.dv)
+
+    for step in key_values.steps():
+        partials: list[Partial] = []
+        if step.tiles:
+            with record_function(player.name(step.owner)):
+                partials = [compute(step, tile) for tile in _taken(step.tiles)]
+        gradients.take(step, partials)
+    return BlockGradients(dq.result(), *gradients.finish())
+
+
+def _taken(tiles: Sequence[Tile]) -> Iterator[Tile]:
+    """The tiles, cut into what kernels take."""
+    for tile in tiles:
+        yield from cut(tile)
+
+
+def _samples(tile: Tile) -> slice:
+    return slice(None) if tile.sample is None else slice(tile.sample, tile.sample + 1)
+
+
+def _kernel(ring: RingAttention, tile: Tile, case: BlockCase) -> BlockKernel:
+    kernel = ring.kernels.choose(case)
+    return Turned(kernel) if is_turned(tile) and case.mask is MaskKind.TRIANGLE else kernel
+
+
+def _done(computed: Sequence[_Computed], tile: Tile) -> _Computed:
+    """The tile of the forward pass that this one is, or is a part of; state that kernels keep is good for parts too."""
+    for done in computed:
+        queries, keys = done.tile.queries, done.tile.keys
+        if done.tile.sample == tile.sample and _holds(queries, tile.queries) and _holds(keys, tile.keys):
+            return done
+    raise AssertionError(f"{tile} was not computed in the forward pass")
+
+
+def _takes_halves(done: _Computed) -> bool:
+    """Whether the kernel that computed a tile takes its halves too."""
+    parts = [part for half in halves((done.tile,)) for tile in half for part in cut(tile)]
+    cases = [
+        done.case._replace(
+            num_queries=part.queries.stop - part.queries.start,
+            num_keys=part.keys.stop - part.keys.start,
+            mask=mask_kind(part),
+        )
+        for part in parts
+    ]
+    if done.case.mask is MaskKind.ARBITRARY:
+        cases = [case._replace(mask=MaskKind.ARBITRARY) for case in cases]
+    return not any(done.kernel.unsupported_reasons(case) for case in cases)
+
+
+def _holds(whole: slice, part: slice) -> bool:
+    return bool(whole.start <= part.start and part.stop <= whole.stop)
+
+
+def _mask(plan: AttentionPlan, terms: Terms, owner: int, tile: Tile, heads: slice) -> BlockMask:
+    """What a kernel is told of who sees whom in a tile: its window, or the part of a boolean mask that is about it."""
+    if terms.visible is None:
+        return BlockMask(mask_kind(tile))
+    columns: list[slice] = []
+    for run in joined(plan.keys.runs(owner)):
+        first, last = max(tile.keys.start, run.start), min(tile.keys.stop, run.stop)
+        if first < last:
+            columns.append(slice(run.position + first - run.start, run.position + last - run.start))
+    rows = terms.visible[..., tile.queries, :]
+    if rows.dim() == 4 and rows.size(1) > 1:
+        rows = rows[:, heads]
+    if rows.dim() == 4 and rows.size(0) > 1:
+        rows = rows[_samples(tile)]
+    seen = torch.cat([rows[..., each] for each in columns], dim=-1)
+    if mask_kind(tile) is MaskKind.TRIANGLE:
+        ahead = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device)
+        seen = seen & (ahead.triu() if is_turned(tile) else ahead.tril())
+    return BlockMask(MaskKind.ARBITRARY, seen)

@@ -15,61 +15,78 @@ Source: DeepSpeed Ulysses, arXiv:2309.14509.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.call import Attention
+from mindspeed_cp.attention.ring import RingAttention
+from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator
+from mindspeed_cp.plan import AttentionPlan, GroupedLayout
 
 
 @dataclass(frozen=True)
 class UlyssesAttention:
     """Attention whose heads are split over the ranks of a group.
 
-    communicator: the group.
-    chunk_order: the order that sorts the chunks of the group's concatenated shards by position, see
-        SequenceLayout.gather_order.
-    inner: attention over the sequence that the group holds together, for a part of the heads.
+    communicator: this rank's group. groups: the ranks of all groups, in order; each is one rank of the ring across.
+    group: which is this rank's. ring: attention over what the groups hold, for a part of the heads.
     """
 
     communicator: Communicator
-    chunk_order: tuple[int, ...]
-    inner: Attention
+    groups: tuple[tuple[int, ...], ...]
+    group: int
+    ring: RingAttention
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """See Attention. The group divides the heads, and the chunks the tokens."""
-        size, chunks = self.communicator.size, len(self.chunk_order) // self.communicator.size
+        """Raise ValueError unless the group divides the heads."""
+        size = self.communicator.size
         for name, x in (("q", q), ("k", k)):
             if x.size(1) % size:
                 raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
-        if q.size(2) % chunks:
-            raise ValueError(f"q has {q.size(2)} tokens a rank, not a multiple of its {chunks} chunks.")
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        """See Attention."""
-        if visible is not None:
-            visible = self._gather_rows(visible)
-        q, k, v = _ScatterHeads.apply(self.communicator, self.chunk_order, q, k, v)
-        out = self.inner(q, k, v, scale=scale, visible=visible)
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, self.chunk_order, out)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
+        """See PlannedAttention."""
+        grouped = plan.of_groups(self.groups)
+        assert isinstance(grouped.queries, GroupedLayout)
+        order = chunk_order(grouped.queries, self.group)
+        if terms.visible is not None:
+            terms = replace(terms, visible=self._gather_rows(terms.visible, order))
+        q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
+        out = self.ring(q, k, v, grouped, terms)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, out)
         return gathered[0]
 
-    def _gather_rows(self, visible: Tensor) -> Tensor:
+    def _gather_rows(self, visible: Tensor, order: tuple[int, ...]) -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""
         size = self.communicator.size
         rows: Tensor = self.communicator.all_gather(visible.movedim(-2, 0).contiguous()).flatten(0, 1)
-        chunks = rows.unflatten(0, (len(self.chunk_order), -1))
-        rows = chunks.index_select(0, _index(self.chunk_order, rows.device)).flatten(0, 1).movedim(0, -2)
+        chunks = rows.unflatten(0, (len(order), -1))
+        rows = chunks.index_select(0, _index(order, rows.device)).flatten(0, 1).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
             rows = rows.chunk(size, dim=1)[self.communicator.rank]
         return rows
+
+
+@functools.lru_cache(maxsize=256)
+def chunk_order(layout: GroupedLayout, group: int) -> tuple[int, ...]:
+    """The order that sorts the chunks of a group's concatenated shards: entry i is the place of the i-th earliest.
+
+    The chunks are as long as the parts of the members' shards allow.
+    """
+    (parts,) = layout.parts(group).values()
+    shards = [layout.layout.num_tokens(member) for member in layout.groups[group]]
+    starts = [0, *accumulate(shards)]
+    chunk = math.gcd(*(edge for part in parts for edge in (starts[part.member] + part.start, part.stop - part.start)))
+    tokens = (starts[part.member] + token for part in parts for token in range(part.start, part.stop, chunk))
+    places = [token // chunk for token in tokens]
+    return tuple(places)
 
 
 class _ScatterHeads(torch.autograd.Function):

@@ -8,8 +8,8 @@ from mindspeed_cp.kernels.protocol import (
     BlockKernel,
     BlockMask,
     BlockOutput,
+    MaskKind,
 )
-from mindspeed_cp.layout import MaskKind
 
 __all__ = [
     "KERNELS",

@@ -4,8 +4,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
-from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
 
 _TORCH = Version(torch.__version__)
 

@@ -18,8 +18,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from mindspeed_cp.kernels.cuda import fit, flash_reasons
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
-from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
 
 _OLDEST = "2.7"
 """From this release on the functions' arguments are as they are called here."""

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
-from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
 
 _DEAD_BELOW = -1e38
 """A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of such."""

@@ -6,15 +6,25 @@ head size. Tensors are indexed in this order and may have any strides.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mindspeed_cp.layout import MaskKind
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What q, k and v may be of."""
+
+
+class MaskKind(Enum):
+    """Which keys a query sees."""
+
+    NONE = "none"
+    """All of them."""
+    TRIANGLE = "triangle"
+    """Key j is seen by query i where j <= i; as many keys as queries."""
+    ARBITRARY = "arbitrary"
+    """What a boolean tensor says."""
 
 
 @dataclass(frozen=True)

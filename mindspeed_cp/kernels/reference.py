@@ -6,8 +6,7 @@ Shapes: B batch, N query heads, G key/value heads, R = N / G, S queries, T keys,
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput
-from mindspeed_cp.layout import MaskKind
+from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
 
 
 class ReferenceKernel:

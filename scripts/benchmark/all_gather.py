@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.call import default_scale
-from mindspeed_cp.attention.merge import MergedOutput
+from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
-from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput
+from mindspeed_cp.kernels.tiles import cut, mask_kind
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,11 @@ class AllGatherAttention:
 
     def blocks(self, num_tokens: int) -> Iterator[tuple[slice, slice, BlockMask]]:
         """The rank's queries and the sequence's keys that they see: for each chunk what is before it, then itself."""
-        chunk = num_tokens // 2
-        for place, number in enumerate(self.layout.chunk_ids(self.communicator.rank)):
-            queries, start = slice(place * chunk, (place + 1) * chunk), number * chunk
-            yield queries, slice(start, start + chunk), BlockMask(MaskKind.TRIANGLE)
-            if start:
-                yield queries, slice(0, start), BlockMask(MaskKind.NONE)
+        whole = EqualChunks(1, num_tokens * self.layout.size, "contiguous")
+        plan = AttentionPlan(self.layout.of(num_tokens), whole)
+        for tile in plan.tiles(self.communicator.rank, 0):
+            for part in cut(tile):
+                yield part.queries, part.keys, BlockMask(mask_kind(part))
 
 
 class _AllGather(torch.autograd.Function):
@@ -54,15 +56,12 @@ class _AllGather(torch.autograd.Function):
         gathered = attention.communicator.all_gather(torch.cat([k, v]).movedim(2, 0).contiguous())
         keys, values = attention.layout.restore(gathered.flatten(0, 1), dim=0).movedim(0, 2).chunk(2)
         scale = default_scale(q)
-        chunks: dict[int, MergedOutput] = {}
+        merged = MergedOutput(q.new_empty(()).expand(*q.shape[:3], v.size(3)))
         for queries, seen, mask in attention.blocks(q.size(2)):
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
             output = attention.kernel.forward(*block, mask, scale)
-            if queries.start in chunks:
-                chunks[queries.start].merge(output, slice(None))
-            else:
-                chunks[queries.start] = MergedOutput(output)
-        out, lse = (torch.cat(x, dim=2) for x in zip(*(m.result(q.dtype)[:2] for m in chunks.values()), strict=True))
+            merged.merge(output, queries)
+        out, lse, _ = merged.result()
         ctx.save_for_backward(q, keys, values, out, lse)
         ctx.attention = attention
         return out

@@ -8,6 +8,7 @@ Note [Prediction]
     one. Left out is whatever has no rate: packing, merging and adding, latencies, headers (under 1 %).
 """
 
+import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,12 @@ from typing import Literal, NamedTuple
 
 from benchmark.cases import Algorithm, Case
 from emulated_cluster import Network
-from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.schedule import Hop, RingSchedule, Step
+from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.program import Axis, Message, Phase, program
+from mindspeed_cp.program import Program as RingProgram
+from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.topology import CPTopology
 
 Pass = Literal["forward", "backward"]
 
@@ -26,8 +31,9 @@ def formula_bytes(algorithm: Algorithm, case: Case, pass_: Pass) -> int:
 
     With P ranks, K the bytes of one rank's keys and values, Q those of its queries, u the Ulysses degree, r = P / u:
     all-gather K/V P(P-1)K, either pass; Ulysses P(u-1)/u (2Q + 2K), either pass (keys and values there, their gradients
-    back; queries and outputs likewise); a ring of r, P(r-1)K forward, and backward as much again for the gradients,
-    less a quarter, since half of them are of blocks of which the mask leaves half.
+    back; queries and outputs likewise); a ring what its program says: of r ranks P(r-1)K forward, but that rank 0 of
+    a causal zigzag is only needed in half, and backward as much again for the gradients, less a quarter, since half of
+    them are of blocks of which the mask leaves half.
     """
     size, ulysses, ring = algorithm.topology.size, algorithm.topology.ulysses, algorithm.topology.ring_size
     tokens = case.num_tokens // size
@@ -36,8 +42,9 @@ def formula_bytes(algorithm: Algorithm, case: Case, pass_: Pass) -> int:
     if algorithm.kind == "all-gather":
         return size * (size - 1) * case.kv_bytes(tokens)
     exchanged = (2 * case.q_bytes(tokens) + case.kv_bytes(tokens)) * (ulysses - 1) * size // ulysses
-    blocks = size * (ring - 1) * case.kv_bytes(tokens)
-    return exchanged + blocks + (blocks * 3 // 4 if pass_ == "backward" else 0)
+    programs = (ring_program(algorithm.topology, case.num_tokens, rank, _PHASES[pass_]) for rank in range(ring))
+    # Each of the Ulysses ranks has such a ring, of its part of the heads.
+    return exchanged + sum(each.sent().total() for each in programs) * case.kv_bytes(1)
 
 
 class Compute(NamedTuple):
@@ -112,79 +119,55 @@ class Plan:
             yield from _all_to_all("gradients", rank, tuple(range(size)), block)
 
     def _ring(self, rank: int) -> Program:
+        """The rank's program in the library, played as attention plays it."""
         topology, overlap = self.algorithm.topology, self.algorithm.overlap
         ranks = topology.ring_ranks(rank)
-        ring = _RingOf(
-            rank=ranks.index(rank),
-            schedule=RingSchedule(outer=topology.outer, inner=topology.inner),
-            num_tokens=self.case.num_tokens // topology.ring_size,
-        )
-        block_bytes = self.case.kv_bytes(ring.num_tokens) // topology.ulysses
-        gradients = _Gradients(ring, block_bytes, overlap)
+        steps = ring_program(topology, self.case.num_tokens, ranks.index(rank), _PHASES[self.pass_]).steps
+        token_bytes = self.case.kv_bytes(1) / topology.ulysses
 
-        def on_ranks(program: Program) -> Program:
-            for each in program:
-                if isinstance(each, Post):
-                    sends = {ranks[to]: num_bytes for to, num_bytes in each.sends.items()}
-                    each = Post(each.handle, sends, tuple(ranks[source] for source in each.sources))
-                yield each
+        def post(sends: list[Message], receives: list[Message], axis: Axis) -> Program:
+            to = {ranks[message.peer]: round(message.num_tokens * token_bytes) for message in sends}
+            yield from _post(axis, to, tuple(ranks[message.peer] for message in receives), overlap)
 
-        for step in ring.schedule.steps:
-            yield Wait(("kv", step))
-            for needed_at, hop in ring.schedule.departures(step).items():
-                back = Hop(-hop.outer, -hop.inner)
-                to, source = ring.schedule.peer(ring.rank, hop), ring.schedule.peer(ring.rank, back)
-                yield from on_ranks(_post(("kv", needed_at), {to: block_bytes}, (source,), overlap))
-            queries, keys = ring.tokens(ring.rank, ring.schedule.owner(ring.rank, step))
-            scores = queries * keys / (2 if step == (0, 0) else 1)
-            yield Compute(self._seconds(scores) / topology.ulysses)
+        coming: dict[Axis, list[int]] = {}
+
+        def arrived(owner: int) -> Program:
+            for axis in [axis for axis, owners in coming.items() if owner in owners]:
+                yield Wait(axis)
+                del coming[axis]
+
+        for step in steps:
+            for axis in (Axis.OUTER, Axis.INNER):
+                sends = [message for message in step.sends if message.axis is axis]
+                receives = [message for message in step.receives if message.axis is axis]
+                for message in sends:
+                    yield from arrived(message.owner)
+                if sends or receives:
+                    yield Wait(axis)
+                    yield from post(sends, receives, axis)
+                    coming[axis] = [message.owner for message in receives]
+            if step.tiles:
+                yield from arrived(step.owner)
+                yield Compute(self._seconds(sum(tile.area for tile in step.tiles)) / topology.ulysses)
             if self.pass_ == "backward":
-                yield from on_ranks(gradients.after(step))
-        if self.pass_ == "backward":
-            yield Wait("across")
+                yield Wait(Axis.HOME)
+                if step.gives or step.gets:
+                    gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
+                    axis = (gives + gets)[0].axis
+                    yield Wait(axis)
+                    yield from post(gives, gets, axis)
+        yield Wait(Axis.ACROSS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RingOf:
-    """A rank's place in its ring, and what each rank of it holds."""
-
-    rank: int
-    schedule: RingSchedule
-    num_tokens: int
-
-    def tokens(self, worker: int, owner: int) -> tuple[int, int]:
-        """Queries of `worker` and keys of `owner` that have to do with each other."""
-        work = SequenceLayout(size=self.schedule.size).work(worker, owner, causal=True, num_tokens=self.num_tokens)
-        assert work is not None, "under zigzag everyone sees some of everyone"
-        return work.queries.stop - work.queries.start, work.keys.stop - work.keys.start
+_PHASES = {"forward": Phase.FORWARD, "backward": Phase.BACKWARD}
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """Partial gradients on their way home, see schedule.py."""
-
-    ring: _RingOf
-    block_bytes: int
-    overlap: bool
-
-    def after(self, step: Step) -> Program:
-        """What is sent when the block of `step` has been computed."""
-        schedule, rank = self.ring.schedule, self.ring.rank
-        yield Wait("within")
-        if step.offset:
-            to, source = schedule.peer(rank, Hop(0, -step.offset)), schedule.peer(rank, Hop(0, step.offset))
-            yield from self._send("within", rank, to, source, schedule.owner(rank, step))
-        if schedule.ends_window(step):
-            yield Wait("within")
-            if step.window:
-                yield Wait("across")
-                owner, source = schedule.peer(rank, Hop(-step.window, 0)), schedule.peer(rank, Hop(step.window, 0))
-                # All ranks of a window see the same part of a block of another one.
-                yield from self._send("across", rank, owner, source, owner)
-
-    def _send(self, handle: str, rank: int, to: int, source: int, owner: int) -> Program:
-        _, keys = self.ring.tokens(rank, owner)
-        yield from _post(handle, {to: self.block_bytes * keys // self.ring.num_tokens}, (source,), self.overlap)
+@functools.lru_cache(maxsize=1024)
+def ring_program(topology: CPTopology, num_tokens: int, ring_rank: int, phase: Phase) -> RingProgram:
+    """What a rank of the ring does, under a causal mask on zigzag shards of a sequence of so many tokens."""
+    shards = EqualChunks(topology.ring_size, num_tokens // topology.ring_size)
+    schedule = RingSchedule(outer=topology.outer, inner=topology.inner)
+    return program(AttentionPlan(shards, shards), schedule, ring_rank, phase)
 
 
 def _post(handle: object, sends: dict[int, int], sources: tuple[int, ...], overlap: bool) -> Program:

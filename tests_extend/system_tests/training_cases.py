@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_cp.attention import ulysses
+from mindspeed_cp.attention.exchange import Gradients
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.transit import GradientsHome
 from mindspeed_cp.comm import ProcessGroupCommunicator
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.patching import PatchError
 from system_tests.compare_losses import ITERATION, losses_in
 
@@ -212,9 +212,11 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     """The library broken as `train` says; whole where `what` is None."""
     is_culprit = int(os.environ["RANK"]) == world_size - 1
     if what == "chunk order":
-        return mock.patch.object(SequenceLayout, "gather_order", lambda self, ranks: tuple(range(2 * len(ranks))))
+        return mock.patch.object(
+            ulysses, "chunk_order", lambda layout, group: tuple(range(2 * len(layout.groups[group])))
+        )
     if what == "lost gradients":
-        return mock.patch.object(GradientsHome, "add_message", lambda self, total, keys, message: None)
+        return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
         return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
     if what == "killed rank" and is_culprit:
@@ -224,11 +226,11 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
 
 
 def _attend_with_nan(
-    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, attend: Any = RingAttention.__call__, **options: Any
+    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, *rest: Any, attend: Any = RingAttention.__call__
 ) -> Tensor:
     k = k.clone()
     k[:, :, 0, 0] = torch.nan
-    out: Tensor = attend(ring, q, k, v, **options)
+    out: Tensor = attend(ring, q, k, v, *rest)
     return out
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.merge import MergedOutput
+from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.kernels import BlockOutput, MergeKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge
 
@@ -133,9 +133,10 @@ def merge_blocks(blocks: list[tuple[BlockOutput, slice]], allow_triton: bool) ->
         return [] if allow_triton else refusals(self, device_type, dtype)
 
     (first, _), *others = blocks
+    merged = MergedOutput(first.out)
     with mock.patch.object(TritonMerge, "unsupported_reasons", reasons):
-        merged = MergedOutput(first)
-    assert merged._kernel.name == ("triton" if allow_triton else "torch")
+        assert merged.kernel.name == ("triton" if allow_triton else "torch")
+    merged.merge(first, slice(None))
     for block, queries in others:
         merged.merge(block, queries)
-    return merged.result(first.out.dtype)
+    return merged.result()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention, compose_attention, transit
-from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.transit import BlockBuffers, RingCommunicators
-from mindspeed_cp.comm import ContextParallelGroups, Traffic, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.attention import Attention, PlannedAttention, UlyssesAttention, build_attention, compose_attention
+from mindspeed_cp.attention.exchange import RingCommunicators
+from mindspeed_cp.comm import ContextParallelGroups, Traffic, Transfer, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -96,11 +97,15 @@ def virtual_attention(
     return _with_schedule(attention, RingSchedule(outer=case.outer, inner=case.inner))
 
 
-def _with_schedule(attention: Attention, schedule: RingSchedule) -> Attention:
-    """With windows of one rank too, which no flag asks for as they are the plain ring."""
+def _with_schedule(planned: Attention, schedule: RingSchedule) -> Attention:
+    """With inner rings of one rank too, which no flag asks for as they are the plain ring."""
+    assert isinstance(planned, PlannedAttention)
+    attention = planned.attention
     if isinstance(attention, UlyssesAttention):
-        return dataclasses.replace(attention, inner=_with_schedule(attention.inner, schedule))
-    return dataclasses.replace(attention, schedule=schedule) if isinstance(attention, RingAttention) else attention
+        attention = dataclasses.replace(attention, ring=dataclasses.replace(attention.ring, schedule=schedule))
+    else:
+        attention = dataclasses.replace(attention, schedule=schedule)
+    return dataclasses.replace(planned, attention=attention)
 
 
 def attend_virtually(case: Case, kernels: KernelRegistry = KERNELS) -> list[Shard]:
@@ -192,18 +197,25 @@ def saved_bytes(case: Case) -> list[int]:
     return world.run(on_rank)
 
 
-def buffers_made(case: Case) -> set[int]:
-    """How many buffers each rank makes in each pass: the different numbers."""
-    made: list[BlockBuffers] = []
+def most_blocks(case: Case) -> int:
+    """The most blocks that any rank has received and still holds at once, in a forward pass; those under way count."""
+    alive: Counter[int] = Counter()
+    exchange, most = VirtualCommunicator.exchange, [0]
 
-    def recorded(own: Tensor) -> BlockBuffers:
-        made.append(BlockBuffers(own))
-        return made[-1]
+    def counted(self: VirtualCommunicator, send: Any, to: int, receive: Tensor | None, source: int) -> Transfer:
+        if receive is not None:
+            alive[self.rank] += 1
+            most.append(alive[self.rank])
+            weakref.finalize(receive, alive.update, {self.rank: -1})
+        return exchange(self, send, to, receive, source)
 
-    with mock.patch.object(transit, "BlockBuffers", recorded):
-        attend_virtually(case)
-    assert len(made) == 2 * case.size
-    return {buffers.made for buffers in made}
+    def on_rank(rank: int) -> None:
+        virtual_attention(case, world, rank)(*(shard_of(case, x, rank) for x in inputs(case)[:3]))
+
+    world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
+    with mock.patch.object(VirtualCommunicator, "exchange", counted):
+        world.run(on_rank)
+    return max(most)
 
 
 # Kernels.

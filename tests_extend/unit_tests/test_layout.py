@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mindspeed_cp.layout import MaskKind, SequenceLayout
+from mindspeed_cp.layout import SequenceLayout
 
 LAYOUTS = [SequenceLayout(size=size, kind=kind) for size in range(1, 17) for kind in ("zigzag", "contiguous")]
 
@@ -67,28 +67,6 @@ def test_zigzag_shards_in_rank_order_are_not_the_sequence(size):
     assert not torch.equal(all_shards(layout, sequence, 0), sequence)
 
 
-def test_gather_order_of_all_ranks_sorts_the_whole_sequence():
-    for layout in LAYOUTS:
-        held = [chunk for rank in range(layout.size) for chunk in layout.chunk_ids(rank)]
-        assert [held[place] for place in layout.gather_order(range(layout.size))] == list(range(layout.num_chunks))
-
-
-def test_gather_order_of_adjacent_ranks_gives_the_zigzag_shard_of_the_smaller_ring():
-    for ulysses in range(1, 17):
-        for ring in range(1, 16 // ulysses + 1):
-            layout, ring_layout = SequenceLayout(size=ulysses * ring), SequenceLayout(size=ring)
-            sequence = torch.arange(2 * layout.num_chunks)
-            for ring_rank in range(ring):
-                ranks = range(ring_rank * ulysses, (ring_rank + 1) * ulysses)
-                held = [chunk for rank in ranks for chunk in layout.chunk_ids(rank)]
-                order = layout.gather_order(ranks)
-                assert sorted(order) == list(range(2 * ulysses))
-                assert [held[place] for place in order] == sorted(held)
-                chunks = torch.cat([layout.shard(sequence, rank, 0) for rank in ranks]).chunk(2 * ulysses)
-                gathered = torch.cat([chunks[place] for place in order])
-                assert torch.equal(gathered, ring_layout.shard(sequence, ring_rank, 0))
-
-
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("permutation", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 2, 1, 0)])
 def test_shard_is_a_new_contiguous_tensor(kind, permutation):
@@ -97,28 +75,6 @@ def test_shard_is_a_new_contiguous_tensor(kind, permutation):
     shard.fill_(1)
     assert not sequence.any()
     assert shard.is_contiguous()
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_work_between_two_owners_is_every_pair_that_sees_each_other_and_no_other(causal):
-    for layout in LAYOUTS:
-        sequence = torch.arange(2 * layout.num_chunks)
-        shards = [layout.shard(sequence, rank, 0) for rank in range(layout.size)]
-        for query_owner, queries in enumerate(shards):
-            for key_owner, keys in enumerate(shards):
-                expected = queries[:, None] >= keys if causal else torch.ones(len(queries), len(keys), dtype=torch.bool)
-                work = layout.work(query_owner, key_owner, causal=causal, num_tokens=len(queries))
-                assert torch.equal(pairs_of(work, len(queries)), expected)
-                assert (work is None) == (not expected.any())
-
-
-def pairs_of(work, num_tokens):
-    """Which query of a block sees which key, from the work."""
-    pairs = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    if work is not None:
-        seen = torch.ones_like(pairs[work.queries, work.keys])
-        pairs[work.queries, work.keys] = seen.tril() if work.mask is MaskKind.TRIANGLE else seen
-    return pairs
 
 
 @pytest.mark.parametrize(

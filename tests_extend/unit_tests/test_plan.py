@@ -182,7 +182,7 @@ def test_a_group_holds_the_tokens_of_its_members_in_the_order_of_the_stream():
     for number in range(60):
         documents = [rng.randrange(1, 14) for _ in range(3)]
         layout = merged_samples(rng, 4) if number % 2 else random_layout(rng, documents, 4)
-        plan = AttentionPlan(layout, layout).of_groups([(0, 1), (2, 3)])
+        plan = AttentionPlan(layout, layout).of_groups(((0, 1), (2, 3)))
         check_runs(plan.queries)
         for group, members in enumerate(plan.queries.groups):
             shards = [positions_and_documents(layout, member) for member in members]
@@ -209,7 +209,7 @@ def positions_and_documents(layout: Listed, rank: int) -> dict[tuple[int | None,
 
 def test_a_group_of_neighbours_holds_the_zigzag_shard_of_a_shorter_ring():
     zigzag = EqualChunks(4, 8)
-    plan = AttentionPlan(zigzag, zigzag).of_groups([(0, 1), (2, 3)])
+    plan = AttentionPlan(zigzag, zigzag).of_groups(((0, 1), (2, 3)))
     for rank in (0, 1):
         assert plan.queries.runs(rank) == EqualChunks(2, 16).runs(rank)
     assert plan.queries.parts(0) == {None: (Part(0, 0, 4), Part(1, 0, 8), Part(0, 4, 8))}

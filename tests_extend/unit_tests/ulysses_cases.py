@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention
-from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic
+from mindspeed_cp.attention import Attention, build_attention, ulysses
+from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.topology import CPTopology
@@ -165,11 +165,9 @@ def attend_in_built_groups(group: dist.ProcessGroup, case: Case) -> Shard:
 
 
 def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunk_order: tuple[int, ...]) -> Shard:
-    """The case with this order in place of the layout's."""
-    inner = build_attention(ContextParallelConfig(attention_mask_type=case.config.attention_mask_type))
-    return forward_and_backward(
-        dist.get_rank(group), case, UlyssesAttention(ProcessGroupCommunicator(group), chunk_order, inner)
-    )
+    """The case with this order in place of the plan's."""
+    with mock.patch.object(ulysses, "chunk_order", lambda layout, group: chunk_order):
+        return attend(group, case)
 
 
 class Sent(NamedTuple):

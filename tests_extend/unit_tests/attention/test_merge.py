@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.merge import MergedOutput, accumulator_dtype
+from mindspeed_cp.attention.sums import MergedOutput, accumulator_dtype
 from mindspeed_cp.kernels import BlockOutput
 
 EVERY_ROW = slice(None)
@@ -26,6 +26,13 @@ def block(scores: Tensor, values: Tensor, keys: slice = EVERY_ROW, queries: slic
     return BlockOutput(torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values[:, :, keys], scores.logsumexp(dim=-1))
 
 
+def merged_of(first: BlockOutput) -> MergedOutput:
+    """A merge that has begun with a block of all queries."""
+    merged = MergedOutput(first.out)
+    merged.merge(first, EVERY_ROW)
+    return merged
+
+
 def assert_same(merged: MergedOutput, expected: BlockOutput) -> None:
     for actual, exact in zip(merged.result(torch.float64)[:2], expected[:2], strict=True):
         torch.testing.assert_close(actual, exact, rtol=0, atol=1e-14)
@@ -35,7 +42,7 @@ def assert_same(merged: MergedOutput, expected: BlockOutput) -> None:
 def test_merge_of_disjoint_keys_in_any_order_is_attention_over_all(order):
     scores, values = scores_and_values()
     first, *others = order
-    merged = MergedOutput(block(scores, values, first))
+    merged = merged_of(block(scores, values, first))
     for keys in others:
         merged.merge(block(scores, values, keys), EVERY_ROW)
     assert_same(merged, block(scores, values))
@@ -44,7 +51,7 @@ def test_merge_of_disjoint_keys_in_any_order_is_attention_over_all(order):
 def test_merge_of_some_queries_leaves_the_others_as_they_are():
     scores, values = scores_and_values()
     rows = slice(2, QUERIES)
-    merged = MergedOutput(block(scores, values, slice(0, 8)))
+    merged = merged_of(block(scores, values, slice(0, 8)))
     merged.merge(block(scores, values, slice(8, 12), rows), rows)
     scores[:, :, :2, 8:] = -torch.inf
     assert_same(merged, block(scores, values))
@@ -54,7 +61,7 @@ def test_merge_of_some_queries_leaves_the_others_as_they_are():
 def test_merge_takes_the_one_block_that_a_row_sees(dead):
     scores, values = scores_and_values()
     scores[:, :, 1:3, dead] = -torch.inf
-    merged = MergedOutput(block(scores, values, slice(0, 8)))
+    merged = merged_of(block(scores, values, slice(0, 8)))
     merged.merge(block(scores, values, slice(8, 12)), EVERY_ROW)
     assert_same(merged, block(scores, values))
 
@@ -62,7 +69,7 @@ def test_merge_takes_the_one_block_that_a_row_sees(dead):
 def test_merge_of_rows_that_see_nothing_stays_zero_and_minus_infinity_until_they_see_a_key():
     scores, values = scores_and_values()
     scores[:, :, 1, :8] = -torch.inf
-    merged = MergedOutput(block(scores, values, slice(0, 4)))
+    merged = merged_of(block(scores, values, slice(0, 4)))
     merged.merge(block(scores, values, slice(4, 8)), EVERY_ROW)
     out, lse, _ = merged.result(torch.float64)
     assert torch.equal(out[:, :, 1], torch.zeros(1, HEADS, HEAD_SIZE, dtype=torch.float64))
@@ -75,7 +82,7 @@ def test_merge_of_rows_that_see_nothing_stays_zero_and_minus_infinity_until_they
 def test_merge_of_large_log_sum_exps_neither_overflows_nor_vanishes(size):
     scores, values = scores_and_values()
     expected = block(scores, values)
-    merged = MergedOutput(block(scores + size, values, slice(0, 5)))
+    merged = merged_of(block(scores + size, values, slice(0, 5)))
     merged.merge(block(scores + size, values, slice(5, 12)), EVERY_ROW)
     out, lse, _ = merged.result(torch.float64)
     torch.testing.assert_close(out, expected.out, rtol=0, atol=1e-11)
@@ -85,7 +92,7 @@ def test_merge_of_large_log_sum_exps_neither_overflows_nor_vanishes(size):
 @pytest.mark.parametrize("later", [5.0, -5.0])
 def test_merge_weighs_two_blocks_by_their_exponentials(later):
     ones, lse = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
-    merged = MergedOutput(BlockOutput(ones, lse))
+    merged = merged_of(BlockOutput(ones, lse))
     merged.merge(BlockOutput(3 * ones, lse + later), EVERY_ROW)
     weight = 1 / (1 + torch.exp(torch.tensor(-later, dtype=torch.float64)))
     assert merged.result(torch.float64).out.item() == pytest.approx((1 - weight + 3 * weight).item(), abs=1e-14)
@@ -96,7 +103,7 @@ def test_merge_accumulates_in_fp32_and_rounds_once(dtype):
     scores, values = scores_and_values(torch.float32)
     blocks = [block(scores, values, slice(start, start + 1)) for start in range(KEYS)]
     blocks = [each._replace(out=each.out.to(dtype)) for each in blocks]
-    merged, in_fp32 = MergedOutput(blocks[0]), MergedOutput(blocks[0]._replace(out=blocks[0].out.float()))
+    merged, in_fp32 = merged_of(blocks[0]), merged_of(blocks[0]._replace(out=blocks[0].out.float()))
     for each in blocks[1:]:
         merged.merge(each, EVERY_ROW)
         in_fp32.merge(each._replace(out=each.out.float()), EVERY_ROW)
@@ -110,7 +117,7 @@ def test_merge_leaves_its_blocks_as_they_were():
     scores, values = scores_and_values()
     blocks = [block(scores, values, slice(0, 6)), block(scores, values, slice(6, 12))]
     before = [(each.out.clone(), each.lse.clone()) for each in blocks]
-    MergedOutput(blocks[0]).merge(blocks[1], EVERY_ROW)
+    merged_of(blocks[0]).merge(blocks[1], EVERY_ROW)
     for each, (out, lse) in zip(blocks, before, strict=True):
         assert torch.equal(each.out, out)
         assert torch.equal(each.lse, lse)

@@ -77,14 +77,15 @@ def test_a_ring_hands_over_megatrons_own_order_without_a_copy(topology):
     assert {call.arguments["input_layout"] for call in attend(case)} == {"SBH"}
 
 
-def test_a_causal_ring_uses_the_compressed_mask_once_a_pass_and_none_elsewhere():
+def test_a_causal_ring_uses_the_compressed_mask_for_triangles_and_none_elsewhere():
     with fake_torch_npu() as calls:
         attend_virtually(case_on(RING, dtype=torch.float32, tokens=8), ON_NPU)
     modes = [(call.op, call.arguments["sparse_mode"], call.arguments["atten_mask"] is None) for call in calls]
-    for op in ("npu_fusion_attention", "npu_fusion_attention_grad"):
-        assert modes.count((op, 2, False)) == 4
-        assert modes.count((op, 0, True)) == 12
-    assert len(modes) == 32
+    # The backward pass does the own block as a rectangle and two triangles.
+    for op, triangles, rectangles in (("npu_fusion_attention", 1, 3), ("npu_fusion_attention_grad", 2, 4)):
+        assert modes.count((op, 2, False)) == 4 * triangles
+        assert modes.count((op, 0, True)) == 4 * rectangles
+    assert len(modes) == 40
 
 
 @pytest.mark.parametrize("mask", ["causal", "per head"])

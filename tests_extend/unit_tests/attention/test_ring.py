@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import rank_pool
-from mindspeed_cp.attention import compose_attention
-from mindspeed_cp.attention.merge import MergedOutput
+from mindspeed_cp.attention import compose_attention, ring
+from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.plan import FULL, AttentionPlan
+from mindspeed_cp.program import Phase, program
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from rank_pool import RankFailure
@@ -132,9 +135,9 @@ def test_virtual_ranks_have_the_bits_of_gloo_ranks(gloo, topology):
 
 
 def test_comparison_with_dense_attention_sees_a_wrong_owner():
-    case = case_on(RING_4, mask="2d")
+    case, mask = case_on(RING_4, mask="2d"), ring._mask
     with (
-        mock.patch.object(RingSchedule, "owner", lambda self, rank, step: (rank + step.offset) % self.size),
+        mock.patch.object(ring, "_mask", lambda plan, terms, owner, *of: mask(plan, terms, (owner + 1) % 4, *of)),
         pytest.raises(AssertionError, match="out: "),
     ):
         assert_equal_to(dense(case), restored(case, attend_virtually(case)))
@@ -174,9 +177,10 @@ def test_bf16_is_as_accurate_on_many_ranks_as_on_2(ranks, outer):
 def test_comparison_with_2_ranks_sees_an_output_that_is_rounded_at_every_merge():
     merge = MergedOutput.merge
 
-    def rounded(self: MergedOutput, block: BlockOutput, queries: slice) -> None:
-        merge(self, block, queries)
-        self._out.copy_(self._out.bfloat16())
+    def rounded(self: MergedOutput, *args: object) -> None:
+        merge(self, *args)
+        out = self._accumulator().out
+        out.copy_(out.bfloat16())
 
     with mock.patch.object(MergedOutput, "merge", rounded):
         many = relative_errors(accuracy_case(32, 1))
@@ -186,8 +190,7 @@ def test_comparison_with_2_ranks_sees_an_output_that_is_rounded_at_every_merge()
 
 @pytest.mark.slow
 def test_comparison_with_2_ranks_sees_gradients_that_are_summed_in_bf16():
-    modules = [f"mindspeed_cp.attention.{name}.accumulator_dtype" for name in ("ring", "transit")]
-    with mock.patch(modules[0], lambda dtype: dtype), mock.patch(modules[1], lambda dtype: dtype):
+    with mock.patch("mindspeed_cp.attention.sums.accumulator_dtype", lambda dtype: dtype):
         many = relative_errors(accuracy_case(32, 1))
     two = relative_errors(accuracy_case(2, 1))
     for name in ("dq", "dk", "dv"):
@@ -291,15 +294,13 @@ def test_hybrid_sends_what_ulysses_sends_and_blocks_of_the_heads_that_a_rank_the
 
 def mib(topology: CPTopology, heads: int, kv_heads: int, k_size: int = 128, v_size: int = 128) -> tuple[float, float]:
     """MiB that a rank sends in the forward and in the backward pass of full attention: 131072 tokens in bf16."""
-    schedule = RingSchedule(outer=topology.outer, inner=topology.inner)
     degree, tokens = topology.ulysses, 131072 // topology.size
-    block = tokens * degree * kv_heads // degree * (k_size + v_size) * 2
-    departures = sum(len(schedule.departures(step)) for step in schedule.steps)
-    partials = sum(step.offset > 0 for step in schedule.steps)
-    sums = sum(schedule.ends_window(step) and step.window > 0 for step in schedule.steps)
-    shards = tokens * (heads * (k_size + v_size) + kv_heads * (k_size + v_size)) * 2
-    ulysses = shards * (degree - 1) / degree
-    forward, backward = ulysses + departures * block, ulysses + (departures + partials + sums) * block
+    shards = EqualChunks(topology.ring_size, tokens * degree)
+    plan, schedule = AttentionPlan(shards, shards, FULL), RingSchedule(topology.outer, topology.inner)
+    sent = [program(plan, schedule, 0, phase).sent().total() for phase in (Phase.FORWARD, Phase.BACKWARD)]
+    shard = tokens * (heads * (k_size + v_size) + kv_heads * (k_size + v_size)) * 2
+    ulysses = shard * (degree - 1) / degree
+    forward, backward = (ulysses + each * kv_heads // degree * (k_size + v_size) * 2 for each in sent)
     return forward / 2**20, backward / 2**20
 
 
@@ -351,17 +352,13 @@ def test_backward_keeps_q_k_v_out_and_lse_once(topology, heads, dtype):
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "overlap", "made"),
-    [
-        *((1, inner, overlap, 1) for inner in (2, 16) for overlap in (False, True)),
-        *((2, inner, False, 2) for inner in (2, 4)),
-        *((outer, 2, True, 2) for outer in (2, 4)),
-        *((outer, inner, True, 3) for outer, inner in ((2, 3), (2, 4), (4, 4))),
-    ],
+    ("outer", "inner", "blocks"),
+    [(1, 2, 1), (1, 3, 2), (1, 16, 2), (2, 2, 2), (4, 2, 2), (2, 4, 3), (4, 4, 3)],
 )
-def test_buffers_beside_a_ranks_own_block_do_not_grow_with_the_ring(outer, inner, overlap, made):
-    case = Case(size=outer * inner, outer=outer, inner=inner, overlap=overlap, tokens=2)
-    assert cases.buffers_made(case) == {made}
+@pytest.mark.parametrize("overlap", [False, True])
+def test_blocks_beside_a_ranks_own_do_not_grow_with_the_ring(outer, inner, blocks, overlap):
+    case = Case(size=outer * inner, outer=outer, inner=inner, overlap=overlap, tokens=2, mask="full")
+    assert cases.most_blocks(case) == blocks
 
 
 # Failures.
@@ -439,7 +436,7 @@ def test_profile_names_each_step_its_owner_and_what_travels(
         phase: [f"{kind} {phase} step {n} of {size}, block of ring rank {o}" for n, o in enumerate(owners_of_rank_1)]
         for phase in ("forward", "backward")
     }
-    expected = steps["forward"] + steps["backward"]
+    expected = steps["forward"] + steps["backward"] + steps["backward"][:1]  # The own block's second part.
     expected += [f"{step}: send K/V on" for phase in steps.values() for step in phase[1:]]
     expected += [f"{steps['backward'][n]}: send dK/dV home" for n in gradients_leave_at]
     expected += ["ring: wait for K/V"] * 2 * (size - 1) + ["ring: wait for dK/dV"] * (size - 1)
@@ -455,7 +452,8 @@ def test_bnsd_flag_hands_the_kernel_contiguous_tensors_and_changes_no_result(top
     views, contiguous = cases.RecordingKernel(), cases.RecordingKernel()
     without = attend_virtually(case, KernelRegistry((views,)))
     with_flag = attend_virtually(dataclasses.replace(case, bnsd=True), KernelRegistry((contiguous,)))
-    assert len(views.contiguous) == len(contiguous.contiguous) == 9 * topology.size * topology.ring_size
+    # Three tensors forward and six backward for each tile; the own one is done in three parts backward.
+    assert len(views.contiguous) == len(contiguous.contiguous) == topology.size * (9 * topology.ring_size + 12)
     assert all(contiguous.contiguous)
     assert not all(views.contiguous)
     for x, y in zip(without, with_flag, strict=True):

@@ -48,9 +48,9 @@ def test_formulas_on_four_ranks_with_one_kilobyte_of_keys_and_of_queries():
         for algorithm in (ring(4, overlap=False), ulysses, hybrid, gathered)
     }
     assert by_pass == {
-        "ring": [12, 12 + 9],
+        "ring": [12 - 1.5, 12 - 1.5 + 9],  # Three hops of rank 0's block hold half of it.
         "Ulysses": [4 * 3 / 4 * 2, 4 * 3 / 4 * 2],
-        "hybrid": [4 + 4, 4 + 4 + 3],
+        "hybrid": [4 + 3, 4 + 3 + 3],
         "all-gather": [12, 12],
     }
 
@@ -80,13 +80,13 @@ def test_ring_takes_the_larger_of_kernel_and_transfer_with_overlap_and_their_sum
     plan = Plan(ring(size, overlap=overlap), shape, "forward", flops_per_s=2 * 2 * tokens**2 / 2)
     step = max(kernel, transfer) if overlap else kernel + transfer
     seconds = predicted_seconds(network(size, slow=slow), plan.program)
-    assert seconds == pytest.approx(kernel + (size - 1) * step)
+    assert seconds == pytest.approx(kernel + (size - 1) * step, rel=1e-4)
 
 
 def test_backward_without_overlap_adds_the_gradients_of_half_or_whole_blocks():
     # Two ranks: rank 1 sends half of its partial gradient to rank 0, which sends all of its own.
     plan = Plan(ring(2, overlap=False), case(500_000), "backward", flops_per_s=5 * 2 * 250_000**2 / 2)
-    assert predicted_seconds(network(2), plan.program) == pytest.approx(2 * 1.0 + 1.0 + 1.0)
+    assert predicted_seconds(network(2), plan.program) == pytest.approx(2 * 1.0 + 1.0 + 1.0, rel=1e-4)
 
 
 def test_double_ring_crosses_between_nodes_once_a_window_and_hides_it_behind_the_whole_window():
@@ -94,7 +94,8 @@ def test_double_ring_crosses_between_nodes_once_a_window_and_hides_it_behind_the
     shape, double = case(4_000_000), Algorithm(name="", topology=CPTopology(outer=2, inner=2), overlap=True)
     plan = Plan(double, shape, "forward", flops_per_s=2 * 2 * 1e12 / 2 / 2)
     sent = [predicted_bytes(network(4, 2), plan.program(rank), rank) for rank in range(4)]
-    assert sent == [(8_000_000, 4_000_000)] * 4
+    # What others need of rank 0 and of rank 1, and of rank 2 within its node, is a half.
+    assert sent == [(6_000_000, 2_000_000), (8_000_000, 2_000_000), (4_000_000, 4_000_000), (6_000_000, 4_000_000)]
     assert predicted_seconds(network(4, 2), plan.program) == pytest.approx(4 + 4)
 
 

@@ -1,0 +1,361 @@
+"""What a program's messages carry: K/V on their way from rank to rank, and gradients on theirs to the owners.
+
+Shapes: B batch, G key/value heads, S tokens of one rank, D key head size, V value head size. What travels when is data,
+see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from mindspeed_cp.attention.sums import TokenSum
+from mindspeed_cp.comm import Communicator, Transfer
+from mindspeed_cp.program import Axis, Message, Phase, Program, Step
+from mindspeed_cp.schedule import RingSchedule
+
+
+class RingCommunicators(NamedTuple):
+    """The ring's ranks, in its order, once for each kind of message; with overlap they must be different groups.
+
+    inner: K/V within an inner ring. outer: K/V between inner rings. gradients: dK/dV.
+    """
+
+    inner: Communicator
+    outer: Communicator
+    gradients: Communicator
+
+    def along(self, axis: Axis) -> Communicator:
+        """The one for messages of this axis."""
+        return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
+
+
+@dataclass(frozen=True)
+class Player:
+    """How a rank plays a program.
+
+    program: its steps. schedule: the grid that it is on. communicators: None for a ring of one rank, which sends
+    nothing. overlap: whether messages travel while a step is computed, or one thing is done after the other; the
+    results are the same to the bit.
+    """
+
+    program: Program
+    phase: Phase
+    schedule: RingSchedule
+    communicators: RingCommunicators | None
+    overlap: bool
+
+    def name(self, owner: int) -> str:
+        """How the step on the block of `owner` is called in profiles and errors."""
+        schedule, rank = self.schedule, self.program.rank
+        kind = "ring" if schedule.outer == 1 else "double ring"
+        number = schedule.number(rank, owner)
+        return f"{kind} {self.phase.value} step {number} of {schedule.size}, block of ring rank {owner}"
+
+    def heads(self, piece: int | None, num_heads: int) -> slice:
+        """The heads of a piece; all of them for None."""
+        if piece is None:
+            return slice(None)
+        share = num_heads // self.program.pieces
+        return slice(piece * share, (piece + 1) * share)
+
+
+class BlockFormat(NamedTuple):
+    """How keys and values, or their gradients, lie in one flat message: the keys [S, B, G, D], then the values."""
+
+    batch: int
+    num_heads: int
+    head_size: int
+    value_head_size: int
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "BlockFormat":
+        """The format of k [B, G, S, D] and v [B, G, S, V]."""
+        return cls(k.size(0), k.size(1), k.size(3), v.size(3))
+
+    def numel(self, num_tokens: int) -> int:
+        """Numbers in a message of so many tokens."""
+        return num_tokens * self.batch * self.num_heads * (self.head_size + self.value_head_size)
+
+    def unpack(self, message: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a message as k [B, G, S, D] and v [B, G, S, V]."""
+        num_tokens = message.numel() // self.numel(1)
+        values_from = num_tokens * self.batch * self.num_heads * self.head_size
+        k = message[:values_from].view(num_tokens, self.batch, self.num_heads, self.head_size)
+        v = message[values_from:].view(num_tokens, self.batch, self.num_heads, self.value_head_size)
+        return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+    def pack(self, like: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+        """A new message, in the dtype of `like`, of tokens that lie in several tensors."""
+        message = like.new_empty(self.numel(sum(x.size(2) for x in k)))
+        for place, parts in zip(self.unpack(message), (k, v), strict=True):
+            for target, part in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
+                target.copy_(part)
+        return message
+
+
+class Block(NamedTuple):
+    """Some tokens of an owner's K/V.
+
+    tokens: which of the owner's. k, v: [B, G, S, D] and [B, G, S, V], those one after another. message: where they
+    lie in one, as they have arrived.
+    """
+
+    tokens: tuple[slice, ...]
+    k: Tensor
+    v: Tensor
+    message: Tensor | None = None
+
+    def at(self, samples: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """The keys and values of the owner's tokens `keys`, all of which are here."""
+        here = _within(self.tokens, keys)
+        return self.k[samples, :, here], self.v[samples, :, here]
+
+
+def _within(tokens: Sequence[slice], wanted: slice) -> slice:
+    """Where the tokens `wanted` are when the slices `tokens` are put one after another."""
+    before = 0
+    for each in tokens:
+        if each.start <= wanted.start and wanted.stop <= each.stop:
+            return slice(before + wanted.start - each.start, before + wanted.stop - each.start)
+        before += each.stop - each.start
+    raise AssertionError(f"{wanted} of {tokens}: the program sends too little")
+
+
+class _Posted(NamedTuple):
+    """A message under way to this rank, and one from it. sent: kept alive until it has left."""
+
+    transfer: Transfer
+    sent: Tensor | None
+    message: Message | None
+    received: Tensor | None
+    what: str
+    waits: str
+
+    def wait(self) -> None:
+        with _explained(self.what), record_function(self.waits):
+            self.transfer.wait()
+
+
+class KeyValues:
+    """The K/V that a rank has at hand in the course of a program: its own, and what has arrived and is still needed.
+
+    k, v: its own.
+    """
+
+    def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
+        self._player = player
+        self._own_format = BlockFormat.of(k, v)
+        own = Block((slice(0, k.size(2)),), k, v)
+        self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
+        self._coming: dict[Axis, list[_Posted]] = {}
+        self._last_use = player.program.last_uses()
+
+    def steps(self) -> Iterator[Step]:
+        """The program's steps; when one is given, what has to travel meanwhile is on its way."""
+        own = self._player.program.rank, None
+        for number, step in enumerate(self._player.program.steps):
+            self._post(step)
+            yield step
+            for block in [block for block in self._here if self._last_use.get(block, number) <= number]:
+                if block != own:
+                    del self._here[block]
+        for axis in list(self._coming):
+            self._settle(axis)
+
+    def at(self, step: Step, samples: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of the step's owner, waited for where they have not arrived; of its piece of the heads.
+
+        samples, keys: which of the batch, and of the owner's tokens. Not to be kept: the block is gone after the step.
+        """
+        return self._block(step.owner, step.piece).at(samples, keys)
+
+    def _post(self, step: Step) -> None:
+        """Start what travels at a step; a message that comes and one that goes along an axis are one exchange."""
+        for axis in (Axis.OUTER, Axis.INNER):
+            sends = [message for message in step.sends if message.axis is axis]
+            receives = [message for message in step.receives if message.axis is axis]
+            if not sends and not receives:
+                continue
+            contents = [self._message(message) for message in sends]
+            self._settle(axis)
+            for place in range(max(len(sends), len(receives))):
+                posted = self._exchange(
+                    step,
+                    sends[place] if place < len(sends) else None,
+                    contents[place] if place < len(sends) else None,
+                    receives[place] if place < len(receives) else None,
+                )
+                self._coming.setdefault(axis, []).append(posted)
+            if not self._player.overlap:
+                self._settle(axis)
+
+    def _exchange(self, step: Step, send: Message | None, content: Tensor | None, receive: Message | None) -> _Posted:
+        player = self._player
+        assert player.communicators is not None, "a program of one rank has no messages"
+        axis = (send or receive).axis  # type: ignore[union-attr]
+        received = None
+        if receive is not None:
+            own = self._here[player.program.rank, None]
+            received = own.k.new_empty(self._format(receive.piece).numel(receive.num_tokens))
+        name = player.name(receive.owner if receive else step.owner)
+        peers = send.peer if send else player.program.rank, receive.peer if receive else player.program.rank
+        what = f"{name}: the K/V block did not come from ring rank {peers[1]}, or not get to {peers[0]}"
+        with _explained(what), record_function(f"{name}: send K/V on"):
+            transfer = player.communicators.along(axis).exchange(content, peers[0], received, peers[1])
+        return _Posted(transfer, content, receive, received, what, "ring: wait for K/V")
+
+    def _settle(self, axis: Axis) -> None:
+        """Wait for what is under way along an axis."""
+        for posted in self._coming.pop(axis, []):
+            posted.wait()
+            if posted.message is not None and posted.received is not None:
+                k, v = self._format(posted.message.piece).unpack(posted.received)
+                key = posted.message.owner, posted.message.piece
+                self._here[key] = Block(posted.message.tokens, k, v, posted.received)
+
+    def _block(self, owner: int, piece: int | None) -> Block:
+        """A block that is at hand, or is waited for; the piece of a whole one where only that is here."""
+        if (owner, piece) not in self._here and (owner, None) not in self._here:
+            for axis, posted in list(self._coming.items()):
+                if any(each.message and (each.message.owner, each.message.piece) == (owner, piece) for each in posted):
+                    self._settle(axis)
+        if (owner, piece) in self._here:
+            return self._here[owner, piece]
+        whole = self._here[owner, None]
+        heads = self._player.heads(piece, whole.k.size(1))
+        return Block(whole.tokens, whole.k[:, heads], whole.v[:, heads])
+
+    def _message(self, message: Message) -> Tensor:
+        """Its content: what has arrived as it is, where it goes on as a whole; else a copy."""
+        block = self._block(message.owner, message.piece)
+        if block.message is not None and block.tokens == message.tokens:
+            return block.message
+        parts = [block.at(slice(None), tokens) for tokens in message.tokens]
+        return BlockFormat.of(block.k, block.v).pack(block.k, [k for k, _ in parts], [v for _, v in parts])
+
+    def _format(self, piece: int | None) -> BlockFormat:
+        whole = self._own_format
+        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self._player.program.pieces)
+
+
+class Partial(NamedTuple):
+    """The gradients that a tile has found for some of the owner's tokens: [b, h, s, D] and [b, h, s, V]."""
+
+    samples: slice
+    keys: slice
+    dk: Tensor
+    dv: Tensor
+
+
+class Gradients:
+    """Sums of the gradients of K/V: of this rank's own, and of others' until they leave; see Note [Program].
+
+    Messages are in the dtype of K/V, sums in fp32. k, v: this rank's own.
+    """
+
+    def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
+        self._player, self._k, self._v = player, k, v
+        self._sums: dict[tuple[int, int | None], tuple[TokenSum, TokenSum]] = {}
+        self._coming: dict[Axis, _Posted] = {}
+
+    def take(self, step: Step, partials: Sequence[Partial]) -> None:
+        """What a step has found: kept, or sent to where it is added up; and what the step gets is on its way."""
+        self._settle(Axis.HOME)
+        if step.gives is None and partials:
+            self._add(step.owner, step.piece, partials)
+        if step.gives is None and step.gets is None:
+            return
+        axis = (step.gives or step.gets).axis  # type: ignore[union-attr]
+        self._settle(axis)
+        content = None if step.gives is None else self._content(step, step.gives, partials)
+        self._coming[axis] = self._exchange(step, content)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Gradients of this rank's own keys and values, rounded once."""
+        for axis in list(self._coming):
+            self._settle(axis)
+        dk, dv = self._sum(self._player.program.rank, None)
+        return dk.result(), dv.result()
+
+    def _exchange(self, step: Step, content: Tensor | None) -> _Posted:
+        player, gives, gets = self._player, step.gives, step.gets
+        assert player.communicators is not None, "a program of one rank has no messages"
+        received = None
+        if gets is not None:
+            received = self._k.new_empty(self._format(gets.piece).numel(gets.num_tokens))
+        peers = gives.peer if gives else player.program.rank, gets.peer if gets else player.program.rank
+        name = f"{player.name(step.owner)}: send dK/dV home"
+        what = f"{name}: no gradients from ring rank {peers[1]}, or none got to {peers[0]}"
+        with _explained(what), record_function(name):
+            transfer = player.communicators.gradients.exchange(content, peers[0], received, peers[1])
+        posted = _Posted(transfer, content, gets, received, what, "ring: wait for dK/dV")
+        if not player.overlap:
+            posted.wait()
+        return posted
+
+    def _settle(self, axis: Axis) -> None:
+        """Wait for what is under way along an axis, and add it. Without overlap it has been waited for already."""
+        posted = self._coming.pop(axis, None)
+        if posted is None:
+            return
+        if self._player.overlap:
+            posted.wait()
+        if posted.message is not None and posted.received is not None:
+            self._add_message(posted.message, posted.received)
+
+    def _add_message(self, message: Message, received: Tensor) -> None:
+        dk, dv = self._format(message.piece).unpack(received)
+        sizes = [each.stop - each.start for each in message.tokens]
+        parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
+        self._add(message.owner, message.piece, [Partial(slice(None), *part) for part in parts])
+
+    def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Tensor:
+        """The message that leaves: what the step has found or, where it computes nothing, the sum for its owner."""
+        if step.tiles and [each[:2] for each in partials] == [(slice(None), tokens) for tokens in gives.tokens]:
+            found = [each.dk for each in partials], [each.dv for each in partials]
+        else:
+            if step.tiles:
+                sums = self._new_sums(step.piece)
+                self._add_to(sums, slice(None), partials)
+            else:
+                sums = self._sums.pop((step.owner, step.piece))
+            found = tuple([each.at(tokens) for tokens in gives.tokens] for each in sums)  # type: ignore[assignment]
+        return self._format(gives.piece).pack(self._k, *found)
+
+    def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
+        """Add to the sum for an owner, which is of all heads where there is one of that kind already."""
+        if owner == self._player.program.rank:
+            self._add_to(self._sum(owner, None), self._player.heads(piece, self._k.size(1)), partials)
+        else:
+            self._add_to(self._sum(owner, piece), slice(None), partials)
+
+    def _add_to(self, sums: tuple[TokenSum, TokenSum], heads: slice, partials: Sequence[Partial]) -> None:
+        for partial in partials:
+            for total, part in zip(sums, (partial.dk, partial.dv), strict=True):
+                total.add(part, partial.keys, heads, partial.samples)
+
+    def _sum(self, owner: int, piece: int | None) -> tuple[TokenSum, TokenSum]:
+        if (owner, piece) not in self._sums:
+            self._sums[owner, piece] = self._new_sums(piece)
+        return self._sums[owner, piece]
+
+    def _new_sums(self, piece: int | None) -> tuple[TokenSum, TokenSum]:
+        heads = self._player.heads(piece, self._k.size(1))
+        return TokenSum(self._k[:, heads]), TokenSum(self._v[:, heads])
+
+    def _format(self, piece: int | None) -> BlockFormat:
+        heads = self._player.heads(piece, self._k.size(1))
+        return BlockFormat.of(self._k[:, heads], self._v[:, heads])
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say which step and which peer it was when communication fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{what}: {error}") from error

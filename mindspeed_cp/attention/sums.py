@@ -1,0 +1,108 @@
+"""Sums that are built up part by part and rounded once: gradients of tokens, and the attention of queries over keys."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
+
+_ALL = slice(None)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class TokenSum:
+    """The sum of partial gradients of tokens, in fp32 (fp64 for fp64).
+
+    A single part of all tokens and heads is kept as it is: nothing is to be added to it.
+
+    like: [B, H, S, D], what it is the gradient of.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._single: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def add(self, partial: Tensor, tokens: slice, heads: slice = _ALL, samples: slice = _ALL) -> None:
+        """Add the gradient of some samples, heads and tokens, [b, h, s, D] in any dtype."""
+        whole = partial.shape == self._like.shape
+        if self._total is None and self._single is None and whole:
+            self._single = partial
+            return
+        add_(self._accumulator()[samples, heads, tokens], partial)
+
+    def result(self) -> Tensor:
+        """The sum, rounded to the dtype of `like`; zeros where nothing was added."""
+        if self._single is not None:
+            return self._single.to(self._like.dtype)
+        return self._accumulator().to(self._like.dtype)
+
+    def at(self, tokens: slice) -> Tensor:
+        """The sum of some tokens, as it is kept."""
+        return (self._accumulator() if self._single is None else self._single)[:, :, tokens]
+
+    def _accumulator(self) -> Tensor:
+        if self._total is None:
+            batch, heads, num_tokens, size = self._like.shape
+            # Token after token in memory, as fused kernels and Megatron have them: adding and rounding are one sweep.
+            memory = (num_tokens, batch, heads, size)
+            dtype, device = accumulator_dtype(self._like.dtype), self._like.device
+            if self._single is None:
+                total = torch.zeros(memory, dtype=dtype, device=device).permute(1, 2, 0, 3)
+            else:
+                total = torch.empty(memory, dtype=dtype, device=device).permute(1, 2, 0, 3)
+                total.copy_(self._single)
+                self._single = None
+            self._total = total
+        return self._total
+
+
+class MergedOutput:
+    """The attention of some queries over the keys seen so far, in fp32 (fp64 for fp64 inputs).
+
+    The parts may come in any order. A single one of all queries is kept as it is. Note [Merge] in kernels/merge.py.
+
+    like: [B, N, S, V], of the shape and dtype of the output.
+    """
+
+    def __init__(self, like: Tensor, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> None:
+        self._like, self._kernels = like, kernels
+        self._single: BlockOutput | None = None
+        self._total: BlockOutput | None = None
+
+    def merge(self, part: BlockOutput, queries: slice, heads: slice = _ALL, samples: slice = _ALL) -> None:
+        """Add the attention of some samples, heads and queries over some more keys."""
+        if self._total is None and self._single is None and part.out.shape == self._like.shape:
+            self._single = part
+            return
+        out, lse = self._accumulator()[:2]
+        self.kernel.merge_(out[samples, heads, queries], lse[samples, heads, queries], part)
+
+    @functools.cached_property
+    def kernel(self) -> MergeKernel:
+        """The one that merges."""
+        return choose_merge_kernel(self._like.device.type, self._like.dtype, self._kernels)
+
+    def result(self, dtype: torch.dtype | None = None) -> BlockOutput:
+        """Output rounded once, to the dtype of `like` by default, 0 in rows that see no key, and log-sum-exp."""
+        out, lse, _ = self._accumulator() if self._single is None else self._single
+        return BlockOutput(out.to(dtype or self._like.dtype), lse)
+
+    def _accumulator(self) -> BlockOutput:
+        if self._total is None:
+            dtype = accumulator_dtype(self._like.dtype)
+            if self._single is None:
+                batch, heads, num_tokens, size = self._like.shape
+                memory = (num_tokens, batch, heads, size)
+                out = torch.zeros(memory, dtype=dtype, device=self._like.device).permute(1, 2, 0, 3)
+                self._total = BlockOutput(out, out.new_full((batch, heads, num_tokens), -torch.inf))
+            else:
+                single, self._single = self._single, None
+                self._total = BlockOutput(single.out.to(dtype, copy=True), single.lse.to(dtype, copy=True))
+        return self._total

@@ -1,0 +1,115 @@
+"""Tiles for kernels: what none of them takes is cut into what each takes, and turned round where it has to be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mindspeed_cp.kernels.protocol import (
+    BlockCase,
+    BlockGradients,
+    BlockKernel,
+    BlockMask,
+    BlockOutput,
+    MaskKind,
+)
+from mindspeed_cp.plan import Tile, within
+
+
+def cut(tile: Tile) -> tuple[Tile, ...]:
+    """The tile in rectangles and triangles: squares with right == 0, or left == 0 and nothing else.
+
+    A bound that is not a diagonal of the rectangle leaves a square under its slanting edge, and rectangles beside it. A
+    band with both bounds is cut into strips as high as it is wide: to the right of the first row's last key only one
+    bound is in effect, to the left of it only the other.
+    """
+    rows, keys = _lengths(tile)
+    if tile.left is None and tile.right is None:
+        return (tile,)
+    if tile.left is not None and tile.right is not None:
+        return tuple(part for half in _strips(tile) for part in cut(half))
+    if rows == keys and 0 in (tile.left, tile.right):
+        return (tile,)
+    if tile.right is not None:
+        # Row a sees keys up to a + seen: those before `seen` are seen by all.
+        seen = keys - rows + tile.right
+        corners = (tile.queries.start + keys - seen, tile.keys.start + seen)
+    else:
+        # Row a sees keys from a - before on.
+        before = rows - keys + (tile.left or 0)
+        corners = (tile.queries.start + before, tile.keys.start + rows - before)
+    row, key = corners
+    return tuple(_quadrants(tile, row, key))
+
+
+def _quadrants(tile: Tile, row: int, key: int) -> Iterator[Tile]:
+    """The parts of a tile before and after a row and a key, each by itself."""
+    for queries in (slice(tile.queries.start, row), slice(row, tile.queries.stop)):
+        for keys in (slice(tile.keys.start, key), slice(key, tile.keys.stop)):
+            part = within(tile, queries, keys)
+            if part is not None:
+                yield part
+
+
+def _strips(tile: Tile) -> Iterator[Tile]:
+    """Parts with one bound at most."""
+    rows, keys = _lengths(tile)
+    assert tile.left is not None and tile.right is not None
+    width = tile.left + tile.right + 1
+    for start in range(0, rows, width):
+        queries = slice(tile.queries.start + start, min(tile.queries.start + start + width, tile.queries.stop))
+        last = tile.keys.start + start + keys - rows + tile.right  # The last key that the strip's first row sees.
+        for part in (slice(tile.keys.start, last + 1), slice(last + 1, tile.keys.stop)):
+            piece = within(tile, queries, part)
+            if piece is not None:
+                yield piece
+
+
+def mask_kind(tile: Tile) -> MaskKind:
+    """What a kernel is told of a tile that `cut` has given."""
+    return MaskKind.NONE if tile.left is None and tile.right is None else MaskKind.TRIANGLE
+
+
+def is_turned(tile: Tile) -> bool:
+    """Whether a triangle is the upper one, which is the lower one with queries and keys in reverse order."""
+    return tile.left is not None
+
+
+def _lengths(tile: Tile) -> tuple[int, int]:
+    return tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A kernel that is given queries and keys in reverse order, at the price of copies: for upper triangles."""
+
+    kernel: BlockKernel
+
+    @property
+    def name(self) -> str:
+        """The kernel's own name."""
+        return self.kernel.name
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Those of the kernel itself."""
+        return self.kernel.unsupported_reasons(case)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+        """See BlockKernel.forward; mask: of the tensors in reverse order."""
+        out, lse, state = self.kernel.forward(q.flip(2), k.flip(2), v.flip(2), mask, scale)
+        return BlockOutput(out.flip(2), lse.flip(2), state)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: BlockOutput,
+        mask: BlockMask,
+        scale: float,
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        turned = BlockOutput(output.out.flip(2), output.lse.flip(2), output.state)
+        grads = self.kernel.backward(dout.flip(2), q.flip(2), k.flip(2), v.flip(2), turned, mask, scale)
+        return BlockGradients(*(x.flip(2) for x in grads))
