@@ -286,7 +286,7 @@ def _describe(report: Report, name: str) -> str:
                 lines += _wrap(f"  {verdict.value:<12}", row.text)
     if report.unknown:
         lines += ["", "not known"]
-        for each in report.unknown:
+        for each in dict.fromkeys(report.unknown):
             why = "; ".join(dict.fromkeys(piece.why for piece in each.word.unresolved))
             lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
     lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]

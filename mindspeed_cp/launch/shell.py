@@ -159,6 +159,9 @@ _ARITHMETIC_ASSIGNMENT = re.compile(
     r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
 )
 _PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
+_TO_BE_FILLED_IN = re.compile(r"your(\s+(?!-)\S+)+\s*", re.IGNORECASE)
+"""What stands in published scripts where a path belongs: `your data path`."""
+
 _POSITIONAL = "@"
 """The name of the positional parameters among the variables."""
 
@@ -475,6 +478,9 @@ class _Shell:
             word = Word(tuple(Literal(piece, True) for piece in pieces if isinstance(piece, str)), line)
             if len(word.parts) == len(pieces):
                 value = _Variable((Field((self._compute(Arithmetic(word, True, value.fields[0].text), line),)),))
+        elif not value.is_array and _TO_BE_FILLED_IN.fullmatch(text := value.fields[0].text):
+            # Three words where it is not quoted; the path that takes its place will be one.
+            value = self._unknown(name, f"line {line}: '{text}' is yet to be filled in")
         self._variables[name] = value if before is None else _append(before, value)
 
     def _omit_opaque(self, word: Word) -> None:
