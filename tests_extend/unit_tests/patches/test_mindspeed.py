@@ -141,7 +141,7 @@ DIFFERENT = [
     ),
     ("--input-jitter --moe-input-jitter-eps 0.01", "with --moe-input-jitter-eps; leave out that or this."),
     ("--mtp-num-layers 1 --mtp-loss-scale 0.3", "use --mtp-loss-scaling-factor."),
-    ("--spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec", "or name a spec of your own."),
+    ("--spec mindspeed_llm.tasks.models.spec.longcat_spec layer_spec", "or name a spec of your own."),
     ("--shared-expert-gate --shared-expert-gate-output-dimension 64", "use --shared-expert-gate-output-dimension 1."),
     (
         "--norm-topk-prob --moe-router-topk-scaling-factor 2.5",
