@@ -458,10 +458,14 @@ class _Shell:
             before = self._variables.get(name, _Variable((), True))
             number = int(assignment.subscript) if assignment.subscript.isdecimal() else -1
             splits = any(field.is_unknown for field in before.fields[: number + 1])
-            if not 0 <= number <= len(before.fields) or splits or assignment.append:
+            if not 0 <= number <= len(before.fields) or splits:
                 self._forget([name], line, f"{name}[{assignment.subscript}]=")
                 return
-            value = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+            if assignment.append:
+                value = _Variable((_joined([*before.fields[number : number + 1], *value.fields], ""),))
+            whole = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+            self._put(name, whole, False, line)
+            return
         self._put(name, value, assignment.append, line)
 
     def _put(self, name: str, value: _Variable, append: bool, line: int) -> None:
@@ -604,12 +608,14 @@ class _Shell:
                     found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
                 current = [*(current or []), found]
                 continue
-            values, quoted = self._values(part, word.line), part.quoted
+            # What is not split is as if it stood in quotes.
+            quoted = part.quoted or not split
+            values = self._values(part._replace(quoted=quoted), word.line)
             for number, value in enumerate(values):
                 if number and current is not None:
                     fields.append(current)
                     current = None
-                if quoted or not split:
+                if quoted:
                     current = [*(current or []), *value.pieces]
                     continue
                 if doubt := self._doubt_about_words(value, word.line):
@@ -687,7 +693,7 @@ class _Shell:
         positional = self._variables[_POSITIONAL].fields
         if part.name in ("@", "*"):
             fields = list(positional)
-            return [_joined(fields)] if part.name == "*" and part.quoted else fields
+            return [self._in_one_word(fields, part, line)] if part.name == "*" and part.quoted else fields
         if part.name == "#":
             for field in positional:
                 if field.is_unknown:
@@ -701,12 +707,19 @@ class _Shell:
             return None
         if part.subscript in ("@", "*"):
             fields = list(variable.fields)
-            return [_joined(fields)] if part.subscript == "*" and part.quoted else fields
+            return [self._in_one_word(fields, part, line)] if part.subscript == "*" and part.quoted else fields
         if part.subscript == "":
             return list(variable.fields[:1]) or None
         if part.subscript.isdecimal():
             return _element(variable.fields, int(part.subscript), part)
         return [Field((Unresolved(part.spelling, f"line {line}: which element it is is not known"),))]
+
+    def _in_one_word(self, fields: Sequence[Field], part: Parameter, line: int) -> Field:
+        """All elements, with the first character of IFS between them."""
+        between = self._variables.get("IFS", _Variable((Field((_BLANKS,)),))).fields[0]
+        if between.unresolved:
+            return Field((Unresolved(part.spelling, f"line {line}: IFS decides what stands between its elements"),))
+        return _joined(fields, between.text[:1])
 
     def _compute(self, part: Arithmetic, line: int) -> Piece:
         expression = _joined(self._expand(part.expression, split=False))
@@ -802,11 +815,11 @@ def _field(pieces: Sequence[Piece]) -> Field:
     return Field(tuple(merged))
 
 
-def _joined(fields: Sequence[Field]) -> Field:
-    """Several fields as one, with spaces between."""
+def _joined(fields: Sequence[Field], between: str = " ") -> Field:
+    """Several fields as one."""
     pieces: list[Piece] = []
     for number, field in enumerate(fields):
-        pieces += [" "] * bool(number) + list(field.pieces)
+        pieces += [between] * bool(number) + list(field.pieces)
     return _field(pieces)
 
 
