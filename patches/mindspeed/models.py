@@ -233,7 +233,8 @@ MODELS_VALUES = (
         "layers of MindSpeed-LLM's",
         Disposition.REFUSED,
         "qwen3_spec, and deepseek_spec with --multi-latent-attention, --rope-scaling-type yarn, "
-        f"--use-fused-rotary-pos-emb and --disable-bias-linear: noted, {_ARE_MEGATRONS}; others: refused, {_OWN_LAYERS}",
+        f"--use-fused-rotary-pos-emb and --disable-bias-linear: noted, {_ARE_MEGATRONS}; "
+        f"others: refused, {_OWN_LAYERS}",
         _layers,
     ),
     *refused("layers of ModelLink's", _OWN_LAYERS, "--spec modellink.*"),
