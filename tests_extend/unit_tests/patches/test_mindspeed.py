@@ -179,7 +179,7 @@ DIFFERENT = [
     ("--partial-rotary-factor 0.5 --rotary-percent 0.5", "use --rotary-percent with both in one."),
     ("--partial-rotary-factor 0.5 --multi-latent-attention", "leave it out."),
     ("--rope-scaling-type longrope", "Megatron has no longrope scaling; use llama3 or yarn, or leave it out."),
-    ("--rope-scaling-type yarn --rope-scaling-factor 4", "without --multi-latent-attention; leave it out."),
+    ("--rope-scaling-type yarn --rope-scaling-factor 4", "--yarn-original-max-position-embeddings."),
     (
         "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 4 --beta-fast 16 "
         "--rope-scaling-original-max-position-embeddings 8192",
