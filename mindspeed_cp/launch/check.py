@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindspeed_cp.launch.launcher import Launch, find_launches, find_unread
-from mindspeed_cp.launch.shell import Field, Reading, read_script
+from mindspeed_cp.launch.reading import Field, Reading
+from mindspeed_cp.launch.shell import read_script
 from mindspeed_cp.patches.arguments import examine_command_line, notes_on_command_line
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.mindspeed.programs import PROGRAMS_OF_MINDSPEED

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mindspeed_cp.launch.shell import Command, Field, Omission
+from mindspeed_cp.launch.reading import Command, Field, Omission
 
 _PYTHON = re.compile(r"(?:.*/)?(?:python|pypy)[\d.]*")
 _LAUNCHER = re.compile(r"(?:.*/)?torchrun")

@@ -5,18 +5,18 @@ output of a command, which branch is taken, a variable that nobody sets) is neve
 spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
 """
 
-import ast
 import contextlib
 import functools
 import glob
 import itertools
-import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from mindspeed_cp.launch.reading import Command, Field, Omission, Piece, Reading, Unresolved
+from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
 from mindspeed_cp.launch.shell_syntax import (
     DECLARATIONS,
     Arithmetic,
@@ -30,72 +30,6 @@ from mindspeed_cp.launch.shell_syntax import (
     Word,
     parse,
 )
-
-
-class Unresolved(NamedTuple):
-    """A part of a word that is not known.
-
-    spelling: how it is written in the script. why: the reason, a clause that names the line.
-    name: the variable that is not set, where that is the reason.
-    """
-
-    spelling: str
-    why: str
-    name: str = ""
-
-
-Piece: TypeAlias = str | Unresolved
-
-
-class Field(NamedTuple):
-    """A word after expansion."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def text(self) -> str:
-        """Its text, with what is not known as it is spelt."""
-        return "".join(piece if isinstance(piece, str) else piece.spelling for piece in self.pieces)
-
-    @property
-    def unresolved(self) -> tuple[Unresolved, ...]:
-        """What is not known of it."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Unresolved))
-
-    @property
-    def is_unknown(self) -> bool:
-        """Whether nothing of it is known, so that it may as well be no word or several."""
-        return bool(self.pieces) and all(isinstance(piece, Unresolved) for piece in self.pieces)
-
-
-class Omission(NamedTuple):
-    """Something in a script that was not read: where, what, and why."""
-
-    line: int
-    text: str
-    why: str
-
-
-class Command(NamedTuple):
-    """A command that the script would run.
-
-    words: its words after expansion. environment: what the script exports to it.
-    condition: the blocks around it that decide whether it runs at all; empty where nothing does.
-    lost: lines below it that were meant to go on with it, and do not.
-    """
-
-    line: int
-    words: tuple[Field, ...]
-    environment: Mapping[str, Field]
-    condition: str
-    lost: tuple[Omission, ...] = ()
-
-
-class Reading(NamedTuple):
-    """What a script would run, in order, and what was not read of it."""
-
-    commands: tuple[Command, ...]
-    omissions: tuple[Omission, ...]
 
 
 def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mapping[str, str], folder: Path) -> Reading:
@@ -155,9 +89,6 @@ _SHELLS = ("bash", "sh")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
 _NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
-_ARITHMETIC_ASSIGNMENT = re.compile(
-    r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
-)
 _PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
 _TO_BE_FILLED_IN = re.compile(r"your(\s+(?!-)\S+)+\s*", re.IGNORECASE)
 """What stands in published scripts where a path belongs: `your data path`."""
@@ -228,7 +159,7 @@ class _Shell:
             self.run(statement.bodies[0])
             self._restore(kept)
         elif statement.kind == "((":
-            self._forget(_names_assigned(statement.name), statement.line, statement.text)
+            self._forget(names_assigned(statement.name), statement.line, statement.text)
         elif statement.kind != "[[":
             self._block(statement)
 
@@ -242,7 +173,7 @@ class _Shell:
         if not loops:
             self._follow(block.bodies[0])
         bodies = block.bodies if loops else block.bodies[1:]
-        for name in [block.name] if _NAME.fullmatch(block.name) else _names_assigned(block.name):
+        for name in [block.name] if _NAME.fullmatch(block.name) else names_assigned(block.name):
             self._variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
         self._perhaps(bodies, block.text, block.line, again=loops)
 
@@ -375,7 +306,7 @@ class _Shell:
         if builtin == "printf":
             return texts[1:2] if texts[:1] == ["-v"] else []
         if builtin == "let":
-            return [name for text in texts for name in _names_assigned(text)]
+            return [name for text in texts for name in names_assigned(text)]
         return [text for text in texts[_ARGUMENTS_BEFORE_NAMES[builtin] :] if _NAME.fullmatch(text)]
 
     def _record(self, command: Simple, words: tuple[Field, ...]) -> None:
@@ -421,7 +352,7 @@ class _Shell:
         for assignment in command.assignments:
             self._assign(assignment)
         for found, field in quoted:
-            rest = _field([found.group(3), *field.pieces[1:]])
+            rest = Field.of([found.group(3), *field.pieces[1:]])
             self._put(found.group(1), _Variable((rest,)), bool(found.group(2)), command.line)
         if any(field.is_unknown for field in arguments):
             self._omit(Omission(command.line, _first_line(command.text), "which variables it sets is not known"))
@@ -453,7 +384,7 @@ class _Shell:
             fields = tuple(field for word in assignment.values for field in self._expand(word))
             self._put(name, _Variable(fields, True), assignment.append, line)
             return
-        value = _Variable((_joined(self._expand(assignment.values[0], split=False)),))
+        value = _Variable((Field.joined(self._expand(assignment.values[0], split=False)),))
         if assignment.subscript:
             before = self._variables.get(name, _Variable((), True))
             number = int(assignment.subscript) if assignment.subscript.isdecimal() else -1
@@ -462,7 +393,7 @@ class _Shell:
                 self._forget([name], line, f"{name}[{assignment.subscript}]=")
                 return
             if assignment.append:
-                value = _Variable((_joined([*before.fields[number : number + 1], *value.fields], ""),))
+                value = _Variable((Field.joined([*before.fields[number : number + 1], *value.fields], ""),))
             whole = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
             self._put(name, whole, False, line)
             return
@@ -631,7 +562,7 @@ class _Shell:
                             current = [*(current or []), chunk]
         if current is not None:
             fields.append(current)
-        return [_field(pieces) for pieces in fields]
+        return [Field.of(pieces) for pieces in fields]
 
     def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
         """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
@@ -685,7 +616,7 @@ class _Shell:
             return [Field((Unresolved(part.spelling, f"line {line}: {part.name} is not set", part.name),))]
         values = self._expand(part.operand, split=not part.quoted)
         if kind == "=":
-            self._variables[part.name] = _Variable((_joined(values),))
+            self._variables[part.name] = _Variable((Field.joined(values),))
         return values or [Field(("",))]
 
     def _look_up(self, part: Parameter, line: int) -> list[Field] | None:
@@ -719,81 +650,26 @@ class _Shell:
         between = self._variables.get("IFS", _Variable((Field((_BLANKS,)),))).fields[0]
         if between.unresolved:
             return Field((Unresolved(part.spelling, f"line {line}: IFS decides what stands between its elements"),))
-        return _joined(fields, between.text[:1])
+        return Field.joined(fields, between.text[:1])
 
     def _compute(self, part: Arithmetic, line: int) -> Piece:
-        expression = _joined(self._expand(part.expression, split=False))
-        assigned = _names_assigned(expression.text)
+        expression = Field.joined(self._expand(part.expression, split=False))
+        assigned = names_assigned(expression.text)
         self._forget(assigned, line, part.spelling)
         for piece in expression.unresolved:
             return Unresolved(part.spelling, piece.why, piece.name)
         if assigned:
             return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
         try:
-            return str(self._number(ast.parse(expression.text.strip().replace("/", "//"), mode="eval").body))
-        except _UnknownNumber as unknown:
+            return str(compute(expression.text, self._number))
+        except UnknownNumberError as unknown:
             return Unresolved(part.spelling, str(unknown) or f"line {line}: {unknown.name} is not set", unknown.name)
-        except (SyntaxError, ValueError, TypeError, ZeroDivisionError):
+        except ValueError:
             return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
 
-    def _number(self, node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name):
-            variable = self._variables.get(node.id)
-            if variable is None:
-                raise _UnknownNumber(node.id)
-            for piece in variable.fields[0].unresolved:
-                raise _UnknownNumber(piece.name, piece.why)
-            return self._number(ast.parse(variable.fields[0].text.strip(), mode="eval").body)
-        # Bash takes -2 ** 2 for (-2) ** 2.
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY and not _is_power(node.operand):
-            return _UNARY[type(node.op)](self._number(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-            return _BINARY[type(node.op)](self._number(node.left), self._number(node.right))
-        raise ValueError(node)
-
-
-def _is_power(node: ast.expr) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)
-
-
-def _names_assigned(expression: str) -> list[str]:
-    """The variables that an arithmetic expression changes."""
-    return [name for names in _ARITHMETIC_ASSIGNMENT.findall(expression) for name in names if name]
-
-
-class _UnknownNumber(Exception):
-    """Arithmetic with a variable that is not set, or whose value is not known for a reason."""
-
-    def __init__(self, name: str, why: str = "") -> None:
-        super().__init__(why)
-        self.name = name
-
-
-def _towards_zero(dividend: int, divisor: int) -> int:
-    quotient = abs(dividend) // abs(divisor)
-    return quotient if (dividend < 0) == (divisor < 0) else -quotient
-
-
-_UNARY: dict[type[ast.unaryop], Callable[[int], int]] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Invert: operator.invert,
-}
-_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: _towards_zero,
-    ast.Mod: lambda dividend, divisor: dividend - divisor * _towards_zero(dividend, divisor),
-    ast.Pow: operator.pow,
-    ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}
+    def _number(self, name: str) -> Field | None:
+        variable = self._variables.get(name)
+        return variable.fields[0] if variable is not None and variable.fields else None
 
 
 def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Field] | None:
@@ -804,29 +680,10 @@ def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Fiel
     return [fields[number]] if number < len(fields) else None
 
 
-def _field(pieces: Sequence[Piece]) -> Field:
-    """A field whose neighbouring texts are one piece."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += piece
-        elif piece != "" or not isinstance(piece, str):
-            merged.append(piece)
-    return Field(tuple(merged))
-
-
-def _joined(fields: Sequence[Field], between: str = " ") -> Field:
-    """Several fields as one."""
-    pieces: list[Piece] = []
-    for number, field in enumerate(fields):
-        pieces += [between] * bool(number) + list(field.pieces)
-    return _field(pieces)
-
-
 def _append(before: _Variable, more: _Variable) -> _Variable:
     if before.is_array or more.is_array:
         return _Variable((*before.fields, *more.fields), True)
-    return _Variable((_field([*before.fields[0].pieces, *more.fields[0].pieces]),))
+    return _Variable((Field.of([*before.fields[0].pieces, *more.fields[0].pieces]),))
 
 
 class _Change(IntEnum):
@@ -894,7 +751,7 @@ def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
         if option.text in ("-u", "-C"):
             continue
         if assignment := _NAME_AND_VALUE.match(_known_start(field)):
-            found[assignment.group(1)] = _field([assignment.group(3), *field.pieces[1:]])
+            found[assignment.group(1)] = Field.of([assignment.group(3), *field.pieces[1:]])
         elif not field.text.startswith("-"):
             break
     return found
