@@ -1,8 +1,17 @@
 """What a shell script would run, as far as that can be told without running anything.
 
-Assignments are followed and words expanded as bash does it. What depends on something that would have to run (the
-output of a command, which branch is taken, a variable that nobody sets) is never guessed: it stays in the word as it is
-spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
+followed        assignments, `+=`, arrays and their elements; `export`, `declare`, `local`, `readonly`, `unset`
+                `$X`, `${X}`, `${X[0]}`, `"${X[@]}"`, `"$*"`, `${X:-d}` and `=`, `?`, `+`; `$((...))`; `~`; `IFS`
+                `$1`, `"$@"`, `$#`, `set`, `shift`, `cd`; functions, `return`, `exit`, `exec`; groups and subshells
+                `source` of a file that is there, `eval`, `bash -c "..."`, `env X=... command`
+either way      bodies of `if`, `case`, `for`, `while`, and what follows `||`, or a command and `&&`: what they run has
+                that condition, and what they set is not known afterwards
+not known       `$(...)`, patterns (`${X%.sh}`, `*.py` where files match, `{1,2}`), a variable that nobody sets or that
+                is yet to be filled in ("your data path"): the word keeps its spelling, as `Unresolved`, and knows why
+not read        here-documents, `read`, `let`, `((X++))`, another script's file: listed as an `Omission`, and what they
+                set is not known afterwards
+
+Nothing is guessed. shell_syntax.py parses, shell_arithmetic.py computes, and reading.py has what comes out.
 """
 
 import contextlib
