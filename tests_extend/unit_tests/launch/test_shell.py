@@ -109,6 +109,7 @@ def test_command_sees_what_is_exported_to_it(tmp_path):
         ("A=4; ((++A)); run $A", "${A}", "", "line 1 sets it, and is not read"),
         ("A=4; ((A<<=1)); run $A", "${A}", "", "line 1 sets it, and is not read"),
         ("A=4; : $((A+=4)); run $A", "${A}", "", "line 1 sets it, and is not read"),
+        ("A=(); run $((A + 1))", "$((A + 1))", "A", "line 1: A is not set"),
         ("A=4; B=$((A++)); run $A", "${A}", "", "line 1 sets it, and is not read"),
         ("for ((A = 0; A < 2; A++)); do :; done; run $A", "${A}", "", "it is set by the loop in line 1"),
         ('set -- a; shift $((OPTIND - 1)); run "$@"', "$@", "", "line 1 sets it, and is not read"),
