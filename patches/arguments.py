@@ -218,7 +218,8 @@ def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argpa
     config, choice = settled
     try:
         start = [start_line(config, choice, _kernel_names(found.args, config))]
-        return [*said, *start * (config.context_parallel_size > 1), *notes_on_arguments(found.args, config, defaults)]
+        is_said = config.context_parallel_size > 1 and _knows_inner_ring(found.args)
+        return [*said, *start * is_said, *notes_on_arguments(found.args, config, defaults)]
     except UnknownValueError:
         return said
 
@@ -385,9 +386,17 @@ def _examine_arguments(
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 
 
+def _knows_inner_ring(args: argparse.Namespace) -> bool:
+    return none_for_unknown(args).cp_window_size is not None
+
+
 def _configured(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration, as parsed arguments have them."""
-    values: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(ContextParallelConfig)}
+    names = [option.name for option in fields(ContextParallelConfig)]
+    if not _knows_inner_ring(args):
+        # No rule reads it but those about itself, which say nothing of the default.
+        names.remove("cp_window_size")
+    values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
     if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
         # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.

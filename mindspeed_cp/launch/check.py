@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindspeed_cp.launch.launcher import Launch, find_launches, find_unread
-from mindspeed_cp.launch.shell import Field, Reading, read_script
+from mindspeed_cp.launch.reading import Field, Reading
+from mindspeed_cp.launch.shell import read_script
 from mindspeed_cp.patches.arguments import examine_command_line, notes_on_command_line
 from mindspeed_cp.patches.command_line import Examination, examine
+from mindspeed_cp.patches.mindspeed.programs import PROGRAMS_OF_MINDSPEED
 from mindspeed_cp.patches.mindspeed.record import Disposition
 from mindspeed_cp.patches.mindspeed.table import FLAGS
 from mindspeed_cp.patches.mindspeed.translate import split_flags
@@ -137,6 +139,13 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
             dests = {actions[name].dest for name in without_value if name in actions}
             found = examine_command_line(known, parser, num_ranks=launch.ranks, unknown=dests)
             notes = notes_on_command_line(found, known, parser)
+    program = launch.script.rpartition("/")[2]
+    of_program = [
+        f"{launch.script}: it is MindSpeed-LLM's program for {purpose}, and imports MindSpeed-LLM; use a program of "
+        f"Megatron's, such as pretrain_gpt.py."
+        for name, purpose in PROGRAMS_OF_MINDSPEED.items()
+        if name == program
+    ]
     of_help = [f"{field.text}: the help is printed, and nothing runs; leave it out." for field in asks_for_help]
     lost = [
         f"{each.text} (line {each.line}): {each.why}; end each line above it with a backslash, and put comments "
@@ -144,7 +153,7 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
         for each in launch.lost
     ]
     rows = [
-        *(Row(Verdict.BLOCKED, sentence) for sentence in (*of_help, *lost)),
+        *(Row(Verdict.BLOCKED, sentence) for sentence in (*of_program, *of_help, *lost)),
         *blocked,
         *_rows(found, parser),
         *(Row(Verdict.NOTED, note) for note in notes),
@@ -286,7 +295,7 @@ def _describe(report: Report, name: str) -> str:
                 lines += _wrap(f"  {verdict.value:<12}", row.text)
     if report.unknown:
         lines += ["", "not known"]
-        for each in report.unknown:
+        for each in dict.fromkeys(report.unknown):
             why = "; ".join(dict.fromkeys(piece.why for piece in each.word.unresolved))
             lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
     lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]

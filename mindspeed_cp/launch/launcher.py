@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mindspeed_cp.launch.shell import Command, Field, Omission
+from mindspeed_cp.launch.reading import Command, Field, Omission
 
 _PYTHON = re.compile(r"(?:.*/)?(?:python|pypy)[\d.]*")
 _LAUNCHER = re.compile(r"(?:.*/)?torchrun")
@@ -64,6 +64,8 @@ def find_unread(commands: Sequence[Command]) -> list[Omission]:
             found.append(Omission(command.line, text, "it hands over another script; check that one too"))
         elif _launcher(command) is not None or _has_flags_of_a_training(command.words):
             found.append(Omission(command.line, text, "which training script it starts is not known"))
+        elif command.words[0].is_unknown and not any(field.text.endswith(".py") for field in command.words):
+            found.append(Omission(command.line, text, "which command it is is not known"))
     return found
 
 

@@ -1,22 +1,31 @@
 """What a shell script would run, as far as that can be told without running anything.
 
-Assignments are followed and words expanded as bash does it. What depends on something that would have to run (the
-output of a command, which branch is taken, a variable that nobody sets) is never guessed: it stays in the word as it is
-spelt, as an `Unresolved` piece that knows why, and what was not read is listed.
+followed        assignments, `+=`, arrays and their elements; `export`, `declare`, `local`, `readonly`, `unset`
+                `$X`, `${X}`, `${X[0]}`, `"${X[@]}"`, `"$*"`, `${X:-d}` and `=`, `?`, `+`; `$((...))`; `~`; `IFS`
+                `$1`, `"$@"`, `$#`, `set`, `shift`, `cd`; functions, `return`, `exit`, `exec`; groups and subshells
+                `source` of a file that is there, `eval`, `bash -c "..."`, `env X=... command`
+either way      bodies of `if`, `case`, `for`, `while`, and what follows `||`, or a command and `&&`: what they run has
+                that condition, and what they set is not known afterwards
+not known       `$(...)`, patterns (`${X%.sh}`, `*.py` where files match, `{1,2}`), a variable that nobody sets or that
+                is yet to be filled in ("your data path"): the word keeps its spelling, as `Unresolved`, and knows why
+not read        here-documents, `read`, `let`, `((X++))`, another script's file: listed as an `Omission`, and what they
+                set is not known afterwards
+
+Nothing is guessed. shell_syntax.py parses, shell_arithmetic.py computes, and reading.py has what comes out.
 """
 
-import ast
 import contextlib
 import functools
 import glob
 import itertools
-import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from mindspeed_cp.launch.reading import Command, Field, Omission, Piece, Reading, Unresolved
+from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
 from mindspeed_cp.launch.shell_syntax import (
     DECLARATIONS,
     Arithmetic,
@@ -30,72 +39,6 @@ from mindspeed_cp.launch.shell_syntax import (
     Word,
     parse,
 )
-
-
-class Unresolved(NamedTuple):
-    """A part of a word that is not known.
-
-    spelling: how it is written in the script. why: the reason, a clause that names the line.
-    name: the variable that is not set, where that is the reason.
-    """
-
-    spelling: str
-    why: str
-    name: str = ""
-
-
-Piece: TypeAlias = str | Unresolved
-
-
-class Field(NamedTuple):
-    """A word after expansion."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def text(self) -> str:
-        """Its text, with what is not known as it is spelt."""
-        return "".join(piece if isinstance(piece, str) else piece.spelling for piece in self.pieces)
-
-    @property
-    def unresolved(self) -> tuple[Unresolved, ...]:
-        """What is not known of it."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Unresolved))
-
-    @property
-    def is_unknown(self) -> bool:
-        """Whether nothing of it is known, so that it may as well be no word or several."""
-        return bool(self.pieces) and all(isinstance(piece, Unresolved) for piece in self.pieces)
-
-
-class Omission(NamedTuple):
-    """Something in a script that was not read: where, what, and why."""
-
-    line: int
-    text: str
-    why: str
-
-
-class Command(NamedTuple):
-    """A command that the script would run.
-
-    words: its words after expansion. environment: what the script exports to it.
-    condition: the blocks around it that decide whether it runs at all; empty where nothing does.
-    lost: lines below it that were meant to go on with it, and do not.
-    """
-
-    line: int
-    words: tuple[Field, ...]
-    environment: Mapping[str, Field]
-    condition: str
-    lost: tuple[Omission, ...] = ()
-
-
-class Reading(NamedTuple):
-    """What a script would run, in order, and what was not read of it."""
-
-    commands: tuple[Command, ...]
-    omissions: tuple[Omission, ...]
 
 
 def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mapping[str, str], folder: Path) -> Reading:
@@ -155,10 +98,10 @@ _SHELLS = ("bash", "sh")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
 _NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
-_ARITHMETIC_ASSIGNMENT = re.compile(
-    r"\b([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:<<|>>|[-+*/%&|^])?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
-)
 _PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
+_TO_BE_FILLED_IN = re.compile(r"your(\s+(?!-)\S+)+\s*", re.IGNORECASE)
+"""What stands in published scripts where a path belongs: `your data path`."""
+
 _POSITIONAL = "@"
 """The name of the positional parameters among the variables."""
 
@@ -225,7 +168,7 @@ class _Shell:
             self.run(statement.bodies[0])
             self._restore(kept)
         elif statement.kind == "((":
-            self._forget(_names_assigned(statement.name), statement.line, statement.text)
+            self._forget(names_assigned(statement.name), statement.line, statement.text)
         elif statement.kind != "[[":
             self._block(statement)
 
@@ -239,7 +182,7 @@ class _Shell:
         if not loops:
             self._follow(block.bodies[0])
         bodies = block.bodies if loops else block.bodies[1:]
-        for name in [block.name] if _NAME.fullmatch(block.name) else _names_assigned(block.name):
+        for name in [block.name] if _NAME.fullmatch(block.name) else names_assigned(block.name):
             self._variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
         self._perhaps(bodies, block.text, block.line, again=loops)
 
@@ -372,7 +315,7 @@ class _Shell:
         if builtin == "printf":
             return texts[1:2] if texts[:1] == ["-v"] else []
         if builtin == "let":
-            return [name for text in texts for name in _names_assigned(text)]
+            return [name for text in texts for name in names_assigned(text)]
         return [text for text in texts[_ARGUMENTS_BEFORE_NAMES[builtin] :] if _NAME.fullmatch(text)]
 
     def _record(self, command: Simple, words: tuple[Field, ...]) -> None:
@@ -418,7 +361,7 @@ class _Shell:
         for assignment in command.assignments:
             self._assign(assignment)
         for found, field in quoted:
-            rest = _field([found.group(3), *field.pieces[1:]])
+            rest = Field.of([found.group(3), *field.pieces[1:]])
             self._put(found.group(1), _Variable((rest,)), bool(found.group(2)), command.line)
         if any(field.is_unknown for field in arguments):
             self._omit(Omission(command.line, _first_line(command.text), "which variables it sets is not known"))
@@ -450,15 +393,19 @@ class _Shell:
             fields = tuple(field for word in assignment.values for field in self._expand(word))
             self._put(name, _Variable(fields, True), assignment.append, line)
             return
-        value = _Variable((_joined(self._expand(assignment.values[0], split=False)),))
+        value = _Variable((Field.joined(self._expand(assignment.values[0], split=False)),))
         if assignment.subscript:
             before = self._variables.get(name, _Variable((), True))
             number = int(assignment.subscript) if assignment.subscript.isdecimal() else -1
             splits = any(field.is_unknown for field in before.fields[: number + 1])
-            if not 0 <= number <= len(before.fields) or splits or assignment.append:
+            if not 0 <= number <= len(before.fields) or splits:
                 self._forget([name], line, f"{name}[{assignment.subscript}]=")
                 return
-            value = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+            if assignment.append:
+                value = _Variable((Field.joined([*before.fields[number : number + 1], *value.fields], ""),))
+            whole = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+            self._put(name, whole, False, line)
+            return
         self._put(name, value, assignment.append, line)
 
     def _put(self, name: str, value: _Variable, append: bool, line: int) -> None:
@@ -475,6 +422,9 @@ class _Shell:
             word = Word(tuple(Literal(piece, True) for piece in pieces if isinstance(piece, str)), line)
             if len(word.parts) == len(pieces):
                 value = _Variable((Field((self._compute(Arithmetic(word, True, value.fields[0].text), line),)),))
+        elif not value.is_array and _TO_BE_FILLED_IN.fullmatch(text := value.fields[0].text):
+            # Three words where it is not quoted; the path that takes its place will be one.
+            value = self._unknown(name, f"line {line}: '{text}' is yet to be filled in")
         self._variables[name] = value if before is None else _append(before, value)
 
     def _omit_opaque(self, word: Word) -> None:
@@ -598,12 +548,14 @@ class _Shell:
                     found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
                 current = [*(current or []), found]
                 continue
-            values, quoted = self._values(part, word.line), part.quoted
+            # What is not split is as if it stood in quotes.
+            quoted = part.quoted or not split
+            values = self._values(part._replace(quoted=quoted), word.line)
             for number, value in enumerate(values):
                 if number and current is not None:
                     fields.append(current)
                     current = None
-                if quoted or not split:
+                if quoted:
                     current = [*(current or []), *value.pieces]
                     continue
                 if doubt := self._doubt_about_words(value, word.line):
@@ -619,7 +571,7 @@ class _Shell:
                             current = [*(current or []), chunk]
         if current is not None:
             fields.append(current)
-        return [_field(pieces) for pieces in fields]
+        return [Field.of(pieces) for pieces in fields]
 
     def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
         """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
@@ -673,7 +625,7 @@ class _Shell:
             return [Field((Unresolved(part.spelling, f"line {line}: {part.name} is not set", part.name),))]
         values = self._expand(part.operand, split=not part.quoted)
         if kind == "=":
-            self._variables[part.name] = _Variable((_joined(values),))
+            self._variables[part.name] = _Variable((Field.joined(values),))
         return values or [Field(("",))]
 
     def _look_up(self, part: Parameter, line: int) -> list[Field] | None:
@@ -681,7 +633,7 @@ class _Shell:
         positional = self._variables[_POSITIONAL].fields
         if part.name in ("@", "*"):
             fields = list(positional)
-            return [_joined(fields)] if part.name == "*" and part.quoted else fields
+            return [self._in_one_word(fields, part, line)] if part.name == "*" and part.quoted else fields
         if part.name == "#":
             for field in positional:
                 if field.is_unknown:
@@ -695,86 +647,38 @@ class _Shell:
             return None
         if part.subscript in ("@", "*"):
             fields = list(variable.fields)
-            return [_joined(fields)] if part.subscript == "*" and part.quoted else fields
+            return [self._in_one_word(fields, part, line)] if part.subscript == "*" and part.quoted else fields
         if part.subscript == "":
             return list(variable.fields[:1]) or None
         if part.subscript.isdecimal():
             return _element(variable.fields, int(part.subscript), part)
         return [Field((Unresolved(part.spelling, f"line {line}: which element it is is not known"),))]
 
+    def _in_one_word(self, fields: Sequence[Field], part: Parameter, line: int) -> Field:
+        """All elements, with the first character of IFS between them."""
+        between = self._variables.get("IFS", _Variable((Field((_BLANKS,)),))).fields[0]
+        if between.unresolved:
+            return Field((Unresolved(part.spelling, f"line {line}: IFS decides what stands between its elements"),))
+        return Field.joined(fields, between.text[:1])
+
     def _compute(self, part: Arithmetic, line: int) -> Piece:
-        expression = _joined(self._expand(part.expression, split=False))
-        assigned = _names_assigned(expression.text)
+        expression = Field.joined(self._expand(part.expression, split=False))
+        assigned = names_assigned(expression.text)
         self._forget(assigned, line, part.spelling)
         for piece in expression.unresolved:
             return Unresolved(part.spelling, piece.why, piece.name)
         if assigned:
             return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
         try:
-            return str(self._number(ast.parse(expression.text.strip().replace("/", "//"), mode="eval").body))
-        except _UnknownNumber as unknown:
+            return str(compute(expression.text, self._number))
+        except UnknownNumberError as unknown:
             return Unresolved(part.spelling, str(unknown) or f"line {line}: {unknown.name} is not set", unknown.name)
-        except (SyntaxError, ValueError, TypeError, ZeroDivisionError):
+        except ValueError:
             return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
 
-    def _number(self, node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name):
-            variable = self._variables.get(node.id)
-            if variable is None:
-                raise _UnknownNumber(node.id)
-            for piece in variable.fields[0].unresolved:
-                raise _UnknownNumber(piece.name, piece.why)
-            return self._number(ast.parse(variable.fields[0].text.strip(), mode="eval").body)
-        # Bash takes -2 ** 2 for (-2) ** 2.
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY and not _is_power(node.operand):
-            return _UNARY[type(node.op)](self._number(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-            return _BINARY[type(node.op)](self._number(node.left), self._number(node.right))
-        raise ValueError(node)
-
-
-def _is_power(node: ast.expr) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)
-
-
-def _names_assigned(expression: str) -> list[str]:
-    """The variables that an arithmetic expression changes."""
-    return [name for names in _ARITHMETIC_ASSIGNMENT.findall(expression) for name in names if name]
-
-
-class _UnknownNumber(Exception):
-    """Arithmetic with a variable that is not set, or whose value is not known for a reason."""
-
-    def __init__(self, name: str, why: str = "") -> None:
-        super().__init__(why)
-        self.name = name
-
-
-def _towards_zero(dividend: int, divisor: int) -> int:
-    quotient = abs(dividend) // abs(divisor)
-    return quotient if (dividend < 0) == (divisor < 0) else -quotient
-
-
-_UNARY: dict[type[ast.unaryop], Callable[[int], int]] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Invert: operator.invert,
-}
-_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: _towards_zero,
-    ast.Mod: lambda dividend, divisor: dividend - divisor * _towards_zero(dividend, divisor),
-    ast.Pow: operator.pow,
-    ast.LShift: operator.lshift,
-    ast.RShift: operator.rshift,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}
+    def _number(self, name: str) -> Field | None:
+        variable = self._variables.get(name)
+        return variable.fields[0] if variable is not None and variable.fields else None
 
 
 def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Field] | None:
@@ -785,29 +689,10 @@ def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Fiel
     return [fields[number]] if number < len(fields) else None
 
 
-def _field(pieces: Sequence[Piece]) -> Field:
-    """A field whose neighbouring texts are one piece."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += piece
-        elif piece != "" or not isinstance(piece, str):
-            merged.append(piece)
-    return Field(tuple(merged))
-
-
-def _joined(fields: Sequence[Field]) -> Field:
-    """Several fields as one, with spaces between."""
-    pieces: list[Piece] = []
-    for number, field in enumerate(fields):
-        pieces += [" "] * bool(number) + list(field.pieces)
-    return _field(pieces)
-
-
 def _append(before: _Variable, more: _Variable) -> _Variable:
     if before.is_array or more.is_array:
         return _Variable((*before.fields, *more.fields), True)
-    return _Variable((_field([*before.fields[0].pieces, *more.fields[0].pieces]),))
+    return _Variable((Field.of([*before.fields[0].pieces, *more.fields[0].pieces]),))
 
 
 class _Change(IntEnum):
@@ -875,7 +760,7 @@ def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
         if option.text in ("-u", "-C"):
             continue
         if assignment := _NAME_AND_VALUE.match(_known_start(field)):
-            found[assignment.group(1)] = _field([assignment.group(3), *field.pieces[1:]])
+            found[assignment.group(1)] = Field.of([assignment.group(3), *field.pieces[1:]])
         elif not field.text.startswith("-"):
             break
     return found

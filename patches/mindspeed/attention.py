@@ -81,7 +81,8 @@ def _rope_scaling(value: str, line: CommandLine) -> Ruling:
     if not line.is_latent():
         return Ruling(
             Disposition.REFUSED,
-            "Megatron has no flag for YaRN's factor without --multi-latent-attention; leave it out",
+            "without --multi-latent-attention Megatron has it from 0.19 on, spelt otherwise; use "
+            "--position-embedding-type yarn with --rotary-scaling-factor and --yarn-original-max-position-embeddings",
         )
     return _latent_yarn(line)
 

@@ -279,10 +279,14 @@ EXPERTS = (
     ),
     *noted("where the router's weights are rounded", "rounding alone", "--moe-revert-type-after-topk"),
     *refused(
+        "gives tokens to experts in turn, whatever the router says, to measure speed",
+        "Megatron has no such router; measure with --moe-router-force-load-balancing, or leave it out",
+        "--fix-router",
+    ),
+    *refused(
         "other routers and losses",
         "Megatron has no such router; leave it out",
         """
-        --fix-router
         --num-zero-experts N
         --n-hash-layers N =0
         --moe-device-level-aux-loss-coeff X =0

@@ -10,7 +10,6 @@ from mindspeed_cp.patches.mindspeed.record import (
     Record,
     Ruling,
     noted,
-    records,
     refused,
     spelled_otherwise,
 )
@@ -199,13 +198,44 @@ MODELS = (
     ),
 )
 
-MODELS_VALUES = records(
-    Disposition.REFUSED,
-    "layers of MindSpeed-LLM's",
-    "Megatron has no such layers; leave it out where Megatron's own are the same, which --qk-layernorm, "
-    "--multi-latent-attention and their like describe, or name a spec of your own",
-    """
-    --spec mindspeed_llm.*
-    --spec modellink.*
-    """,
+_OWN_LAYERS = "Megatron has no such layers; leave it out where Megatron's own are the same, or name a spec of your own"
+
+
+def _layers(value: str, line: CommandLine) -> Ruling:
+    """Layers that are composed of Megatron's own modules, or of others that compute the same."""
+    name = value.partition("spec.")[2]
+    if name == "qwen3_spec layer_spec":
+        return Ruling(Disposition.NOTED, _ARE_MEGATRONS)
+    if name != "deepseek_spec layer_spec":
+        return Ruling(Disposition.REFUSED, _OWN_LAYERS)
+    if line.has("--add-qkv-bias"):
+        return Ruling(Disposition.REFUSED, "Megatron's latent attention has no such biases; leave out --add-qkv-bias")
+    given = {
+        "--multi-latent-attention": line.is_latent(),
+        # Without either of these two, releases differ in the order of the features that are rotated.
+        "--rope-scaling-type yarn": line.text("--rope-scaling-type") == "yarn",
+        "--use-fused-rotary-pos-emb": line.has("--use-fused-rotary-pos-emb"),
+        # Of the projections to and from the latent vectors, which have none in Megatron.
+        "--disable-bias-linear": line.has("--disable-bias-linear"),
+    }
+    if missing := [flags for flags, is_given in given.items() if not is_given]:
+        reason = f"Megatron's layers compute the same with {' '.join(missing)} alone; add it"
+        return Ruling(Disposition.REFUSED, reason)
+    return Ruling(Disposition.NOTED, _ARE_MEGATRONS)
+
+
+_ARE_MEGATRONS = "Megatron's own layers compute the same"
+
+MODELS_VALUES = (
+    Record(
+        "--spec",
+        "mindspeed_llm.*",
+        "layers of MindSpeed-LLM's",
+        Disposition.REFUSED,
+        "qwen3_spec, and deepseek_spec with --multi-latent-attention, --rope-scaling-type yarn, "
+        f"--use-fused-rotary-pos-emb and --disable-bias-linear: noted, {_ARE_MEGATRONS}; "
+        f"others: refused, {_OWN_LAYERS}",
+        _layers,
+    ),
+    *refused("layers of ModelLink's", _OWN_LAYERS, "--spec modellink.*"),
 )

@@ -23,6 +23,13 @@ def _pretrained(value: str, line: CommandLine) -> Ruling:
     )
 
 
+PROGRAMS_OF_MINDSPEED = {
+    "posttrain_gpt.py": "fine-tuning and preference tuning",
+    "rlhf_gpt.py": "reinforcement learning",
+    "pretrain_deepseek4.py": "DeepSeek-V4",
+}
+"""Main programs of MindSpeed-LLM's that Megatron has no counterpart of: the file, and what it is for."""
+
 _OF_TUNING = "it belongs to tuning, which is refused by --stage, --is-instruction-dataset and the adapters' flags"
 _OF_ADAPTERS = "it belongs to --lora-target-modules, which is refused"
 _OF_REINFORCEMENT = "it belongs to --stage, which is refused"

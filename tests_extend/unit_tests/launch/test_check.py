@@ -103,6 +103,15 @@ def test_rules_are_judged_by_what_the_script_says(checked, script, blocker):
     assert [blocker in row for row in rows(text, "blocked")] == [True]
 
 
+def test_program_that_megatron_has_no_counterpart_of_is_named(checked):
+    text, is_blocked = checked(RUN.replace("pretrain_gpt.py", "$HOME/posttrain_gpt.py"), HOME="/h")
+    assert is_blocked
+    assert rows(text, "blocked") == [
+        "/h/posttrain_gpt.py: it is MindSpeed-LLM's program for fine-tuning and preference tuning, and imports "
+        "MindSpeed-LLM; use a program of Megatron's, such as pretrain_gpt.py."
+    ]
+
+
 def test_text_that_is_not_known_is_kept_and_a_number_is_blocked(checked):
     text, is_blocked = checked(f'{RUN} --save $1/x --lr "$LR" $EXTRA --train-iters $2')
     assert is_blocked
@@ -153,11 +162,11 @@ def test_what_is_blocked_is_not_among_what_would_run(checked, flag):
 
 
 def test_what_was_not_read_is_listed(checked):
-    text, _ = checked(f"if $X; then\n  ARGS+=(--bf16)\nfi\n{RUN}")
+    text, _ = checked(f"if test $X; then\n  ARGS+=(--bf16)\nfi\n{RUN}")
     assert "${ARGS}: line 9, which may or may not run, appends to it; it may add flags, or none" in text
     assert text.splitlines()[-2:] == [
         "not read",
-        "  line 9: if $X; then: which branch is taken is not known; what lines 9 to 11 set counts as not known",
+        "  line 9: if test $X; then: which branch is taken is not known; what lines 9 to 11 set counts as not known",
     ]
 
 

@@ -66,6 +66,7 @@ def test_each_of_several_launches_is_found_with_its_flags(tmp_path):
         "torchrun -m package.train",
         "python $SCRIPT --micro-batch-size 1",
         "sbatch --wrap 'torchrun train.py'",
+        'srun bash -c "A=1 ${PREFIX} $COMMAND"',
     ],
 )
 def test_command_whose_script_is_not_known_is_listed(tmp_path, command):

@@ -29,6 +29,9 @@ FUSED = "--use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb"
 EXPERTS = "--num-experts 8 --moe-router-topk 2 --expert-model-parallel-size 2"
 LATENT = "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --v-head-dim 16"
 TOKENIZER = "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path /models/some"
+FIXED_ROUTER = (
+    "--fix-router: Megatron has no such router; measure with --moe-router-force-load-balancing, or leave it out."
+)
 
 # Features of MindSpeed's manual put together with Megatron's, and the flags that stand in the way.
 FLAG_SETS = [
@@ -133,7 +136,7 @@ def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, ca
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "pretrain_gpt.py: error: 6 things stand in the way:",
-        "  --fix-router: Megatron has no such router; leave it out.",
+        "  " + FIXED_ROUTER,
         "  --use-fused-swiglo: neither this Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
         "  --seed x: it takes a whole number; give it one.",
         "  y e s: no flag takes this; leave it out.",
@@ -186,9 +189,7 @@ def test_a_few_letters_are_not_taken_for_a_flag_without_effect(parser):
 def test_rules_are_not_judged_where_a_checkpoint_may_say_otherwise(run, capsys):
     with pytest.raises(SystemExit):
         run(f"{MODEL} {RING} --seq-length 60 --fix-router --use-checkpoint-args")
-    assert (
-        capsys.readouterr().err == "pretrain_gpt.py: error: --fix-router: Megatron has no such router; leave it out.\n"
-    )
+    assert capsys.readouterr().err == f"pretrain_gpt.py: error: {FIXED_ROUTER}\n"
 
 
 def test_a_script_without_mindspeed_s_flags_sees_nothing(run, megatron_arguments, monkeypatch):
@@ -229,7 +230,7 @@ def test_what_is_missing_is_said_once(run, capsys):
     with pytest.raises(SystemExit):
         run(f"{MODEL} --fix-router", extra_args_provider=add_own)
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "  --fix-router: Megatron has no such router; leave it out.",
+        "  " + FIXED_ROUTER,
         "  the following arguments are required: --of-my-own.",
     ]
 

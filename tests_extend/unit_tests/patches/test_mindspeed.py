@@ -141,7 +141,7 @@ DIFFERENT = [
     ),
     ("--input-jitter --moe-input-jitter-eps 0.01", "with --moe-input-jitter-eps; leave out that or this."),
     ("--mtp-num-layers 1 --mtp-loss-scale 0.3", "use --mtp-loss-scaling-factor."),
-    ("--spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec", "or name a spec of your own."),
+    ("--spec mindspeed_llm.tasks.models.spec.longcat_spec layer_spec", "or name a spec of your own."),
     ("--shared-expert-gate --shared-expert-gate-output-dimension 64", "use --shared-expert-gate-output-dimension 1."),
     (
         "--norm-topk-prob --moe-router-topk-scaling-factor 2.5",
@@ -179,7 +179,7 @@ DIFFERENT = [
     ("--partial-rotary-factor 0.5 --rotary-percent 0.5", "use --rotary-percent with both in one."),
     ("--partial-rotary-factor 0.5 --multi-latent-attention", "leave it out."),
     ("--rope-scaling-type longrope", "Megatron has no longrope scaling; use llama3 or yarn, or leave it out."),
-    ("--rope-scaling-type yarn --rope-scaling-factor 4", "without --multi-latent-attention; leave it out."),
+    ("--rope-scaling-type yarn --rope-scaling-factor 4", "--yarn-original-max-position-embeddings."),
     (
         "--multi-latent-attention --rope-scaling-type yarn --rope-scaling-factor 4 --beta-fast 16 "
         "--rope-scaling-original-max-position-embeddings 8192",
