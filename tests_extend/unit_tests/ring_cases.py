@@ -94,18 +94,15 @@ def virtual_attention(
     attention = compose_attention(
         case.config, rank=rank, ulysses=ulysses, ring=ring, layout=case.sequence_layout, kernels=kernels
     )
-    return _with_schedule(attention, RingSchedule(outer=case.outer, inner=case.inner))
-
-
-def _with_schedule(planned: Attention, schedule: RingSchedule) -> Attention:
-    """With inner rings of one rank too, which no flag asks for as they are the plain ring."""
-    assert isinstance(planned, PlannedAttention)
-    attention = planned.attention
-    if isinstance(attention, UlyssesAttention):
-        attention = dataclasses.replace(attention, ring=dataclasses.replace(attention.ring, schedule=schedule))
+    assert isinstance(attention, PlannedAttention)
+    # Inner rings of one rank, which are the plain ring, and pieces are what no flag asks for.
+    changes = {"schedule": RingSchedule(outer=case.outer, inner=case.inner), "pieces": case.pieces}
+    inside = attention.attention
+    if isinstance(inside, UlyssesAttention):
+        inside = dataclasses.replace(inside, ring=dataclasses.replace(inside.ring, **changes))
     else:
-        attention = dataclasses.replace(attention, schedule=schedule)
-    return dataclasses.replace(planned, attention=attention)
+        inside = dataclasses.replace(inside, **changes)
+    return dataclasses.replace(attention, attention=inside)
 
 
 def attend_virtually(case: Case, kernels: KernelRegistry = KERNELS) -> list[Shard]:

@@ -28,6 +28,7 @@ class Case:
     outer: int = 1
     inner: int = 1
     overlap: bool = False
+    pieces: int = 1
     bnsd: bool = False
     heads: int = 1
     kv_heads: int = 1

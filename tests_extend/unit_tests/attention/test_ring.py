@@ -134,6 +134,16 @@ def test_virtual_ranks_have_the_bits_of_gloo_ranks(gloo, topology):
         assert_same_bits(real, virtual)
 
 
+@pytest.mark.parametrize("mask", ["causal", "full", "per head"])
+@pytest.mark.parametrize("topology", [DOUBLE_2X2, CPTopology(outer=3, inner=2), HYBRID_8], ids=grid_name)
+def test_a_double_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_same_bits_with_overlap(topology, mask):
+    case = case_on(topology, mask=mask, heads=4, kv_heads=2, pieces=2, value_head_size=12)
+    shards = attend_virtually(case)
+    assert_equal_to(dense(case), restored(case, shards))
+    for shard, overlapped in zip(shards, attend_virtually(dataclasses.replace(case, overlap=True)), strict=True):
+        assert_same_bits(shard, overlapped)
+
+
 def test_comparison_with_dense_attention_sees_a_wrong_owner():
     case, mask = case_on(RING_4, mask="2d"), ring._mask
     with (
@@ -352,13 +362,13 @@ def test_backward_keeps_q_k_v_out_and_lse_once(topology, heads, dtype):
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "blocks"),
-    [(1, 2, 1), (1, 3, 2), (1, 16, 2), (2, 2, 2), (4, 2, 2), (2, 4, 3), (4, 4, 3)],
+    ("outer", "inner", "blocks", "with_overlap"),
+    [(1, 2, 1, 1), (1, 3, 2, 2), (1, 16, 2, 2), (2, 2, 2, 2), (4, 2, 3, 3), (2, 4, 3, 3), (4, 4, 3, 4)],
 )
-@pytest.mark.parametrize("overlap", [False, True])
-def test_blocks_beside_a_ranks_own_do_not_grow_with_the_ring(outer, inner, blocks, overlap):
-    case = Case(size=outer * inner, outer=outer, inner=inner, overlap=overlap, tokens=2, mask="full")
+def test_blocks_beside_a_ranks_own_do_not_grow_with_the_ring(outer, inner, blocks, with_overlap):
+    case = Case(size=outer * inner, outer=outer, inner=inner, tokens=2, mask="full")
     assert cases.most_blocks(case) == blocks
+    assert cases.most_blocks(dataclasses.replace(case, overlap=True)) == with_overlap
 
 
 # Failures.
@@ -423,7 +433,7 @@ def test_a_rank_that_leaves_while_it_computes_step_1_is_missed_where_its_next_me
     ("topology", "overlap", "kind", "owners_of_rank_1", "gradients_leave_at"),
     [
         (CPTopology(inner=3), False, "ring", [1, 0, 2], [1, 2]),
-        (DOUBLE_2X2, True, "double ring", [1, 0, 3, 2], [1, 3, 3]),
+        (DOUBLE_2X2, True, "double ring", [1, 0, 3, 2], [1, 2, 3]),
     ],
     ids=["ring", "double ring"],
 )

@@ -1,0 +1,105 @@
+"""Who sees whom and what travels are each said once: leave out a part, and everything that reads it changes."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import draw_schedule
+from benchmark import prediction
+from benchmark.cases import Algorithm, Case
+from emulated_cluster import Network
+from mindspeed_cp import program as program_module
+from mindspeed_cp.attention import planned, ring
+from mindspeed_cp.comm import VirtualWorld
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches import arguments
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.topology import CPTopology
+from unit_tests.ring_cases import attend_virtually, case_on
+
+CACHES = (planned.plan_of, ring._program, prediction.ring_program)
+RING = Algorithm(name="ring", topology=CPTopology(inner=4))
+SHAPE = Case(num_tokens=64, num_heads=2, num_kv_heads=2, head_size=8)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """Plans and programs are made anew within a test and after it."""
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+def attention() -> object:
+    torch.manual_seed(1)
+    return [shard.out for shard in attend_virtually(case_on(CPTopology(inner=4)))]
+
+
+def sent_bytes() -> object:
+    return prediction.formula_bytes(RING, SHAPE, "backward")
+
+
+def predicted_seconds() -> object:
+    plan = prediction.Plan(RING, SHAPE, "forward", flops_per_s=1e5)
+    network = Network(num_ranks=4, ranks_per_node=1, fast_mbit=1.0, slow_mbit=1.0)
+    return prediction.predicted_seconds(network, plan.program)
+
+
+def drawing() -> object:
+    return draw_schedule.draw_chunks(4), draw_schedule.draw_ring(1, 4)
+
+
+def parse_time_check() -> object:
+    config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
+    return arguments._blocks(config, 8)
+
+
+READERS = [attention, sent_bytes, predicted_seconds, drawing, parse_time_check]
+
+
+def value_of(reader: Callable[[], object]) -> object:
+    """What it says now; how it fails counts as an answer."""
+    for cache in CACHES:
+        cache.cache_clear()
+    try:
+        return reader()
+    except (AssertionError, KeyError, RuntimeError) as error:
+        return type(error).__name__
+
+
+def differs(before: object, after: object) -> bool:
+    if isinstance(before, list) and isinstance(after, list) and isinstance(before[0], torch.Tensor):
+        return not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    return before != after
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_tiles_that_are_left_out_are_missed_by_everything(monkeypatch, reader):
+    before, tiles = value_of(reader), AttentionPlan.tiles
+
+    def without_some(self: AttentionPlan, mine: int, theirs: int, **options: bool) -> object:
+        return () if theirs == 0 and mine else tiles(self, mine, theirs, **options)
+
+    monkeypatch.setattr(AttentionPlan, "tiles", without_some)
+    monkeypatch.setattr(VirtualWorld, "__init__", quick_world)
+    assert differs(before, value_of(reader))
+
+
+def quick_world(world: VirtualWorld, size: int, timeout_s: float = 0.0, make=VirtualWorld.__init__) -> None:
+    """Ranks that wait for a message which nobody sends find out soon."""
+    make(world, size, 2.0)
+
+
+@pytest.mark.parametrize("reader", READERS[:-1])
+def test_messages_that_are_left_out_are_missed_by_everything(monkeypatch, reader):
+    before, message = value_of(reader), program_module._message
+
+    def without_some(peer: int, owner: int, *rest: object) -> object:
+        return None if owner == 3 else message(peer, owner, *rest)
+
+    monkeypatch.setattr(program_module, "_message", without_some)
+    monkeypatch.setattr(VirtualWorld, "__init__", quick_world)
+    assert differs(before, value_of(reader))
