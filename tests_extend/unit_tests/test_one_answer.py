@@ -42,10 +42,11 @@ def sent_bytes() -> object:
     return prediction.formula_bytes(RING, SHAPE, "backward")
 
 
-def predicted_seconds() -> object:
+def predicted() -> object:
     plan = prediction.Plan(RING, SHAPE, "forward", flops_per_s=1e5)
     network = Network(num_ranks=4, ranks_per_node=1, fast_mbit=1.0, slow_mbit=1.0)
-    return prediction.predicted_seconds(network, plan.program)
+    sent = [prediction.predicted_bytes(network, plan.program(rank), rank) for rank in range(4)]
+    return prediction.predicted_seconds(network, plan.program), sent
 
 
 def drawing() -> object:
@@ -57,7 +58,7 @@ def parse_time_check() -> object:
     return arguments._blocks(config, 8)
 
 
-READERS = [attention, sent_bytes, predicted_seconds, drawing, parse_time_check]
+READERS = [attention, sent_bytes, predicted, drawing, parse_time_check]
 
 
 def value_of(reader: Callable[[], object]) -> object:
