@@ -4,11 +4,13 @@ Shapes: B batch, G key/value heads, S tokens of one rank, D key head size, V val
 see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -50,10 +52,28 @@ class Player:
 
     def name(self, owner: int) -> str:
         """How the step on the block of `owner` is called in profiles and errors."""
-        schedule, rank = self.schedule, self.program.rank
-        kind = "ring" if schedule.outer == 1 else "double ring"
-        number = schedule.number(rank, owner)
-        return f"{kind} {self.phase.value} step {number} of {schedule.size}, block of ring rank {owner}"
+        return _name(self.schedule, self.program.rank, self.phase, owner)
+
+    def post(
+        self,
+        kind: "_Kind",
+        owner: int,
+        axis: Axis,
+        send: Message | None,
+        content: Tensor | None,
+        receive: Message | None,
+        received: Tensor | None,
+    ) -> "_Posted":
+        """Start a message that leaves and one that comes along an axis. owner: of the step that they are told by."""
+        assert self.communicators is not None, "a program of one rank has no messages"
+        name = self.name(owner)
+        peers = send.peer if send else self.program.rank, receive.peer if receive else self.program.rank
+        try:
+            with in_profiles(kind.leaving.format(name)):
+                transfer = self.communicators.along(axis).exchange(content, peers[0], received, peers[1])
+        except RuntimeError as error:
+            raise kind.lost(name, peers, error) from error
+        return _Posted(transfer, content, receive, received, name, peers, kind)
 
     def heads(self, piece: int | None, num_heads: int) -> slice:
         """The heads of a piece; all of them for None."""
@@ -61,6 +81,18 @@ class Player:
             return slice(None)
         share = num_heads // self.program.pieces
         return slice(piece * share, (piece + 1) * share)
+
+
+@functools.lru_cache(maxsize=4096)
+def _name(schedule: RingSchedule, rank: int, phase: Phase, owner: int) -> str:
+    kind = "ring" if schedule.outer == 1 else "double ring"
+    number = schedule.number(rank, owner)
+    return f"{kind} {phase.value} step {number} of {schedule.size}, block of ring rank {owner}"
+
+
+def in_profiles(name: str) -> AbstractContextManager[object]:
+    """Within it, what runs has this name in a profile. Without a profiler it costs one look."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 class BlockFormat(NamedTuple):
@@ -92,6 +124,9 @@ class BlockFormat(NamedTuple):
         """A new message, in the dtype of `like`, of tokens that lie in several tensors."""
         message = like.new_empty(self.numel(sum(x.size(2) for x in k)))
         for place, parts in zip(self.unpack(message), (k, v), strict=True):
+            if len(parts) == 1:
+                place.copy_(parts[0])
+                continue
             for target, part in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
                 target.copy_(part)
         return message
@@ -125,6 +160,31 @@ def _within(tokens: Sequence[slice], wanted: slice) -> slice:
     raise AssertionError(f"{wanted} of {tokens}: the program sends too little")
 
 
+class _Kind(NamedTuple):
+    """How messages of a kind are called while they leave and while they are waited for, and when they are lost."""
+
+    leaving: str
+    waiting: str
+    complaint: str
+
+    def lost(self, step: str, peers: tuple[int, int], error: RuntimeError) -> RuntimeError:
+        """The error that says which step and which peers it was. peers: sent to, received from."""
+        to, source = peers
+        return RuntimeError(f"{step}: {self.complaint.format(source=source, to=to)}: {error}")
+
+
+_KV = _Kind(
+    "{}: send K/V on",
+    "ring: wait for K/V",
+    "the K/V block did not come from ring rank {source}, or not get to {to}",
+)
+_GRADIENTS = _Kind(
+    "{}: send dK/dV home",
+    "ring: wait for dK/dV",
+    "send dK/dV home: no gradients from ring rank {source}, or none got to {to}",
+)
+
+
 class _Posted(NamedTuple):
     """A message under way to this rank, and one from it. sent: kept alive until it has left."""
 
@@ -132,12 +192,17 @@ class _Posted(NamedTuple):
     sent: Tensor | None
     message: Message | None
     received: Tensor | None
-    what: str
-    waits: str
+    step: str
+    peers: tuple[int, int]
+    kind: "_Kind"
 
     def wait(self) -> None:
-        with _explained(self.what), record_function(self.waits):
-            self.transfer.wait()
+        """Return when it has arrived, and left. Raises RuntimeError that says which step and which peer it was."""
+        try:
+            with in_profiles(self.kind.waiting):
+                self.transfer.wait()
+        except RuntimeError as error:
+            raise self.kind.lost(self.step, self.peers, error) from error
 
 
 class KeyValues:
@@ -195,18 +260,12 @@ class KeyValues:
 
     def _exchange(self, step: Step, send: Message | None, content: Tensor | None, receive: Message | None) -> _Posted:
         player = self._player
-        assert player.communicators is not None, "a program of one rank has no messages"
         axis = (send or receive).axis  # type: ignore[union-attr]
         received = None
         if receive is not None:
             own = self._here[player.program.rank, None]
             received = own.k.new_empty(self._format(receive.piece).numel(receive.num_tokens))
-        name = player.name(receive.owner if receive else step.owner)
-        peers = send.peer if send else player.program.rank, receive.peer if receive else player.program.rank
-        what = f"{name}: the K/V block did not come from ring rank {peers[1]}, or not get to {peers[0]}"
-        with _explained(what), record_function(f"{name}: send K/V on"):
-            transfer = player.communicators.along(axis).exchange(content, peers[0], received, peers[1])
-        return _Posted(transfer, content, receive, received, what, "ring: wait for K/V")
+        return player.post(_KV, receive.owner if receive else step.owner, axis, send, content, receive, received)
 
     def _settle(self, axis: Axis) -> None:
         """Wait for what is under way along an axis."""
@@ -259,6 +318,7 @@ class Gradients:
 
     def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
         self._player, self._k, self._v = player, k, v
+        self._own_format = BlockFormat.of(k, v)
         self._sums: dict[tuple[int, int | None], tuple[TokenSum, TokenSum]] = {}
         self._coming: dict[Axis, _Posted] = {}
 
@@ -283,16 +343,11 @@ class Gradients:
 
     def _exchange(self, step: Step, content: Tensor | None) -> _Posted:
         player, gives, gets = self._player, step.gives, step.gets
-        assert player.communicators is not None, "a program of one rank has no messages"
         received = None
         if gets is not None:
             received = self._k.new_empty(self._format(gets.piece).numel(gets.num_tokens))
-        peers = gives.peer if gives else player.program.rank, gets.peer if gets else player.program.rank
-        name = f"{player.name(step.owner)}: send dK/dV home"
-        what = f"{name}: no gradients from ring rank {peers[1]}, or none got to {peers[0]}"
-        with _explained(what), record_function(name):
-            transfer = player.communicators.gradients.exchange(content, peers[0], received, peers[1])
-        posted = _Posted(transfer, content, gets, received, what, "ring: wait for dK/dV")
+        axis = (gives or gets).axis  # type: ignore[union-attr]
+        posted = player.post(_GRADIENTS, step.owner, axis, gives, content, gets, received)
         if not player.overlap:
             posted.wait()
         return posted
@@ -309,6 +364,9 @@ class Gradients:
 
     def _add_message(self, message: Message, received: Tensor) -> None:
         dk, dv = self._format(message.piece).unpack(received)
+        if len(message.tokens) == 1:
+            self._add(message.owner, message.piece, [Partial(slice(None), message.tokens[0], dk, dv)])
+            return
         sizes = [each.stop - each.start for each in message.tokens]
         parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
         self._add(message.owner, message.piece, [Partial(slice(None), *part) for part in parts])
@@ -348,14 +406,5 @@ class Gradients:
         return TokenSum(self._k[:, heads]), TokenSum(self._v[:, heads])
 
     def _format(self, piece: int | None) -> BlockFormat:
-        heads = self._player.heads(piece, self._k.size(1))
-        return BlockFormat.of(self._k[:, heads], self._v[:, heads])
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Say which step and which peer it was when communication fails."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{what}: {error}") from error
+        whole = self._own_format
+        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self._player.program.pieces)

@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.profiler import record_function
 
-from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, RingCommunicators
+from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, RingCommunicators, in_profiles
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.kernels import (
@@ -156,7 +155,7 @@ def _forward(
 
     for step in key_values.steps():
         if step.tiles:
-            with record_function(player.name(step.owner)):
+            with in_profiles(player.name(step.owner)):
                 done = [compute(step, tile) for tile in _taken(step.tiles)]
             computed.setdefault((step.owner, step.piece), []).extend(done)
     return merged.result(), computed
@@ -193,7 +192,7 @@ def _backward(
     for step in key_values.steps():
         partials: list[Partial] = []
         if step.tiles:
-            with record_function(player.name(step.owner)):
+            with in_profiles(player.name(step.owner)):
                 partials = [compute(step, tile) for tile in _taken(step.tiles)]
         gradients.take(step, partials)
     return BlockGradients(dq.result(), *gradients.finish())

@@ -26,13 +26,13 @@ class Played:
         self.programs = [program(plan, schedule, rank, phase, pieces=pieces) for rank in range(schedule.size)]
         self.computed: Counter[tuple[int, int, int, int, int]] = Counter()
         self.arrived: Counter[tuple[int, int, int, int]] = Counter()
-        self._pieces, self._plan, self._phase = pieces, plan, phase
+        self._pieces, self._plan, self._phase, self._moved = pieces, plan, phase, 0
         mail: dict[tuple[int, int, Axis], deque[object]] = defaultdict(deque)
         waiting = {rank: self._run(each, mail) for rank, each in enumerate(self.programs)}
         while waiting:
-            before = {rank: run for rank, run in waiting.items() if next(run, "end") != "end"}
-            assert before != waiting or any(mail.values()), "all of them wait"
-            waiting = before
+            before = len(waiting), self._moved
+            waiting = {rank: run for rank, run in waiting.items() if next(run, "end") != "end"}
+            assert before != (len(waiting), self._moved), f"ranks {list(waiting)} wait for messages that nobody sends"
         assert not any(mail.values()), "a message that nobody receives"
 
     def _shares(self, piece: int | None) -> tuple[int, ...]:
@@ -53,6 +53,7 @@ class Played:
                     yield
                     continue
                 sent, content = box.popleft()
+                self._moved += 1
                 assert (sent.owner, sent.tokens, sent.piece) == (message.owner, message.tokens, message.piece)
                 for each in self._shares(message.piece):
                     at_hand[owner, each] = content
@@ -67,6 +68,7 @@ class Played:
                     yield from ready(message.owner, share)
                     assert tokens_of(message) <= at_hand[message.owner, share]
                 mail[me, message.peer, message.axis].append((message, tokens_of(message)))
+                self._moved += 1
             found: Counter[tuple[int, int]] = Counter()
             for _, query, key in seen_by_tiles(step.tiles):
                 found[me, key] += 1
@@ -83,6 +85,7 @@ class Played:
                     leaving[share] = found if step.tiles else sums.pop((step.owner, share))
                     assert {key for _, key in leaving[share]} == tokens_of(step.gives)
                 mail[me, step.gives.peer, step.gives.axis].append((step.gives, leaving))
+                self._moved += 1
             else:
                 for share in shares:
                     sums[step.owner, share] += found
@@ -91,6 +94,7 @@ class Played:
                 while not box:
                     yield
                 sent, arriving = box.popleft()
+                self._moved += 1
                 assert (sent.owner, sent.tokens, sent.piece) == (step.gets.owner, step.gets.tokens, step.gets.piece)
                 for share, partial in arriving.items():
                     sums[step.gets.owner, share] += partial
