@@ -54,5 +54,5 @@ class CPTopology:
         return tuple(range(first, first + self.ulysses))
 
     def ring_ranks(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the ring that `rank` belongs to, in the ring's order: window by window."""
+        """Ranks of the ring that `rank` belongs to, in the ring's order: one inner ring after another."""
         return tuple(range(self.coordinates(rank).ulysses, self.size, self.ulysses))

@@ -36,7 +36,7 @@ class _Planned(NamedTuple):
 class RingGroups:
     """The ranks of a ring, in its order, once for each kind of message that must not queue behind another.
 
-    inner: K/V within a window. outer: K/V between windows. gradients: dK/dV.
+    inner: K/V within an inner ring. outer: K/V between inner rings. gradients: dK/dV.
     """
 
     inner: dist.ProcessGroup
@@ -76,7 +76,7 @@ class ContextParallelGroups:
         group and the same arguments else; a rank that has none calls `take_part`. Only where nothing but the group
         itself is needed (Ulysses alone, a ring without overlap) may its ranks call it by themselves.
 
-        overlap: K/V within windows, K/V between them and gradients get groups of their own, so that none queues behind
+        overlap: K/V within inner rings, K/V between them and gradients get groups of their own, so that none queues behind
         another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo group is
         made for what ranks agree on; without it the accelerator's group is used, and each call of attention waits for
         the accelerator once. timeout: of the groups made, that of the group given where it is None.
