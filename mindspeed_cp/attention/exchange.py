@@ -5,7 +5,7 @@ see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,10 +69,10 @@ class Player:
         name = self.name(owner)
         peers = send.peer if send else self.program.rank, receive.peer if receive else self.program.rank
         try:
-            with in_profiles(kind.leaving.format(name)):
+            with in_profiles(f"{name}: {kind.leaving}"):
                 transfer = self.communicators.along(axis).exchange(content, peers[0], received, peers[1])
         except RuntimeError as error:
-            raise kind.lost(name, peers, error) from error
+            raise RuntimeError(kind.lost(name, *peers, error)) from error
         return _Posted(transfer, content, receive, received, name, peers, kind)
 
     def heads(self, piece: int | None, num_heads: int) -> slice:
@@ -161,28 +161,23 @@ def _within(tokens: Sequence[slice], wanted: slice) -> slice:
 
 
 class _Kind(NamedTuple):
-    """How messages of a kind are called while they leave and while they are waited for, and when they are lost."""
+    """How messages of a kind are called while they leave and are waited for; what is said of the step that lost one."""
 
     leaving: str
     waiting: str
-    complaint: str
-
-    def lost(self, step: str, peers: tuple[int, int], error: RuntimeError) -> RuntimeError:
-        """The error that says which step and which peers it was. peers: sent to, received from."""
-        to, source = peers
-        return RuntimeError(f"{step}: {self.complaint.format(source=source, to=to)}: {error}")
+    lost: Callable[[str, int, int, RuntimeError], str]
 
 
-_KV = _Kind(
-    "{}: send K/V on",
-    "ring: wait for K/V",
-    "the K/V block did not come from ring rank {source}, or not get to {to}",
-)
-_GRADIENTS = _Kind(
-    "{}: send dK/dV home",
-    "ring: wait for dK/dV",
-    "send dK/dV home: no gradients from ring rank {source}, or none got to {to}",
-)
+def _kv_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
+    return f"{step}: the K/V block did not come from ring rank {source}, or not get to {to}: {error}"
+
+
+def _gradients_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
+    return f"{step}: send dK/dV home: no gradients from ring rank {source}, or none got to {to}: {error}"
+
+
+_KV = _Kind("send K/V on", "ring: wait for K/V", _kv_lost)
+_GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", _gradients_lost)
 
 
 class _Posted(NamedTuple):
@@ -202,7 +197,7 @@ class _Posted(NamedTuple):
             with in_profiles(self.kind.waiting):
                 self.transfer.wait()
         except RuntimeError as error:
-            raise self.kind.lost(self.step, self.peers, error) from error
+            raise RuntimeError(self.kind.lost(self.step, *self.peers, error)) from error
 
 
 class KeyValues:
