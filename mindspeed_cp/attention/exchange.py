@@ -173,7 +173,8 @@ def _kv_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
 
 
 def _gradients_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
-    return f"{step}: send dK/dV home: no gradients from ring rank {source}, or none got to {to}: {error}"
+    way = f"{step}: send dK/dV home"
+    return f"{way}: no gradients from ring rank {source}, or none got to {to}: {error}"
 
 
 _KV = _Kind("send K/V on", "ring: wait for K/V", _kv_lost)

@@ -76,8 +76,8 @@ class ContextParallelGroups:
         group and the same arguments else; a rank that has none calls `take_part`. Only where nothing but the group
         itself is needed (Ulysses alone, a ring without overlap) may its ranks call it by themselves.
 
-        overlap: K/V within inner rings, K/V between them and gradients get groups of their own, so that none queues behind
-        another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo group is
+        overlap: K/V within inner rings, K/V between them and gradients get groups of their own, so that none queues
+        behind another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo group is
         made for what ranks agree on; without it the accelerator's group is used, and each call of attention waits for
         the accelerator once. timeout: of the groups made, that of the group given where it is None.
 
