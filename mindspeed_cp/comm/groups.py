@@ -77,9 +77,9 @@ class ContextParallelGroups:
         itself is needed (Ulysses alone, a ring without overlap) may its ranks call it by themselves.
 
         overlap: K/V within inner rings, K/V between them and gradients get groups of their own, so that none queues
-        behind another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo group is
-        made for what ranks agree on; without it the accelerator's group is used, and each call of attention waits for
-        the accelerator once. timeout: of the groups made, that of the group given where it is None.
+        behind another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo
+        group is made for what ranks agree on; without it the accelerator's group is used, and each call of attention
+        waits for the accelerator once. timeout: of the groups made, that of the group given where it is None.
 
         Raises ValueError where the group's size is not the topology's.
         """
