@@ -43,6 +43,17 @@ class Attention(Protocol):
         """
         ...
 
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and the log-sum-exp of each query's scaled scores.
+
+        The latter is [B, N, S] in fp32 (fp64 for fp64 inputs), natural logarithm, -inf in rows that see no key, and
+        differentiable too. Where gradients are wanted, eight more numbers travel with each token and head of v, and of
+        k where it is as large.
+        """
+        ...
+
 
 class PreparedCall(NamedTuple):
     """Arguments of a call in order: one dtype, shapes that fit, and a factor above 0 with the same scores."""
@@ -93,10 +104,36 @@ class ContextParallelAttention:
             return enter(q, k, v, scale, visible)
         return self._enter(q, k, v, scale, visible)
 
+    def with_lse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See Attention; else as the call."""
+        call = self.prepare(q, k, v, scale=scale, visible=visible, wanted="output and log-sum-exp")
+        if not call.q.numel():
+            out = _empty(call.q, call.k, call.v)
+            return out, out.sum(dim=-1, dtype=torch.promote_types(out.dtype, torch.float32))
+        return self.attention.with_lse(call.q, call.k, call.v, scale=call.scale, visible=call.visible)
+
     def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | Tensor | None = None, visible: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+        wanted: str = "output",
     ) -> PreparedCall:
-        """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does."""
+        """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does.
+
+        wanted: what is asked back, in words that all ranks have to agree on.
+        """
         words, refusal, factor = "", None, 1.0
         try:
             q, k, v = in_one_dtype(q, k, v)
@@ -104,6 +141,7 @@ class ContextParallelAttention:
             self._check_mask(q, visible)
             factor = number(scale, q)
             words = f"{_words(q, k, v, factor, visible)}; {self._setup}"
+            words += f"; for the {wanted}" * (wanted != "output")
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"

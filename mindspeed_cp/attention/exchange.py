@@ -236,12 +236,21 @@ class KeyValues:
 
     def _post(self, step: Step) -> None:
         """Start what travels at a step; a message that comes and one that goes along an axis are one exchange."""
+        packed: list[tuple[Message, Tensor]] = []  # What goes both ways is packed once.
         for axis in (Axis.OUTER, Axis.INNER):
             sends = [message for message in step.sends if message.axis is axis]
             receives = [message for message in step.receives if message.axis is axis]
             if not sends and not receives:
                 continue
-            contents = [self._message(message) for message in sends]
+            contents: list[Tensor] = []
+            for message in sends:
+                same = [
+                    content
+                    for other, content in packed
+                    if (other.owner, other.tokens, other.piece) == (message.owner, message.tokens, message.piece)
+                ]
+                contents.append(same[0] if same else self._message(message))
+                packed.append((message, contents[-1]))
             self._settle(axis)
             for place in range(max(len(sends), len(receives))):
                 posted = self._exchange(

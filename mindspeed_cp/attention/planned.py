@@ -41,13 +41,22 @@ class PlannedAttention:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
     ) -> Tensor:
         """See Attention. Raises ValueError where a causal attention is given a mask."""
+        return self.attention(q, k, v, *self._told(q, scale, visible))
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See Attention. Raises ValueError where a causal attention is given a mask."""
+        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible))
+
+    def _told(self, q: Tensor, scale: float | None, visible: Tensor | None) -> tuple[AttentionPlan, Terms]:
         if visible is not None and self.causal:
             raise ValueError(
                 "a causal attention takes no mask tensor: it would be one of the two; build it with "
                 "attention_mask_type='general' to use the tensor."
             )
         plan = plan_of(self.layout, q.size(2), self.causal)
-        return self.attention(q, k, v, plan, Terms(default_scale(q) if scale is None else scale, visible))
+        return plan, Terms(default_scale(q) if scale is None else scale, visible)
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,6 +16,11 @@
 Who sees whom is the plan's to say (plan.py), and what travels when the program's (program.py). This module computes the
 tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
 
+Note [Gradient of lse]
+    The gradient of a score is p * (dout . v - dout . out + dlse), and kernels compute the middle term themselves, from
+    the out and dout that they are given. With one more column in which v is 0, dout is 1 and out is -dlse, that term
+    becomes dout . out - dlse, and nothing else changes but a column of dv that is thrown away.
+
 Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key head size, V value head size.
 
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
@@ -27,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -75,9 +81,20 @@ class RingAttention:
         return 0 if self.communicators is None else self.communicators.inner.rank
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See PlannedAttention. plan: between the ranks of the ring."""
-        out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)
+        """See Attention. plan: between the ranks of the ring."""
+        out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)[0]
         return out
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
+        """See Attention. plan: between the ranks of the ring."""
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+            out, lse = _Ring.apply(self, plan, terms, q, k, v, terms.visible)
+            return out, lse
+        # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
+        one_size = q.size(3) == v.size(3)
+        q, k = (F.pad(x, (0, _ROOM)) for x in (q, k)) if one_size else (q, k)
+        out, lse = _Ring.apply(self, plan, terms, q, k, F.pad(v, (0, _ROOM)), terms.visible)
+        return out[..., : v.size(3)], lse
 
     def player(self, plan: AttentionPlan, phase: Phase, *, in_two: bool = True) -> Player:
         """How this rank plays the program of a pass. in_two: whether the own block may be done in two parts."""
@@ -91,6 +108,10 @@ def _program(
 ) -> Program:
     """The program, made once for all layers of a batch."""
     return program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
+
+
+_ROOM = 8
+"""Columns that are added to the values for the gradient of lse: fused kernels read 16 bytes at once."""
 
 
 class _Computed(NamedTuple):
@@ -115,22 +136,25 @@ class _Ring(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         visible: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with autocast_off(q.device.type):
             (out, lse, _), computed = _forward(ring, plan, terms, q, k, v)
         ctx.save_for_backward(q, k, v, visible, out, lse)
         ctx.ring, ctx.plan, ctx.scale, ctx.computed = ring, plan, terms.scale, computed
-        return out
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out, lse = ctx.saved_tensors
         terms = Terms(ctx.scale, visible)
+        dout, dlse = grad_outputs
+        dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is not None:
+            dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients = _backward(
-                ctx.ring, ctx.plan, terms, ctx.computed, grad_outputs[0], q, k, v, BlockOutput(out, lse)
-            )
+            gradients = _backward(ctx.ring, ctx.plan, terms, ctx.computed, dout, q, k, v, BlockOutput(out, lse))
         return None, None, None, *gradients, None
 
 
@@ -196,6 +220,15 @@ def _backward(
                 partials = [compute(step, tile) for tile in _taken(step.tiles)]
         gradients.take(step, partials)
     return BlockGradients(dq.result(), *gradients.finish())
+
+
+def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """dout and out with which a kernel gives the gradients for `dlse` too, see Note [Gradient of lse]."""
+    place = out.size(3) - _ROOM
+    dout, out = dout.clone(), out.clone()
+    dout[..., place] = 1.0
+    out[..., place] = -dlse
+    return dout, out
 
 
 def _taken(tiles: Sequence[Tile]) -> Iterator[Tile]:

@@ -52,15 +52,31 @@ class UlyssesAttention:
                 raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See PlannedAttention."""
+        """See Attention. plan: between all context-parallel ranks."""
+        (q, k, v), grouped, terms, order = self._exchanged(q, k, v, plan, terms)
+        return self._back(self.ring(q, k, v, grouped, terms), order)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
+        """See Attention. plan: between all context-parallel ranks."""
+        (q, k, v), grouped, terms, order = self._exchanged(q, k, v, plan, terms)
+        out, lse = self.ring.with_lse(q, k, v, grouped, terms)
+        return self._back(out, order), self._back(lse.unsqueeze(-1), order).squeeze(-1)
+
+    def _exchanged(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionPlan, Terms, tuple[int, ...]]:
+        """What this rank attends with: all tokens of its group for its part of the heads."""
         grouped = plan.of_groups(self.groups)
         assert isinstance(grouped.queries, GroupedLayout)
         order = chunk_order(grouped.queries, self.group)
         if terms.visible is not None:
             terms = replace(terms, visible=self._gather_rows(terms.visible, order))
         q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
-        out = self.ring(q, k, v, grouped, terms)
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, out)
+        return (q, k, v), grouped, terms, order
+
+    def _back(self, part: Tensor, order: tuple[int, ...]) -> Tensor:
+        """This rank's own tokens of all heads."""
+        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, part)
         return gathered[0]
 
     def _gather_rows(self, visible: Tensor, order: tuple[int, ...]) -> Tensor:
