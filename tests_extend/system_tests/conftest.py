@@ -1,6 +1,8 @@
 """Fixtures of all system tests."""
 
+import contextlib
 import functools
+import random
 import socket
 from collections.abc import Iterator
 
@@ -71,10 +73,12 @@ class TrainingPool:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens at, below those that systems give to connections: these come and go meanwhile."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 @pytest.fixture(scope="session")

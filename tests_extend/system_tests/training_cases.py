@@ -46,8 +46,9 @@ ITERATIONS = 8
 
 def prepare_rank(rank: int, folder: str) -> None:
     """What each process needs before its first run."""
-    del folder
     os.environ["RANK"] = str(rank)
+    # Megatron compiles one there, and a process that is killed meanwhile leaves a lock that others wait for, for ever.
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
     warnings.simplefilter("ignore")
     import megatron.core.models.gpt
 
