@@ -14,7 +14,7 @@ FLOORS = (
     {"topology", "layout", "schedule"},
     {"config", "patching", "device"},
     {"kernels", "comm", "choice"},
-    {"attention"},
+    {"attention", "tensor_parallel"},
     {"patches"},
     {"megatron_adaptor"},
     {"launch"},
@@ -131,6 +131,11 @@ PLANTED = [
         "mindspeed_cp/attention/__init__.py",
         "from mindspeed_cp.patches.plugin import Plugin",
         "attention on floor 3 imports patches from floor 4.",
+    ),
+    (
+        "mindspeed_cp/tensor_parallel/linear.py",
+        "from mindspeed_cp.attention import build_attention",
+        "tensor_parallel on floor 3 imports attention from floor 3.",
     ),
     (
         "patches/plugin.py",

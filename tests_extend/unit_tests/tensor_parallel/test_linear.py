@@ -1,0 +1,104 @@
+"""Linear layers of every kind against nn.Linear in fp64: outputs and all gradients, and the layouts they refuse."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_cp.tensor_parallel import KINDS, Layout, Linear, Sharded, shard, unshard
+from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
+
+IN, MIDDLE, OUT, SEQUENCE = 36, 72, 36, 12
+"""Every mesh divides these."""
+
+
+def layers():
+    """Two whole layers, which every rank makes alike."""
+    generator = torch.Generator().manual_seed(0)
+    pair = nn.Sequential(nn.Linear(IN, MIDDLE), nn.Linear(MIDDLE, OUT)).double()
+    for parameter in pair.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return pair
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def run_whole(shape):
+    """Output and gradients of the pair on one rank; the gradient of the output is random too."""
+    pair, x = layers(), numbers(*shape).requires_grad_()
+    y = pair(x)
+    y.backward(numbers(*shape[:-1], OUT).cos())
+    return {"y": y.detach(), "dx": x.grad} | {name: each.grad for name, each in pair.named_parameters()}
+
+
+def run_sharded(mesh, shape, **options):
+    """The same on a mesh: whole tensors, gathered."""
+    first, second = layers()
+    first = Linear.from_linear(first, mesh, **options)
+    second = Linear.from_linear(second, mesh, input=first.layouts.output, **options)
+    pair = nn.ModuleList([first, second])
+    x = shard(numbers(*shape), mesh.kind.outer, mesh)
+    x.local.requires_grad_()
+    y = second(first(x))
+    y.local.backward(shard(numbers(*shape[:-1], OUT).cos(), y.layout, mesh).local)
+    gradients = gather_parts(pair, {name: each.grad for name, each in pair.named_parameters()})
+    return {"y": unshard(y, mesh), "dx": unshard(Sharded(x.local.grad, x.layout), mesh)} | gradients
+
+
+def assert_as_whole(case, shape, **options):
+    expected = run_whole(shape)
+    for result in case.run(lambda mesh: run_sharded(mesh, shape, **options)):
+        assert result.keys() == expected.keys()
+        for name, value in result.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", MESHES, ids=str)
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_two_linears_give_the_outputs_and_gradients_of_one_rank(case, micro_batch):
+    assert_as_whole(case, (case.batch(micro_batch), SEQUENCE, IN))
+
+
+@pytest.mark.parametrize("case", [MeshCase("1d-sp", 4), MeshCase("2d", 4), MeshCase("3d", 8), xy(2, 2)], ids=str)
+def test_what_is_gathered_again_for_the_backward_pass_gives_the_same(case):
+    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), keep_gathered=False)
+
+
+@pytest.mark.parametrize("case", [MeshCase("1d", 4), MeshCase("2.5d", 8), xy(2, 2)], ids=str)
+def test_activations_without_a_sequence_are_taken(case):
+    assert_as_whole(case, (8, IN))
+
+
+def test_an_input_that_lies_otherwise_is_refused():
+    def give_another(mesh):
+        first = Linear.from_linear(layers()[0], mesh)
+        first(Sharded(numbers(2, SEQUENCE, IN), Layout(features=("i",))))
+
+    message = (
+        "this 2d linear layer takes an input with batch by i, features by j, and is given one with features by i; "
+        "make it for that one, Linear.from_linear(..., input=x.layout)."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MeshCase("2d", 4).run(give_another)
+
+
+def test_a_kind_has_no_layer_for_a_layout_of_another():
+    message = "a 3d linear layer takes an input with batch by i and j, features by k or with batch by i and k, features"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        KINDS["3d"].linear(KINDS["2d"].outer)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 7), "dim 1 of an activation (2, 7) is cut in 2 parts along j, which do not divide it; use 6 or 8."),
+        ((1, 8), "dim 0 of an activation (1, 8) is cut in 2 parts along i, which do not divide it; use 2."),
+    ],
+)
+def test_sizes_that_the_grid_does_not_divide_are_refused_with_those_that_it_does(shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MeshCase("2d", 4).run(lambda mesh: shard(numbers(*shape), mesh.kind.outer, mesh))
