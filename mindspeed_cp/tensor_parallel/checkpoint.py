@@ -29,7 +29,7 @@ def gather_parts(module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Te
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state of whole tensors, which all ranks have. Raises as nn.Module.load_state_dict does."""
     places = _places(module)
-    parts = {name: shard_tensor(x, *places[name], name) if name in places else x for name, x in state.items()}
+    parts = {name: shard_tensor(x, *places[name]) if name in places else x for name, x in state.items()}
     module.load_state_dict(parts)
 
 

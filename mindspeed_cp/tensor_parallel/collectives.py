@@ -13,6 +13,7 @@ Note [Duals]
 Axes of one rank do nothing. Several axes are taken one after the other.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm import reduction
-from mindspeed_cp.tensor_parallel.grid import Axes
+from mindspeed_cp.tensor_parallel.grid import Axes, Grid, part
 from mindspeed_cp.tensor_parallel.layout import Layout, Placement, Sharded
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 
@@ -136,33 +137,62 @@ class _Share(torch.autograd.Function):
         return raw_reduce(grads[0], ctx.mesh, ctx.axes), None, None
 
 
-def shard_tensor(whole: Tensor, placement: Placement, mesh: TensorMesh, name: str) -> Tensor:
-    """This rank's part of a whole tensor. Raises ValueError where the axes do not divide a dim, with sizes that do."""
-    part = whole
+def shard_tensor(whole: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
+    """This rank's part of a whole tensor; the last parts of a dim are smaller where the axes do not divide it."""
+    piece = whole
     for dim, axes in enumerate(placement):
-        size = mesh.size_of(axes)
-        if whole.size(dim) % size:
-            below = whole.size(dim) // size * size
-            fitting = " or ".join(str(number) for number in (below, below + size) if number)
-            raise ValueError(
-                f"dim {dim} of {name} {tuple(whole.shape)} is cut in {size} parts along {' and '.join(axes)}, which do "
-                f"not divide it; use {fitting}."
-            )
-        part = part.chunk(size, dim)[mesh.index(axes)]
-    return part.contiguous()
+        for axis in axes:
+            own = part(piece.size(dim), mesh.size_of((axis,)), mesh.index((axis,)))
+            piece = piece.narrow(dim, own.start, own.size)
+    return piece.contiguous()
 
 
-def gather_tensor(part: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
-    """The whole tensor on all ranks, from the parts of all; the inverse of shard_tensor."""
+def gather_tensor(piece: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
+    """The whole tensor on all ranks, from the parts of all; the inverse of shard_tensor, uneven parts included."""
     for dim, axes in enumerate(placement):
         for axis in reversed(axes):
-            part = raw_gather(part, mesh, Along(axis, dim))
-    return part
+            piece = _gather_uneven(piece, mesh, Along(axis, dim))
+    return piece
 
 
-def shard(whole: Tensor, layout: Layout, mesh: TensorMesh) -> Sharded:
-    """This rank's part of an activation [B, S, H] or [B, H] that all ranks have."""
-    return Sharded(shard_tensor(whole, layout.placement(whole.dim()), mesh, "an activation"), layout)
+def _gather_uneven(piece: Tensor, mesh: TensorMesh, along: Along) -> Tensor:
+    if mesh.size_of((along.axis,)) == 1:
+        return piece
+    own = torch.tensor([piece.size(along.dim)], device=piece.device)
+    sizes = raw_gather(own, mesh, Along(along.axis, 0)).tolist()
+    if len(set(sizes)) == 1:
+        return raw_gather(piece, mesh, along)
+    padding = list(piece.shape)
+    padding[along.dim] = max(sizes) - piece.size(along.dim)
+    padded = torch.cat([piece, piece.new_zeros(padding)], along.dim)
+    parts = raw_gather(padded, mesh, along).split(max(sizes), along.dim)
+    return torch.cat([each.narrow(along.dim, 0, size) for each, size in zip(parts, sizes, strict=True)], along.dim)
+
+
+def check_even(name: str, shape: Sequence[int], placement: Placement, grid: Grid) -> None:
+    """Raise ValueError where the axes do not divide a dim of a whole tensor, with sizes that they divide."""
+    for dim, axes in enumerate(placement):
+        size = grid.size_of(axes)
+        if shape[dim] % size:
+            below = shape[dim] // size * size
+            fitting = " or ".join(str(number) for number in (below, below + size) if number)
+            raise ValueError(
+                f"dim {dim} of {name} {tuple(shape)} is cut in {size} parts along {' and '.join(axes)}, which do not "
+                f"divide it; use {fitting}."
+            )
+
+
+def shard(whole: Tensor, layout: Layout, mesh: TensorMesh, *, uneven: bool = False) -> Sharded:
+    """This rank's part of an activation [B, S, H] or [B, H] that all ranks have.
+
+    uneven: whether the last parts may be smaller, or empty, which layers can take that gather no rows.
+
+    Raises ValueError where the mesh does not divide the sizes and parts may not be uneven.
+    """
+    placement = layout.placement(whole.dim())
+    if not uneven or mesh.kind.moves_rows:
+        check_even("an activation", whole.shape, placement, mesh.grid)
+    return Sharded(shard_tensor(whole, placement, mesh), layout)
 
 
 def unshard(x: Sharded, mesh: TensorMesh) -> Tensor:

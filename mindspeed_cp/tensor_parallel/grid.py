@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Axes = tuple[str, ...]
 """Names of axes. Where several shard one dim of a tensor, the first cuts it in the largest parts."""
@@ -51,3 +52,20 @@ class Grid:
         place = self.index(rank, others)
         group = (other for other in range(self.size) if self.index(other, others) == place)
         return tuple(sorted(group, key=lambda other: self.index(other, axes)))
+
+
+class Part(NamedTuple):
+    """Things start to start + size - 1 of several."""
+
+    start: int
+    size: int
+
+
+def part(total: int, parts: int, index: int) -> Part:
+    """Which of `total` things lie in one of so many parts: ceil(total / parts) in each, while there are any.
+
+    As torch.chunk and DTensor cut; the last parts may be smaller, or empty.
+    """
+    largest = -(-total // parts)
+    start = min(index * largest, total)
+    return Part(start, min(largest, total - start))

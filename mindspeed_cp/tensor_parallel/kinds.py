@@ -113,6 +113,16 @@ class Kind:
         taken = self.outer.features + self.replicas
         return tuple(axis for axis in self.axes if axis not in taken)
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether rows are gathered or scattered along an axis: then all its ranks have equally many."""
+        return any(
+            layouts.role(axis) is Role.SCATTER_OUTPUT
+            or (layouts.role(axis) is Role.GATHER_INPUT and axis in layouts.input.rows)
+            for layouts in self.linears
+            for axis in self.axes
+        )
+
     def linear(self, given: Layout) -> LinearLayouts:
         """The linear layer for an input that lies so. Raises ValueError where there is none."""
         for layouts in self.linears:

@@ -4,19 +4,20 @@ Shapes: B batch, S sequence, I features in, O features out.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.tensor_parallel.collectives import Along, raw_gather, raw_reduce, raw_scatter_sum, share
+from mindspeed_cp.tensor_parallel.collectives import Along, check_even, raw_gather, raw_reduce, raw_scatter_sum, share
 from mindspeed_cp.tensor_parallel.grid import Axes
 from mindspeed_cp.tensor_parallel.kinds import LinearLayouts, Role
 from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.module import ShardedModule
+from mindspeed_cp.tensor_parallel.panels import Panels, linear_in_panels
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ class LinearPlan:
         )
 
 
+Gathering = Literal["keep", "again", "panels"]
+"""What becomes of gathered operands: kept whole for the backward pass (fewest bytes), gathered again in it (only parts
+are kept), or never whole at all but multiplied panel by panel (2D and 2.5D, see panels.py)."""
+
+
 class Linear(ShardedModule):
     """A linear layer whose weight is sharded as its kind says, and its input and output as the weight asks.
 
-    layouts: of its tensors. keep_gathered: whether what is gathered for the forward pass is kept for the backward pass,
-    or only the parts, which are then gathered again: less memory for more bytes.
+    layouts: of its tensors. plan: what travels.
     """
 
     weight: Tensor
@@ -75,25 +80,38 @@ class Linear(ShardedModule):
         mesh: TensorMesh,
         *,
         input: Layout | None = None,
-        keep_gathered: bool = True,
+        gathering: Gathering = "keep",
+        overlap: bool = True,
     ) -> None:
         """weight: [O, I] and bias: [O], whole. input: how the input lies, as between blocks by default.
 
-        Raises ValueError where the kind has no layer for such an input, or the grid does not divide O or I.
+        overlap: whether the next panel travels while one is multiplied; the bits are the same.
+
+        Raises ValueError where the kind has no layer for such an input, O or I has uneven parts that would be gathered,
+        or `gathering` is not for this kind.
         """
         super().__init__(mesh)
         self.layouts = mesh.kind.linear(mesh.kind.outer if input is None else input)
-        self.keep_gathered = keep_gathered
+        self.gathering: Gathering = gathering
         self.plan = LinearPlan.of(self.layouts, mesh)
+        self.panels = self._panels(weight.size(1), overlap) if gathering == "panels" else None
+        if self.panels is None:
+            self._check_even(weight)
         self.keep_part("weight", weight, self.layouts.weight)
         self.keep_part("bias", bias, self.layouts.bias)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, mesh: TensorMesh, *, input: Layout | None = None, keep_gathered: bool = True
+        cls,
+        linear: nn.Linear,
+        mesh: TensorMesh,
+        *,
+        input: Layout | None = None,
+        gathering: Gathering = "keep",
+        overlap: bool = True,
     ) -> "Linear":
         """The same layer as a whole one, which all ranks have alike."""
-        return cls(linear.weight, linear.bias, mesh, input=input, keep_gathered=keep_gathered)
+        return cls(linear.weight, linear.bias, mesh, input=input, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, I] or [B, I], as `layouts.input` says; returns [B, S, O] or [B, O] as `layouts.output` says.
@@ -105,14 +123,45 @@ class Linear(ShardedModule):
                 f"this {self.mesh.kind.name} linear layer takes an input with {self.layouts.input}, and is given one "
                 f"with {x.layout}; make it for that one, Linear.from_linear(..., input=x.layout)."
             )
-        y: Tensor = _GatheredLinear.apply(x.local, self.weight, self.plan, self.mesh, self.keep_gathered)
+        y: Tensor
+        if self.panels is None:
+            y = _GatheredLinear.apply(x.local, self.weight, self.plan, self.mesh, self.gathering == "keep")
+        else:
+            y = linear_in_panels(x.local, self.weight, self.mesh, self.panels, self.plan.shared_weight)
         if self.bias is not None:
             y = y + share(self.bias, self.mesh, self.plan.shared_bias)
         return Sharded(y, self.layouts.output)
 
+    def _panels(self, features: int, overlap: bool) -> Panels | None:
+        """How panels travel; None where there is one."""
+        plan, mesh = self.plan, self.mesh
+        if not plan.gathered_input and not plan.gathered_weight and not plan.scattered_output:
+            return None
+        if [each.dim for each in (*plan.gathered_input, *plan.gathered_weight)] != [-1, 1]:
+            raise ValueError(
+                f"gathering='panels' is for layers whose input is gathered by features and whose weight by columns, 2d "
+                f"and 2.5d, not {mesh.kind.name}; use 'keep' or 'again'."
+            )
+        (by_features,), (by_columns,) = plan.gathered_input, plan.gathered_weight
+        of_input, of_weight = mesh.communicators[by_features.axis,], mesh.communicators[by_columns.axis,]
+        assert of_input.size == of_weight.size, (of_input.size, of_weight.size)
+        return Panels(of_input, of_weight, features, overlap)
+
+    def _check_even(self, weight: Tensor) -> None:
+        """Raise ValueError where parts would be gathered that are not of one size."""
+        gathered = {each.axis for each in (*self.plan.gathered_input, *self.plan.gathered_weight)}
+        (out, in_), features = self.layouts.weight, self.layouts.input.features
+        for placement in ((out, in_), ((), features)):
+            check_even(
+                "weight",
+                weight.shape,
+                tuple(axes if gathered.intersection(axes) else () for axes in placement),
+                self.mesh.grid,
+            )
+
 
 class _GatheredLinear(torch.autograd.Function):
-    """One product of gathered operands; keep: see Linear.keep_gathered."""
+    """One product of gathered operands; keep: gathered operands, not their parts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, plan: LinearPlan, mesh: TensorMesh, keep: bool) -> Tensor:

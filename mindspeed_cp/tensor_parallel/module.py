@@ -24,6 +24,6 @@ class ShardedModule(nn.Module):
         if whole is None:
             self.register_parameter(name, None)
             return
-        part = shard_tensor(whole.detach(), placement, self.mesh, name)
+        part = shard_tensor(whole.detach(), placement, self.mesh)
         self.register_parameter(name, nn.Parameter(part.clone(), requires_grad=whole.requires_grad))
         self.placements[name] = placement

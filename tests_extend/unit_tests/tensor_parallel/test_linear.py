@@ -13,11 +13,13 @@ from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
 IN, MIDDLE, OUT, SEQUENCE = 36, 72, 36, 12
 """Every mesh divides these."""
 
+PANELLED = [case for case in MESHES if case.kind in ("2d", "2.5d") and case.ranks > 1]
 
-def layers():
+
+def layers(widths=(IN, MIDDLE, OUT), dtype=torch.float64):
     """Two whole layers, which every rank makes alike."""
     generator = torch.Generator().manual_seed(0)
-    pair = nn.Sequential(nn.Linear(IN, MIDDLE), nn.Linear(MIDDLE, OUT)).double()
+    pair = nn.Sequential(nn.Linear(*widths[:2]), nn.Linear(*widths[1:])).to(dtype)
     for parameter in pair.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
     return pair
@@ -27,31 +29,32 @@ def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def run_whole(shape):
+def run_whole(shape, widths):
     """Output and gradients of the pair on one rank; the gradient of the output is random too."""
-    pair, x = layers(), numbers(*shape).requires_grad_()
+    pair, x = layers(widths), numbers(*shape).requires_grad_()
     y = pair(x)
-    y.backward(numbers(*shape[:-1], OUT).cos())
+    y.backward(numbers(*y.shape).cos())
     return {"y": y.detach(), "dx": x.grad} | {name: each.grad for name, each in pair.named_parameters()}
 
 
-def run_sharded(mesh, shape, **options):
+def run_sharded(mesh, shape, widths=(IN, MIDDLE, OUT), dtype=torch.float64, **options):
     """The same on a mesh: whole tensors, gathered."""
-    first, second = layers()
+    first, second = layers(widths, dtype)
     first = Linear.from_linear(first, mesh, **options)
     second = Linear.from_linear(second, mesh, input=first.layouts.output, **options)
     pair = nn.ModuleList([first, second])
-    x = shard(numbers(*shape), mesh.kind.outer, mesh)
+    x = shard(numbers(*shape).to(dtype), mesh.kind.outer, mesh, uneven=True)
     x.local.requires_grad_()
     y = second(first(x))
-    y.local.backward(shard(numbers(*shape[:-1], OUT).cos(), y.layout, mesh).local)
+    dy = numbers(*shape[:-1], widths[-1]).cos().to(dtype)
+    y.local.backward(shard(dy, y.layout, mesh, uneven=True).local)
     gradients = gather_parts(pair, {name: each.grad for name, each in pair.named_parameters()})
     return {"y": unshard(y, mesh), "dx": unshard(Sharded(x.local.grad, x.layout), mesh)} | gradients
 
 
-def assert_as_whole(case, shape, **options):
-    expected = run_whole(shape)
-    for result in case.run(lambda mesh: run_sharded(mesh, shape, **options)):
+def assert_as_whole(case, shape, widths=(IN, MIDDLE, OUT), **options):
+    expected = run_whole(shape, widths)
+    for result in case.run(lambda mesh: run_sharded(mesh, shape, widths, **options)):
         assert result.keys() == expected.keys()
         for name, value in result.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
@@ -65,7 +68,40 @@ def test_two_linears_give_the_outputs_and_gradients_of_one_rank(case, micro_batc
 
 @pytest.mark.parametrize("case", [MeshCase("1d-sp", 4), MeshCase("2d", 4), MeshCase("3d", 8), xy(2, 2)], ids=str)
 def test_what_is_gathered_again_for_the_backward_pass_gives_the_same(case):
-    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), keep_gathered=False)
+    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="again")
+
+
+@pytest.mark.parametrize("case", PANELLED, ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_panels_give_the_outputs_and_gradients_of_one_rank(case, overlap):
+    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="panels", overlap=overlap)
+
+
+@pytest.mark.parametrize("case", PANELLED, ids=str)
+def test_panels_of_uneven_widths_and_batches_give_them_too(case):
+    assert_as_whole(case, (1, 5, IN), widths=(IN, 10, 7), gathering="panels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_give_the_same_bits_with_overlap_and_without(dtype):
+    case = MeshCase("2.5d", 8)
+    shape = (case.batch(2), SEQUENCE, IN)
+    runs = [
+        case.run(lambda mesh, o=overlap: run_sharded(mesh, shape, dtype=dtype, gathering="panels", overlap=o))
+        for overlap in (False, True)
+    ]
+    for without, with_overlap in zip(*runs, strict=True):
+        assert all(torch.equal(value, with_overlap[name]) for name, value in without.items())
+
+
+def test_no_rank_sends_two_panels_of_an_operand_in_one_step():
+    def receivers(mesh):
+        layer = Linear.from_linear(layers()[0], mesh, gathering="panels")
+        return [(step.input_user, step.weight_user) for step in layer.panels.steps()]
+
+    for steps in MeshCase("2d", 9).run(receivers):
+        for users in zip(*steps, strict=True):
+            assert sorted(users) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", [MeshCase("1d", 4), MeshCase("2.5d", 8), xy(2, 2)], ids=str)
