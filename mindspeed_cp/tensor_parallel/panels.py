@@ -49,7 +49,7 @@ class Panels:
     """How the panels of one layer travel on one rank, see Note [Panels].
 
     input: ranks along the axis that shards X's features, this rank being j of q. weight: along the axis that shards
-    W's columns, i of q. features: of the whole X. overlap: whether a panel leaves before the previous one is multiplied.
+    W's columns, i of q. features: of the whole X. overlap: whether the next panel leaves before one is multiplied.
     """
 
     input: Communicator
