@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm import reduction
-from mindspeed_cp.tensor_parallel.grid import Axes, Grid, part
+from mindspeed_cp.tensor_parallel.grid import Axes, Grid, Part, part
 from mindspeed_cp.tensor_parallel.layout import Layout, Placement, Sharded
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 
@@ -141,10 +141,18 @@ def shard_tensor(whole: Tensor, placement: Placement, mesh: TensorMesh) -> Tenso
     """This rank's part of a whole tensor; the last parts of a dim are smaller where the axes do not divide it."""
     piece = whole
     for dim, axes in enumerate(placement):
-        for axis in axes:
-            own = part(piece.size(dim), mesh.size_of((axis,)), mesh.index((axis,)))
-            piece = piece.narrow(dim, own.start, own.size)
+        own = own_part(whole.size(dim), axes, mesh)
+        piece = piece.narrow(dim, own.start, own.size)
     return piece.contiguous()
+
+
+def own_part(total: int, axes: Axes, mesh: TensorMesh) -> Part:
+    """This rank's part of so many things, cut along these axes one after the other."""
+    own = Part(0, total)
+    for axis in axes:
+        within = part(own.size, mesh.size_of((axis,)), mesh.index((axis,)))
+        own = Part(own.start + within.start, within.size)
+    return own
 
 
 def gather_tensor(piece: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:

@@ -88,6 +88,12 @@ class TensorMesh:
         }
         return cls(kind, grid, rank, communicators, traffic)
 
+    @property
+    def within_attention(self) -> Communicator | None:
+        """This rank's group along the axes that shard the sequence within a block; None where these are of one rank."""
+        axes = tuple(axis for axis in self.kind.inner.sequence if self.size_of((axis,)) > 1)
+        return self.communicators[axes] if axes else None
+
     def size_of(self, axes: Axes) -> int:
         """Number of ranks along these axes together."""
         return self.grid.size_of(axes)
@@ -130,11 +136,8 @@ def plan_mesh(
 def communicating(kind: Kind, grid: Grid) -> list[Axes]:
     """The axes, and axes joined, along which ranks of a mesh communicate."""
     found: list[Axes] = [(axis,) for axis in grid.axes if grid.size_of((axis,)) > 1]
-    for layouts in kind.linears:
-        joined = layouts.output.sequence
-        if len(joined) > 1 and grid.size_of(joined) > 1 and joined not in found:
-            found.append(joined)
-    return found
+    within_attention = tuple(axis for axis in kind.inner.sequence if grid.size_of((axis,)) > 1)
+    return [*found, within_attention] if len(within_attention) > 1 else found
 
 
 def on_virtual_ranks(
