@@ -21,8 +21,7 @@ def reduce_scatter(communicator: Communicator, parts: Tensor) -> Tensor:
     """
     if communicator.size == 1:
         return parts[0]
-    received = communicator.all_to_all(parts)
-    return received.sum(dim=0, dtype=accumulation_dtype(parts.dtype)).to(parts.dtype)
+    return _sum(communicator.all_to_all(parts))
 
 
 def all_reduce(communicator: Communicator, x: Tensor) -> Tensor:
@@ -30,6 +29,9 @@ def all_reduce(communicator: Communicator, x: Tensor) -> Tensor:
     size, count = communicator.size, x.numel()
     if size == 1:
         return x
+    if size == 2:
+        # Each sends the whole to the other: as many bytes, in one message instead of two.
+        return _sum(communicator.all_gather(x.contiguous()))
     padded = x.new_zeros(size, -(-count // size))
     padded.view(-1)[:count] = x.reshape(-1)
     summed = communicator.all_gather(reduce_scatter(communicator, padded))
@@ -38,7 +40,12 @@ def all_reduce(communicator: Communicator, x: Tensor) -> Tensor:
 
 def all_reduce_numbers(count: int, size: int) -> int:
     """How many numbers each of `size` ranks sends in an `all_reduce` of so many."""
-    return 2 * (size - 1) * -(-count // size)
+    return count if size == 2 else 2 * (size - 1) * -(-count // size)
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """Over the first dim, in its order."""
+    return rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype)).to(rows.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ class TensorMesh:
     kind: its layouts, those of data and context parallelism included. grid: all axes. rank: this rank on the grid.
     communicators: along each axis of more than one rank, and along the axes that shard the sequence within attention,
     joined, where these are several. traffic: what all of them count in.
-    device_mesh: of the same axes, where the ranks are processes.
+    group, device_mesh: of all of them, where the ranks are processes.
     """
 
     kind: Kind
@@ -33,6 +33,7 @@ class TensorMesh:
     rank: int
     communicators: Mapping[Axes, Communicator]
     traffic: Traffic = field(default_factory=Traffic)
+    group: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
 
     @classmethod
@@ -76,7 +77,7 @@ class TensorMesh:
                 turned = ranks.movedim(last, list(range(-len(last), 0))).reshape(-1, grid.size_of(axes))
                 along = DeviceMesh(device_type, turned, mesh_dim_names=("others", "joined")).get_group("joined")
             communicators[axes] = ProcessGroupCommunicator(along, traffic)
-        return cls(full_kind, grid, members.index(dist.get_rank()), communicators, traffic, device_mesh)
+        return cls(full_kind, grid, members.index(dist.get_rank()), communicators, traffic, group, device_mesh)
 
     @classmethod
     def virtual(cls, kind: Kind, grid: Grid, world: VirtualWorld, rank: int) -> "TensorMesh":

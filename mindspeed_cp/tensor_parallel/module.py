@@ -1,5 +1,8 @@
 """A module whose parameters are parts of whole ones."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from mindspeed_cp.tensor_parallel.collectives import shard_tensor
@@ -7,17 +10,24 @@ from mindspeed_cp.tensor_parallel.layout import Placement
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 
 
+class Whole(NamedTuple):
+    """The tensor that a parameter is a part of, and which axes shard its dims."""
+
+    shape: torch.Size
+    placement: Placement
+
+
 class ShardedModule(nn.Module):
     """A module that knows of each of its own parameters which part of the whole one it is.
 
-    placements: by the parameter's name. Along the axes that shard no dim of it, a parameter has replicas: its gradients
+    wholes: by the parameter's name. Along the axes that shard no dim of it, a parameter has replicas: its gradients
     are summed in the backward pass where these have seen different rows, so that they stay equal by themselves.
     """
 
     def __init__(self, mesh: TensorMesh) -> None:
         super().__init__()
         self.mesh = mesh
-        self.placements: dict[str, Placement] = {}
+        self.wholes: dict[str, Whole] = {}
 
     def keep_part(self, name: str, whole: Tensor | None, placement: Placement) -> None:
         """Make this rank's part of a whole parameter, which all ranks have alike, a parameter of this name."""
@@ -26,4 +36,4 @@ class ShardedModule(nn.Module):
             return
         part = shard_tensor(whole.detach(), placement, self.mesh)
         self.register_parameter(name, nn.Parameter(part.clone(), requires_grad=whole.requires_grad))
-        self.placements[name] = placement
+        self.wholes[name] = Whole(whole.shape, placement)

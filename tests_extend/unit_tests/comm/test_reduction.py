@@ -20,7 +20,7 @@ def test_reduce_scatter_gives_each_rank_its_part_of_the_sum(size):
         assert torch.equal(part, parts.sum(dim=0)[rank])
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 3), (2, 4), (3, 7), (4, 1)])
+@pytest.mark.parametrize(("size", "count"), [(1, 3), (2, 3), (3, 7), (4, 1)])
 def test_all_reduce_sends_what_it_says_and_leaves_its_argument(size, count):
     def reduce(communicator):
         x = torch.full((count,), float(communicator.rank + 1))
