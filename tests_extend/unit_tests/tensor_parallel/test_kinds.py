@@ -86,6 +86,7 @@ REFUSED = [
     ("xy", 8, {"x": 3}, "xy takes x * y ranks, not 8, x=3; use with 8 ranks y=8 or y=4 x x=2 or "),
     ("xy", 8, {}, "xy is given neither x nor y; give one of them, and the other one follows."),
     ("xy", 8, {"x": 4, "y": 4}, "xy takes x * y ranks, not 8, x=4, y=4; use with 8 ranks "),
+    ("xy", 9, {"x": 4, "y": 2}, "xy takes x * y ranks, not 9, x=4, y=2; use with 9 ranks "),
     ("2d", 4, {"depth": 2}, "depth=2 is given, and 2d has no such axis; leave it out, or use 2.5d."),
     ("4d", 4, {}, "there is no tensor parallelism '4d'; there is 1d, 1d-sp, 2d, 2.5d, 3d, xy."),
 ]

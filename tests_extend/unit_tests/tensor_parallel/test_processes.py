@@ -23,6 +23,7 @@ def test_a_mesh_over_half_of_the_world_computes_counts_and_has_a_device_mesh(glo
         assert result["coordinate"] == tuple(grid.coordinate(rank % 4, axis) for axis in grid.axes)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_3d_goes_on_as_one_rank_would_in_2_5d_and_in_x_times_y_with_context(gloo, tmp_path):
     whole = GPT(SIZES).double()
     optimizer = torch.optim.Adam(whole.parameters(), lr=1e-2)
