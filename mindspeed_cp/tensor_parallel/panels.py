@@ -1,4 +1,4 @@
-"""A product of which neither operand is ever whole on a rank: panels travel, and the next one while one is multiplied.
+"""Products of which no operand is ever whole on a rank: panels travel, and the next one while one is multiplied.
 
 Note [Panels]
     In 2D, rank (i, j) holds X_ij and W_ij, the parts of X and W^T in block row i and block column j, and needs
@@ -17,86 +17,59 @@ Note [Panels]
     Backward, the same panels travel once more, and what a rank finds of dX_it and dW_tj goes straight home to the
     owner, which adds in the order of the steps, in fp32. Parts may differ in size: a message is as long as its panel.
 
-Sources: SUMMA, van de Geijn and Watts 1997; 2D tensor parallelism arXiv:2104.05343; Cannon 1969.
+    Where rows of X are gathered (1D, 3D, x*y), panel t is the rows of rank t, taken in the order t = r + s; where rows
+    of Y are scattered, the part of rank t is computed when its turn comes, and leaves while the next one is.
+
+Sources: SUMMA, van de Geijn and Watts 1997; Cannon 1969; 2D tensor parallelism arXiv:2104.05343.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm import Communicator, Transfer
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.tensor_parallel.collectives import raw_reduce
-from mindspeed_cp.tensor_parallel.grid import Axes, part
-from mindspeed_cp.tensor_parallel.mesh import TensorMesh
-
-
-class Step(NamedTuple):
-    """One panel's turn. panel: t. input_user, weight_user: who, along either axis, then takes this rank's own panel."""
-
-    panel: int
-    input_user: int
-    weight_user: int
+from mindspeed_cp.tensor_parallel.grid import part
 
 
 @dataclass(frozen=True)
-class Panels:
-    """How the panels of one layer travel on one rank, see Note [Panels].
+class Route:
+    """How the panels of one operand travel among the ranks of a group, one of which owns each.
 
-    input: ranks along the axis that shards X's features, this rank being j of q. weight: along the axis that shards
-    W's columns, i of q. features: of the whole X. overlap: whether the next panel leaves before one is multiplied.
+    panels: whose panel this rank has at each step. users: who then has this rank's own.
+    sizes: of each panel along dim `dim`.
     """
 
-    input: Communicator
-    weight: Communicator
-    features: int
-    overlap: bool
+    communicator: Communicator
+    panels: tuple[int, ...]
+    users: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dim: int
 
-    def steps(self) -> list[Step]:
-        """In their order."""
-        i, j, size = self.weight.rank, self.input.rank, self.input.size
-        return [Step((i + j + s) % size, (j - i - s) % size, (i - j - s) % size) for s in range(size)]
+    def start(self, step: int, own: Tensor) -> "_Arrival":
+        """Start fetching the panel of a step from its owner, and sending this rank's own to its user."""
+        return self._exchange(own, self.users[step], self.panels[step], self.sizes[self.panels[step]])
 
-    def width(self, panel: int) -> int:
-        """Features of a panel."""
-        return part(self.features, self.input.size, panel).size
+    def start_home(self, step: int, found: Tensor) -> "_Arrival":
+        """Start sending what has been found for the panel of a step to its owner, and fetching what its user has found
+        for this rank's own."""
+        return self._exchange(found, self.panels[step], self.users[step], self.sizes[self.communicator.rank])
 
-    def operands(self, x: Tensor, weight: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Each step with its panels of X and W, while the next ones travel.
-
-        x: [N, own features]; weight: [O, own features]; contiguous. Yields [N, width] and [O, width].
-        """
-        steps = self.steps()
-        arriving = self._start(steps[0], x, weight)
-        for number, step in enumerate(steps):
-            panels = arriving.wait()
-            following = steps[number + 1] if number + 1 < len(steps) else None
-            if self.overlap and following is not None:
-                arriving = self._start(following, x, weight)
-            yield step, *panels
-            if not self.overlap and following is not None:
-                arriving = self._start(following, x, weight)
-
-    def send_home(self, step: Step, dx: Tensor, dweight: Tensor) -> "_Panels":
-        """Start sending what has been found of the step's panels, and receiving what others have of this rank's own."""
-        i, j = self.weight.rank, self.input.rank
-        mine_x, mine_weight = (x.new_empty(x.size(0), self.width(own)) for x, own in ((dx, j), (dweight, i)))
-        return _Panels(
-            _exchange(self.input, dx, step.panel, mine_x, step.input_user),
-            _exchange(self.weight, dweight, step.panel, mine_weight, step.weight_user),
+    def _exchange(self, send: Tensor, to: int, source: int, size: int) -> "_Arrival":
+        """Empty panels, which uneven parts leave, are not sent."""
+        if to == self.communicator.rank:
+            assert source == to, (source, to)
+            return _Arrival(send, None)
+        shape = list(send.shape)
+        shape[self.dim] = size
+        send, receive = send.contiguous(), send.new_empty(shape)
+        transfer = self.communicator.exchange(
+            send if send.numel() else None, to, receive if receive.numel() else None, source
         )
-
-    def _start(self, step: Step, x: Tensor, weight: Tensor) -> "_Panels":
-        width = self.width(step.panel)
-        return _Panels(
-            _exchange(self.input, x, step.input_user, x.new_empty(x.size(0), width), step.panel),
-            _exchange(self.weight, weight, step.weight_user, weight.new_empty(weight.size(0), width), step.panel),
-        )
+        return _Arrival(receive, transfer)
 
 
 class _Arrival(NamedTuple):
@@ -105,68 +78,85 @@ class _Arrival(NamedTuple):
     tensor: Tensor
     transfer: Transfer | None
 
-
-class _Panels(NamedTuple):
-    x: _Arrival
-    weight: _Arrival
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        for each in self:
-            if each.transfer is not None:
-                each.transfer.wait()
-        return self.x.tensor, self.weight.tensor
+    def wait(self) -> Tensor:
+        if self.transfer is not None:
+            self.transfer.wait()
+        return self.tensor
 
 
-def _exchange(communicator: Communicator, send: Tensor, to: int, receive: Tensor, source: int) -> _Arrival:
-    """Empty panels, which uneven parts leave, are not sent."""
-    if to == communicator.rank:
-        assert source == communicator.rank, (to, source)
-        return _Arrival(send, None)
-    return _Arrival(
-        receive,
-        communicator.exchange(send if send.numel() else None, to, receive if receive.numel() else None, source),
+def square_routes(input: Communicator, weight: Communicator, features: int) -> tuple[Route, Route]:
+    """Routes of the panels of X [N, features] and W [O, features] in 2D, see Note [Panels].
+
+    input: the ranks that hold a block row of X, this one being j of q; weight: a block column of W, i of q.
+    """
+    i, j, size = weight.rank, input.rank, input.size
+    assert size == weight.size, (size, weight.size)
+    panels = tuple((i + j + step) % size for step in range(size))
+    sizes = tuple(part(features, size, panel).size for panel in range(size))
+    return (
+        Route(input, panels, tuple((j - i - step) % size for step in range(size)), sizes, -1),
+        Route(weight, panels, tuple((i - j - step) % size for step in range(size)), sizes, -1),
     )
 
 
-def linear_in_panels(x: Tensor, weight: Tensor, mesh: TensorMesh, panels: Panels, shared_weight: Axes) -> Tensor:
-    """X W^T in panels, differentiable.
+def row_route(communicator: Communicator, rows: int, dim: int) -> Route:
+    """Route of panels that are equally many rows along a dim, of each rank in turn."""
+    rank, size = communicator.rank, communicator.size
+    panels = tuple((rank + step) % size for step in range(size))
+    return Route(communicator, panels, tuple((rank - step) % size for step in range(size)), (rows,) * size, dim)
 
-    x: [..., own features]; weight: [O, own features], where the whole X has `panels.features`. Returns [..., O].
-    shared_weight: axes along which dW is summed as well.
+
+def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool) -> Iterator[tuple[int, list[Tensor]]]:
+    """Each step with its panel of every operand, while those of the next step travel.
+
+    owns: this rank's own panel of each. overlap: whether the next ones leave before these are used, or after.
     """
-    rows: Tensor = _PanelLinear.apply(x.flatten(0, -2).contiguous(), weight, mesh, panels, shared_weight)
-    return rows.view(*x.shape[:-1], weight.size(0))
+    last = len(routes[0].panels) - 1
+
+    def start(step: int) -> list[_Arrival]:
+        return [route.start(step, own) for route, own in zip(routes, owns, strict=True)]
+
+    arriving = start(0)
+    for step in range(last + 1):
+        panels = [each.wait() for each in arriving]
+        if overlap and step < last:
+            arriving = start(step + 1)
+        yield step, panels
+        if not overlap and step < last:
+            arriving = start(step + 1)
 
 
-class _PanelLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mesh: TensorMesh, panels: Panels, shared_weight: Axes) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.mesh, ctx.panels, ctx.shared_weight = mesh, panels, shared_weight
-        y = x.new_zeros((x.size(0), weight.size(0)), dtype=accumulation_dtype(x.dtype))
-        for _, panel_x, panel_weight in panels.operands(x, weight):
-            y += F.linear(panel_x, panel_weight)
-        return y.to(x.dtype)
+class Homecoming:
+    """Sums of what all ranks find for this rank's own panels, which come home step by step.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), dy = ctx.saved_tensors, grads[0].contiguous()
-        dx, dweight = (torch.zeros_like(each, dtype=accumulation_dtype(each.dtype)) for each in (x, weight))
-        home: _Panels | None = None
+    overlap: whether what is found at a step travels during the next one. Additions are in the order of the steps, in
+    fp32, either way.
+    """
 
-        def arrive() -> None:
-            if home is not None:
-                for total, found in zip((dx, dweight), home.wait(), strict=True):
-                    total += found
+    def __init__(self, routes: Sequence[Route], *, overlap: bool) -> None:
+        self._routes, self._overlap = routes, overlap
+        self._totals: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+        self._arriving: list[_Arrival] = []
 
-        for step, panel_x, panel_weight in ctx.panels.operands(x, weight):
-            found_x, found_weight = dy @ panel_weight, dy.t() @ panel_x
-            arrive()
-            home = ctx.panels.send_home(step, found_x, found_weight)
-            if not ctx.panels.overlap:
-                arrive()
-                home = None
-        arrive()
-        dweight = raw_reduce(dweight.to(weight.dtype), ctx.mesh, ctx.shared_weight)
-        return dx.to(x.dtype), dweight, None, None, None
+    def send(self, step: int, found: Sequence[Tensor]) -> None:
+        """Send what has been found for the panels of a step."""
+        self._add()
+        self._arriving = [route.start_home(step, each) for route, each in zip(self._routes, found, strict=True)]
+        if not self._overlap:
+            self._add()
+
+    def sums(self) -> list[Tensor]:
+        """When everything has been sent: the sums, in the dtype of what was found."""
+        self._add()
+        return [total.to(dtype) for total, dtype in zip(self._totals, self._dtypes, strict=True)]
+
+    def _add(self) -> None:
+        arrived = [each.wait() for each in self._arriving]
+        if arrived and not self._totals:
+            self._dtypes = [each.dtype for each in arrived]
+            self._totals = [each.to(accumulation_dtype(each.dtype), copy=True) for each in arrived]
+        elif arrived:
+            for total, each in zip(self._totals, arrived, strict=True):
+                total += each
+        self._arriving = []

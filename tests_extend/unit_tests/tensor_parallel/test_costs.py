@@ -21,7 +21,7 @@ from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
 
 HIDDEN, FFN, SEQUENCE = 36, 72, 12
 AGAIN = [MeshCase("1d-sp", 4), MeshCase("2.5d", 8), MeshCase("3d", 8), xy(4, 2)]
-PANELS = [MeshCase("2d", 9), MeshCase("2.5d", 8)]
+PANELS = [MeshCase("2d", 9), MeshCase("2.5d", 8), MeshCase("1d-sp", 4), MeshCase("3d", 8), xy(3, 2)]
 
 
 def measure(mesh, batch, gathering):

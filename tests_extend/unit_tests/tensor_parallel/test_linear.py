@@ -13,7 +13,8 @@ from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
 IN, MIDDLE, OUT, SEQUENCE = 36, 72, 36, 12
 """Every mesh divides these."""
 
-PANELLED = [case for case in MESHES if case.kind in ("2d", "2.5d") and case.ranks > 1]
+SQUARE = [case for case in MESHES if case.kind in ("2d", "2.5d") and case.ranks > 1]
+BY_ROWS = [MeshCase("1d-sp", 4), MeshCase("3d", 8), xy(3, 2), xy(4, 1), xy(1, 4)]
 
 
 def layers(widths=(IN, MIDDLE, OUT), dtype=torch.float64):
@@ -71,21 +72,20 @@ def test_what_is_gathered_again_for_the_backward_pass_gives_the_same(case):
     assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="again")
 
 
-@pytest.mark.parametrize("case", PANELLED, ids=str)
+@pytest.mark.parametrize("case", SQUARE + BY_ROWS, ids=str)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_panels_give_the_outputs_and_gradients_of_one_rank(case, overlap):
     assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="panels", overlap=overlap)
 
 
-@pytest.mark.parametrize("case", PANELLED, ids=str)
+@pytest.mark.parametrize("case", SQUARE, ids=str)
 def test_panels_of_uneven_widths_and_batches_give_them_too(case):
     assert_as_whole(case, (1, 5, IN), widths=(IN, 10, 7), gathering="panels")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_panels_give_the_same_bits_with_overlap_and_without(dtype):
-    case = MeshCase("2.5d", 8)
-    shape = (case.batch(2), SEQUENCE, IN)
+@pytest.mark.parametrize("case", [MeshCase("2.5d", 8), MeshCase("1d-sp", 4), xy(2, 2)], ids=str)
+def test_panels_give_the_same_bits_with_overlap_and_without(case):
+    shape, dtype = (case.batch(2), SEQUENCE, IN), torch.bfloat16
     runs = [
         case.run(lambda mesh, o=overlap: run_sharded(mesh, shape, dtype=dtype, gathering="panels", overlap=o))
         for overlap in (False, True)
@@ -97,7 +97,7 @@ def test_panels_give_the_same_bits_with_overlap_and_without(dtype):
 def test_no_rank_sends_two_panels_of_an_operand_in_one_step():
     def receivers(mesh):
         layer = Linear.from_linear(layers()[0], mesh, gathering="panels")
-        return [(step.input_user, step.weight_user) for step in layer.panels.steps()]
+        return list(zip(*(route.users for route in layer.product.routes), strict=True))
 
     for steps in MeshCase("2d", 9).run(receivers):
         for users in zip(*steps, strict=True):
