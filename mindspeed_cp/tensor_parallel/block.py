@@ -30,12 +30,14 @@ class MLP(nn.Module):
         *,
         activation: Callable[[Tensor], Tensor] = F.gelu,
         gathering: Gathering = "keep",
+        overlap: bool = True,
     ) -> None:
-        """fc1, fc2: whole. activation: elementwise. gathering: see Linear."""
+        """fc1, fc2: whole. activation: elementwise. gathering, overlap: see Linear."""
         super().__init__()
-        self.fc1 = Linear.from_linear(fc1, mesh, gathering=gathering)
+        self.fc1 = Linear.from_linear(fc1, mesh, gathering=gathering, overlap=overlap)
         self.activation = activation
-        self.fc2 = Linear.from_linear(fc2, mesh, input=self.fc1.layouts.output, gathering=gathering)
+        inner = self.fc1.layouts.output
+        self.fc2 = Linear.from_linear(fc2, mesh, input=inner, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] or [B, H] as activations lie between blocks; the output lies so too."""
