@@ -63,5 +63,8 @@ class Sharded:
 
     def __add__(self, other: "Sharded") -> "Sharded":
         if self.layout != other.layout:
-            raise ValueError(f"activations with {self.layout} and with {other.layout} cannot be added.")
+            raise ValueError(
+                f"activations with {self.layout} and with {other.layout} cannot be added: a residual goes from a "
+                f"block's input to its last layer's output, which lie alike."
+            )
         return Sharded(self.local + other.local, self.layout)

@@ -49,10 +49,10 @@ class TensorMesh:
         context: int = 1,
         device_type: str = "cpu",
     ) -> "TensorMesh":
-        """The mesh of a kind over the ranks of a group, in its order; all of the world where it is None.
+        """The mesh of a kind over the ranks of a group, in ascending order; all of the world where it is None.
 
         depth, x, y: see choose_grid. data, context: how many replicas have other samples, and how many ranks have other
-        parts of the sequence.
+        parts of the sequence. device_type: of the tensors, as torch's DeviceMesh has it: "cpu", "cuda", "npu".
 
         Called by all ranks of the world, each with its own of the groups of one size that part it. Raises ValueError
         for sizes that do not fit.
@@ -60,14 +60,23 @@ class TensorMesh:
         group = group or dist.group.WORLD
         if group is None:
             raise ValueError("there is no process group yet; call torch.distributed.init_process_group first.")
-        members = dist.get_process_group_ranks(group)
-        full_kind, grid = plan_mesh(kind, len(members), depth=depth, x=x, y=y, data=data, context=context)
+        # In the order that DeviceMesh gives its groups, whatever the given one's is.
+        members = sorted(dist.get_process_group_ranks(group))
+        # Before anything is refused, which would leave other ranks waiting where it is one rank's alone.
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, members)
+        groups = sorted({tuple(each) for each in everyone})
+        covered = sorted(rank for each in groups for rank in each)
+        if covered != list(range(len(everyone))) or len({len(each) for each in groups}) > 1:
+            raise ValueError(
+                f"the groups {groups} do not part the {len(everyone)} ranks of the world in equal parts; give each "
+                f"rank the one group of that size that it is in."
+            )
+        full_kind, grid = plan_mesh(kind, len(members), depth=depth, x=x, y=y, data=data, context=context)
         # torch makes groups on all ranks of the world together: so each makes the mesh of all, and takes its part.
-        ranks = torch.tensor(sorted({tuple(each) for each in everyone})).view(-1, *grid.sizes)
+        ranks = torch.tensor(groups).view(-1, *grid.sizes)
         device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("group", *grid.axes))[grid.axes]
-        traffic = Traffic()
+        rank, traffic = members.index(dist.get_rank()), Traffic()
         communicators: dict[Axes, Communicator] = {}
         for axes in communicating(full_kind, grid):
             if len(axes) == 1:
@@ -77,7 +86,8 @@ class TensorMesh:
                 turned = ranks.movedim(last, list(range(-len(last), 0))).reshape(-1, grid.size_of(axes))
                 along = DeviceMesh(device_type, turned, mesh_dim_names=("others", "joined")).get_group("joined")
             communicators[axes] = ProcessGroupCommunicator(along, traffic)
-        return cls(full_kind, grid, members.index(dist.get_rank()), communicators, traffic, group, device_mesh)
+            assert communicators[axes].rank == grid.index(rank, axes), (axes, rank)
+        return cls(full_kind, grid, rank, communicators, traffic, group, device_mesh)
 
     @classmethod
     def virtual(cls, kind: Kind, grid: Grid, world: VirtualWorld, rank: int) -> "TensorMesh":

@@ -43,6 +43,15 @@ def load_and_train(group, kind, mesh_sizes, sizes, steps, path):
     return train_with(optimizer, model.loss, sizes, steps)
 
 
+def mesh_over_overlapping_groups(group):
+    """The error of ranks that give a group each, two of which overlap."""
+    groups = [dist.new_group(list(ranks)) for ranks in (range(4), range(2, 6), range(6, 8))]
+    try:
+        build("1d", {}, groups[(0, 0, 1, 1, 1, 1, 2, 2)[dist.get_rank()]])
+    except ValueError as error:
+        return str(error)
+
+
 def linear_in_half_of_the_world(group, kind, mesh_sizes, widths, gathering):
     """Output of a layer on the mesh of this rank's half of the world, and what has been counted and is where."""
     halves = [dist.new_group(list(ranks)) for ranks in (range(4), range(4, 8))]

@@ -94,6 +94,18 @@ def test_panels_give_the_same_bits_with_overlap_and_without(case):
         assert all(torch.equal(value, with_overlap[name]) for name, value in without.items())
 
 
+@pytest.mark.parametrize("gathering", ["keep", "panels"])
+def test_a_sum_of_bf16_over_ranks_is_rounded_once(gathering):
+    # Added up in bf16, 256 and three ones are 256; in fp32, 259, which bf16 has as 260.
+    def run(mesh):
+        row = Linear(torch.ones(4, 4), None, mesh, input=KINDS["1d-sp"].inner, gathering=gathering).bfloat16()
+        x = torch.tensor([256.0, 1.0, 1.0, 1.0]).bfloat16().expand(1, 4, 4)
+        return unshard(row(shard(x, row.layouts.input, mesh)), mesh)
+
+    for y in MeshCase("1d-sp", 4).run(run):
+        assert torch.equal(y, torch.full((1, 4, 4), 260.0).bfloat16())
+
+
 def test_no_rank_sends_two_panels_of_an_operand_in_one_step():
     def receivers(mesh):
         layer = Linear.from_linear(layers()[0], mesh, gathering="panels")

@@ -23,6 +23,13 @@ def test_a_mesh_over_half_of_the_world_computes_counts_and_has_a_device_mesh(glo
         assert result["coordinate"] == tuple(grid.coordinate(rank % 4, axis) for axis in grid.axes)
 
 
+def test_groups_that_do_not_part_the_world_are_refused_on_every_rank(gloo):
+    for message in gloo.run(8, cases.mesh_over_overlapping_groups):
+        assert message.startswith(
+            "the groups [(0, 1, 2, 3), (2, 3, 4, 5), (6, 7)] do not part the 8 ranks of the world"
+        )
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_3d_goes_on_as_one_rank_would_in_2_5d_and_in_x_times_y_with_context(gloo, tmp_path):
     whole = GPT(SIZES).double()
