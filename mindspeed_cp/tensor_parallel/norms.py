@@ -26,10 +26,13 @@ class _Norm(ShardedModule):
         mesh: TensorMesh,
         *,
         features: int,
-        eps: float,
+        eps: float | None,
         input: Layout | None = None,
     ) -> None:
-        """weight, bias: [H], whole, or None. features: H. input: how it lies, as between blocks by default."""
+        """weight, bias: [H], whole, or None. features: H. input: how it lies, as between blocks by default.
+
+        eps: None is the smallest step of the dtype that is computed in, as nn.RMSNorm has it.
+        """
         super().__init__(mesh)
         self.layout = mesh.kind.outer if input is None else input
         self.features, self.eps = features, eps
@@ -47,6 +50,10 @@ class _Norm(ShardedModule):
         """Over the features of all ranks: two collectives of one number a row in each pass."""
         total = reduce(x.sum(dim=-1, keepdim=True), self.mesh, self.layout.features)
         return share(total, self.mesh, self.layout.features) / self.features
+
+    def _reciprocal_root(self, mean_square: Tensor) -> Tensor:
+        eps = torch.finfo(mean_square.dtype).eps if self.eps is None else self.eps
+        return (mean_square + eps).rsqrt()
 
     def _scaled(self, normed: Tensor, dtype: torch.dtype) -> Sharded:
         for parameter, apply in ((self.weight, torch.mul), (self.bias, torch.add)):
@@ -70,7 +77,7 @@ class LayerNorm(_Norm):
         self._check(x)
         whole = x.local.to(accumulation_dtype(x.local.dtype))
         centered = whole - self._mean(whole)
-        return self._scaled(centered * (self._mean(centered.square()) + self.eps).rsqrt(), x.local.dtype)
+        return self._scaled(centered * self._reciprocal_root(self._mean(centered.square())), x.local.dtype)
 
 
 class RMSNorm(_Norm):
@@ -81,12 +88,10 @@ class RMSNorm(_Norm):
         """The same norm as a whole one, which all ranks have alike. Raises ValueError for one over several dims."""
         if len(norm.normalized_shape) != 1:
             raise ValueError(f"an RMSNorm over {tuple(norm.normalized_shape)} is not one over the last dim alone.")
-        # torch's default is that of the inputs' dtype.
-        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-        return cls(norm.weight, None, mesh, features=norm.normalized_shape[0], eps=eps, input=input)
+        return cls(norm.weight, None, mesh, features=norm.normalized_shape[0], eps=norm.eps, input=input)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] or [B, H]. Raises ValueError where it lies otherwise than this norm was made for."""
         self._check(x)
         whole = x.local.to(accumulation_dtype(x.local.dtype))
-        return self._scaled(whole * (self._mean(whole.square()) + self.eps).rsqrt(), x.local.dtype)
+        return self._scaled(whole * self._reciprocal_root(self._mean(whole.square())), x.local.dtype)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from mindspeed_cp.attention import RingCommunicators, compose_attention
+from mindspeed_cp.comm import VirtualCommunicator
 from mindspeed_cp.tensor_parallel import on_virtual_ranks, plan_mesh
 from rank_pool import LIMIT_S
 
@@ -44,3 +46,25 @@ MESHES = [
     xy(2, 2, context=2),
     MeshCase("2d", 8, (("data", 2),)),
 ]
+
+
+_RING = ("inner", "outer", "gradients")
+
+
+def virtual_attention(config, group, traffic=None):
+    """What build_attention gives over a process group, over virtual ranks."""
+
+    def on(ranks, channel):
+        world_ranks = [group.ranks[rank] for rank in ranks]
+        return VirtualCommunicator(group.world, world_ranks, group.ranks[group.rank], channel, traffic)
+
+    grid = config.topology
+    ring = grid.ring_ranks(group.rank)
+    return compose_attention(
+        config,
+        rank=group.rank,
+        ulysses=on(grid.ulysses_ranks(group.rank), "ulysses") if grid.ulysses > 1 else None,
+        ring=RingCommunicators(*(on(ring, name) for name in ("inner", "outer", "gradients")))
+        if len(ring) > 1
+        else None,
+    )

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from mindspeed_cp.comm import Traffic
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.tensor_parallel import KINDS, Grid, Linear, plan_mesh, shard
 from mindspeed_cp.tensor_parallel.costs import (
+    AttentionShape,
     Memory,
     Volume,
     best,
@@ -17,7 +20,7 @@ from mindspeed_cp.tensor_parallel.costs import (
     memory,
     mlp_shapes,
 )
-from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, virtual_attention, xy
 
 HIDDEN, FFN, SEQUENCE = 36, 72, 12
 AGAIN = [MeshCase("1d-sp", 4), MeshCase("2.5d", 8), MeshCase("3d", 8), xy(4, 2)]
@@ -66,6 +69,32 @@ def test_counted_bytes_and_memory_are_those_of_the_formulas(case, gathering):
         memory(kind, grid, shapes, gathering=gathering, itemsize=4),
     )
     assert case.run(lambda mesh: measure(mesh, case.batch(2), gathering)) == [expected] * case.ranks
+
+
+def test_counted_bytes_of_attention_over_y_are_those_of_the_formula():
+    case, batch, keys = xy(2, 2, context=2), 2, 2 * HIDDEN
+    kind, grid = plan_mesh(case.kind, case.ranks, **dict(case.sizes))
+    shape = AttentionShape(batch, SEQUENCE, keys)
+    projections = block_shapes(batch, SEQUENCE, HIDDEN, FFN)[:3]
+    assert shape == projections[1]
+
+    def measure(mesh):
+        config = ContextParallelConfig(
+            context_parallel_size=4, context_parallel_algo="megatron_cp_algo", attention_mask_type="general"
+        )
+        traffic = Traffic()
+        attend = virtual_attention(config, mesh.within_attention, traffic)
+        heads = HIDDEN // 2
+        q, k, v = (torch.zeros(batch, heads, SEQUENCE // 4, 1, requires_grad=True) for _ in range(3))
+        out = attend(q, k, v)
+        forward = sum(traffic.bytes_sent.values())
+        out.sum().backward()
+        return Volume(forward, sum(traffic.bytes_sent.values()) - forward)
+
+    linears = [each for each in projections if each != shape]
+    of_linears, of_all = (comm_volume(kind, grid, each, itemsize=4) for each in (linears, projections))
+    expected = Volume(of_all.forward - of_linears.forward, of_all.backward - of_linears.backward)
+    assert case.run(measure) == [expected] * case.ranks
 
 
 X, W1, Y = 8 * 16 * 64, 64 * 256, 8 * 16 * 256

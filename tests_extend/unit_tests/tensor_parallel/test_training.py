@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mindspeed_cp.attention import RingCommunicators, compose_attention
-from mindspeed_cp.comm import VirtualCommunicator
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.tensor_parallel import MLP, LayerNorm, full_state_dict, load_full_state_dict, shard
 from tiny_gpt import GPT, ShardedGPT, Sizes, train
-from unit_tests.tensor_parallel.mesh_cases import MeshCase, xy
+from unit_tests.tensor_parallel.mesh_cases import MeshCase, virtual_attention, xy
 
 SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16)
 STEPS = 2
@@ -30,9 +28,6 @@ ALGORITHMS = {
     "double ring": {"context_parallel_algo": "megatron_cp_algo", "cp_window_size": 2},
     "hybrid": {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2},
 }
-
-
-_RING = ("inner", "outer", "gradients")
 
 
 class Trained(NamedTuple):
@@ -60,25 +55,6 @@ def trained(losses, model, mesh):
         for name, whole in getattr(module, "wholes", {}).items()
     }
     return Trained(losses, dict(model.named_parameters()), places, full_state_dict(model))
-
-
-def virtual_attention(config, group):
-    """What build_attention gives over a process group, over virtual ranks."""
-
-    def on(ranks, channel):
-        world_ranks = [group.ranks[rank] for rank in ranks]
-        return VirtualCommunicator(group.world, world_ranks, group.ranks[group.rank], channel)
-
-    grid = config.topology
-    ring = grid.ring_ranks(group.rank)
-    return compose_attention(
-        config,
-        rank=group.rank,
-        ulysses=on(grid.ulysses_ranks(group.rank), "ulysses") if grid.ulysses > 1 else None,
-        ring=RingCommunicators(*(on(ring, name) for name in ("inner", "outer", "gradients")))
-        if len(ring) > 1
-        else None,
-    )
 
 
 def train_whole(steps, dtype=torch.float64):
