@@ -46,10 +46,9 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     axes = figure.subplots()
     for place, (name, losses) in enumerate(curves.items()):
         # Curves lie upon each other: dashes of their own let each be seen.
-        style = (
-            {"linestyle": "-", "linewidth": 6, "alpha": 0.25} if place == 0 else {"linestyle": (2 * place - 2, (2, 10))}
-        )
-        axes.plot(range(len(losses)), losses, label=name, **({"linewidth": 2} | style))
+        dashes = (2 * place - 2, (2, 10))
+        style = {"linestyle": dashes, "linewidth": 2} if place else {"linewidth": 6, "alpha": 0.25}
+        axes.plot(range(len(losses)), losses, label=name, **style)
     axes.set(xlabel="step", ylabel="loss", title="A tiny GPT in every kind of tensor parallelism")
     axes.legend(handlelength=6)
     path.parent.mkdir(parents=True, exist_ok=True)
