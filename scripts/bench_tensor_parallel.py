@@ -174,10 +174,10 @@ class Passes:
             self.mlp(self.x).local.sum().backward()
 
 
-def predict(network: Network, setting: Setting, case: Case) -> float:
-    """Seconds for both passes: the messages that virtual ranks send, played against the links."""
+def record(num_ranks: int, setting: Setting, case: Case) -> list[list[Compute | Post | Wait]]:
+    """What each of so many ranks does in both passes, from a run on virtual ranks."""
 
-    def record(mesh: TensorMesh) -> list[Compute | Post | Wait]:
+    def on_rank(mesh: TensorMesh) -> list[Compute | Post | Wait]:
         program: list[Compute | Post | Wait] = []
         recorders = {
             axes: Recorder(each, " ".join(axes), mesh.grid.ranks_along(mesh.rank, axes), program)
@@ -187,7 +187,12 @@ def predict(network: Network, setting: Setting, case: Case) -> float:
         passes.run(lambda flops: program.append(Compute(flops / case.flops_per_s)))
         return program
 
-    programs = on_virtual_ranks(record, *plan_mesh(setting.kind, network.num_ranks, **setting.sizes))
+    return on_virtual_ranks(on_rank, *plan_mesh(setting.kind, num_ranks, **setting.sizes))
+
+
+def predict(network: Network, setting: Setting, case: Case) -> float:
+    """Seconds for both passes: what virtual ranks do, played against the links."""
+    programs = record(network.num_ranks, setting, case)
     return predicted_seconds(network, lambda rank: iter(programs[rank]))
 
 

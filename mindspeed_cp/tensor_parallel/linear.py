@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, I features in, O features out.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -50,10 +50,12 @@ class Linear(ShardedModule):
 
         overlap: whether the next panel travels while one is multiplied; the bits are the same.
 
-        Raises ValueError where the kind has no layer for such an input, or O or I has uneven parts that would be
-        gathered.
+        Raises ValueError where the kind has no layer for such an input, there is no such `gathering`, or O or I has
+        uneven parts that would be gathered.
         """
         super().__init__(mesh)
+        if gathering not in get_args(Gathering):
+            raise ValueError(f"there is no gathering={gathering!r}; use one of {', '.join(get_args(Gathering))}.")
         self.layouts = mesh.kind.linear(mesh.kind.outer if input is None else input)
         self.gathering: Gathering = gathering
         self.plan = LinearPlan.of(self.layouts, mesh)
@@ -93,6 +95,7 @@ class Linear(ShardedModule):
         """How X and W are multiplied, as `gathering` says."""
         plan, mesh = self.plan, self.mesh
         if self.gathering == "panels":
+            # Two travel in 2D and 2.5D, of columns; these may be uneven.
             if [each.dim for each in (*plan.gathered_input, *plan.gathered_weight)] == [-1, 1]:
                 (by_features,), (by_columns,) = plan.gathered_input, plan.gathered_weight
                 communicators = mesh.communicators[by_features.axis,], mesh.communicators[by_columns.axis,]

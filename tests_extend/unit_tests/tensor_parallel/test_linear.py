@@ -150,3 +150,14 @@ def test_a_kind_has_no_layer_for_a_layout_of_another():
 def test_sizes_that_the_grid_does_not_divide_are_refused_with_those_that_it_does(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MeshCase("2d", 4).run(lambda mesh: shard(numbers(*shape), mesh.kind.outer, mesh))
+
+
+def test_a_width_whose_parts_would_be_gathered_unevenly_is_refused():
+    message = "dim 1 of weight (8, 7) is cut in 2 parts along i, which do not divide it; use 6 or 8."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MeshCase("2d", 4).run(lambda mesh: Linear.from_linear(nn.Linear(7, 8), mesh))
+
+
+def test_another_gathering_than_there_is_is_refused():
+    with pytest.raises(ValueError, match=re.escape("there is no gathering='panel'; use one of keep, again, panels.")):
+        MeshCase("1d", 1).run(lambda mesh: Linear.from_linear(nn.Linear(8, 8), mesh, gathering="panel"))
