@@ -61,8 +61,9 @@ def assert_as_whole(case, shape, widths=(IN, MIDDLE, OUT), **options):
             torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", MESHES, ids=str)
-@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "micro_batch"), [(case, size) for case in MESHES for size in (1, 2) if case.ranks * size < 54], ids=str
+)
 def test_two_linears_give_the_outputs_and_gradients_of_one_rank(case, micro_batch):
     assert_as_whole(case, (case.batch(micro_batch), SEQUENCE, IN))
 
@@ -73,9 +74,8 @@ def test_what_is_gathered_again_for_the_backward_pass_gives_the_same(case):
 
 
 @pytest.mark.parametrize("case", SQUARE + BY_ROWS, ids=str)
-@pytest.mark.parametrize("overlap", [False, True])
-def test_panels_give_the_outputs_and_gradients_of_one_rank(case, overlap):
-    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="panels", overlap=overlap)
+def test_panels_give_the_outputs_and_gradients_of_one_rank(case):
+    assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="panels")
 
 
 @pytest.mark.parametrize("case", SQUARE, ids=str)
