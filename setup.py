@@ -11,6 +11,7 @@ setup(
         "mindspeed_cp.launch",
         "mindspeed_cp.patches",
         "mindspeed_cp.patches.mindspeed",
+        "mindspeed_cp.tensor_parallel",
     ],
     package_dir={"mindspeed_cp.patches": "patches", "mindspeed_cp.patches.mindspeed": "patches/mindspeed"},
     package_data={"mindspeed_cp": ["py.typed"]},

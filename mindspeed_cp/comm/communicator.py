@@ -112,9 +112,21 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        _all_gather_single(received.view(-1), send.view(-1), group=self.group)
+        if send.device.type == "cpu":
+            self._all_gather_by_messages(received, send)
+        else:
+            _all_gather_single(received.view(-1), send.view(-1), group=self.group)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
         return received
+
+    def _all_gather_by_messages(self, received: Tensor, send: Tensor) -> None:
+        """What gloo's own all-gather does, a ring, with every receive posted first: that one sends first."""
+        received[self.rank] = send
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        for step in range(self.size - 1):
+            sent, arriving = (self.rank - step) % self.size, (self.rank - step - 1) % self.size
+            receive = _Message(dist.irecv, received[arriving], before)
+            self._post([receive, _Message(dist.isend, received[sent], after)]).wait()
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""

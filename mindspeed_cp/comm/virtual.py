@@ -95,17 +95,17 @@ class VirtualCommunicator:
 
     def all_to_all(self, send: Tensor) -> Tensor:
         """See Communicator.all_to_all."""
-        for rank, part in enumerate(send):
-            self._send(part, rank)
+        for rank in self._others():
+            self._send(send[rank], rank)
         self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
-        return torch.stack([self._receive(rank) for rank in range(self.size)])
+        return self._stack(send[self.rank])
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""
-        for rank in range(self.size):
+        for rank in self._others():
             self._send(send, rank)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
-        return torch.stack([self._receive(rank) for rank in range(self.size)])
+        return self._stack(send)
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
@@ -113,6 +113,13 @@ class VirtualCommunicator:
             self._send(send, to)
             self.traffic.record("exchange", send.nbytes)
         return _VirtualTransfer(self, receive, source)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _stack(self, own: Tensor) -> Tensor:
+        """What has come from each rank, by rank; `own` from this one."""
+        return torch.stack([own if rank == self.rank else self._receive(rank) for rank in range(self.size)])
 
     def _send(self, message: Tensor, to: int) -> None:
         self.world.send(self.channel, self.ranks[self.rank], self.ranks[to], message)

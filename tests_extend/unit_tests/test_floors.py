@@ -16,7 +16,7 @@ FLOORS = (
     {"layout"},
     {"config", "patching", "device"},
     {"kernels", "comm", "choice"},
-    {"attention"},
+    {"attention", "tensor_parallel"},
     {"patches"},
     {"megatron_adaptor"},
     {"launch"},
@@ -133,6 +133,11 @@ PLANTED = [
         "mindspeed_cp/attention/__init__.py",
         "from mindspeed_cp.patches.plugin import Plugin",
         "attention on floor 5 imports patches from floor 6.",
+    ),
+    (
+        "mindspeed_cp/tensor_parallel/linear.py",
+        "from mindspeed_cp.attention import build_attention",
+        "tensor_parallel on floor 3 imports attention from floor 3.",
     ),
     (
         "patches/plugin.py",

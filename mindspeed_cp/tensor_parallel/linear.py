@@ -1,0 +1,121 @@
+"""A linear layer in every kind of tensor parallelism: Y = X W^T + b, as Note [Roles] in kinds.py says.
+
+Shapes: B batch, S sequence, I features in, O features out.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from mindspeed_cp.tensor_parallel.collectives import check_even, share
+from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
+from mindspeed_cp.tensor_parallel.mesh import TensorMesh
+from mindspeed_cp.tensor_parallel.module import ShardedModule
+from mindspeed_cp.tensor_parallel.panels import square_routes
+from mindspeed_cp.tensor_parallel.products import (
+    GatheredProduct,
+    LinearPlan,
+    Product,
+    RowGatheringProduct,
+    RowScatteringProduct,
+    SquareProduct,
+    multiply,
+)
+
+Gathering = Literal["keep", "again", "panels"]
+"""What becomes of gathered operands: kept whole for the backward pass (fewest bytes), gathered again in it (only parts
+are kept), or never whole at all but multiplied panel by panel (see panels.py)."""
+
+
+class Linear(ShardedModule):
+    """A linear layer whose weight is sharded as its kind says, and its input and output as the weight asks.
+
+    layouts: of its tensors. plan: what travels.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        mesh: TensorMesh,
+        *,
+        input: Layout | None = None,
+        gathering: Gathering = "keep",
+        overlap: bool = True,
+    ) -> None:
+        """weight: [O, I] and bias: [O], whole. input: how the input lies, as between blocks by default.
+
+        overlap: whether the next panel travels while one is multiplied; the bits are the same.
+
+        Raises ValueError where the kind has no layer for such an input, there is no such `gathering`, or O or I has
+        uneven parts that would be gathered.
+        """
+        super().__init__(mesh)
+        if gathering not in get_args(Gathering):
+            raise ValueError(f"there is no gathering={gathering!r}; use one of {', '.join(get_args(Gathering))}.")
+        self.layouts = mesh.kind.linear(mesh.kind.outer if input is None else input)
+        self.gathering: Gathering = gathering
+        self.plan = LinearPlan.of(self.layouts, mesh)
+        self.product = self._product(weight, overlap)
+        self.keep_part("weight", weight, self.layouts.weight)
+        self.keep_part("bias", bias, self.layouts.bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mesh: TensorMesh,
+        *,
+        input: Layout | None = None,
+        gathering: Gathering = "keep",
+        overlap: bool = True,
+    ) -> "Linear":
+        """The same layer as a whole one, which all ranks have alike."""
+        return cls(linear.weight, linear.bias, mesh, input=input, gathering=gathering, overlap=overlap)
+
+    def forward(self, x: Sharded) -> Sharded:
+        """x: [B, S, I] or [B, I], as `layouts.input` says; returns [B, S, O] or [B, O] as `layouts.output` says.
+
+        Raises ValueError where x lies otherwise.
+        """
+        if x.layout != self.layouts.input:
+            raise ValueError(
+                f"this {self.mesh.kind.name} linear layer takes an input with {self.layouts.input}, and is given one "
+                f"with {x.layout}; make it for that one, Linear.from_linear(..., input=x.layout)."
+            )
+        y = multiply(x.local, self.weight, self.product)
+        if self.bias is not None:
+            y = y + share(self.bias, self.mesh, self.plan.shared_bias)
+        return Sharded(y, self.layouts.output)
+
+    def _product(self, weight: Tensor, overlap: bool) -> Product:
+        """How X and W are multiplied, as `gathering` says."""
+        plan, mesh = self.plan, self.mesh
+        if self.gathering == "panels":
+            # Two travel in 2D and 2.5D, of columns; these may be uneven.
+            if [each.dim for each in (*plan.gathered_input, *plan.gathered_weight)] == [-1, 1]:
+                (by_features,), (by_columns,) = plan.gathered_input, plan.gathered_weight
+                communicators = mesh.communicators[by_features.axis,], mesh.communicators[by_columns.axis,]
+                return SquareProduct(plan, mesh, square_routes(*communicators, weight.size(1)), overlap)
+            self._check_even(weight)
+            if plan.gathered_input:
+                return RowGatheringProduct(plan, mesh, overlap)
+            if plan.scattered_output:
+                return RowScatteringProduct(plan, mesh, overlap)
+        self._check_even(weight)
+        return GatheredProduct(plan, mesh, keep=self.gathering == "keep")
+
+    def _check_even(self, weight: Tensor) -> None:
+        """Raise ValueError where parts would be gathered that are not of one size."""
+        gathered = {each.axis for each in (*self.plan.gathered_input, *self.plan.gathered_weight)}
+        (out, in_), features = self.layouts.weight, self.layouts.input.features
+        for placement in ((out, in_), ((), features)):
+            check_even(
+                "weight",
+                weight.shape,
+                tuple(axes if gathered.intersection(axes) else () for axes in placement),
+                self.mesh.grid,
+            )

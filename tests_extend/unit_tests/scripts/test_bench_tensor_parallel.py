@@ -1,0 +1,22 @@
+"""The benchmark of tensor parallelism: recorded programs hold the bytes of the formula and all products."""
+
+import pytest
+
+from bench_tensor_parallel import OVERLAPPED, SETTINGS, Case, record
+from benchmark.prediction import Compute, Post
+from mindspeed_cp.tensor_parallel import comm_volume, mlp_shapes, plan_mesh
+
+CASE = Case(batch=8, sequence=8, hidden=16, ffn=64, flops_per_s=1.0)
+SAMPLE = [(4, setting) for setting in OVERLAPPED if setting.overlap] + [(8, setting) for setting in SETTINGS[8][2:5]]
+
+
+@pytest.mark.parametrize(("ranks", "setting"), SAMPLE, ids=str)
+def test_recorded_programs_hold_the_bytes_of_the_formula_and_every_product(ranks, setting):
+    kind, grid = plan_mesh(setting.kind, ranks, **setting.sizes)
+    shapes = [shape._replace(bias=False) for shape in mlp_shapes(*CASE[:4])]
+    sent = comm_volume(kind, grid, shapes, gathering=setting.gathering, itemsize=4).total
+    for program in record(ranks, setting, CASE):
+        assert sum(sum(each.sends.values()) for each in program if isinstance(each, Post)) == sent
+        # Forward, and for the gradients of both operands, of two layers.
+        flops = 3 * 2 * (2 * CASE.batch * CASE.sequence * CASE.hidden * CASE.ffn) / ranks
+        assert sum(each.seconds for each in program if isinstance(each, Compute)) == flops
