@@ -137,7 +137,7 @@ PLANTED = [
     (
         "mindspeed_cp/tensor_parallel/linear.py",
         "from mindspeed_cp.attention import build_attention",
-        "tensor_parallel on floor 3 imports attention from floor 3.",
+        "tensor_parallel on floor 5 imports attention from floor 5.",
     ),
     (
         "patches/plugin.py",

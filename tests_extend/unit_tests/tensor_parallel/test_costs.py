@@ -73,9 +73,10 @@ def test_counted_bytes_and_memory_are_those_of_the_formulas(case, gathering):
 
 def test_counted_bytes_of_attention_over_y_are_those_of_the_formula():
     case, batch, keys = xy(2, 2, context=2), 2, 2 * HIDDEN
+    sequence = 16  # Two chunks for each of four ranks.
     kind, grid = plan_mesh(case.kind, case.ranks, **dict(case.sizes))
-    shape = AttentionShape(batch, SEQUENCE, keys)
-    projections = block_shapes(batch, SEQUENCE, HIDDEN, FFN)[:3]
+    shape = AttentionShape(batch, sequence, keys)
+    projections = block_shapes(batch, sequence, HIDDEN, FFN)[:3]
     assert shape == projections[1]
 
     def measure(mesh):
@@ -85,7 +86,7 @@ def test_counted_bytes_of_attention_over_y_are_those_of_the_formula():
         traffic = Traffic()
         attend = virtual_attention(config, mesh.within_attention, traffic)
         heads = HIDDEN // 2
-        q, k, v = (torch.zeros(batch, heads, SEQUENCE // 4, 1, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.zeros(batch, heads, sequence // 4, 1, requires_grad=True) for _ in range(3))
         out = attend(q, k, v)
         forward = sum(traffic.bytes_sent.values())
         out.sum().backward()
