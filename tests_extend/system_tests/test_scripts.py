@@ -30,6 +30,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checkout):
     script = str(FEATURE_TESTS / "ulysses.sh")
     done = run(["bash", script], checkout, CP="2", ITERS="3", SEQ_LENGTH="64", PYTHONPATH=str(REPOSITORY))
