@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from benchmark.kernel import block_flops
-from mindspeed_cp.attention import Attention, LocalAttention, RingCommunicators, compose_attention
+from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
 from mindspeed_cp.attention.exchange import BlockFormat
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
@@ -84,10 +84,7 @@ class RingCase:
         shards = self.config.layout.of(self.tokens)
         plan = AttentionPlan(shards, shards)
         tiles = (tile for owner in range(self.num_ranks) for tile in plan.tiles(rank, owner))
-        return [
-            self._block(tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start, mask_kind(tile))
-            for tile in tiles
-        ]
+        return [self._block(tile.num_queries, tile.num_keys, mask_kind(tile)) for tile in tiles]
 
     def dense(self, tokens: int) -> BlockCase:
         """Causal attention of so many tokens in one call."""
@@ -273,7 +270,7 @@ def _measure_rank(case: RingCase, rank: int, kernels: Kernels, least_s: float) -
 
 def _measure_dense(case: RingCase, kernels: KernelRegistry, least_s: float) -> tuple[int, Measured]:
     """The dense call's tokens and what it takes: of all ranks' tokens, or of about one rank's FLOPs."""
-    attention = LocalAttention(causal=True, kernels=kernels)
+    attention = local_attention(causal=True, kernels=kernels)
 
     def call_of(tokens: int) -> tuple[int, Measured]:
         passes = _passes(attention, *case.inputs(tokens))

@@ -4,18 +4,16 @@ python scripts/draw_schedule.py            # draws them anew into docs/architect
 python scripts/draw_schedule.py --check    # only says whether they are as the code has them
 """
 
-import argparse
-import re
 import sys
 from pathlib import Path
 
+from generated_page import as_text, redrawn, write_or_check
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import FULL, AttentionPlan, Tile
 from mindspeed_cp.program import Axis, Phase, Program, Step, program
 from mindspeed_cp.schedule import RingSchedule
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
-DRAWING = re.compile(r"(<!-- drawing: (\w+) -->\n).*?(<!-- end of drawing -->)", re.DOTALL)
 
 
 def draw_chunks(size: int) -> str:
@@ -81,30 +79,21 @@ def _draw_gradients(step: Step) -> str:
 
 
 DRAWINGS = {
-    "chunks": lambda: draw_chunks(4),
-    "ring": lambda: draw_ring(outer=1, inner=4),
-    "double_ring": lambda: draw_ring(outer=2, inner=4),
+    "chunks": lambda: as_text(draw_chunks(4)),
+    "ring": lambda: as_text(draw_ring(outer=1, inner=4)),
+    "double_ring": lambda: as_text(draw_ring(outer=2, inner=4)),
 }
 """What each mark in the page stands for."""
 
 
 def draw_into(page: str) -> str:
     """The page with every drawing made anew."""
-    return DRAWING.sub(lambda mark: f"{mark[1]}```text\n{DRAWINGS[mark[2]]()}\n```\n{mark[3]}", page)
+    return redrawn(page, DRAWINGS)
 
 
 def main() -> int:
-    """Read the command line and draw; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where one is out of date")
-    args = parser.parse_args()
-    page = PAGE.read_text()
-    drawn = draw_into(page)
-    if args.check:
-        print("up to date" if drawn == page else f"{PAGE.name} is out of date: run python scripts/draw_schedule.py")
-        return int(drawn != page)
-    PAGE.write_text(drawn)
-    return 0
+    """Read the command line and write; the exit status."""
+    return write_or_check(PAGE, lambda: draw_into(PAGE.read_text()), script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ python scripts/draw_tensor_parallel.py            # draws them anew into docs/te
 python scripts/draw_tensor_parallel.py --check    # only says whether they are as the code has them
 """
 
-import argparse
-import re
 import sys
 from itertools import zip_longest
 from pathlib import Path
 
+from generated_page import as_text, redrawn, write_or_check
 from mindspeed_cp.tensor_parallel import KINDS, Grid, choose_grid, comm_volume, memory, mlp_shapes
 from mindspeed_cp.tensor_parallel.layout import Placement
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tensor_parallel.md"
-DRAWING = re.compile(r"(<!-- drawing: (\w+) -->\n).*?(<!-- end of drawing -->)", re.DOTALL)
 
 DRAWN = (("1d", 4, {}), ("1d-sp", 4, {}), ("2d", 4, {}), ("2.5d", 8, {"depth": 2}), ("3d", 8, {}), ("xy", 6, {"x": 3}))
 COUNTED = (
@@ -83,29 +81,18 @@ def draw_costs() -> str:
     return "\n".join(lines)
 
 
-DRAWINGS = {"blocks": lambda: f"```text\n{draw_blocks()}\n```", "costs": draw_costs}
+DRAWINGS = {"blocks": lambda: as_text(draw_blocks()), "costs": draw_costs}
 """What each mark in the page stands for."""
 
 
 def draw_into(page: str) -> str:
     """The page with every drawing made anew."""
-    return DRAWING.sub(lambda mark: f"{mark[1]}{DRAWINGS[mark[2]]()}\n{mark[3]}", page)
+    return redrawn(page, DRAWINGS)
 
 
 def main() -> int:
-    """Read the command line and draw; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where one is out of date")
-    args = parser.parse_args()
-    page = PAGE.read_text()
-    drawn = draw_into(page)
-    if args.check:
-        print(
-            "up to date" if drawn == page else f"{PAGE.name} is out of date: run python scripts/{Path(__file__).name}"
-        )
-        return int(drawn != page)
-    PAGE.write_text(drawn)
-    return 0
+    """Read the command line and write; the exit status."""
+    return write_or_check(PAGE, lambda: draw_into(PAGE.read_text()), script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

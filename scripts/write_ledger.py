@@ -6,12 +6,12 @@ python scripts/write_ledger.py --check    # only says whether it is as the recor
 Importing the adaptor patches Megatron, which therefore has to be installed.
 """
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from generated_page import write_or_check
 from mindspeed_cp import megatron_adaptor
 from mindspeed_cp.patching import Patch, targets_by_module
 
@@ -67,16 +67,7 @@ def _wrap_fact(fact: str) -> str:
 
 def main() -> int:
     """Read the command line and write; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where it is out of date")
-    args = parser.parse_args()
-    ledger = write_ledger()
-    if args.check:
-        is_current = PAGE.exists() and PAGE.read_text() == ledger
-        print("up to date" if is_current else f"{PAGE.name} is out of date: run python scripts/write_ledger.py")
-        return int(not is_current)
-    PAGE.write_text(ledger)
-    return 0
+    return write_or_check(PAGE, write_ledger, script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

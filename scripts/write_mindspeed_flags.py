@@ -4,12 +4,12 @@ python scripts/write_mindspeed_flags.py            # writes docs/mindspeed_flags
 python scripts/write_mindspeed_flags.py --check    # only says whether it is as the records have it
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from generated_page import write_or_check
 from mindspeed_cp.patches.mindspeed.record import Record
 from mindspeed_cp.patches.mindspeed.table import FLAGS, SECTIONS, VALUES
 
@@ -49,16 +49,7 @@ def _rows(records: Iterable[Record]) -> list[str]:
 
 def main() -> int:
     """Read the command line and write; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where it is out of date")
-    args = parser.parse_args()
-    page = write_page()
-    if args.check:
-        is_current = PAGE.exists() and PAGE.read_text() == page
-        print("up to date" if is_current else f"{PAGE.name} is out of date: run python scripts/{Path(__file__).name}")
-        return int(not is_current)
-    PAGE.write_text(page)
-    return 0
+    return write_or_check(PAGE, write_page, script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class _AllGather(torch.autograd.Function):
         gathered = attention.communicator.all_gather(torch.cat([k, v]).movedim(2, 0).contiguous())
         keys, values = attention.layout.restore(gathered.flatten(0, 1), dim=0).movedim(0, 2).chunk(2)
         scale = default_scale(q)
-        merged = MergedOutput(q.new_empty(()).expand(*q.shape[:3], v.size(3)))
+        merged = MergedOutput.of(q, v)
         for queries, seen, mask in attention.blocks(q.size(2)):
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
             output = attention.kernel.forward(*block, mask, scale)

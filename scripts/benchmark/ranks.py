@@ -17,7 +17,7 @@ from benchmark.all_gather import AllGatherAttention
 from benchmark.cases import Algorithm, Case
 from benchmark.kernel import EmulatedKernel, TimedKernel, wait_until
 from emulated_cluster import LinkBytes, Network, link_bytes
-from mindspeed_cp.attention import LocalAttention, RingCommunicators, compose_attention
+from mindspeed_cp.attention import RingCommunicators, compose_attention, local_attention
 from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic, Transfer
 from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
@@ -178,7 +178,7 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
 
     if algorithm.kind == "single device":
         layout = SequenceLayout(size=1, kind="contiguous")
-        attend = LocalAttention(causal=True, kernels=kernels) if dist.get_rank() == 0 else None
+        attend = local_attention(causal=True, kernels=kernels) if dist.get_rank() == 0 else None
     elif algorithm.kind == "all-gather":
         attend = AllGatherAttention(on(None), kernel)
     else:
@@ -277,7 +277,7 @@ def _errors(results: dict[str, Tensor | None], case: Case, layout: SequenceLayou
     """Relative norm of the difference from attention in fp32 of the whole sequence."""
     if case not in _REFERENCES:
         q, k, v, dout = (x.detach().float() for x in _whole_inputs(case))
-        out = LocalAttention(causal=True)(*(x.requires_grad_() for x in (q, k, v)))
+        out = local_attention(causal=True)(*(x.requires_grad_() for x in (q, k, v)))
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
         _REFERENCES[case] = {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
     errors = {}

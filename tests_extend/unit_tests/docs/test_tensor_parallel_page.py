@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import draw_tensor_parallel
+from generated_page import DRAWING
 
 TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_drawings_and_costs_are_as_the_code_has_them():
     page = draw_tensor_parallel.PAGE.read_text()
-    assert len(draw_tensor_parallel.DRAWING.findall(page)) == len(draw_tensor_parallel.DRAWINGS)
+    assert len(DRAWING.findall(page)) == len(draw_tensor_parallel.DRAWINGS)
     assert draw_tensor_parallel.draw_into(page) == page
 
 
