@@ -80,6 +80,16 @@ class Tile(NamedTuple):
     area: int
     sample: int | None = None
 
+    @property
+    def num_queries(self) -> int:
+        """Rows of the rectangle."""
+        return int(self.queries.stop - self.queries.start)
+
+    @property
+    def num_keys(self) -> int:
+        """Columns of the rectangle."""
+        return int(self.keys.stop - self.keys.start)
+
 
 class Layout(Protocol):
     """Who holds what. A rank's tokens are in the order of the stream: by sample, document and position."""

@@ -223,21 +223,16 @@ class _Rotation:
 
     def _needed_from(self, owner: int, outer: int, inner: int) -> tuple[slice, ...]:
         """Those of the owner's tokens that the rank which works on them at this step needs, or one after it."""
-        return _needed_from(self, owner, outer, inner)
+        schedule, needed = self.schedule, list[slice]()
+        for later in range(outer, schedule.outer if inner == 0 else outer + 1):
+            for place in range(inner if later == outer else 0, schedule.inner):
+                needed += self.plan.needed(schedule.peer(owner, Hop(later, place)), owner)
+        return union(needed)
 
     def _needed_in_inner_ring(self, member: int, owner: int) -> tuple[slice, ...]:
         """Those of the owner's tokens that some rank of a member's inner ring sees."""
         ranks = (self.schedule.peer(member, Hop(0, place)) for place in range(self.schedule.inner))
         return union(each for rank in ranks for each in self.plan.needed(rank, owner))
-
-
-def _needed_from(rotation: _Rotation, owner: int, outer: int, inner: int) -> tuple[slice, ...]:
-    schedule, needed = rotation.schedule, list[slice]()
-    for later in range(outer, schedule.outer if inner == 0 else outer + 1):
-        for place in range(inner if later == outer else 0, schedule.inner):
-            visitor = schedule.peer(owner, Hop(later, place))
-            needed += rotation.plan.needed(visitor, owner)
-    return union(needed)
 
 
 def _message(peer: int, owner: int, tokens: tuple[slice, ...], axis: Axis, piece: int | None) -> Message | None:

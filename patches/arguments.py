@@ -536,9 +536,7 @@ def _blocks(config: ContextParallelConfig, num_tokens: int) -> list[tuple[MaskKi
     bands = (CAUSAL,) if config.attention_mask_type == "causal" else (CAUSAL, FULL)
     plans = [AttentionPlan(shards, shards, each) for each in bands]
     tiles = [part for plan in plans for pair in pairs for tile in plan.tiles(*pair) for part in cut(tile)]
-    blocks = [
-        (mask_kind(tile), tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start) for tile in tiles
-    ]
+    blocks = [(mask_kind(tile), tile.num_queries, tile.num_keys) for tile in tiles]
     if config.attention_mask_type == "general":
         blocks.append((MaskKind.ARBITRARY, num_tokens, num_tokens))
     return list(dict.fromkeys(blocks))

@@ -53,8 +53,8 @@ MISTAKES = {
     ),
     "stale K/V": Mistake(
         "attention/exchange.py",
-        "self._here[key] = Block(",
-        "self._here.setdefault(key, next(iter(self._here.values()))); Block(",
+        "posted.message.piece).unpack(posted.received)",
+        "posted.message.piece).unpack(posted.received * 0)",
         "attention",
     ),
     "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
@@ -78,12 +78,12 @@ MISTAKES = {
     ),
     "mask columns of another owner": Mistake(
         "attention/ring.py",
-        "mask = _mask(plan, terms, step.owner, tile, of[1])",
-        "mask = _mask(plan, terms, ring.rank, tile, of[1])",
+        "mask = _mask(plan, terms, step.owner, tile, heads)",
+        "mask = _mask(plan, terms, ring.rank, tile, heads)",
         "attention",
     ),
     "merge in bf16": Mistake(
-        "attention/sums.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
+        "comm/reduction.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }

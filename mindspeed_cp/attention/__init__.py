@@ -3,19 +3,18 @@
 from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
 from mindspeed_cp.attention.exchange import RingCommunicators
-from mindspeed_cp.attention.local import LocalAttention
-from mindspeed_cp.attention.planned import PlannedAttention
+from mindspeed_cp.attention.planned import PlannedAttention, local_attention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 
 __all__ = [
     "Attention",
     "ContextParallelAttention",
-    "LocalAttention",
     "PlannedAttention",
     "RingAttention",
     "RingCommunicators",
     "UlyssesAttention",
     "build_attention",
     "compose_attention",
+    "local_attention",
 ]

@@ -169,11 +169,7 @@ class ContextParallelAttention:
     def _check_mask(self, q: Tensor, visible: Tensor | None) -> None:
         if visible is None:
             return
-        if self.config.attention_mask_type == "causal":
-            raise ValueError(
-                "a causal attention takes no mask tensor: it would be one of the two; build it with "
-                "attention_mask_type='general' to use the tensor."
-            )
+        refuse_mask_of_causal(visible, self.config.attention_mask_type == "causal")
         check_mask(visible, q, self.layout.size)
 
     @functools.cached_property
@@ -230,6 +226,15 @@ def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
         raise ValueError(
             f"a mask is boolean, True where a query sees a key, and this one is {visible.dtype}; "
             f"give `mask > 0`, or `mask == 0` for one that is added to the scores."
+        )
+
+
+def refuse_mask_of_causal(visible: Tensor | None, causal: bool) -> None:
+    """Raise ValueError where a causal attention is given a mask."""
+    if causal and visible is not None:
+        raise ValueError(
+            "a causal attention takes no mask tensor: it would be one of the two; build it with "
+            "attention_mask_type='general' to use the tensor."
         )
 
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -58,16 +59,23 @@ class Player:
         self,
         kind: "_Kind",
         owner: int,
-        axis: Axis,
         send: Message | None,
         content: Tensor | None,
         receive: Message | None,
-        received: Tensor | None,
+        whole: "BlockFormat",
     ) -> "_Posted":
-        """Start a message that leaves and one that comes along an axis. owner: of the step that they are told by."""
+        """Start a message that leaves and one that comes along the same axis, one of which there is.
+
+        owner: of the step that they are told by. content: of the one that leaves. whole: how a message of all heads
+        lies in memory.
+        """
         assert self.communicators is not None, "a program of one rank has no messages"
-        name = self.name(owner)
-        peers = send.peer if send else self.program.rank, receive.peer if receive else self.program.rank
+        axis, like = next(message.axis for message in (send, receive) if message), whole.like
+        received = None
+        if receive is not None:
+            received = like.new_empty(self.format(whole, receive.piece).numel(receive.num_tokens))
+        name, alone = self.name(owner), self.program.rank
+        peers = send.peer if send else alone, receive.peer if receive else alone
         try:
             with in_profiles(f"{name}: {kind.leaving}"):
                 transfer = self.communicators.along(axis).exchange(content, peers[0], received, peers[1])
@@ -81,6 +89,10 @@ class Player:
             return slice(None)
         share = num_heads // self.program.pieces
         return slice(piece * share, (piece + 1) * share)
+
+    def format(self, whole: "BlockFormat", piece: int | None) -> "BlockFormat":
+        """The format of a piece of the heads; the whole one for None."""
+        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self.program.pieces)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,8 +108,12 @@ def in_profiles(name: str) -> AbstractContextManager[object]:
 
 
 class BlockFormat(NamedTuple):
-    """How keys and values, or their gradients, lie in one flat message: the keys [S, B, G, D], then the values."""
+    """How keys and values, or their gradients, lie in one flat message: the keys [S, B, G, D], then the values.
 
+    like: of the dtype and device of a message.
+    """
+
+    like: Tensor
     batch: int
     num_heads: int
     head_size: int
@@ -106,7 +122,7 @@ class BlockFormat(NamedTuple):
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> "BlockFormat":
         """The format of k [B, G, S, D] and v [B, G, S, V]."""
-        return cls(k.size(0), k.size(1), k.size(3), v.size(3))
+        return cls(k, k.size(0), k.size(1), k.size(3), v.size(3))
 
     def numel(self, num_tokens: int) -> int:
         """Numbers in a message of so many tokens."""
@@ -120,9 +136,9 @@ class BlockFormat(NamedTuple):
         v = message[values_from:].view(num_tokens, self.batch, self.num_heads, self.value_head_size)
         return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
-    def pack(self, like: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-        """A new message, in the dtype of `like`, of tokens that lie in several tensors."""
-        message = like.new_empty(self.numel(sum(x.size(2) for x in k)))
+    def pack(self, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+        """A new message of tokens that lie in several tensors."""
+        message = self.like.new_empty(self.numel(sum(x.size(2) for x in k)))
         for place, parts in zip(self.unpack(message), (k, v), strict=True):
             if len(parts) == 1:
                 place.copy_(parts[0])
@@ -209,7 +225,7 @@ class KeyValues:
 
     def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
         self._player = player
-        self._own_format = BlockFormat.of(k, v)
+        self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
         self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
         self._coming: dict[Axis, list[_Posted]] = {}
@@ -242,42 +258,24 @@ class KeyValues:
             receives = [message for message in step.receives if message.axis is axis]
             if not sends and not receives:
                 continue
-            contents: list[Tensor] = []
             for message in sends:
-                same = [
-                    content
-                    for other, content in packed
-                    if (other.owner, other.tokens, other.piece) == (message.owner, message.tokens, message.piece)
-                ]
-                contents.append(same[0] if same else self._message(message))
-                packed.append((message, contents[-1]))
+                if not any(_same_content(message, other) for other, _ in packed):
+                    packed.append((message, self._message(message)))
             self._settle(axis)
-            for place in range(max(len(sends), len(receives))):
-                posted = self._exchange(
-                    step,
-                    sends[place] if place < len(sends) else None,
-                    contents[place] if place < len(sends) else None,
-                    receives[place] if place < len(receives) else None,
-                )
+            for send, receive in zip_longest(sends, receives):
+                content = next((each for other, each in packed if send and _same_content(send, other)), None)
+                told_by = receive.owner if receive else step.owner
+                posted = self._player.post(_KV, told_by, send, content, receive, self._whole)
                 self._coming.setdefault(axis, []).append(posted)
             if not self._player.overlap:
                 self._settle(axis)
-
-    def _exchange(self, step: Step, send: Message | None, content: Tensor | None, receive: Message | None) -> _Posted:
-        player = self._player
-        axis = (send or receive).axis  # type: ignore[union-attr]
-        received = None
-        if receive is not None:
-            own = self._here[player.program.rank, None]
-            received = own.k.new_empty(self._format(receive.piece).numel(receive.num_tokens))
-        return player.post(_KV, receive.owner if receive else step.owner, axis, send, content, receive, received)
 
     def _settle(self, axis: Axis) -> None:
         """Wait for what is under way along an axis."""
         for posted in self._coming.pop(axis, []):
             posted.wait()
             if posted.message is not None and posted.received is not None:
-                k, v = self._format(posted.message.piece).unpack(posted.received)
+                k, v = self._player.format(self._whole, posted.message.piece).unpack(posted.received)
                 key = posted.message.owner, posted.message.piece
                 self._here[key] = Block(posted.message.tokens, k, v, posted.received)
 
@@ -299,11 +297,11 @@ class KeyValues:
         if block.message is not None and block.tokens == message.tokens:
             return block.message
         parts = [block.at(slice(None), tokens) for tokens in message.tokens]
-        return BlockFormat.of(block.k, block.v).pack(block.k, [k for k, _ in parts], [v for _, v in parts])
+        return BlockFormat.of(block.k, block.v).pack([k for k, _ in parts], [v for _, v in parts])
 
-    def _format(self, piece: int | None) -> BlockFormat:
-        whole = self._own_format
-        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self._player.program.pieces)
+
+def _same_content(message: Message, other: Message) -> bool:
+    return (message.owner, message.tokens, message.piece) == (other.owner, other.tokens, other.piece)
 
 
 class Partial(NamedTuple):
@@ -323,7 +321,7 @@ class Gradients:
 
     def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
         self._player, self._k, self._v = player, k, v
-        self._own_format = BlockFormat.of(k, v)
+        self._whole = BlockFormat.of(k, v)
         self._sums: dict[tuple[int, int | None], tuple[TokenSum, TokenSum]] = {}
         self._coming: dict[Axis, _Posted] = {}
 
@@ -332,12 +330,15 @@ class Gradients:
         self._settle(Axis.HOME)
         if step.gives is None and partials:
             self._add(step.owner, step.piece, partials)
-        if step.gives is None and step.gets is None:
+        axis = next((message.axis for message in (step.gives, step.gets) if message), None)
+        if axis is None:
             return
-        axis = (step.gives or step.gets).axis  # type: ignore[union-attr]
         self._settle(axis)
         content = None if step.gives is None else self._content(step, step.gives, partials)
-        self._coming[axis] = self._exchange(step, content)
+        posted = self._player.post(_GRADIENTS, step.owner, step.gives, content, step.gets, self._whole)
+        if not self._player.overlap:
+            posted.wait()
+        self._coming[axis] = posted
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's own keys and values, rounded once."""
@@ -345,17 +346,6 @@ class Gradients:
             self._settle(axis)
         dk, dv = self._sum(self._player.program.rank, None)
         return dk.result(), dv.result()
-
-    def _exchange(self, step: Step, content: Tensor | None) -> _Posted:
-        player, gives, gets = self._player, step.gives, step.gets
-        received = None
-        if gets is not None:
-            received = self._k.new_empty(self._format(gets.piece).numel(gets.num_tokens))
-        axis = (gives or gets).axis  # type: ignore[union-attr]
-        posted = player.post(_GRADIENTS, step.owner, axis, gives, content, gets, received)
-        if not player.overlap:
-            posted.wait()
-        return posted
 
     def _settle(self, axis: Axis) -> None:
         """Wait for what is under way along an axis, and add it. Without overlap it has been waited for already."""
@@ -368,7 +358,7 @@ class Gradients:
             self._add_message(posted.message, posted.received)
 
     def _add_message(self, message: Message, received: Tensor) -> None:
-        dk, dv = self._format(message.piece).unpack(received)
+        dk, dv = self._player.format(self._whole, message.piece).unpack(received)
         if len(message.tokens) == 1:
             self._add(message.owner, message.piece, [Partial(slice(None), message.tokens[0], dk, dv)])
             return
@@ -387,7 +377,7 @@ class Gradients:
             else:
                 sums = self._sums.pop((step.owner, step.piece))
             found = tuple([each.at(tokens) for tokens in gives.tokens] for each in sums)  # type: ignore[assignment]
-        return self._format(gives.piece).pack(self._k, *found)
+        return self._player.format(self._whole, gives.piece).pack(*found)
 
     def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
         """Add to the sum for an owner, which is of all heads where there is one of that kind already."""
@@ -409,7 +399,3 @@ class Gradients:
     def _new_sums(self, piece: int | None) -> tuple[TokenSum, TokenSum]:
         heads = self._player.heads(piece, self._k.size(1))
         return TokenSum(self._k[:, heads]), TokenSum(self._v[:, heads])
-
-    def _format(self, piece: int | None) -> BlockFormat:
-        whole = self._own_format
-        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self._player.program.pieces)

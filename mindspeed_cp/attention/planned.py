@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.attention.call import default_scale
+from mindspeed_cp.attention.call import default_scale, refuse_mask_of_causal
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
+from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
 
@@ -50,13 +51,14 @@ class PlannedAttention:
         return self.attention.with_lse(q, k, v, *self._told(q, scale, visible))
 
     def _told(self, q: Tensor, scale: float | None, visible: Tensor | None) -> tuple[AttentionPlan, Terms]:
-        if visible is not None and self.causal:
-            raise ValueError(
-                "a causal attention takes no mask tensor: it would be one of the two; build it with "
-                "attention_mask_type='general' to use the tensor."
-            )
+        refuse_mask_of_causal(visible, self.causal)
         plan = plan_of(self.layout, q.size(2), self.causal)
         return plan, Terms(default_scale(q) if scale is None else scale, visible)
+
+
+def local_attention(*, causal: bool, kernels: KernelRegistry = KERNELS) -> PlannedAttention:
+    """Attention of the tokens that one rank has in hand: a ring of one. kernels: what to choose from."""
+    return PlannedAttention(RingAttention(kernels=kernels), SequenceLayout(size=1, kind="contiguous"), causal)
 
 
 @functools.lru_cache(maxsize=256)

@@ -28,7 +28,7 @@ Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,9 @@ from mindspeed_cp.kernels import (
     MergeKernel,
 )
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.kernels.tiles import Turned, cut, is_turned, mask_kind
-from mindspeed_cp.plan import AttentionPlan, Tile, halves, joined
+from mindspeed_cp.kernels.tiles import cut, is_turned, mask_kind
+from mindspeed_cp.kernels.wrapped import turned
+from mindspeed_cp.plan import AttentionPlan, Tile, joined
 from mindspeed_cp.program import Phase, Program, Step, program
 from mindspeed_cp.schedule import RingSchedule
 
@@ -106,8 +107,10 @@ class RingAttention:
 def _program(
     plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, in_two: bool
 ) -> Program:
-    """The program, made once for all layers of a batch."""
-    return program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
+    """The program, made once for all layers of a batch, its tiles cut into what kernels take."""
+    made = program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
+    steps = (step._replace(tiles=tuple(part for tile in step.tiles for part in cut(tile))) for step in made.steps)
+    return replace(made, steps=tuple(steps))
 
 
 _ROOM = 8
@@ -163,24 +166,24 @@ def _forward(
 ) -> tuple[BlockOutput, dict[tuple[int, int | None], list[_Computed]]]:
     """The merged output over all steps and, by owner and piece, what the backward pass needs of each tile."""
     player = ring.player(plan, Phase.FORWARD)
-    merged = MergedOutput(q.new_empty(()).expand(*q.shape[:3], v.size(3)), ring.merge_kernels)
+    merged = MergedOutput.of(q, v, ring.merge_kernels)
     computed: dict[tuple[int, int | None], list[_Computed]] = {}
     key_values = KeyValues(player, k, v)
 
     def compute(step: Step, tile: Tile) -> _Computed:
-        of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
-        tensors = q[of], *key_values.at(step, of[0], tile.keys)
-        mask = _mask(plan, terms, step.owner, tile, of[1])
+        samples, heads, rows = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
+        tensors = q[samples, heads, rows], *key_values.at(step, samples, tile.keys)
+        mask = _mask(plan, terms, step.owner, tile, heads)
         case = BlockCase.of(*tensors, mask)
         kernel = _kernel(ring, tile, case)
         output = kernel.forward(*tensors, mask, terms.scale)
-        merged.merge(output, tile.queries, of[1], of[0])
+        merged.merge(output, rows, heads, samples)
         return _Computed(tile, case, kernel, output.state)
 
     for step in key_values.steps():
         if step.tiles:
             with in_profiles(player.name(step.owner)):
-                done = [compute(step, tile) for tile in _taken(step.tiles)]
+                done = [compute(step, tile) for tile in step.tiles]
             computed.setdefault((step.owner, step.piece), []).extend(done)
     return merged.result(), computed
 
@@ -197,27 +200,28 @@ def _backward(
     merged: BlockOutput,
 ) -> BlockGradients:
     """Gradients of this rank's q, k and v, each rounded once."""
-    own = computed.get((ring.rank, None), [])
-    player = ring.player(plan, Phase.BACKWARD, in_two=all(_takes_halves(done) for done in own))
+    player = ring.player(plan, Phase.BACKWARD)
+    if not all(_takes(_done(own, tile), tile) for own, tile in _own_parts(player, computed)):
+        player = ring.player(plan, Phase.BACKWARD, in_two=False)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
 
     def compute(step: Step, tile: Tile) -> Partial:
-        of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
+        samples, heads, rows = of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
         done = _done(computed[step.owner, step.piece], tile)
         grads = done.kernel.backward(
-            *(dout[of], q[of], *key_values.at(step, of[0], tile.keys)),
+            *(dout[of], q[of], *key_values.at(step, samples, tile.keys)),
             BlockOutput(merged.out[of], merged.lse[of], done.state),
-            _mask(plan, terms, step.owner, tile, of[1]),
+            _mask(plan, terms, step.owner, tile, heads),
             terms.scale,
         )
-        dq.add(grads.dq, tile.queries, of[1], of[0])
-        return Partial(of[0], tile.keys, grads.dk, grads.dv)
+        dq.add(grads.dq, rows, heads, samples)
+        return Partial(samples, tile.keys, grads.dk, grads.dv)
 
     for step in key_values.steps():
         partials: list[Partial] = []
         if step.tiles:
             with in_profiles(player.name(step.owner)):
-                partials = [compute(step, tile) for tile in _taken(step.tiles)]
+                partials = [compute(step, tile) for tile in step.tiles]
         gradients.take(step, partials)
     return BlockGradients(dq.result(), *gradients.finish())
 
@@ -231,19 +235,13 @@ def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tens
     return dout, out
 
 
-def _taken(tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """The tiles, cut into what kernels take."""
-    for tile in tiles:
-        yield from cut(tile)
-
-
 def _samples(tile: Tile) -> slice:
     return slice(None) if tile.sample is None else slice(tile.sample, tile.sample + 1)
 
 
 def _kernel(ring: RingAttention, tile: Tile, case: BlockCase) -> BlockKernel:
     kernel = ring.kernels.choose(case)
-    return Turned(kernel) if is_turned(tile) and case.mask is MaskKind.TRIANGLE else kernel
+    return turned(kernel) if is_turned(tile) and case.mask is MaskKind.TRIANGLE else kernel
 
 
 def _done(computed: Sequence[_Computed], tile: Tile) -> _Computed:
@@ -255,20 +253,22 @@ def _done(computed: Sequence[_Computed], tile: Tile) -> _Computed:
     raise AssertionError(f"{tile} was not computed in the forward pass")
 
 
-def _takes_halves(done: _Computed) -> bool:
-    """Whether the kernel that computed a tile takes its halves too."""
-    parts = [part for half in halves((done.tile,)) for tile in half for part in cut(tile)]
-    cases = [
-        done.case._replace(
-            num_queries=part.queries.stop - part.queries.start,
-            num_keys=part.keys.stop - part.keys.start,
-            mask=mask_kind(part),
-        )
-        for part in parts
-    ]
-    if done.case.mask is MaskKind.ARBITRARY:
-        cases = [case._replace(mask=MaskKind.ARBITRARY) for case in cases]
-    return not any(done.kernel.unsupported_reasons(case) for case in cases)
+def _own_parts(
+    player: Player, computed: dict[tuple[int, int | None], list[_Computed]]
+) -> Iterator[tuple[list[_Computed], Tile]]:
+    """The tiles of the own block that a program has in parts, with what the forward pass has kept of that block."""
+    own = computed.get((player.program.rank, None), [])
+    whole = [done.tile for done in own]
+    for step in player.program.steps:
+        if step.owner == player.program.rank:
+            yield from ((own, tile) for tile in step.tiles if tile not in whole)
+
+
+def _takes(done: _Computed, part: Tile) -> bool:
+    """Whether the kernel that computed a tile takes a part of it too."""
+    mask = done.case.mask if done.case.mask is MaskKind.ARBITRARY else mask_kind(part)
+    case = done.case._replace(num_queries=part.num_queries, num_keys=part.num_keys, mask=mask)
+    return not done.kernel.unsupported_reasons(case)
 
 
 def _holds(whole: slice, part: slice) -> bool:

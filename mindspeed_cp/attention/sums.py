@@ -1,19 +1,25 @@
 """Sums that are built up part by part and rounded once: gradients of tokens, and the attention of queries over keys."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
 
 _ALL = slice(None)
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are kept in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
+def _token_major(like: Tensor, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
+    """What `make` gives for the shape of `like` [B, H, S, D], in the dtype of sums; zeros by default.
+
+    Token after token in memory, as fused kernels and Megatron have them: adding and rounding are one sweep.
+    """
+    batch, heads, num_tokens, size = like.shape
+    memory = (num_tokens, batch, heads, size)
+    return make(memory, dtype=accumulation_dtype(like.dtype), device=like.device).permute(1, 2, 0, 3)
 
 
 class TokenSum:
@@ -49,17 +55,11 @@ class TokenSum:
 
     def _accumulator(self) -> Tensor:
         if self._total is None:
-            batch, heads, num_tokens, size = self._like.shape
-            # Token after token in memory, as fused kernels and Megatron have them: adding and rounding are one sweep.
-            memory = (num_tokens, batch, heads, size)
-            dtype, device = accumulator_dtype(self._like.dtype), self._like.device
             if self._single is None:
-                total = torch.zeros(memory, dtype=dtype, device=device).permute(1, 2, 0, 3)
+                self._total = _token_major(self._like)
             else:
-                total = torch.empty(memory, dtype=dtype, device=device).permute(1, 2, 0, 3)
-                total.copy_(self._single)
+                self._total = _token_major(self._like, torch.empty).copy_(self._single)
                 self._single = None
-            self._total = total
         return self._total
 
 
@@ -75,6 +75,11 @@ class MergedOutput:
         self._like, self._kernels = like, kernels
         self._single: BlockOutput | None = None
         self._total: BlockOutput | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> "MergedOutput":
+        """For queries q [B, N, S, D] and values v [B, G, T, V]."""
+        return cls(q.new_empty(()).expand(*q.shape[:3], v.size(3)), kernels)
 
     def merge(self, part: BlockOutput, queries: slice, heads: slice = _ALL, samples: slice = _ALL) -> None:
         """Add the attention of some samples, heads and queries over some more keys."""
@@ -96,12 +101,10 @@ class MergedOutput:
 
     def _accumulator(self) -> BlockOutput:
         if self._total is None:
-            dtype = accumulator_dtype(self._like.dtype)
+            dtype = accumulation_dtype(self._like.dtype)
             if self._single is None:
-                batch, heads, num_tokens, size = self._like.shape
-                memory = (num_tokens, batch, heads, size)
-                out = torch.zeros(memory, dtype=dtype, device=self._like.device).permute(1, 2, 0, 3)
-                self._total = BlockOutput(out, out.new_full((batch, heads, num_tokens), -torch.inf))
+                out = _token_major(self._like)
+                self._total = BlockOutput(out, out.new_full(out.shape[:3], -torch.inf))
             else:
                 single, self._single = self._single, None
                 self._total = BlockOutput(single.out.to(dtype, copy=True), single.lse.to(dtype, copy=True))

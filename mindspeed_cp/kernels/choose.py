@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 
-from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
@@ -17,6 +16,7 @@ from mindspeed_cp.kernels.precision import OutsideAutocast
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge
+from mindspeed_cp.kernels.wrapped import in_bnsd
 
 MERGE_KERNELS: tuple[MergeKernel, ...] = (TritonMerge(), NpuMerge(), TorchMerge())
 """All kernels that merge, the preferred first."""
@@ -77,7 +77,7 @@ class KernelRegistry:
 
     def in_bnsd(self) -> "KernelRegistry":
         """The same kernels, each handed contiguous BNSD tensors."""
-        return KernelRegistry(tuple(BnsdKernel(kernel) for kernel in self.kernels), self.first_on)
+        return KernelRegistry(tuple(in_bnsd(kernel) for kernel in self.kernels), self.first_on)
 
     def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
         first = self.first_on.get(case.compute_capability, ()) if case.compute_capability else ()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput
+from mindspeed_cp.kernels.protocol import BlockGradients, BlockMask, BlockOutput
+from mindspeed_cp.kernels.wrapped import WrappedKernel
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:
@@ -27,19 +28,8 @@ def autocast_is_on(device_type: str) -> bool:
 
 
 @dataclass(frozen=True)
-class OutsideAutocast:
+class OutsideAutocast(WrappedKernel):
     """A kernel that gives under autocast what it gives without: kernels themselves need not think of it."""
-
-    kernel: BlockKernel
-
-    @property
-    def name(self) -> str:
-        """The kernel's own name."""
-        return self.kernel.name
-
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
-        """Those of the kernel itself."""
-        return self.kernel.unsupported_reasons(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
         """See BlockKernel.forward."""

@@ -1,18 +1,8 @@
-"""Tiles for kernels: what none of them takes is cut into what each takes, and turned round where it has to be."""
+"""Tiles for kernels: what they do not all take is cut into rectangles and triangles, which they do."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from torch import Tensor
-
-from mindspeed_cp.kernels.protocol import (
-    BlockCase,
-    BlockGradients,
-    BlockKernel,
-    BlockMask,
-    BlockOutput,
-    MaskKind,
-)
+from mindspeed_cp.kernels.protocol import MaskKind
 from mindspeed_cp.plan import Tile, within
 
 
@@ -23,7 +13,7 @@ def cut(tile: Tile) -> tuple[Tile, ...]:
     band with both bounds is cut into strips as high as it is wide: to the right of the first row's last key only one
     bound is in effect, to the left of it only the other.
     """
-    rows, keys = _lengths(tile)
+    rows, keys = tile.num_queries, tile.num_keys
     if tile.left is None and tile.right is None:
         return (tile,)
     if tile.left is not None and tile.right is not None:
@@ -53,7 +43,7 @@ def _quadrants(tile: Tile, row: int, key: int) -> Iterator[Tile]:
 
 def _strips(tile: Tile) -> Iterator[Tile]:
     """Parts with one bound at most."""
-    rows, keys = _lengths(tile)
+    rows, keys = tile.num_queries, tile.num_keys
     assert tile.left is not None and tile.right is not None
     width = tile.left + tile.right + 1
     for start in range(0, rows, width):
@@ -73,43 +63,3 @@ def mask_kind(tile: Tile) -> MaskKind:
 def is_turned(tile: Tile) -> bool:
     """Whether a triangle is the upper one, which is the lower one with queries and keys in reverse order."""
     return tile.left is not None
-
-
-def _lengths(tile: Tile) -> tuple[int, int]:
-    return tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A kernel that is given queries and keys in reverse order, at the price of copies: for upper triangles."""
-
-    kernel: BlockKernel
-
-    @property
-    def name(self) -> str:
-        """The kernel's own name."""
-        return self.kernel.name
-
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
-        """Those of the kernel itself."""
-        return self.kernel.unsupported_reasons(case)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
-        """See BlockKernel.forward; mask: of the tensors in reverse order."""
-        out, lse, state = self.kernel.forward(q.flip(2), k.flip(2), v.flip(2), mask, scale)
-        return BlockOutput(out.flip(2), lse.flip(2), state)
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
-        turned = BlockOutput(output.out.flip(2), output.lse.flip(2), output.state)
-        grads = self.kernel.backward(dout.flip(2), q.flip(2), k.flip(2), v.flip(2), turned, mask, scale)
-        return BlockGradients(*(x.flip(2) for x in grads))

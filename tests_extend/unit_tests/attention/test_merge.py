@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.sums import MergedOutput, accumulator_dtype
+from mindspeed_cp.attention.sums import MergedOutput
+from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import BlockOutput
 
 EVERY_ROW = slice(None)
@@ -125,5 +126,5 @@ def test_merge_leaves_its_blocks_as_they_were():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_are_kept_in_fp32_and_those_of_fp64_in_fp64(dtype):
-    assert accumulator_dtype(dtype) == torch.float32
-    assert accumulator_dtype(torch.float64) == torch.float64
+    assert accumulation_dtype(dtype) == torch.float32
+    assert accumulation_dtype(torch.float64) == torch.float64

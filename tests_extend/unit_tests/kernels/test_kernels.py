@@ -18,11 +18,11 @@ from mindspeed_cp.kernels import (
     KernelRegistry,
     MaskKind,
 )
-from mindspeed_cp.kernels.bnsd import BnsdKernel
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.npu import NpuKernel
+from mindspeed_cp.kernels.wrapped import in_bnsd
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
 from unit_tests.emulated_cuda import emulated_cuda
 from unit_tests.emulated_npu import fake_torch_npu
@@ -165,7 +165,7 @@ EMULATED = (
     OnEmulator(CudnnKernel(), emulated_cuda, "cuda", (9, 0)),
     OnEmulator(EfficientKernel(), emulated_cuda, "cuda", (8, 0)),
     OnEmulator(NpuKernel(), fake_torch_npu, "npu"),
-    OnEmulator(BnsdKernel(NpuKernel()), fake_torch_npu, "npu"),
+    OnEmulator(in_bnsd(NpuKernel()), fake_torch_npu, "npu"),
 )
 """The kernels of devices that are not here: add yours, and what it refuses to REFUSALS."""
 
