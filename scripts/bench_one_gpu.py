@@ -38,6 +38,7 @@ from torch.utils.benchmark import Timer
 from benchmark.kernel import block_flops
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
 from mindspeed_cp.attention.exchange import BlockFormat
+from mindspeed_cp.comm import Addressed
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind, choose_merge_kernel
@@ -124,10 +125,11 @@ class ImmediateCommunicator:
     def __init__(self, rank: int, size: int, stand_in: Tensor | None) -> None:
         self.rank, self.size, self.stand_in = rank, size, stand_in
 
-    def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> "ImmediateCommunicator":
-        """See Communicator.exchange; the transfer that is returned is over."""
-        if receive is not None and self.stand_in is not None:
-            receive.set_(self.stand_in[: receive.numel()])
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> "ImmediateCommunicator":
+        """See Communicator.exchange_all; the transfer that is returned is over."""
+        if self.stand_in is not None:
+            for _, receive in receives:
+                receive.set_(self.stand_in[: receive.numel()])
         return self
 
     def wait(self) -> None:

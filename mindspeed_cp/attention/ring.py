@@ -13,7 +13,7 @@
                              works on rank 2      gives rank 2 its gradients
                              works on rank 1, the other half
 
-Who sees whom is the plan's to say (plan.py), and what travels when the program's (program.py). This module computes the
+Who sees whom is the plan's to say (plan.py), and what travels when the program's (program/). This module computes the
 tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
 
 Note [Gradient of lse]
@@ -55,7 +55,7 @@ from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.tiles import cut, is_turned, mask_kind
 from mindspeed_cp.kernels.wrapped import turned
 from mindspeed_cp.plan import AttentionPlan, Tile, joined
-from mindspeed_cp.program import Phase, Program, Step, program
+from mindspeed_cp.program import Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -66,7 +66,7 @@ class RingAttention:
     schedule: the grid of its ranks, 1 x 1 for a rank that is alone. communicators: None for that one. overlap: whether
     messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
-    program.py; it divides the K/V heads.
+    program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
     """
 
     schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
@@ -75,6 +75,7 @@ class RingAttention:
     kernels: KernelRegistry = KERNELS
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
     pieces: int = 1
+    transport: Transport | None = None
 
     @property
     def rank(self) -> int:
@@ -99,16 +100,23 @@ class RingAttention:
 
     def player(self, plan: AttentionPlan, phase: Phase, *, in_two: bool = True) -> Player:
         """How this rank plays the program of a pass. in_two: whether the own block may be done in two parts."""
-        steps = _program(plan, self.schedule, self.rank, phase, self.pieces, in_two)
+        transport = self.transport or cheapest_transport(plan, self.schedule)
+        steps = _program(plan, self.schedule, self.rank, phase, transport, self.pieces, in_two)
         return Player(steps, phase, self.schedule, self.communicators, self.overlap)
 
 
 @functools.lru_cache(maxsize=256)
 def _program(
-    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, in_two: bool
+    plan: AttentionPlan,
+    schedule: RingSchedule,
+    rank: int,
+    phase: Phase,
+    transport: Transport,
+    pieces: int,
+    in_two: bool,
 ) -> Program:
     """The program, made once for all layers of a batch, its tiles cut into what kernels take."""
-    made = program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
+    made = program(plan, schedule, rank, phase, transport=transport, pieces=pieces, in_two=in_two)
     steps = (step._replace(tiles=tuple(part for tile in step.tiles for part in cut(tile))) for step in made.steps)
     return replace(made, steps=tuple(steps))
 

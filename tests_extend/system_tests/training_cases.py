@@ -239,7 +239,7 @@ class _DyingExchange:
     """An exchange after some of which the process is killed, as the machine does that runs out of memory."""
 
     def __init__(self, after: int) -> None:
-        self._left, self._exchange = after, ProcessGroupCommunicator.exchange
+        self._left, self._exchange = after, ProcessGroupCommunicator.exchange_all
 
     def __get__(self, communicator: ProcessGroupCommunicator, owner: type) -> Any:
         self._left -= 1
