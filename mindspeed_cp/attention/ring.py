@@ -209,7 +209,7 @@ def _backward(
 ) -> BlockGradients:
     """Gradients of this rank's q, k and v, each rounded once."""
     player = ring.player(plan, Phase.BACKWARD)
-    if not all(_takes(_done(own, tile), tile) for own, tile in _own_parts(player, computed)):
+    if not all(_takes(own, tile) for own, tile in _own_parts(player, computed)):
         player = ring.player(plan, Phase.BACKWARD, in_two=False)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
 
@@ -254,11 +254,17 @@ def _kernel(ring: RingAttention, tile: Tile, case: BlockCase) -> BlockKernel:
 
 def _done(computed: Sequence[_Computed], tile: Tile) -> _Computed:
     """The tile of the forward pass that this one is, or is a part of; state that kernels keep is good for parts too."""
+    if (done := _holding(computed, tile)) is not None:
+        return done
+    raise AssertionError(f"{tile} was not computed in the forward pass")
+
+
+def _holding(computed: Sequence[_Computed], tile: Tile) -> _Computed | None:
     for done in computed:
         queries, keys = done.tile.queries, done.tile.keys
         if done.tile.sample == tile.sample and _holds(queries, tile.queries) and _holds(keys, tile.keys):
             return done
-    raise AssertionError(f"{tile} was not computed in the forward pass")
+    return None
 
 
 def _own_parts(
@@ -272,8 +278,11 @@ def _own_parts(
             yield from ((own, tile) for tile in step.tiles if tile not in whole)
 
 
-def _takes(done: _Computed, part: Tile) -> bool:
-    """Whether the kernel that computed a tile takes a part of it too."""
+def _takes(computed: Sequence[_Computed], part: Tile) -> bool:
+    """Whether a part lies within one tile of the forward pass, and the kernel that computed that takes it too."""
+    done = _holding(computed, part)
+    if done is None:
+        return False
     mask = done.case.mask if done.case.mask is MaskKind.ARBITRARY else mask_kind(part)
     case = done.case._replace(num_queries=part.num_queries, num_keys=part.num_keys, mask=mask)
     return not done.kernel.unsupported_reasons(case)

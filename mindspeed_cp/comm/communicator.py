@@ -114,6 +114,8 @@ class ProcessGroupCommunicator:
         own = send.split(list(sizes.sent))[self.rank]
         if send.device.type == "cpu":
             self._all_to_all_by_messages(received, send, sizes)
+        elif len({*sizes.sent, *sizes.received}) == 1:
+            dist.all_to_all_single(received, send, group=self.group)
         else:
             dist.all_to_all_single(received, send, list(sizes.received), list(sizes.sent), group=self.group)
         self.traffic.record("all_to_all", send.nbytes - own.nbytes)

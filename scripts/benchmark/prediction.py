@@ -18,7 +18,7 @@ from benchmark.cases import Algorithm, Case
 from emulated_cluster import Network
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
-from mindspeed_cp.program import Axis, Message, Phase, program
+from mindspeed_cp.program import Axis, Message, Phase, Step, program
 from mindspeed_cp.program import Program as RingProgram
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -136,7 +136,7 @@ class Plan:
                 yield Wait(axis)
                 del coming[axis]
 
-        for step in steps:
+        def key_values(step: Step) -> Program:
             for axis in (Axis.OUTER, Axis.INNER):
                 sends = [message for message in step.sends if message.axis is axis]
                 receives = [message for message in step.receives if message.axis is axis]
@@ -146,6 +146,10 @@ class Plan:
                     yield Wait(axis)
                     yield from post(sends, receives, axis)
                     coming[axis] = [message.owner for message in receives]
+
+        for step in steps:
+            if overlap:
+                yield from key_values(step)
             if step.tiles:
                 yield from arrived(step.owner)
                 yield Compute(self._seconds(sum(tile.area for tile in step.tiles)) / topology.ulysses)
@@ -156,6 +160,8 @@ class Plan:
                     axis = (gives + gets)[0].axis
                     yield Wait(axis)
                     yield from post(gives, gets, axis)
+            if not overlap:
+                yield from key_values(step)
         yield Wait(Axis.ACROSS)
 
 
