@@ -6,11 +6,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
-from mindspeed_cp.attention.exchange import RingCommunicators
 from mindspeed_cp.attention.planned import PlannedAttention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
-from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
+from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
 from mindspeed_cp.layout import SequenceLayout
@@ -27,9 +26,9 @@ def build_attention(
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
 
-    group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them; None is
-        the default group of all ranks. Some configurations need groups beside it, which all ranks of the world have to
-        make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
+    group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them, or a part
+        of these; None is the default group of all ranks. Overlap needs groups beside it, which all ranks of the world
+        have to make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
@@ -42,18 +41,8 @@ def build_attention(
         alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
         return ContextParallelAttention(alone, config, layout)
     groups = _groups(config, group)
-    communicators = None
-    if groups.ring is not None:
-        ring_groups = (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
-        communicators = RingCommunicators(*(ProcessGroupCommunicator(each, traffic) for each in ring_groups))
-    attention = compose_attention(
-        config,
-        rank=dist.get_rank(groups.context_parallel),
-        ulysses=None if groups.ulysses is None else ProcessGroupCommunicator(groups.ulysses, traffic),
-        ring=communicators,
-        layout=layout,
-        kernels=kernels,
-    )
+    ulysses, ring = groups.along(config.topology, traffic)
+    attention = compose_attention(config, rank=groups.rank, ulysses=ulysses, ring=ring, layout=layout, kernels=kernels)
     return ContextParallelAttention(attention, config, layout, groups.agreement)
 
 
@@ -110,7 +99,6 @@ def _groups(
             )
         group = group.get_group()
     if isinstance(group, ContextParallelGroups):
-        check_size(config.topology, group.context_parallel)
         return group
     group = dist.group.WORLD if group is None else group
     if group is not None and not isinstance(group, dist.ProcessGroup):

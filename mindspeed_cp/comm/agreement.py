@@ -86,6 +86,10 @@ class Agreement:
         finally:
             self._agreed = before
 
+    def part(self, ranks: Sequence[int]) -> "Agreement":
+        """An agreement of some of the ranks, by their numbers here."""
+        return Agreement(self.communicator.subset(ranks), on_host=self._on_host)
+
     def __deepcopy__(self, memo: object) -> "Agreement":
         """The same object: what was agreed on belongs to the group, not to one of the layers that ask."""
         return self

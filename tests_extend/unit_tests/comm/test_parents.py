@@ -1,0 +1,73 @@
+"""Grids and sizes that follow each other over groups that are made once, between processes."""
+
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.comm import ContextParallelGroups, VirtualCommunicator, VirtualWorld, groups
+from mindspeed_cp.plan import CAUSAL, FULL, Band
+from mindspeed_cp.program import Transport
+from mindspeed_cp.topology import CPTopology
+from unit_tests import plan_cases as cases
+from unit_tests.dealt import contiguous, zigzag
+from unit_tests.dense import assert_equal_to
+from unit_tests.plan_cases import PlanCase
+
+ALL = tuple(range(8))
+RAGGED = [[11, 1, 5], [3, 14], [17]]
+"""Documents of three samples."""
+
+ROUNDS = [
+    # Hybrid with a double ring over all; members of unequal lengths.
+    [(ALL, PlanCase(zigzag([3, 1, 2, 0, 1, 2, 1, 1] * 2), CPTopology(outer=2, inner=2, ulysses=2), overlap=True))],
+    # Two sizes side by side, one of them in an order of its own.
+    [
+        ((6, 1, 3), PlanCase(contiguous([9, 0, 8], RAGGED), CPTopology(inner=3), FULL, transport=Transport.DIRECT)),
+        ((0, 2, 4, 5, 7), PlanCase(zigzag([2] * 10), CPTopology(ulysses=5), (Band(5, 0),), overlap=True)),
+    ],
+    # Another grid of the first size, then the same attention with its K/V all at once.
+    [(ALL, PlanCase(zigzag([2] * 16), CPTopology(outer=4, inner=2), (Band(4, 0),), overlap=True))],
+    [(ALL, PlanCase(zigzag([2] * 16), CPTopology(outer=4, inner=2), CAUSAL, transport=Transport.ALL_GATHER))],
+]
+
+
+def test_grids_and_sizes_change_from_batch_to_batch_and_no_process_group_is_made(gloo):
+    ranks = gloo.run(8, cases.attend_on_the_same_parents, ROUNDS)
+    assert [each.made for each in ranks] == [0] * 8
+    for number, attentions in enumerate(ROUNDS):
+        for members, case in attentions:
+            shards = [ranks[member].found[number] for member in members]
+            assert_equal_to(cases.dense(case), cases.restored(case, shards))
+
+
+def test_a_subset_of_a_subset_is_told_by_the_numbers_of_the_one_it_is_of():
+    world = VirtualWorld(6)
+
+    def on_rank(rank: int) -> torch.Tensor | None:
+        if rank not in (5, 1):
+            return None
+        odd = VirtualCommunicator(world, range(6), rank, "here").subset([5, 3, 1])
+        return odd.subset([0, 2]).all_gather(torch.tensor([rank]))
+
+    assert [None if each is None else each.flatten().tolist() for each in world.run(on_rank)] == [
+        *(None, [5, 1], None, None, None, [5, 1]),
+    ]
+
+
+def opened(group: dist.ProcessGroup) -> tuple[int, int]:
+    """Groups over which a sum is taken while they are built as on an accelerator, and those that there are."""
+    summed = []
+    with (
+        mock.patch.object(groups, "accelerator", lambda: "cpu"),
+        mock.patch.object(dist, "all_reduce", lambda x, group: summed.append(group)),
+    ):
+        built = ContextParallelGroups.build(CPTopology(outer=2, inner=4), group, overlap=True)
+    there = {each.group for each in built.parents}
+    dist.barrier(group)
+    built.destroy()
+    return len(there & set(summed)), len(summed)
+
+
+def test_each_group_is_opened_by_all_of_its_ranks_once(gloo):
+    assert gloo.run(8, opened) == [(3, 3)] * 8
