@@ -40,8 +40,8 @@ from mindspeed_cp.attention import Attention, RingCommunicators, compose_attenti
 from mindspeed_cp.attention.exchange import BlockFormat
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind, choose_merge_kernel
-from mindspeed_cp.kernels.tiles import mask_kind
+from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, BlockCase, KernelRegistry, Window, choose_merge_kernel
+from mindspeed_cp.kernels.protocol import TRIANGLE
 from mindspeed_cp.plan import AttentionPlan
 
 ON_GPU = {"tokens": [4096, 8192, 16384, 32768], "ranks": [2, 4, 8], "heads": ["32:32", "64:8"], "head_size": 128}
@@ -84,11 +84,11 @@ class RingCase:
         shards = self.config.layout.of(self.tokens)
         plan = AttentionPlan(shards, shards)
         tiles = (tile for owner in range(self.num_ranks) for tile in plan.tiles(rank, owner))
-        return [self._block(tile.num_queries, tile.num_keys, mask_kind(tile)) for tile in tiles]
+        return [self._block(tile.num_queries, tile.num_keys, Window(tile.left, tile.right)) for tile in tiles]
 
     def dense(self, tokens: int) -> BlockCase:
         """Causal attention of so many tokens in one call."""
-        return self._block(tokens, tokens, MaskKind.TRIANGLE)
+        return self._block(tokens, tokens, TRIANGLE)
 
     def inputs(self, tokens: int) -> list[Tensor]:
         """Random q, k, v and dout in the order of dimensions that kernels index, and in memory as Megatron has them."""
@@ -99,11 +99,11 @@ class RingCase:
         )
         return [*(x.requires_grad_() for x in qkv), dout]
 
-    def _block(self, num_queries: int, num_keys: int, mask: MaskKind) -> BlockCase:
+    def _block(self, num_queries: int, num_keys: int, window: Window) -> BlockCase:
         return BlockCase(
             device_type=self.device,
             dtype=self.dtype,
-            mask=mask,
+            window=window,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             num_queries=num_queries,

@@ -1,5 +1,6 @@
 """Who sees whom and what travels are each said once: leave out a part, and everything that reads it changes."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,7 +19,7 @@ from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.topology import CPTopology
 from unit_tests.ring_cases import attend_virtually, case_on
 
-CACHES = (planned.plan_of, ring._program, prediction.ring_program)
+CACHES = (planned.plan_of, ring._forward_pass, ring._backward_pass, prediction.ring_program)
 RING = Algorithm(name="ring", topology=CPTopology(inner=4))
 SHAPE = Case(num_tokens=64, num_heads=2, num_kv_heads=2, head_size=8)
 
@@ -55,7 +56,9 @@ def drawing() -> object:
 
 def parse_time_check() -> object:
     config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
-    return arguments._blocks(config, 8)
+    model = dict(num_attention_heads=2, hidden_size=16, seq_length=16, kv_channels=None, multi_latent_attention=False)
+    args = Namespace(**model, group_query_attention=False, tensor_model_parallel_size=1, bf16=False, fp16=False)
+    return [call.case for call in arguments._calls(args, config)]
 
 
 READERS = [attention, sent_bytes, predicted, drawing, parse_time_check]

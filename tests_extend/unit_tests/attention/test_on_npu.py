@@ -1,5 +1,7 @@
 """Every algorithm with the NPU's kernel, on the emulator of its operators: results, gradients, layouts and calls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,6 +108,8 @@ def test_rings_that_merge_with_the_npus_operator_are_as_exact(monkeypatch, topol
 def test_comparison_sees_a_lost_scale(monkeypatch):
     case = case_on(CPTopology(inner=2), dtype=torch.float32, tokens=8)
     forward = NpuKernel.forward
-    monkeypatch.setattr(NpuKernel, "forward", lambda self, q, k, v, mask, scale: forward(self, q, k, v, mask, 1.0))
+    monkeypatch.setattr(
+        NpuKernel, "forward", lambda self, q, k, v, terms: forward(self, q, k, v, replace(terms, scale=1.0))
+    )
     with pytest.raises(AssertionError, match="out: error"):
         attend(case)

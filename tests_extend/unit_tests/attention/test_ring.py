@@ -145,9 +145,9 @@ def test_a_double_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_sa
 
 
 def test_comparison_with_dense_attention_sees_a_wrong_owner():
-    case, mask = case_on(RING_4, mask="2d"), ring._mask
+    case, mask = case_on(RING_4, mask="2d"), ring._visible
     with (
-        mock.patch.object(ring, "_mask", lambda plan, terms, owner, *of: mask(plan, terms, (owner + 1) % 4, *of)),
+        mock.patch.object(ring, "_visible", lambda plan, rows, owner, *of: mask(plan, rows, (owner + 1) % 4, *of)),
         pytest.raises(AssertionError, match="out: "),
     ):
         assert_equal_to(dense(case), restored(case, attend_virtually(case)))
