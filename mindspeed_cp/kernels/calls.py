@@ -203,7 +203,12 @@ def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> t
         return tuple(Call(registry.choose(case), case, (tile,)) for tile, case in cases)
     made: list[Call] = []
     small: list[Tile] = []
-    for tile in tiles:
+    rest: list[Tile] = []
+    for group in _groups(tiles, lambda tile: (tile.left, tile.right)):
+        packed = _packed(group, base, registry) if len(group) >= _WORTH else None
+        made += [packed] if packed else []
+        rest += [] if packed else group
+    for tile in rest:
         if _is_small(tile):
             small.append(tile)
             continue
@@ -212,8 +217,8 @@ def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> t
                 small += call.tiles
             else:
                 made.append(call)
-    for group in _groups(small):
-        shared = _shared(group, base, registry) if len(group) >= _WORTH else None
+    for group in _groups(small, _about_alike):
+        shared = _batch(group, base, registry) if len(group) >= _WORTH else None
         made += [shared] if shared else [call for tile in group for call in _each(tile, base, registry)]
     return tuple(made)
 
@@ -242,16 +247,32 @@ def _single(kernel: BlockKernel, tile: Tile, base: BlockCase, registry: KernelRe
     return Call(kernel, case, (tile,))
 
 
-def _shared(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
-    """One call for all of them, by the first kernel that can; None where none can."""
+def _packed(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+    """One call of tiles of one window one after another; None where the first kernel that can takes them one by one."""
+    longest = base._replace(
+        num_queries=max(tile.num_queries for tile in tiles),
+        num_keys=max(tile.num_keys for tile in tiles),
+        window=Window(tiles[0].left, tiles[0].right),
+    )
+    for kernel in registry.in_order(base):
+        case = longest._replace(packed=True)
+        if not kernel.unsupported_reasons(case):
+            registry.announce(kernel, case)
+            return Call(kernel, case, tuple(tiles))
+        if not kernel.unsupported_reasons(_case(base, tiles[0])):
+            return None
+    return None
+
+
+def _batch(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+    """One call of tiles as a batch, by the first kernel that can; None where none can."""
     sizes = {(tile.num_queries, tile.num_keys) for tile in tiles}
     windows = {Window(tile.left, tile.right) for tile in tiles}
     longest = max(queries for queries, _ in sizes), max(keys for _, keys in sizes)
     in_batch = base._replace(num_queries=_padded(longest[0]), num_keys=_padded(longest[1]), masked=True)
     ways = [in_batch._replace(window=EVERYTHING)]
-    if len(windows) == 1:
-        alike = base._replace(num_queries=longest[0], num_keys=longest[1], window=next(iter(windows)))
-        ways = [alike._replace(packed=True), *([alike] if len(sizes) == 1 else []), *ways]
+    if len(windows) == len(sizes) == 1:
+        ways = [base._replace(num_queries=longest[0], num_keys=longest[1], window=next(iter(windows))), *ways]
     for kernel in registry.in_order(base):
         for case in ways:
             if not kernel.unsupported_reasons(case):
@@ -260,16 +281,20 @@ def _shared(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) ->
     return None
 
 
-def _groups(tiles: Iterable[Tile]) -> list[list[Tile]]:
-    """Tiles that may share a call: of about one size, no two with a query or a key in common.
+def _about_alike(tile: Tile) -> object:
+    """The same for tiles of about one size and of one kind of window."""
+    return _padded(tile.num_queries), _padded(tile.num_keys), tile.left, tile.right if tile.left is None else None
+
+
+def _groups(tiles: Iterable[Tile], kind: Callable[[Tile], object]) -> list[list[Tile]]:
+    """Tiles that may share a call: of one kind, no two with a query or a key in common.
 
     Where both ascend from tile to tile they have nothing in common; other orders are left alone.
     """
     open_groups: dict[object, list[_Group]] = {}
     groups: list[list[Tile]] = []
     for tile in tiles:
-        key = _padded(tile.num_queries), _padded(tile.num_keys), tile.left, tile.right if tile.left is None else None
-        alike = open_groups.setdefault((key, tile.sample is None), [])
+        alike = open_groups.setdefault((kind(tile), tile.sample is None), [])
         group = next((each for each in alike if each.takes(tile)), None)
         if group is None:
             group = _Group([])

@@ -174,6 +174,8 @@ def _window_reasons(case: BlockCase) -> list[str]:
     Of more queries than keys the first rows then see other keys than they should.
     """
     left, right = case.window
+    if case.packed and (left, right) != (None, None) and right != 0:
+        return [f"takes packed tiles of a window ({left}, {right}) one by one"]  # It depends on each one's size.
     dropped = right is not None and right >= case.num_keys
     added = left is not None and right is None and case.num_queries > case.num_keys + 1
     if dropped or added:
