@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
-    {"topology", "schedule", "plan"},
+    {"topology", "schedule", "plan", "balance"},
     {"layouts", "program"},
     {"layout"},
     {"config", "patching", "device"},
