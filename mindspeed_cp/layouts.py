@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from mindspeed_cp.balance import Piece, deal
 from mindspeed_cp.plan import CAUSAL, Band, Layout, Run, pairs_seen
@@ -27,6 +27,15 @@ class StreamLayout(Layout, Protocol):
     @property
     def samples(self) -> tuple[tuple[int, ...], ...]:
         """Lengths of the documents that make up each sample's stream; one entry where all samples are alike."""
+        ...
+
+    @property
+    def padded(self) -> bool:
+        """Whether documents and what pads them alternate."""
+        ...
+
+    def __hash__(self) -> int:
+        """Equal layouts share what is made of them."""
         ...
 
 
@@ -255,6 +264,8 @@ class EqualChunks:
                 f"documents of {sum(self.documents)} tokens do not make up {self.num_ranks} ranks of {self.tokens}: "
                 f"give lengths above 0 whose sum is {length}."
             )
+
+    padded: ClassVar[bool] = False
 
     @property
     def samples(self) -> tuple[tuple[int, ...], ...]:

@@ -16,9 +16,9 @@ from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput
 from mindspeed_cp.kernels.tiles import cut, mask_kind
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)

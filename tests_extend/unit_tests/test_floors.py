@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     {"topology", "schedule", "plan", "balance"},
     {"layouts", "program"},
-    {"layout"},
-    {"config", "patching", "device"},
+    {"sharding", "documents"},
+    {"config", "patching", "device", "batch"},
     {"kernels", "comm", "choice"},
-    {"attention", "tensor_parallel"},
+    {"attention", "tensor_parallel", "relayout"},
     {"patches"},
     {"megatron_adaptor"},
     {"launch"},
