@@ -4,8 +4,11 @@ import math
 import random
 from collections.abc import Iterator
 
+from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
+from mindspeed_cp.relayout import relayout
+from mindspeed_cp.sharding import shard
 
 Documents = tuple[int, ...]
 
@@ -78,3 +81,12 @@ def received(plan: AttentionPlan) -> int:
     ranks = range(plan.queries.num_ranks)
     slices = (each for mine in ranks for theirs in ranks if mine != theirs for each in plan.needed(mine, theirs))
     return sum(each.stop - each.start for each in slices)
+
+
+def relayout_and_back(group, source, target, whole):
+    """On a gloo rank: its shard of [B, S, D] by the other layout, and the gradient of the sum of its squares."""
+    communicator = ProcessGroupCommunicator(group)
+    mine = shard(whole, source, communicator.rank, 1).requires_grad_()
+    moved = relayout(mine, source, target, communicator, 1)
+    moved.square().sum().backward()
+    return moved.detach(), mine.grad
