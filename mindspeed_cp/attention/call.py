@@ -16,7 +16,7 @@ from mindspeed_cp.comm import Agreement
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import BlockCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
 

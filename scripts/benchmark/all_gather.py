@@ -17,9 +17,9 @@ from mindspeed_cp.comm import Communicator
 from mindspeed_cp.kernels import BlockKernel, BlockOutput, TileTerms, Window
 from mindspeed_cp.kernels.calls import in_all_samples
 from mindspeed_cp.kernels.tiles import cut
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan, Tile
+from mindspeed_cp.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)

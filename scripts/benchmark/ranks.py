@@ -21,7 +21,7 @@ from mindspeed_cp.attention import RingCommunicators, compose_attention, local_a
 from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic, Transfer
 from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 
 _START_IN_S = 0.02
 """How long after their agreement the ranks start: time enough for all to hear of it."""

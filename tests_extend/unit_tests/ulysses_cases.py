@@ -12,7 +12,7 @@ from torch import Tensor
 from mindspeed_cp.attention import Attention, build_attention, ulysses
 from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 

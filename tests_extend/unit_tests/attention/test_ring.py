@@ -13,11 +13,11 @@ from mindspeed_cp.attention import compose_attention, ring
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.kernels import KernelRegistry
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.program import Phase, program
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 from rank_pool import RankFailure
 from unit_tests import ring_cases as cases

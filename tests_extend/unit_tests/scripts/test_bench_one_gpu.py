@@ -23,7 +23,7 @@ from mindspeed_cp.kernels import (
     TileTerms,
 )
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from rank_pool import LIMIT_S
 from scripts import bench_one_gpu
 from scripts.bench_one_gpu import (

@@ -14,7 +14,7 @@ from mindspeed_cp.kernels import BlockCase, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.kernels.reference import ReferenceKernel
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from unit_tests.dense import Result, assert_equal_to, causal_mask, dense_attention
 
 FIELDS = {
