@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from rank_pool import LIMIT_S, RankFailure, RankPool
 from system_tests import layer_cases, mask_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 

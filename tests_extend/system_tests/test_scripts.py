@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FEATURE_TESTS = Path("tests_extend/system_tests/feature_tests")

@@ -18,8 +18,8 @@ from torch import Tensor
 from mindspeed_cp.attention import ContextParallelAttention, build_attention
 from mindspeed_cp.comm import Agreement, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 from mindspeed_cp.topology import CPTopology
-from rank_pool import LIMIT_S
 from unit_tests.ring_cases import FailingKernel, case_on, virtual_attention
 from unit_tests.ulysses_cases import Case, Shard, forward_and_backward
 

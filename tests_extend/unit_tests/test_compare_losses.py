@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 from system_tests import compare_losses
 
 SCRIPT = Path(compare_losses.__file__)

@@ -15,10 +15,10 @@ FLOORS = (
     {"layouts", "program"},
     {"layout"},
     {"config", "patching", "device"},
-    {"kernels", "comm", "choice"},
+    {"kernels", "comm", "choice", "planner"},
     {"attention", "tensor_parallel"},
-    {"patches"},
-    {"megatron_adaptor"},
+    {"patches", "testing"},
+    {"megatron_adaptor", "benchmark"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_cp.kernels import KERNELS
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 
-import rank_pool
 from mindspeed_cp.attention import compose_attention, ring
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.comm import VirtualWorld
@@ -18,8 +17,9 @@ from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.program import Phase, program
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.testing import rank_pool
+from mindspeed_cp.testing.rank_pool import RankFailure
 from mindspeed_cp.topology import CPTopology
-from rank_pool import RankFailure
 from unit_tests import ring_cases as cases
 from unit_tests.dense import assert_equal_to
 from unit_tests.ring_cases import attend_virtually, case_on, dense, grid_id, grid_name, grids

@@ -18,7 +18,7 @@ import torch
 from mindspeed_cp.kernels import BlockOutput, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
-from rank_pool import LIMIT_S, RankPool
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
 from unit_tests import merge_cases as cases
 from unit_tests.merge_cases import Case, Merged, merged_part
 

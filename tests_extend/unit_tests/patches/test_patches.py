@@ -27,7 +27,7 @@ from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchError, PatchRegistry
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
