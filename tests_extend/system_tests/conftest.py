@@ -64,6 +64,10 @@ class TrainingPool:
         args = (ranks, _free_port(), flags, mask_types)
         return self._pool.call(range(ranks), LIMIT_S, mask_cases.compare_masks, *args)
 
+    def run_program(self, ranks: int, source: str) -> list[str]:
+        """What a program, given as its text, prints on each of so many ranks, started as torchrun does."""
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.run_program, ranks, _free_port(), source)
+
     def close(self) -> None:
         """End the ranks."""
         self._pool.close()

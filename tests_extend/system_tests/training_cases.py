@@ -87,6 +87,17 @@ def train(
     return losses_in(output.getvalue(), line)
 
 
+def run_program(world_size: int, port: int, source: str) -> str:
+    """Run a program, given as its text, as one rank of `world_size`; what it prints."""
+    output = io.StringIO()
+    with launched(world_size, port), contextlib.redirect_stdout(output):
+        try:
+            exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
+        finally:
+            forget_run()
+    return output.getvalue()
+
+
 def _command(flags: str) -> list[str]:
     return [str(SCRIPT), "--train-iters", str(ITERATIONS), *MODEL_FLAGS, *shlex.split(flags)]
 

@@ -1,11 +1,7 @@
 """The benchmark of one GPU, run on a CPU: what it counts, what it drives, what it writes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +31,7 @@ from mindspeed_cp.kernels import (
     MaskKind,
 )
 from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.testing.rank_pool import LIMIT_S
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_one_gpu.py"
 CASE = RingCase(num_ranks=4, tokens=8, num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, device="cpu")
 
 
@@ -196,14 +190,13 @@ def test_picture_shows_every_point_of_both_phases(monkeypatch, tmp_path):
         assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 300
 
 
-def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
+def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path, run_script):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--seconds", "0.001", "--tokens", "8", "16"]
+    command = ["bench_one_gpu.py", "--device", "cpu", "--seconds", "0.001", "--tokens", "8", "16"]
     command += ["--ranks", "2", "--heads", "2:1", "--head-size", "8", "--dtype", "float32", "--kernels", "all"]
     command += ["--json", str(tmp_path / "sub" / "bench.jsonl"), "--plot", str(tmp_path / "sub" / "bench.png")]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr
+    done = run_script(*command)
+    assert done.status == 0, done.err
 
     records = [json.loads(line) for line in (tmp_path / "sub" / "bench.jsonl").read_text().splitlines()]
     able = [name for name in KERNELS.names if not KERNELS.only([name]).kernels[0].unsupported_reasons(CASE.dense(8))]
@@ -219,15 +212,15 @@ def test_smallest_case_gives_a_table_json_and_a_picture(tmp_path):
         assert set(phase["ring_s"]) == {"0", "1"} and min(phase["ring_s"].values()) > 0
         assert phase["percent_of_dense"] == pytest.approx(100 * phase["dense_s"] / max(phase["ring_s"].values()))
 
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    lines = [line for line in done.out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(records)
     assert len({line.count("|") for line in lines}) == 1
     percent = records[-1]["forward_and_backward"]["percent_of_dense"]
     assert lines[-1].endswith(f"| {percent:.1f} | - |")
-    assert first["merge"] == "torch" and "Blocks are merged by torch." in done.stdout
-    assert "CPU: a smoke test" in done.stdout and "Peak memory is not measured on a CPU." in done.stdout
-    assert "reference computes causal attention of 8 queries over 8 keys" in done.stdout
-    assert f"1/{2 * len(KERNELS.names)}  2 ranks, 8 tokens a rank" in done.stderr
+    assert first["merge"] == "torch" and "Blocks are merged by torch." in done.out
+    assert "CPU: a smoke test" in done.out and "Peak memory is not measured on a CPU." in done.out
+    assert "reference computes causal attention of 8 queries over 8 keys" in done.out
+    assert f"1/{2 * len(KERNELS.names)}  2 ranks, 8 tokens a rank" in done.err
     assert (tmp_path / "sub" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
