@@ -204,7 +204,7 @@ class _Namespace:
             "ipv6/conf/default/disable_ipv6": "1",
             # A step of a ring starts at full rate, as on a network without TCP.
             "ipv4/tcp_slow_start_after_idle": "0",
-            # Nothing is ever lost, so this one sends as much as its window allows. Small windows keep queues short: in
+            # Nothing is ever lost, so this one sends as much as its buffer allows. Small buffers keep queues short: in
             # long ones acknowledgements and gloo's ready messages wait, and links stand idle.
             "ipv4/tcp_congestion_control": "reno",
             "ipv4/tcp_wmem": "4096 16384 131072",
@@ -236,7 +236,7 @@ class _Namespace:
 def _limit(card: str, mbit: float) -> str:
     """tc's command that limits what leaves over a card.
 
-    A bucket of a millisecond keeps to the rate also in short transfers. What waits is bounded by the senders' windows,
+    A bucket of a millisecond keeps to the rate also in short transfers. What waits is bounded by the senders' buffers,
     not by the queue: nothing is dropped, as on the lossless networks of training clusters.
     """
     burst = max(2 * MTU, int(mbit * 1e6 / 8 * 1e-3))

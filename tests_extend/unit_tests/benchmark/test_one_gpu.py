@@ -103,12 +103,12 @@ def test_a_single_rank_computes_all_its_blocks_forward_and_backward(rank):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("inner", [1, 2])
 @pytest.mark.parametrize("rank", range(CASE.num_ranks))
-def test_steps_without_work_and_double_rings_are_driven_to_their_end(window, rank):
+def test_steps_without_work_and_double_rings_are_driven_to_their_end(inner, rank):
     layout, kernel = SequenceLayout(size=CASE.num_ranks, kind="contiguous"), CountingKernel()
     config = ContextParallelConfig(
-        context_parallel_size=CASE.num_ranks, context_parallel_algo="megatron_cp_algo", cp_window_size=window
+        context_parallel_size=CASE.num_ranks, context_parallel_algo="megatron_cp_algo", cp_window_size=inner
     )
     communicator = ImmediateCommunicator(rank, CASE.num_ranks, torch.randn(10**4))
     ring = RingCommunicators(communicator, communicator, communicator)

@@ -87,7 +87,7 @@ def test_backward_without_overlap_adds_the_gradients_of_half_or_whole_blocks():
     assert predicted_seconds(network(2), expected.events) == pytest.approx(2 * 1.0 + 1.0 + 1.0, rel=1e-4)
 
 
-def test_double_ring_crosses_between_nodes_once_a_window_and_hides_it_behind_the_whole_window():
+def test_double_ring_crosses_between_nodes_once_an_inner_ring_and_hides_it_behind_the_whole_of_it():
     # 4 MB of keys and values a rank take 4 s between nodes; a node's two steps take 2 s each.
     shape, double = case(4_000_000), Algorithm(name="", topology=CPTopology(outer=2, inner=2), overlap=True)
     expected = ExpectedPass(double, shape, Phase.FORWARD, flops_per_s=2 * 2 * 1e12 / 2 / 2)
