@@ -14,9 +14,8 @@ WORKER = {
     "gloo": "gloo",
     "training": "training",
     "adaptor": "patches",
-    "import_orders": "patches",
+    "programs": "patches",
     "endings": "imports",
-    "script_run": "imports",
     "interpreter": "triton",
 }
 """Fixtures that are dear to make, because they start processes or import Megatron, and the group of their tests.
