@@ -34,13 +34,13 @@ TRAFFIC = ("ulysses", "inner", "outer", "gradients")
 
 
 def grids(size: int) -> list[CPTopology]:
-    """Every grid of `size` ranks."""
+    """Every grid of `size` ranks; inner rings of one rank each are a plain ring."""
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return [
         CPTopology(outer=outer, inner=inner, ulysses=size // (outer * inner))
         for outer in divisors
         for inner in divisors
-        if size % (outer * inner) == 0
+        if size % (outer * inner) == 0 and (outer == 1 or inner > 1)
     ]
 
 

@@ -15,10 +15,10 @@ FLOORS = (
     {"layouts", "program"},
     {"sharding", "documents"},
     {"config", "patching", "device", "batch"},
-    {"kernels", "comm", "choice"},
+    {"kernels", "comm", "choice", "planner"},
     {"attention", "tensor_parallel", "relayout"},
-    {"patches"},
-    {"megatron_adaptor"},
+    {"patches", "testing"},
+    {"megatron_adaptor", "benchmark"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},

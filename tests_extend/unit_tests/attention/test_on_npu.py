@@ -44,11 +44,12 @@ def same_dtype(case: Case) -> Result:
 ULYSSES, RING, DOUBLE = CPTopology(ulysses=3), CPTopology(inner=4), CPTopology(outer=2, inner=2)
 HYBRID, HYBRID_DOUBLE = CPTopology(inner=2, ulysses=2), CPTopology(outer=2, inner=2, ulysses=2)
 
-# The kernel sees blocks and not grids: each algorithm, with each mask and each order of the dims, is enough.
+# The kernel sees tiles, not grids: each algorithm with some masks, each mask and order of dims with some algorithms.
 IN_TURN = [
     (topology, mask, list(HEADS)[(i + j) % len(HEADS)], bool((i + j) % 2))
     for i, topology in enumerate((CPTopology(), ULYSSES, RING, DOUBLE, HYBRID, HYBRID_DOUBLE))
     for j, mask in enumerate(("causal", "full", "2d", "per batch", "per head"))
+    if (i + j) % 5 < 2
 ]
 
 

@@ -6,9 +6,8 @@ import time
 import pytest
 import torch
 
-import bench_attention
-from benchmark.all_gather import AllGatherAttention
-from benchmark.kernel import EmulatedKernel, TimedKernel, block_flops
+from mindspeed_cp.benchmark.all_gather import AllGatherAttention
+from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, block_flops
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import BlockCase, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
@@ -93,10 +92,11 @@ def test_timed_kernel_gives_what_the_kernel_gives():
     assert torch.equal(output.out, expected.out)
 
 
-def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formulas_bytes(tmp_path, capsys):
+def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formulas_bytes(tmp_path, run_script):
     arguments = "--loopback --ranks 2 --ranks-per-node 1 --kernel cpu --dtype-bytes 4 --seq-lengths 64 128 --heads 4"
     arguments += f" --kv-heads 2 --head-size 16 --iterations 1 --output {tmp_path}"
-    assert bench_attention.main(arguments.split()) == 0
+    ended = run_script("bench_attention.py", *arguments.split())
+    assert ended.status == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     algorithms = ["single device", "all-gather K/V", "ring", "ring, overlap", "Ulysses"]
     one_length = [(pass_, algorithm) for pass_ in ("forward", "backward") for algorithm in algorithms]
@@ -109,7 +109,7 @@ def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formul
         assert max(line["errors"].values()) < 1e-5
         assert line["seconds"] >= line["kernel_seconds"] + line["waiting_seconds"]
         assert line["kernel_seconds"] > 0 and line["predicted_seconds"] > 0
-    assert "plain loopback, rates without effect" in capsys.readouterr().out
+    assert "plain loopback, rates without effect" in ended.out
     assert {path.name for path in tmp_path.glob("*.png")} <= {
         "time_tokens_2_ranks_2_kv_heads.png",
         "bytes_2_ranks_2_kv_heads.png",
@@ -124,7 +124,7 @@ def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formul
         ("--heads 8 --kv-heads 3", "--kv-heads 3 does not divide --heads 8"),
     ],
 )
-def test_benchmark_refuses_sizes_that_do_not_fit(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        bench_attention.main(["--seq-lengths", "4080", *arguments.split()])
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_benchmark_refuses_sizes_that_do_not_fit(arguments, message, run_script):
+    ended = run_script("bench_attention.py", "--seq-lengths", "4080", *arguments.split())
+    assert ended.status == 2
+    assert message in ended.err.splitlines()[-1]
