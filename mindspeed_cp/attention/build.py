@@ -12,8 +12,8 @@ from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.sharding import SequenceLayout
 
 
 def build_attention(
@@ -42,7 +42,14 @@ def build_attention(
         return ContextParallelAttention(alone, config, layout)
     groups = _groups(config, group)
     ulysses, ring = groups.along(config.topology, traffic)
-    attention = compose_attention(config, rank=groups.rank, ulysses=ulysses, ring=ring, layout=layout, kernels=kernels)
+    attention = compose_attention(
+        config,
+        rank=groups.rank,
+        ulysses=ulysses,
+        ring=None if ring is None else RingCommunicators(*ring),
+        layout=layout,
+        kernels=kernels,
+    )
     return ContextParallelAttention(attention, config, layout, groups.agreement)
 
 

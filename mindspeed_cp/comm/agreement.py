@@ -86,16 +86,12 @@ class Agreement:
         finally:
             self._agreed = before
 
-    def part(self, ranks: Sequence[int]) -> "Agreement":
-        """An agreement of some of the ranks, by their numbers here."""
-        return Agreement(self.communicator.subset(ranks), on_host=self._on_host)
-
     def __deepcopy__(self, memo: object) -> "Agreement":
         """The same object: what was agreed on belongs to the group, not to one of the layers that ask."""
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what a window remembers: a copy from elsewhere would remember it for ever."""
+        """Without what a micro-batch remembers: a copy from elsewhere would remember it for ever."""
         return self.__dict__ | {"_agreed": None}
 
     def _gather_words(self, words: str, place: torch.device) -> list[str]:

@@ -77,13 +77,6 @@ class Communicator(Protocol):
         """Start an exchange of several messages at once; see `exchange`, which is one of at most one either way."""
         ...
 
-    def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "Communicator":
-        """A communicator among some of the ranks, by their numbers here; in their order, one of them this one.
-
-        No process group is made. traffic: where it counts; where this one does by default.
-        """
-        ...
-
 
 class _Message(NamedTuple):
     """way: dist.isend or dist.irecv. peer: rank within the group."""
@@ -122,7 +115,10 @@ class ProcessGroupCommunicator:
         self._is_whole = list(self.global_ranks) == members
 
     def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "ProcessGroupCommunicator":
-        """See Communicator.subset."""
+        """A communicator among some of the ranks, by their numbers here and in their order, with no new process group.
+
+        This rank has to be one of them. traffic: where it counts; where this one does by default.
+        """
         ranks = [self.ranks[rank] for rank in ranks]
         return ProcessGroupCommunicator(self.group, traffic or self.traffic, tag=self._tag, ranks=ranks)
 

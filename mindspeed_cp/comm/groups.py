@@ -47,16 +47,16 @@ class RingCommunicators(NamedTuple):
         """The one for messages of this axis."""
         return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
 
-    def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "RingCommunicators":
-        """Those among some of the ranks, see Communicator.subset."""
-        return RingCommunicators(*(each.subset(ranks, traffic) for each in self))
+
+Kinds = tuple[ProcessGroupCommunicator, ProcessGroupCommunicator, ProcessGroupCommunicator]
+"""What RingCommunicators are made of, in their order."""
 
 
 class Axes(NamedTuple):
     """What a rank communicates with along the axes of a grid; None along one on which it is alone."""
 
-    ulysses: Communicator | None
-    ring: RingCommunicators | None
+    ulysses: ProcessGroupCommunicator | None
+    ring: Kinds | None
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class ContextParallelGroups:
     """The groups in which context-parallel ranks communicate, see Note [Parents].
 
     context_parallel: all ranks that share a sequence, or of which some do. agreement: of these; one for all attentions
-    over them. parents: communicators among them.
+    over them. parents: communicators among them, for each kind of message.
     """
 
     context_parallel: dist.ProcessGroup
     agreement: Agreement
-    parents: RingCommunicators
+    parents: Kinds
     _made: tuple[dist.ProcessGroup, ...] = ()
 
     @classmethod
@@ -104,31 +104,28 @@ class ContextParallelGroups:
         )
         members = dist.get_process_group_ranks(context_parallel)
         made = _make_groups(_plan(topology, overlap, host_group), members, timeout or _timeout_of(context_parallel))
-        parents = [made.get(kind, context_parallel) for kind in RingCommunicators._fields]
-        for group in dict.fromkeys(parents):
+        inner, outer, gradients = (made.get(kind, context_parallel) for kind in RingCommunicators._fields)
+        for group in dict.fromkeys((inner, outer, gradients)):
             _open(group)
-        return cls(
-            context_parallel,
-            _agreement_over(made.get(_HOST, context_parallel)),
-            RingCommunicators(*map(ProcessGroupCommunicator, parents)),
-            tuple(made.values()),
-        )
+        parents = ProcessGroupCommunicator(inner), ProcessGroupCommunicator(outer), ProcessGroupCommunicator(gradients)
+        agreement = _agreement_over(made.get(_HOST, context_parallel))
+        return cls(context_parallel, agreement, parents, tuple(made.values()))
 
     @property
     def rank(self) -> int:
         """This rank's number among them."""
-        return self.parents.inner.rank
+        return self.parents[0].rank
 
     def along(self, topology: CPTopology, traffic: Traffic | None = None) -> Axes:
         """What this rank communicates with along each axis of a grid. traffic: where it is counted.
 
         Raises ValueError where the grid is not one of all these ranks.
         """
-        check_number(topology, self.parents.inner.size)
+        check_number(topology, self.parents[0].size)
         ulysses, ring = topology.ulysses_ranks(self.rank), topology.ring_ranks(self.rank)
         return Axes(
-            self.parents.inner.subset(ulysses, traffic) if len(ulysses) > 1 else None,
-            self.parents.subset(ring, traffic) if len(ring) > 1 else None,
+            self.parents[0].subset(ulysses, traffic) if len(ulysses) > 1 else None,
+            self._among(ring, traffic) if len(ring) > 1 else None,
         )
 
     def part(self, ranks: Sequence[int]) -> "ContextParallelGroups":
@@ -136,7 +133,13 @@ class ContextParallelGroups:
 
         They are this part's 0, 1 and so on; this rank has to be one of them.
         """
-        return replace(self, agreement=self.agreement.part(ranks), parents=self.parents.subset(ranks), _made=())
+        agreeing = self.agreement.communicator
+        assert isinstance(agreeing, ProcessGroupCommunicator)
+        return replace(self, agreement=_agreement(agreeing.subset(ranks)), parents=self._among(ranks), _made=())
+
+    def _among(self, ranks: Sequence[int], traffic: Traffic | None = None) -> Kinds:
+        inner, outer, gradients = self.parents
+        return inner.subset(ranks, traffic), outer.subset(ranks, traffic), gradients.subset(ranks, traffic)
 
     @staticmethod
     def take_part(topology: CPTopology, *, overlap: bool = False, host_group: bool = False) -> None:
@@ -224,7 +227,11 @@ def _open(group: dist.ProcessGroup) -> None:
 
 
 def _agreement_over(group: dist.ProcessGroup) -> Agreement:
-    return Agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG), on_host=_carries_cpu_tensors(group))
+    return _agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG))
+
+
+def _agreement(communicator: ProcessGroupCommunicator) -> Agreement:
+    return Agreement(communicator, on_host=_carries_cpu_tensors(communicator.group))
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

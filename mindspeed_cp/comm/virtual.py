@@ -120,12 +120,6 @@ class VirtualCommunicator:
             self.traffic.record("exchange", each.content.nbytes)
         return _VirtualTransfer(self, receives)
 
-    def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "VirtualCommunicator":
-        """See Communicator.subset."""
-        here = self.ranks[self.rank]
-        ranks = [self.ranks[rank] for rank in ranks]
-        return VirtualCommunicator(self.world, ranks, here, self.channel, traffic or self.traffic)
-
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 

@@ -209,7 +209,9 @@ def attend_on_the_same_parents(
         ((ranks, case),) = ((ranks, case) for ranks, case in attentions if dist.get_rank(group) in ranks)
         part = parents.part(ranks)
         part.agreement.reach(str(case.topology))
-        found.append(attend(case, part.rank, plan_of(case), *part.along(case.topology)))
+        ulysses, ring = part.along(case.topology)
+        communicators = None if ring is None else RingCommunicators(*ring)
+        found.append(attend(case, part.rank, plan_of(case), ulysses, communicators))
     made = len(set(dist.distributed_c10d._world.pg_map) - registered)
     dist.barrier(group)  # Nobody closes a connection over which another one still receives.
     parents.destroy()

@@ -27,7 +27,7 @@ from mindspeed_cp.comm import (
     VirtualCommunicator,
     VirtualWorld,
 )
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dense import Result, causal_mask, dense_attention
@@ -41,13 +41,13 @@ TRAFFIC = ("ulysses", "inner", "outer", "gradients")
 
 
 def grids(size: int) -> list[CPTopology]:
-    """Every grid of `size` ranks."""
+    """Every grid of `size` ranks; inner rings of one rank each are a plain ring."""
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return [
         CPTopology(outer=outer, inner=inner, ulysses=size // (outer * inner))
         for outer in divisors
         for inner in divisors
-        if size % (outer * inner) == 0
+        if size % (outer * inner) == 0 and (outer == 1 or inner > 1)
     ]
 
 
@@ -235,15 +235,15 @@ class RecordingKernel:
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         self.contiguous.extend(x.is_contiguous() for x in (q, k, v))
-        return KERNELS.choose(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, terms)).forward(q, k, v, terms)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         self.contiguous.extend(x.is_contiguous() for x in (dout, q, k, v, output.out, output.lse))
-        return KERNELS.choose(BlockCase.of(q, k, v, mask)).backward(dout, q, k, v, output, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, terms)).backward(dout, q, k, v, output, terms)
 
 
 @dataclass
@@ -256,9 +256,9 @@ class FailingKernel(RecordingKernel):
     phase: str = "forward"
     calls: int = 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         self._count("forward")
-        return super().forward(q, k, v, mask, scale)
+        return super().forward(q, k, v, terms)
 
     def backward(self, *args: Any) -> BlockGradients:
         self._count("backward")
@@ -356,7 +356,7 @@ def build_and_destroy(group: dist.ProcessGroup | None, topology: CPTopology, ove
         ring = {each.group for each in axes.ring or ()}
         assert len({each.global_ranks for each in axes.ring or ()}) <= 1
         ulysses = None if axes.ulysses is None else list(axes.ulysses.global_ranks)
-        ring_ranks = None if axes.ring is None else list(axes.ring.inner.global_ranks)
+        ring_ranks = None if axes.ring is None else list(axes.ring[0].global_ranks)
         dist.barrier(group)  # Nobody closes a connection that another one is still making.
         groups.destroy()
         left = set(registered) - before
