@@ -12,6 +12,7 @@ from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
+from mindspeed_cp.program import Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.sharding import SequenceLayout
 
@@ -22,6 +23,7 @@ def build_attention(
     *,
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
+    transport: Transport | None = None,
     traffic: Traffic | None = None,
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
@@ -31,6 +33,7 @@ def build_attention(
         have to make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
+    transport: how a ring's K/V travel; by default the cheapest for the plan at hand, see `cheapest_transport`.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
         `attention.agreement.communicator.traffic`.
 
@@ -49,8 +52,9 @@ def build_attention(
         ring=None if ring is None else RingCommunicators(*ring),
         layout=layout,
         kernels=kernels,
+        transport=transport,
     )
-    return ContextParallelAttention(attention, config, layout, groups.agreement)
+    return ContextParallelAttention(attention, config, layout, groups.agreement, transport)
 
 
 def compose_attention(
@@ -62,6 +66,7 @@ def compose_attention(
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
+    transport: Transport | None = None,
 ) -> Attention:
     """What `build_attention` puts behind its checks, over any kind of communicators: process groups or virtual ranks.
 
@@ -81,6 +86,7 @@ def compose_attention(
         overlap=config.use_cp_send_recv_overlap,
         kernels=kernels,
         merge_kernels=merge_kernels,
+        transport=transport,
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:

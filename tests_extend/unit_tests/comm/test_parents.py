@@ -1,11 +1,14 @@
 """Grids and sizes that follow each other over groups that are made once, between processes."""
 
+import re
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from mindspeed_cp.attention import build_attention
 from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, groups
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 from mindspeed_cp.program import Transport
 from mindspeed_cp.topology import CPTopology
@@ -71,3 +74,20 @@ def opened(group: dist.ProcessGroup) -> tuple[int, int]:
 
 def test_each_group_is_opened_by_all_of_its_ranks_once(gloo):
     assert gloo.run(8, opened) == [(3, 3)] * 8
+
+
+def error_where_one_rank_names_a_transport(group: dist.ProcessGroup) -> str:
+    config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
+    named = Transport.DIRECT if dist.get_rank(group) else None
+    try:
+        build_attention(config, group, transport=named)(*torch.ones(3, 1, 1, 4, 8))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_transport_is_named_by_all_ranks_or_by_none(gloo):
+    for message in gloo.run(2, error_where_one_rank_names_a_transport):
+        assert re.search(
+            r"rank 0: [^;]*; [^;]* outer ring 1; call 1; rank 1: .* outer ring 1, K/V by direct; ", message
+        )
