@@ -1,7 +1,7 @@
 """What a program's messages carry: K/V on their way from rank to rank, and gradients on theirs to the owners.
 
 Shapes: B batch, G key/value heads, S tokens of one rank, D key head size, V value head size. What travels when is data,
-see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
+see program/; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
 """
 
 import functools
