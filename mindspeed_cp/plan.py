@@ -127,6 +127,8 @@ class AttentionPlan:
         default_factory=dict, repr=False, compare=False
     )
     _indices: dict[int, "_DocumentIndex"] = field(default_factory=dict, repr=False, compare=False)
+    _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bands in (self.bands, *self.bands_of.values()):
@@ -142,17 +144,35 @@ class AttentionPlan:
         """
         case = query_rank, key_rank, at_gaps
         if case not in self._tiles:
-            pieces = self._pieces(self._query_index(query_rank), self._index(key_rank), at_gaps)
+            pieces = self._pieces(self._query_runs(query_rank), self._index(key_rank), at_gaps)
             self._tiles[case] = tuple([piece.tile() for piece in pieces])
         return self._tiles[case]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
         """Those tokens of `key_rank` that some query of `query_rank` sees, as few slices as possible."""
-        return union(tile.keys for tile in self.tiles(query_rank, key_rank))
+        pair = query_rank, key_rank
+        if pair not in self._needed:
+            seen = self.tiles(*pair) if query_rank in self.readers(key_rank) else ()
+            self._needed[pair] = union(tile.keys for tile in seen)
+        return self._needed[pair]
+
+    def readers(self, key_rank: int) -> frozenset[int]:
+        """The ranks with a query that sees a key of `key_rank`, and perhaps some more: found without any tiles."""
+        if key_rank not in self._readers:
+            self._readers[key_rank] = self._query_index.ranks_that_see(self.keys.runs(key_rank), self)
+        return self._readers[key_rank]
+
+    @functools.cached_property
+    def _query_index(self) -> "_QueryIndex":
+        return _QueryIndex(self.queries)
 
     def area(self, query_rank: int, key_rank: int) -> int:
         """Pairs of query and key that see each other."""
         return sum(tile.area for tile in self.tiles(query_rank, key_rank))
+
+    def bands_in(self, document: int) -> tuple[Band, ...]:
+        """What a query of a document sees of it."""
+        return self.bands_of.get(document, self.bands)
 
     def __hash__(self) -> int:
         """Of what it is made of; plans that say the same are one in a cache."""
@@ -169,7 +189,7 @@ class AttentionPlan:
             self._grouped[groups] = AttentionPlan(queries, keys, self.bands, self.bands_of)
         return self._grouped[groups]
 
-    def _query_index(self, query_rank: int) -> "_DocumentIndex":
+    def _query_runs(self, query_rank: int) -> "_DocumentIndex":
         if self.queries is self.keys:
             return self._index(query_rank)
         return _DocumentIndex(self.queries.runs(query_rank))
@@ -183,8 +203,7 @@ class AttentionPlan:
         """Document by document, what its queries see of its keys, as few pieces as possible."""
         result: list[_Piece] = []
         for of in queries.shared(keys):
-            bands = self.bands_of.get(of[1], self.bands) if self.bands_of else self.bands
-            theirs = keys.runs[of]
+            theirs, bands = keys.runs[of], self.bands_in(of[1])
             rows = [_seen(run, theirs, bands, at_gaps) for run in queries.runs[of]]
             one = _as_one(rows, at_gaps)
             pieces = _merged_rows(_merged_keys(rows, at_gaps), at_gaps) if one is None else [one]
@@ -626,6 +645,36 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[t
 
 def _position(run: Run) -> int:
     return run.position
+
+
+class _QueryIndex:
+    """Which ranks hold the queries of each document, in the order of positions."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._num_ranks = layout.num_ranks
+        held: dict[tuple[int | None, int], list[tuple[int, int, int]]] = {}
+        for rank in range(layout.num_ranks):
+            for run in layout.runs(rank):
+                held.setdefault((run.sample, run.document), []).append((run.position, _last(run), rank))
+        self._held = {of: tuple(zip(*sorted(runs), strict=True)) for of, runs in held.items()}
+
+    def ranks_that_see(self, keys: Iterable[Run], plan: AttentionPlan) -> frozenset[int]:
+        """Those with a query that a band lets see one of these keys, or a position between two of them."""
+        ranks: set[int] = set()
+        for run in keys:
+            firsts, lasts, ranks_of = self._held.get((run.sample, run.document), ((), (), ()))
+            for band in plan.bands_in(run.document):
+                key, last_key = max(run.position, band.keys[0]), _last(run)
+                if band.keys[1] is not None:
+                    last_key = min(last_key, band.keys[1] - 1)
+                if key > last_key:
+                    continue
+                begin = 0 if band.ahead is None else bisect_left(lasts, key - band.ahead)
+                end = len(firsts) if band.behind is None else bisect_right(firsts, last_key + band.behind)
+                ranks.update(ranks_of[begin:end])
+            if len(ranks) == self._num_ranks:
+                break
+        return frozenset(ranks)
 
 
 def _limits(band: Band, lowest_query: int, highest_query: int) -> tuple[float, float]:
