@@ -117,7 +117,7 @@ def _move(
     return held.movedim(to, dims).contiguous()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _moves(source: StreamLayout, target: StreamLayout, rank: int, device: torch.device) -> _Moves:
     leaving, sent = _by_peer(source, target, rank)
@@ -133,7 +133,7 @@ def _by_peer(layout: StreamLayout, other: StreamLayout, rank: int) -> tuple[Tens
     return holders.argsort(stable=True), tuple(counts.tolist())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _holders(layout: StreamLayout) -> Tensor:
     """The rank that holds each token of the stream: [1 or B, S]."""
     in_order = order(layout, CPU)
