@@ -28,6 +28,7 @@ Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `
 """
 
 import functools
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,6 +178,17 @@ class AttentionPlan:
     def __hash__(self) -> int:
         """Of what it is made of; plans that say the same are one in a cache."""
         return hash((self.queries, self.keys, self.bands, tuple(sorted(self.bands_of.items()))))
+
+    @functools.cached_property
+    def words(self) -> str:
+        """In short, for messages and for comparing: ranks whose plans differ have different words.
+
+        Layouts say in their repr what they are made of.
+        """
+        made_of = repr((self.queries, self.keys, self.bands, sorted(self.bands_of.items())))
+        digest = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
+        tokens = sum(map(self.queries.num_tokens, range(self.queries.num_ranks)))
+        return f"a plan of {tokens} tokens on {self.queries.num_ranks} ranks ({digest})"
 
     def of_groups(self, groups: tuple[tuple[int, ...], ...]) -> "AttentionPlan":
         """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.

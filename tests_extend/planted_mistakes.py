@@ -75,7 +75,8 @@ MISTAKES = {
     "halo one token short": Mistake(
         "program/straight.py",
         "message(reader, self.rank, self.plan.needed(reader, self.rank), axis),",
-        "message(reader, self.rank, tuple(slice(t.start + 1, t.stop) for t in self.plan.needed(reader, self.rank)), axis),",
+        "message(reader, self.rank, tuple(slice(x.start + 1, x.stop) for x in self.plan.needed(reader, self.rank)), "
+        "axis),",
         "test_transports.py",
     ),
     "direct message to the wrong peer": Mistake(
