@@ -562,13 +562,22 @@ def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
     if len(pieces) < 2:
         return pieces[0] if pieces else None
     q0, q1, k0, k1, low, high, offset, area, sample = pieces[0]
-    for piece in pieces[1:]:
-        q, r, k, m, lower, higher, other, more, _ = piece
-        q0, q1, k0, k1 = min(q, q0), max(r, q1), min(k, k0), max(m, k1)
-        low, high = min(lower, low), max(higher, high)
-        area += more
-        if other != offset:
+    for first_query, last_query, first_key, last_key, lower, higher, distance, more, _ in pieces[1:]:
+        if first_query < q0:
+            q0 = first_query
+        if last_query > q1:
+            q1 = last_query
+        if first_key < k0:
+            k0 = first_key
+        if last_key > k1:
+            k1 = last_key
+        if lower < low:
+            low = lower
+        if higher > high:
+            high = higher
+        if distance != offset:
             offset = None
+        area += more
     if (at_gaps and offset is None) or _area(q0, q1, k0, k1, low, high) != area:
         return None
     return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
@@ -614,10 +623,10 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool)
     q1 = stop - 1
     for band in bands:
         behind, ahead, (first, end) = band
-        for k0, stop, key in [run[:3] for run in runs] if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
+        for k0, stop, key, _, _ in runs if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
             k1, offset = stop - 1, None
             low, high = k0 - q1, k1 - q0
-            if key is not None:
+            if key != _MANY:
                 offset = query - q0 - key + k0
                 if end is not None and key + k1 - k0 >= end:
                     k1 = k0 + end - 1 - key
@@ -633,8 +642,12 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool)
     return pieces
 
 
-def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[tuple[int, int, int | None]]:
-    """Start, stop and position of runs of keys that a query sees something of.
+_MANY = -1
+"""The position of a run that is many, each of them seen by all."""
+
+
+def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[Run]:
+    """The runs of keys that a query sees something of.
 
     Those that every query sees as a whole are one without a position: they lie side by side.
     """
@@ -642,7 +655,7 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[t
     lowest, highest = _limits(band, first, last)
     begin = max(0, bisect_right(runs, lowest, key=_position) - 1)
     end = bisect_right(runs, highest, begin, key=_position)
-    reached: list[tuple[int, int, int | None]] = [run[:3] for run in runs[begin:end]]
+    reached = runs[begin:end]
     if at_gaps:
         return reached
     lowest, highest = _limits(band, last, first)
@@ -651,7 +664,8 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[t
     if whole < whole_end and _last(runs[whole_end - 1]) > highest:
         whole_end -= 1
     if whole_end - whole > 1:
-        reached[whole - begin : whole_end - begin] = [(runs[whole].start, runs[whole_end - 1].stop, None)]
+        side_by_side = Run(runs[whole].start, runs[whole_end - 1].stop, _MANY)
+        reached[whole - begin : whole_end - begin] = [side_by_side]
     return reached
 
 
