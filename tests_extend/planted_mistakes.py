@@ -73,10 +73,9 @@ MISTAKES = {
         "attention",
     ),
     "halo one token short": Mistake(
-        "program/straight.py",
-        "message(reader, self.rank, self.plan.needed(reader, self.rank), axis),",
-        "message(reader, self.rank, tuple(slice(x.start + 1, x.stop) for x in self.plan.needed(reader, self.rank)), "
-        "axis),",
+        "plan.py",
+        "bisect_right(firsts, last_key + band.behind)",
+        "bisect_right(firsts, last_key + band.behind - 1)",
         "test_transports.py",
     ),
     "direct message to the wrong peer": Mistake(

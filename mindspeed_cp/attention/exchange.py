@@ -1,7 +1,7 @@
 """What a program's messages carry: K/V on their way from rank to rank, and gradients on theirs to the owners.
 
 Shapes: B batch, G key/value heads, S tokens of one rank, D key head size, V value head size. What travels when is data,
-see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
+see program/; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
 """
 
 import functools
@@ -15,25 +15,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mindspeed_cp.attention.sums import TokenSum
-from mindspeed_cp.comm import Addressed, Communicator, Transfer
+from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import Place, in_all_samples, place_within
 from mindspeed_cp.program import Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
-
-
-class RingCommunicators(NamedTuple):
-    """The ring's ranks, in its order, once for each kind of message; with overlap they must be different groups.
-
-    inner: K/V within an inner ring. outer: K/V between inner rings. gradients: dK/dV.
-    """
-
-    inner: Communicator
-    outer: Communicator
-    gradients: Communicator
-
-    def along(self, axis: Axis) -> Communicator:
-        """The one for messages of this axis."""
-        return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
 
 
 @dataclass(frozen=True)

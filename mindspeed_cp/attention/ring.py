@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, RingCommunicators, in_profiles
+from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, in_profiles
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import Terms
+from mindspeed_cp.comm import RingCommunicators
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
