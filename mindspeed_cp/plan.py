@@ -449,15 +449,15 @@ class _Piece(NamedTuple):
 
     def tile(self) -> Tile:
         """As kernels know it."""
-        q0, q1, k0, k1 = self[:4]
+        q0, q1, k0, k1, low, high, offset, area, sample = self
         return Tile(
             slice(q0, q1 + 1),
             slice(k0, k1 + 1),
-            left=k1 - q1 - self.low if self.low > k0 - q1 else None,
-            right=self.high + q1 - k1 if self.high < k1 - q0 else None,
-            distance=None if self.offset is None else self.offset + q0 - k0,
-            area=self.area,
-            sample=self.sample,
+            k1 - q1 - low if low > k0 - q1 else None,
+            high + q1 - k1 if high < k1 - q0 else None,
+            None if offset is None else offset + q0 - k0,
+            area,
+            sample,
         )
 
 
@@ -494,17 +494,19 @@ def _cropped(
 def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
     """Pairs in the rectangle with low <= b - a <= high: all but those in two corners."""
     rows, keys = q1 - q0 + 1, k1 - k0 + 1
-    area = rows * keys
-    for side in (k1 - q0 - high, low - k0 + q1):
-        if side > 0:
-            area -= side * (side + 1) // 2
-            # Of the triangle that is cut off, what lies beyond the rectangle is not.
-            for beyond in (side - rows, side - keys):
-                if beyond > 0:
-                    area += beyond * (beyond + 1) // 2
-            if side > rows + keys:
-                area -= (side - rows - keys) * (side - rows - keys + 1) // 2
-    return area
+    area, early, late = rows * keys, low - k0 + q1, k1 - q0 - high
+    if early > 0:
+        area -= _corner(early, rows, keys)
+    return area - _corner(late, rows, keys) if late > 0 else area
+
+
+def _corner(side: int, rows: int, keys: int) -> int:
+    """Pairs of a rectangle within a triangle on one of its corners, with so many on its legs."""
+    if side <= rows and side <= keys:
+        return side * (side + 1) // 2
+    beyond = (max(0, side - each) for each in (rows, keys))
+    twice = max(0, side - rows - keys)
+    return (side * (side + 1) - sum(each * (each + 1) for each in beyond) + twice * (twice + 1)) // 2
 
 
 def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
