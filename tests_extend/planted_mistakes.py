@@ -88,9 +88,9 @@ MISTAKES = {
         "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
     ),
     "scale left out": Mistake(
-        "attention/ring.py",
-        "return call.terms(terms.scale, q)",
-        "return call.terms(1.0, q)",
+        "attention/terms.py",
+        "told = call.terms(terms.scale, self._q)",
+        "told = call.terms(1.0, self._q)",
         "attention",
     ),
     "kernel of the forward pass not kept": Mistake(
@@ -100,9 +100,9 @@ MISTAKES = {
         "attention",
     ),
     "mask columns of another owner": Mistake(
-        "attention/ring.py",
-        "for run in joined(plan.keys.runs(owner)):",
-        "for run in joined(plan.keys.runs(0)):",
+        "attention/terms.py",
+        "return self._place(owner, of_keys=True)[tile.sample or 0, tile.keys]",
+        "return self._place(0, of_keys=True)[tile.sample or 0, tile.keys]",
         "attention",
     ),
     "merge in bf16": Mistake(

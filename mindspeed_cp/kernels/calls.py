@@ -27,6 +27,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockKernel,
     Segments,
+    Term,
     TileTerms,
     Window,
 )
@@ -208,13 +209,15 @@ def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> t
     """The calls that compute these tiles, see Note [Calls].
 
     base: the case of the whole tensors, its lengths and window for any; masked where a tensor says who sees whom: then
-    each tile is a call of its own, whose mask is made of that tensor.
+    each tile is a call of its own, whose mask is made of that tensor. With a bias it is too, or each of its parts.
 
     Raises NotImplementedError with every kernel's reasons where none can compute a part of a tile.
     """
     if base.masked:
         cases = [(tile, _case(base, tile, EVERYTHING)) for tile in tiles]
         return tuple(Call(registry.choose(case), case, (tile,)) for tile, case in cases)
+    if Term.BIAS in base.terms:
+        return tuple(call for tile in tiles for call in _each(tile, base, registry))
     made: list[Call] = []
     small: list[Tile] = []
     rest: list[Tile] = []

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import TRIANGLE, BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
+from mindspeed_cp.kernels.protocol import (
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockKernel,
+    BlockOutput,
+    Term,
+    TileTerms,
+    term_reasons,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class Rearranged(WrappedKernel):
         """See BlockKernel.backward."""
         output = output._replace(out=self.given(output.out), lse=self.given(output.lse))
         dout, q, k, v = (self.given(x) for x in (dout, q, k, v))
-        return BlockGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, self.told(terms))))
+        grads = self.kernel.backward(dout, q, k, v, output, self.told(terms))
+        return grads._replace(dq=self.back(grads.dq), dk=self.back(grads.dk), dv=self.back(grads.dv))
 
 
 def in_bnsd(kernel: BlockKernel) -> Rearranged:
@@ -83,5 +93,5 @@ class Turned(Rearranged):
     told: Callable[[TileTerms], TileTerms] = _of_lower
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
-        """Those of the kernel itself for a lower triangle."""
-        return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE))
+        """Those of the kernel itself for a lower triangle; what belongs to positions is not put in reverse order."""
+        return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE)) + term_reasons(case, Term.SOFTCAP)
