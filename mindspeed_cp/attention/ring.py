@@ -286,8 +286,8 @@ def _backward(
     made = _backward_pass(plan, ring.schedule, ctx.forward_pass, case)
     player = ring.player(made)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
-    told = TermsOfTiles(plan, ring.rank, terms, case.terms, q)
-    parameters = ParameterGradients(terms, told, case.terms)
+    parameters = ParameterGradients(terms, case.terms)
+    told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
 
     def compute(step: Step, call: Call) -> Partial:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
@@ -298,7 +298,6 @@ def _backward(
             BlockOutput(out, lse, _state(states, call)),
             told.of(step.owner, call, heads),
         )
-        parameters.add(step.owner, call, heads, grads)
         dq.add(queries.result(grads.dq), queries.back, heads)
         tile = call.tiles[0]
         tokens = tile.keys if len(call.tiles) == 1 and tile.sample is None else None

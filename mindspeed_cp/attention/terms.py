@@ -8,16 +8,17 @@ checked, and cut for tiles.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.kernels import BlockGradients, Dropout, Term, TileTerms, Window
+from mindspeed_cp.kernels import Dropout, Term, TileTerms, Window
 from mindspeed_cp.kernels.calls import Call, of_sample, part
-from mindspeed_cp.kernels.protocol import EVERYTHING, DropoutTerms, Positions, part_of
+from mindspeed_cp.kernels.protocol import EVERYTHING, DropoutTerms, Positions, TermGradients, part_of
 from mindspeed_cp.kernels.reference import largest_scores
 from mindspeed_cp.plan import AttentionPlan
 
@@ -169,9 +170,19 @@ class TermsOfTiles:
     """What kernels are told of each call's tiles, in one pass of a rank.
 
     plan: between the ranks. rank: whose queries. needs: what kernels have to do. q: the queries [B, N, S, D].
+    gradients: in the backward pass, where those of parameters are added up.
     """
 
-    def __init__(self, plan: AttentionPlan, rank: int, terms: Terms, needs: frozenset[Term], q: Tensor) -> None:
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        rank: int,
+        terms: Terms,
+        needs: frozenset[Term],
+        q: Tensor,
+        gradients: "ParameterGradients | None" = None,
+    ) -> None:
+        self._gradients = gradients
         self._plan, self._rank, self._terms, self._needs, self._q = plan, rank, terms, needs, q
         self._places: dict[tuple[bool, int], Tensor] = {}
 
@@ -193,7 +204,13 @@ class TermsOfTiles:
             bias=None if terms.bias is None else self._columns(terms.bias, owner, call, heads),
             dropout=self._dropout(dropout, heads) if dropout is not None and Term.DROPOUT in self._needs else None,
             terms=self._needs,
+            gradients=self._taken_in(owner, call, heads),
         )
+
+    def _taken_in(self, owner: int, call: Call, heads: slice) -> TermGradients | None:
+        if self._gradients is None:
+            return None
+        return self._gradients.of(call, heads, lambda: self.columns(owner, call))
 
     def columns(self, owner: int, call: Call) -> Tensor:
         """Which keys of the stream are those of a call of one tile, [T] int64."""
@@ -253,22 +270,18 @@ def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
 class ParameterGradients:
     """This rank's part of the gradients of slopes and bias, in the dtype of sums."""
 
-    def __init__(self, terms: Terms, told: TermsOfTiles, needs: frozenset[Term]) -> None:
-        self._told = told
+    def __init__(self, terms: Terms, needs: frozenset[Term]) -> None:
         self._slopes = _zeros(terms.alibi_slopes) if Term.SLOPE_GRADIENT in needs else None
         self._bias = _zeros(terms.bias) if Term.BIAS_GRADIENT in needs else None
 
-    def add(self, owner: int, call: Call, heads: slice, grads: BlockGradients) -> None:
-        """Add what a kernel has found for a call."""
-        if self._slopes is not None:
-            assert grads.slopes is not None, f"{call.kernel.name} gives no gradient of slopes"
-            part(self._slopes, 0, heads).add_(grads.slopes)
+    def of(self, call: Call, heads: slice, columns: Callable[[], Tensor]) -> TermGradients:
+        """What takes in those that are found for a call. columns: which keys of the stream it is about."""
+        slopes, bias = self._slopes, None
         if self._bias is not None:
-            assert grads.bias is not None, f"{call.kernel.name} gives no gradient of a bias"
             (tile,) = call.tiles
-            there = part_of(self._bias, of_sample(tile.sample), heads)
-            assert there is not None
-            there[..., tile.queries, :].index_add_(-1, self._told.columns(owner, call), grads.bias)
+            bias = part_of(self._bias, of_sample(tile.sample), heads)
+            bias = None if bias is None else bias[..., tile.queries, :]
+        return _GradientsOfCall(None if slopes is None else part(slopes, 0, heads), bias, columns)
 
     def result(self, terms: Terms, sinks: Tensor | None) -> Tensors:
         """In the order and the dtypes of `Terms.tensors`."""
@@ -277,6 +290,22 @@ class ParameterGradients:
             None if gradient is None or x is None else gradient.to(x.dtype)
             for gradient, x in zip(found, terms.tensors, strict=True)
         )
+
+
+class _GradientsOfCall(NamedTuple):
+    """Views of the sums that are about a call, see TermGradients."""
+
+    slopes: Tensor | None
+    bias: Tensor | None
+    columns: Callable[[], Tensor]
+
+    def add_slopes(self, gradient: Tensor) -> None:
+        assert self.slopes is not None, "nobody asked for the gradient of slopes"
+        self.slopes.add_(gradient)
+
+    def add_bias(self, gradient: Tensor) -> None:
+        assert self.bias is not None, "nobody asked for the gradient of the bias"
+        self.bias.index_add_(-1, self.columns(), gradient)
 
 
 def _zeros(x: Tensor | None) -> Tensor | None:

@@ -91,6 +91,18 @@ class DropoutTerms(NamedTuple):
     heads: Tensor
 
 
+class TermGradients(Protocol):
+    """Takes in what a kernel's backward pass has found for terms, in the dtype of sums."""
+
+    def add_slopes(self, gradient: Tensor) -> None:
+        """Add to the gradient of `alibi_slopes`, [N]."""
+        ...
+
+    def add_bias(self, gradient: Tensor) -> None:
+        """Add to the gradient of `bias`, in its shape."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class TileTerms:
     """What a kernel is told of a tile beside its queries, keys and values.
@@ -108,7 +120,7 @@ class TileTerms:
 
     positions: where the tokens are, for what depends on it. softcap: above 0. alibi_slopes: [N]. bias: floating,
     [1 or B, 1 or N, S, T]. dropout: of the probabilities; the log-sum-exp is that without it. terms: all of this by
-    name, and which gradients are wanted.
+    name, and which gradients are wanted. gradients: takes these in, in the backward pass.
     """
 
     scale: float
@@ -121,6 +133,7 @@ class TileTerms:
     bias: Tensor | None = None
     dropout: DropoutTerms | None = None
     terms: frozenset[Term] = frozenset()
+    gradients: TermGradients | None = None
 
     def __post_init__(self) -> None:
         if self.visible is None:
@@ -257,16 +270,11 @@ class BlockOutput(NamedTuple):
 
 
 class BlockGradients(NamedTuple):
-    """Gradients of a tile's inputs, in their shapes; in their dtype, or of sums where the kernel has it anyway.
-
-    slopes, bias: where `BlockCase.terms` asks for them; in the dtype of sums.
-    """
+    """Gradients of a tile's inputs, in their shapes; in their dtype, or of sums where the kernel has it anyway."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    slopes: Tensor | None = None
-    bias: Tensor | None = None
 
 
 class BlockKernel(Protocol):

@@ -67,13 +67,13 @@ class ReferenceKernel:
         delta = (dout * out).sum(dim=-1, keepdim=True)
         # What is not seen has no gradient, not even 0 * NaN.
         dscores = (probs * (dprobs - delta)).masked_fill(scores == -torch.inf, 0.0)
-        slopes, bias = _gradients_of_terms(dscores, terms)
+        _give_gradients_of_terms(dscores, terms)
         if softcapped is not None and terms.softcap is not None:
             dscores = dscores * (1.0 - (softcapped / terms.softcap).square())
         dscores = dscores * terms.scale
         dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
-        return BlockGradients(dq, dk, dv, slopes, bias)
+        return BlockGradients(dq, dk, dv)
 
 
 def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
@@ -147,14 +147,14 @@ def _kept(terms: TileTerms, probs: Tensor) -> Tensor | None:
     return _grouped(kept, probs.size(1)).to(probs.dtype) / (1.0 - terms.dropout.rate)
 
 
-def _gradients_of_terms(dscores: Tensor, terms: TileTerms) -> tuple[Tensor | None, Tensor | None]:
-    """Those of the slopes [N] and of the bias, from what is added to the scores."""
-    dscores, slopes, bias = dscores.flatten(1, 2), None, None
+def _give_gradients_of_terms(dscores: Tensor, terms: TileTerms) -> None:
+    """Those of the slopes and of the bias, from that of the scores [B, G, R, S, T] which they are added to."""
+    if terms.gradients is None:
+        return
     if Term.SLOPE_GRADIENT in terms.terms:
-        slopes = (dscores * -distances(terms)).sum(dim=(0, 2, 3))
+        terms.gradients.add_slopes((dscores.flatten(1, 2) * -distances(terms)).sum(dim=(0, 2, 3)))
     if terms.bias is not None and Term.BIAS_GRADIENT in terms.terms:
-        bias = dscores.sum_to_size(terms.bias.shape)
-    return slopes, bias
+        terms.gradients.add_bias(dscores.flatten(1, 2).sum_to_size(terms.bias.shape))
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

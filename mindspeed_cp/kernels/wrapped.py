@@ -64,8 +64,7 @@ class Rearranged(WrappedKernel):
         """See BlockKernel.backward."""
         output = output._replace(out=self.given(output.out), lse=self.given(output.lse))
         dout, q, k, v = (self.given(x) for x in (dout, q, k, v))
-        grads = self.kernel.backward(dout, q, k, v, output, self.told(terms))
-        return grads._replace(dq=self.back(grads.dq), dk=self.back(grads.dk), dv=self.back(grads.dv))
+        return BlockGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, self.told(terms))))
 
 
 def in_bnsd(kernel: BlockKernel) -> Rearranged:

@@ -145,8 +145,8 @@ def shapes(q: tuple[int, int, int, int] = (1, 2, 4, 8), **changed: object) -> Sh
         (
             causal(2),
             shapes((1, 1, 4, 8)),
-            "ValueError: q has 1 heads, and the Ulysses degree is 2: each rank wants one at least; use a degree of 1 or "
-            "less, or a ring.",
+            "ValueError: q has 1 heads, and the Ulysses degree is 2: each rank wants one at least; use a degree of 1 "
+            "or less, or a ring.",
         ),
         (causal(2), shapes((1, 2, 3, 8)), "ValueError: 3 tokens a rank are not a multiple of the 2 chunks it holds."),
         (
