@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.kernel import wait_until
-from benchmark.prediction import Compute, Post, Wait, predicted_seconds
+from benchmark.prediction import Compute, Post, Wait, all_to_all, predicted_seconds
 from emulated_cluster import Cluster, Network, add_network_arguments, why_not_here
 from mindspeed_cp.comm import Communicator, Transfer
 from mindspeed_cp.tensor_parallel import MLP, KindName, TensorMesh, on_virtual_ranks, plan_mesh, shard
@@ -104,9 +104,10 @@ class Recorder:
         return self.communicator.size
 
     def all_to_all(self, send: Tensor) -> Tensor:
-        """See Communicator. Everything is posted at once."""
-        others = [rank for place, rank in enumerate(self.ranks) if place != self.rank]
-        self._write(dict.fromkeys(others, send.nbytes // self.size), others)
+        """See Communicator."""
+        self.calls += 1
+        handle = f"{self.name} {self.calls}"
+        self.program += all_to_all(handle, self.ranks[self.rank], self.ranks, send.nbytes // self.size)
         return self.communicator.all_to_all(send)
 
     def all_gather(self, send: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ Note [Prediction]
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from benchmark.cases import Algorithm, Case
 from emulated_cluster import Network
+from mindspeed_cp.comm.communicator import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Axis, Message, Phase, program
@@ -93,12 +94,12 @@ class Plan:
         tokens = self.case.num_tokens // topology.size
         qkv = self.case.q_bytes(tokens) + self.case.kv_bytes(tokens)
         first, last = (qkv, self.case.q_bytes(tokens)) if self.pass_ == "forward" else (self.case.q_bytes(tokens), qkv)
-        yield from _all_to_all("scatter", rank, peers, first // topology.ulysses)
+        yield from all_to_all("scatter", rank, peers, first // topology.ulysses)
         if topology.ring_size == 1:
             yield Compute(self._seconds(self.case.num_tokens**2 / 2) / topology.size)
         else:
             yield from self._ring(rank)
-        yield from _all_to_all("gather", rank, peers, last // topology.ulysses)
+        yield from all_to_all("gather", rank, peers, last // topology.ulysses)
 
     def _seconds(self, scores: float) -> float:
         """Time for so many scores of all heads: two matrix products, five in the backward pass."""
@@ -116,7 +117,7 @@ class Plan:
             yield Compute(compute / size)
         else:
             yield Compute(compute / size)
-            yield from _all_to_all("gradients", rank, tuple(range(size)), block)
+            yield from all_to_all("gradients", rank, tuple(range(size)), block)
 
     def _ring(self, rank: int) -> Program:
         """The rank's program in the library, played as attention plays it."""
@@ -176,10 +177,16 @@ def _post(handle: object, sends: dict[int, int], sources: tuple[int, ...], overl
         yield Wait(handle)
 
 
-def _all_to_all(handle: str, rank: int, peers: tuple[int, ...], num_bytes: int) -> Program:
-    others = tuple(peer for peer in peers if peer != rank)
-    yield Post(handle, dict.fromkeys(others, num_bytes), others)
-    yield Wait(handle)
+def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Program:
+    """The rounds of an all-to-all among `peers`, one of which is `rank`, of messages of so many bytes."""
+    under_way: deque[object] = deque()
+    for number, (to, source) in enumerate(rounds(peers.index(rank), len(peers))):
+        if len(under_way) == ROUNDS_UNDER_WAY:
+            yield Wait(under_way.popleft())
+        under_way.append((handle, number))
+        yield Post(under_way[-1], {peers[to]: num_bytes}, (peers[source],))
+    for each in under_way:
+        yield Wait(each)
 
 
 class Sent(NamedTuple):
