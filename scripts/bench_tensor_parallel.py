@@ -73,11 +73,15 @@ SETTINGS = {
         Setting("xy", {"x": 4}),
     ],
 }
-OVERLAPPED = [
-    Setting(kind, sizes, "panels", overlap)
-    for kind, sizes in (("2d", {}), ("1d-sp", {}), ("xy", {"x": 4}))
-    for overlap in (False, True)
-]
+OVERLAPPED: dict[int, list[tuple[KindName, dict[str, int]]]] = {
+    4: [("2d", {}), ("1d-sp", {}), ("xy", {"x": 2})],
+    8: [("2.5d", {"depth": 2}), ("1d-sp", {}), ("3d", {}), ("xy", {"x": 4})],
+}
+
+
+def overlapped(ranks: int) -> list[Setting]:
+    """Each kind in panels without overlap, and with."""
+    return [Setting(*each, "panels", overlap) for each in OVERLAPPED[ranks] for overlap in (False, True)]
 
 
 @dataclass
@@ -228,8 +232,8 @@ def measure(setting: Setting, case: Case) -> Measured:
     return Measured(time.perf_counter() - start.item(), sum(mesh.traffic.bytes_sent.values()))
 
 
-def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) -> dict[str, float]:
-    """Print a table; median seconds of the slowest rank, by setting. Settings take turns."""
+def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) -> dict[str, list[float]]:
+    """Print a table of medians; seconds of the slowest rank in each reading, by setting. Settings take turns."""
     for setting in settings:
         cluster.call(prepare, setting, case)
     runs: dict[str, list[list[Measured]]] = {str(setting): [] for setting in settings}
@@ -237,38 +241,50 @@ def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) 
         for setting in settings:
             runs[str(setting)].append(cluster.call(measure, setting, case))
     print("| | MiB a rank | ms | of predicted |\n|---|---|---|---|")
-    medians = {}
+    readings = {}
     for setting in settings:
-        seconds = statistics.median(max(each.seconds for each in run) for run in runs[str(setting)])
-        medians[str(setting)] = seconds
+        seconds = [max(each.seconds for each in run) for run in runs[str(setting)]]
         sent, predicted = runs[str(setting)][0][0].bytes_sent / 2**20, predict(cluster.network, setting, case)
-        print(f"| {setting} | {sent:.2f} | {1e3 * seconds:.0f} | {seconds / predicted:.2f} |", flush=True)
-    return medians
+        median = statistics.median(seconds)
+        print(f"| {setting} | {sent:.2f} | {1e3 * median:.0f} | {median / predicted:.2f} |", flush=True)
+        readings[str(setting)] = seconds
+    return readings
 
 
-class Hidden(NamedTuple):
-    """Parts that are hidden: of the shorter one of products and transfers, and of what the order of panels allows."""
+class Hideable(NamedTuple):
+    """Seconds that overlap saves where nothing but products and transfers takes time, and those of the shorter one."""
 
-    of_shorter: float
-    of_allowed: float
+    saved: float
+    shorter: float
 
 
-def hidden(seconds: float, network: Network, setting: Setting, case: Case) -> Hidden:
-    """What a measured time says of overlap. The first product and the last transfer have nothing to hide behind."""
+def hideable(network: Network, setting: Setting, case: Case) -> Hideable:
+    """What can be hidden in a setting. The first product and the last transfer have nothing beside them."""
+    without, overlapping = (predict(network, setting._replace(overlap=overlap), case) for overlap in (False, True))
     products = predict(replace(network, fast_mbit=1e9, slow_mbit=1e9), setting, case)
     transfers = predict(network, setting, case._replace(flops_per_s=1e18))
-    saved, allowed = products + transfers - seconds, products + transfers - predict(network, setting, case)
-    return Hidden(saved / min(products, transfers), saved / allowed)
+    return Hideable(without - overlapping, min(products, transfers))
+
+
+def report_hidden(readings: dict[str, list[float]], network: Network, settings: list[Setting], case: Case) -> None:
+    """Print what overlap has saved in each reading, of what can be hidden and of the shorter one."""
+    print("\n| | hidden of what can be, by reading | of the shorter of products and transfers |\n|---|---|---|")
+    for setting in [setting for setting in settings if setting.overlap]:
+        without = readings[str(setting._replace(overlap=False))]
+        saved = [a - b for a, b in zip(without, readings[str(setting)], strict=True)]
+        most = hideable(network, setting, case)
+        by_reading = ", ".join(f"{each / most.saved:.0%}" for each in saved)
+        print(f"| {setting} | {by_reading} | {statistics.median(saved) / most.shorter:.0%} |", flush=True)
 
 
 def main() -> int:
     """Read the command line, measure, print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, choices=tuple(SETTINGS), default=8)
+    parser.add_argument("--ranks", type=int, default=8, help="8 or 16; with --overlap 4 or 8")
     parser.add_argument("--ranks-per-node", type=int, default=4)
     parser.add_argument("--slow-mbit", type=float, default=20.0)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--overlap", action="store_true", help="4 ranks, panels with overlap and without")
+    parser.add_argument("--overlap", action="store_true", help="panels with overlap and without, a rank a node")
     for name, default in (("batch", 16), ("sequence", 128), ("hidden", 128), ("ffn", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--gflops", type=float, default=1e4, help="of the emulated accelerator")
@@ -276,20 +292,21 @@ def main() -> int:
     args = parser.parse_args()
     if reason := why_not_here():
         parser.error(reason)
+    if args.ranks not in (OVERLAPPED if args.overlap else SETTINGS):
+        parser.error(f"--ranks {args.ranks}: use {' or '.join(map(str, OVERLAPPED if args.overlap else SETTINGS))}.")
+    settings = overlapped(args.ranks) if args.overlap else SETTINGS[args.ranks]
     case = Case(args.batch, args.sequence, args.hidden, args.ffn, args.gflops * 1e9)
     network = Network(
-        num_ranks=4 if args.overlap else args.ranks,
+        num_ranks=args.ranks,
         ranks_per_node=1 if args.overlap else args.ranks_per_node,
         fast_mbit=args.fast_mbit,
         slow_mbit=args.slow_mbit,
         slow_link=args.slow_link,
     )
     with Cluster(network) as cluster:
-        seconds = report(cluster, OVERLAPPED if args.overlap else SETTINGS[args.ranks], case, args.repeats)
-    for setting in OVERLAPPED if args.overlap else ():
-        if setting.overlap:
-            parts = hidden(seconds[str(setting)], network, setting, case)
-            print(f"{setting}: {parts.of_allowed:.0%} of what its panels allow, {parts.of_shorter:.0%} of the shorter")
+        readings = report(cluster, settings, case, args.repeats)
+    if args.overlap:
+        report_hidden(readings, network, settings, case)
     return 0
 
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.tensor_parallel.collectives import Along, raw_gather, raw_reduce, raw_scatter_sum
 from mindspeed_cp.tensor_parallel.grid import Axes
 from mindspeed_cp.tensor_parallel.kinds import LinearLayouts, Role
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
-from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, row_route, travelling
+from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, RowFlow, travelling
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class SquareProduct:
 
 
 @dataclass(frozen=True)
-class RowGatheringProduct:
-    """Rows of X gathered panel by panel; each gives its rows of Y. W and dY, where they are gathered too, are whole."""
+class RowProduct:
+    """Rows of X gathered, and those of Y scattered, piece by piece. W, where it is gathered too, is whole."""
 
     plan: LinearPlan
     mesh: TensorMesh
@@ -163,64 +164,32 @@ class RowGatheringProduct:
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See Product."""
-        route, whole_weight = self._route(x), _gathered(weight, self.mesh, self.plan.gathered_weight)
-        rows = {
-            route.panels[step]: F.linear(panel, whole_weight)
-            for step, (panel,) in travelling([route], [x], overlap=self.overlap)
-        }
-        y = torch.cat([rows[panel] for panel in sorted(rows)], route.dim)
-        return _summed(y, self.mesh, self.plan.scattered_output), (x, weight)
+        whole_weight = _gathered(weight, self.mesh, self.plan.gathered_weight)
+        flow = self._flow(self.plan.gathered_input, self.plan.scattered_output)
+        return flow.products(x, lambda rows: F.linear(rows, whole_weight)).sums.wait(), (x, weight)
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
-        plan, mesh, route = self.plan, self.mesh, self._route(x)
+        plan, mesh = self.plan, self.mesh
         whole_weight = _gathered(weight, mesh, plan.gathered_weight)
-        rows = _gathered(dy, mesh, plan.scattered_output).chunk(len(route.panels), route.dim)
-        dweight = _zeros(whole_weight, whole_weight.shape)
-        home = Homecoming([route], overlap=self.overlap)
-        for step, (panel,) in travelling([route], [x], overlap=self.overlap):
-            dy_panel = rows[route.panels[step]]
-            home.send(step, [dy_panel @ whole_weight])
-            dweight += _outer(dy_panel, panel)
+        flow = self._flow(plan.scattered_output, plan.gathered_input)
+        panels, sums = flow.products(dy, lambda rows: rows @ whole_weight)
+        rows = torch.cat([panels[number] for number in sorted(panels)], flow.dim)
+        dx, dweight = None, _zeros(whole_weight, whole_weight.shape)
+        for number, panel in self._flow(plan.gathered_input, ()).panels(x):
+            size = panel.size(flow.dim)
+            dweight += _outer(rows.narrow(flow.dim, number * size, size), panel)
+            # What was found last has travelled beside this product; it left before the next panel, and comes before it.
+            dx = sums.wait() if dx is None else dx
         dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
-        return Gradients(home.sums()[0], raw_reduce(dweight, mesh, plan.shared_weight))
+        return Gradients(dx, raw_reduce(dweight, mesh, plan.shared_weight))
 
-    def _route(self, x: Tensor) -> Route:
-        (along,) = self.plan.gathered_input
-        return row_route(self.mesh.communicators[along.axis,], x.size(along.dim), along.dim)
+    def _flow(self, gathered: tuple[Along, ...], summed: tuple[Along, ...]) -> RowFlow:
+        (dim,) = {along.dim for along in (*self.plan.gathered_input, *self.plan.scattered_output)}
+        return RowFlow(self._communicator(gathered), self._communicator(summed), dim, self.overlap)
 
-
-@dataclass(frozen=True)
-class RowScatteringProduct:
-    """Rows of Y computed and scattered panel by panel, and those of dY gathered so."""
-
-    plan: LinearPlan
-    mesh: TensorMesh
-    overlap: bool
-
-    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """See Product."""
-        (along,) = self.plan.scattered_output
-        communicator = self.mesh.communicators[along.axis,]
-        route = row_route(communicator, x.size(along.dim) // communicator.size, along.dim)
-        rows = x.chunk(communicator.size, along.dim)
-        home = Homecoming([route], overlap=self.overlap)
-        for step, panel in enumerate(route.panels):
-            home.send(step, [F.linear(rows[panel], weight)])
-        return home.sums()[0], (x, weight)
-
-    def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
-        """See Product."""
-        (along,) = self.plan.scattered_output
-        route = row_route(self.mesh.communicators[along.axis,], dy.size(along.dim), along.dim)
-        rows, found = x.chunk(len(route.panels), along.dim), {}
-        dweight = _zeros(weight, weight.shape)
-        for step, (panel,) in travelling([route], [dy], overlap=self.overlap):
-            owner = route.panels[step]
-            found[owner] = panel @ weight
-            dweight += _outer(panel, rows[owner])
-        dx = torch.cat([found[owner] for owner in sorted(found)], along.dim)
-        return Gradients(dx, raw_reduce(dweight.to(weight.dtype), self.mesh, self.plan.shared_weight))
+    def _communicator(self, plan: tuple[Along, ...]) -> Communicator | None:
+        return self.mesh.communicators[plan[0].axis,] if plan else None
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:

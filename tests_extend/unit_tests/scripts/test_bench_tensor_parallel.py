@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench_tensor_parallel import OVERLAPPED, SETTINGS, Case, record
+from bench_tensor_parallel import SETTINGS, Case, overlapped, record
 from benchmark.prediction import Compute, Post
 from mindspeed_cp.tensor_parallel import comm_volume, mlp_shapes, plan_mesh
 
 CASE = Case(batch=8, sequence=8, hidden=16, ffn=64, flops_per_s=1.0)
-SAMPLE = [(4, setting) for setting in OVERLAPPED if setting.overlap] + [(8, setting) for setting in SETTINGS[8][2:5]]
+SAMPLE = [(8, setting) for setting in overlapped(8) if setting.overlap] + [(8, setting) for setting in SETTINGS[8][2:5]]
 
 
 @pytest.mark.parametrize(("ranks", "setting"), SAMPLE, ids=str)
