@@ -16,7 +16,9 @@ from mindspeed_cp.tensor_parallel.products import (
     GatheredProduct,
     LinearPlan,
     Product,
-    RowProduct,
+    RowGatheringProduct,
+    RowScatteringProduct,
+    SlicedProduct,
     SquareProduct,
     multiply,
 )
@@ -100,8 +102,12 @@ class Linear(ShardedModule):
                 communicators = mesh.communicators[by_features.axis,], mesh.communicators[by_columns.axis,]
                 return SquareProduct(plan, mesh, square_routes(*communicators, weight.size(1)), overlap)
             self._check_even(weight)
-            if plan.gathered_input or plan.scattered_output:
-                return RowProduct(plan, mesh, overlap)
+            if plan.gathered_input and plan.scattered_output:
+                return SlicedProduct(plan, mesh, overlap, RowGatheringProduct(plan, mesh, overlap))
+            if plan.gathered_input:
+                return RowGatheringProduct(plan, mesh, overlap)
+            if plan.scattered_output:
+                return RowScatteringProduct(plan, mesh, overlap)
         self._check_even(weight)
         return GatheredProduct(plan, mesh, keep=self.gathering == "keep")
 

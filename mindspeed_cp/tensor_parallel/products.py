@@ -3,6 +3,7 @@
 Shapes: X [..., I], W [O, I], Y [..., O], each this rank's part; the product is X W^T over all parts.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.tensor_parallel.collectives import Along, raw_gather, raw_reduce, raw_scatter_sum
 from mindspeed_cp.tensor_parallel.grid import Axes
 from mindspeed_cp.tensor_parallel.kinds import LinearLayouts, Role
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
-from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, RowFlow, travelling
+from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, Slice, SliceRoute, row_route, travelling
+
+_SLICES = 8
+"""At most: the first one's gather and the last one's scatter have no product beside them; small ones are slow."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,8 @@ class SquareProduct:
 
 
 @dataclass(frozen=True)
-class RowProduct:
-    """Rows of X gathered, and those of Y scattered, piece by piece. W, where it is gathered too, is whole."""
+class RowGatheringProduct:
+    """Rows of X gathered panel by panel; each gives its rows of Y. W and dY, where they are gathered too, are whole."""
 
     plan: LinearPlan
     mesh: TensorMesh
@@ -164,32 +167,157 @@ class RowProduct:
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See Product."""
-        whole_weight = _gathered(weight, self.mesh, self.plan.gathered_weight)
-        flow = self._flow(self.plan.gathered_input, self.plan.scattered_output)
-        return flow.products(x, lambda rows: F.linear(rows, whole_weight)).sums.wait(), (x, weight)
+        route, whole_weight = self._route(x), _gathered(weight, self.mesh, self.plan.gathered_weight)
+        rows = {
+            route.panels[step]: F.linear(panel, whole_weight)
+            for step, (panel,) in travelling([route], [x], overlap=self.overlap)
+        }
+        y = torch.cat([rows[panel] for panel in sorted(rows)], route.dim)
+        return _summed(y, self.mesh, self.plan.scattered_output), (x, weight)
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
-        plan, mesh = self.plan, self.mesh
+        plan, mesh, route = self.plan, self.mesh, self._route(x)
         whole_weight = _gathered(weight, mesh, plan.gathered_weight)
-        flow = self._flow(plan.scattered_output, plan.gathered_input)
-        panels, sums = flow.products(dy, lambda rows: rows @ whole_weight)
-        rows = torch.cat([panels[number] for number in sorted(panels)], flow.dim)
-        dx, dweight = None, _zeros(whole_weight, whole_weight.shape)
-        for number, panel in self._flow(plan.gathered_input, ()).panels(x):
-            size = panel.size(flow.dim)
-            dweight += _outer(rows.narrow(flow.dim, number * size, size), panel)
-            # What was found last has travelled beside this product; it left before the next panel, and comes before it.
-            dx = sums.wait() if dx is None else dx
+        rows = _gathered(dy, mesh, plan.scattered_output).chunk(len(route.panels), route.dim)
+        dweight = _zeros(whole_weight, whole_weight.shape)
+        home = Homecoming([route], overlap=self.overlap)
+        for step, (panel,) in travelling([route], [x], overlap=self.overlap):
+            dy_panel = rows[route.panels[step]]
+            home.send(step, [dy_panel @ whole_weight])
+            dweight += _outer(dy_panel, panel)
         dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
-        return Gradients(dx, raw_reduce(dweight, mesh, plan.shared_weight))
+        return Gradients(home.sums()[0], raw_reduce(dweight, mesh, plan.shared_weight))
 
-    def _flow(self, gathered: tuple[Along, ...], summed: tuple[Along, ...]) -> RowFlow:
-        (dim,) = {along.dim for along in (*self.plan.gathered_input, *self.plan.scattered_output)}
-        return RowFlow(self._communicator(gathered), self._communicator(summed), dim, self.overlap)
+    def _route(self, x: Tensor) -> Route:
+        (along,) = self.plan.gathered_input
+        return row_route(self.mesh.communicators[along.axis,], x.size(along.dim), along.dim)
 
-    def _communicator(self, plan: tuple[Along, ...]) -> Communicator | None:
-        return self.mesh.communicators[plan[0].axis,] if plan else None
+
+@dataclass(frozen=True)
+class RowScatteringProduct:
+    """Rows of Y computed and scattered panel by panel, and those of dY gathered so."""
+
+    plan: LinearPlan
+    mesh: TensorMesh
+    overlap: bool
+
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See Product."""
+        (along,) = self.plan.scattered_output
+        communicator = self.mesh.communicators[along.axis,]
+        route = row_route(communicator, x.size(along.dim) // communicator.size, along.dim, own_last=True)
+        rows = x.chunk(communicator.size, along.dim)
+        home = Homecoming([route], overlap=self.overlap)
+        for step, panel in enumerate(route.panels):
+            home.send(step, [F.linear(rows[panel], weight)])
+        return home.sums()[0], (x, weight)
+
+    def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
+        """See Product."""
+        (along,) = self.plan.scattered_output
+        route = row_route(self.mesh.communicators[along.axis,], dy.size(along.dim), along.dim)
+        rows, found = x.chunk(len(route.panels), along.dim), {}
+        dweight = _zeros(weight, weight.shape)
+        for step, (panel,) in travelling([route], [dy], overlap=self.overlap):
+            owner = route.panels[step]
+            found[owner] = panel @ weight
+            dweight += _outer(panel, rows[owner])
+        dx = torch.cat([found[owner] for owner in sorted(found)], along.dim)
+        return Gradients(dx, raw_reduce(dweight.to(weight.dtype), self.mesh, self.plan.shared_weight))
+
+
+@dataclass(frozen=True)
+class SlicedProduct:
+    """Rows of X gathered along one axis and rows of Y scattered along another, slice by slice; see Note [Slices].
+
+    W, where it is gathered too, is whole. by_panels: what takes activations of which there is one slice.
+    """
+
+    plan: LinearPlan
+    mesh: TensorMesh
+    overlap: bool
+    by_panels: RowGatheringProduct
+
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See Product."""
+        slices, dim = self._slices(x)
+        if len(slices) == 1:
+            return self.by_panels.forward(x, weight)
+        whole_weight, (gather, scatter) = _gathered(weight, self.mesh, self.plan.gathered_weight), self._routes()
+        under_way = _UnderWay(self.overlap)
+        for (rows,) in self._arriving([gather], [slices]):
+            under_way.add(scatter.scatter(F.linear(rows, whole_weight)))
+        return torch.cat(under_way.sums(), dim), (x, weight)
+
+    def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
+        """See Product."""
+        plan, mesh, (slices, dim) = self.plan, self.mesh, self._slices(x)
+        if len(slices) == 1:
+            return self.by_panels.backward(dy, x, weight, needs_dx=needs_dx)
+        whole_weight, (of_x, of_y) = _gathered(weight, mesh, plan.gathered_weight), self._routes()
+        dweight, under_way = _zeros(whole_weight, whole_weight.shape), _UnderWay(self.overlap)
+        for dy_rows, x_rows in self._arriving([of_y, of_x], [dy.chunk(len(slices), dim), slices]):
+            under_way.add(of_x.scatter(dy_rows @ whole_weight))
+            dweight += _outer(dy_rows, x_rows)
+        dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
+        return Gradients(torch.cat(under_way.sums(), dim), raw_reduce(dweight, mesh, plan.shared_weight))
+
+    def _slices(self, x: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Of activations, along the dim of rows that nothing travels along, which [B, H] has not."""
+        (along,) = self.plan.gathered_input
+        if x.dim() == 2:
+            return [x], 0
+        dim = 1 if along.dim == 0 else 0
+        count = max(count for count in range(1, _SLICES + 1) if x.size(dim) % count == 0)
+        return x.chunk(count, dim), dim
+
+    def _routes(self) -> tuple[SliceRoute, SliceRoute]:
+        """Of rows of X and of Y."""
+        (of_x,), (of_y,) = self.plan.gathered_input, self.plan.scattered_output
+        on_x, on_y = (SliceRoute(self.mesh.communicators[each.axis,], each.dim) for each in (of_x, of_y))
+        return on_x, on_y
+
+    def _arriving(self, routes: list[SliceRoute], slices: list[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+        """Each slice of all ranks, by operand, while the next one travels."""
+        last = len(slices[0]) - 1
+
+        def start(number: int) -> list[Slice]:
+            return [route.gather(each[number]) for route, each in zip(routes, slices, strict=True)]
+
+        coming = start(0)
+        for number in range(last + 1):
+            rows = [each.joined() for each in coming]
+            if self.overlap and number < last:
+                coming = start(number + 1)
+            yield rows
+            if not self.overlap and number < last:
+                coming = start(number + 1)
+
+
+class _UnderWay:
+    """Slices that are scattered, each while the next one is multiplied, or at once."""
+
+    def __init__(self, overlap: bool) -> None:
+        self._overlap, self._sums = overlap, list[Tensor]()
+        self._last: Slice | None = None
+
+    def add(self, scattered: Slice) -> None:
+        """When a slice has been sent: receive the one before, or this one."""
+        self._receive()
+        self._last = scattered
+        if not self._overlap:
+            self._receive()
+
+    def sums(self) -> list[Tensor]:
+        """Of all slices."""
+        self._receive()
+        return self._sums
+
+    def _receive(self) -> None:
+        if self._last is not None:
+            self._sums.append(self._last.summed())
+        self._last = None
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:
