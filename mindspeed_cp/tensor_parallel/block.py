@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mindspeed_cp.tensor_parallel.dropout import Dropout
 from mindspeed_cp.tensor_parallel.layout import Sharded
-from mindspeed_cp.tensor_parallel.linear import Gathering, Linear
+from mindspeed_cp.tensor_parallel.linear import Gathering, Linear, apply_together
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.norms import LayerNorm, RMSNorm
 
@@ -20,7 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x))): 1D column and row, or whatever these are in another kind."""
+    """fc2(activation(fc1(x))), or gated, fc2(activation(gate(x)) * fc1(x)): SwiGLU where the activation is silu."""
 
     def __init__(
         self,
@@ -28,22 +28,42 @@ class MLP(nn.Module):
         fc2: nn.Linear,
         mesh: TensorMesh,
         *,
+        gate: nn.Linear | None = None,
         activation: Callable[[Tensor], Tensor] = F.gelu,
         gathering: Gathering = "keep",
         overlap: bool = True,
     ) -> None:
-        """fc1, fc2: whole. activation: elementwise. gathering, overlap: see Linear."""
+        """fc1, fc2, gate: whole. activation: elementwise. gathering, overlap: see Linear.
+
+        Raises ValueError where gate has other sizes than fc1, or one of them has a bias and the other has none.
+        """
         super().__init__()
+        if gate is not None and (gate.weight.shape != fc1.weight.shape or (gate.bias is None) != (fc1.bias is None)):
+            raise ValueError(
+                f"a gate {_in_words(gate)} does not go with fc1 {_in_words(fc1)}; give both the same sizes, and both "
+                f"a bias or none."
+            )
         self.fc1 = Linear.from_linear(fc1, mesh, gathering=gathering, overlap=overlap)
+        self.gate = None if gate is None else Linear.from_linear(gate, mesh, gathering=gathering, overlap=overlap)
         self.activation = activation
         inner = self.fc1.layouts.output
         self.fc2 = Linear.from_linear(fc2, mesh, input=inner, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] or [B, H] as activations lie between blocks; the output lies so too."""
-        hidden: Sharded = self.fc1(x)
-        y: Sharded = self.fc2(hidden.map(self.activation))
+        if self.gate is None:
+            hidden: Sharded = self.fc1(x)
+            hidden = hidden.map(self.activation)
+        else:
+            gate, value = apply_together([self.gate, self.fc1], x)
+            hidden = gate.map(lambda local: self.activation(local) * value.local)
+        y: Sharded = self.fc2(hidden)
         return y
+
+
+def _in_words(linear: nn.Linear) -> str:
+    bias = "with" if linear.bias is not None else "without"
+    return f"{linear.in_features} -> {linear.out_features} {bias} bias"
 
 
 class SelfAttention(nn.Module):

@@ -59,19 +59,21 @@ class Memory(NamedTuple):
     saved: int
 
 
-def mlp_shapes(batch: int, sequence: int, hidden: int, ffn: int) -> tuple[Shape, ...]:
-    """The linear layers of an MLP hidden -> ffn -> hidden."""
-    return LinearShape(batch, sequence, hidden, ffn), LinearShape(batch, sequence, ffn, hidden)
+def mlp_shapes(batch: int, sequence: int, hidden: int, ffn: int, *, gated: bool = False) -> tuple[Shape, ...]:
+    """The linear layers of an MLP hidden -> ffn -> hidden; a gate goes with the first, as one of twice its outputs."""
+    return LinearShape(batch, sequence, hidden, ffn * (1 + gated)), LinearShape(batch, sequence, ffn, hidden)
 
 
-def block_shapes(batch: int, sequence: int, hidden: int, ffn: int, *, keys: int | None = None) -> tuple[Shape, ...]:
+def block_shapes(
+    batch: int, sequence: int, hidden: int, ffn: int, *, keys: int | None = None, gated: bool = False
+) -> tuple[Shape, ...]:
     """The linear layers and the attention of a transformer block. keys: features of K and V together, 2 * hidden."""
     keys = 2 * hidden if keys is None else keys
     return (
         LinearShape(batch, sequence, hidden, hidden + keys),
         AttentionShape(batch, sequence, keys),
         LinearShape(batch, sequence, hidden, hidden),
-        *mlp_shapes(batch, sequence, hidden, ffn),
+        *mlp_shapes(batch, sequence, hidden, ffn, gated=gated),
     )
 
 

@@ -3,10 +3,13 @@
 Shapes: B batch, S sequence, I features in, O features out.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
+from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.tensor_parallel.collectives import check_even, share
 from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
@@ -82,15 +85,8 @@ class Linear(ShardedModule):
 
         Raises ValueError where x lies otherwise.
         """
-        if x.layout != self.layouts.input:
-            raise ValueError(
-                f"this {self.mesh.kind.name} linear layer takes an input with {self.layouts.input}, and is given one "
-                f"with {x.layout}; make it for that one, Linear.from_linear(..., input=x.layout)."
-            )
-        y = multiply(x.local, self.weight, self.product)
-        if self.bias is not None:
-            y = y + share(self.bias, self.mesh, self.plan.shared_bias)
-        return Sharded(y, self.layouts.output)
+        (y,) = apply_together([self], x)
+        return y
 
     def _product(self, weight: Tensor, overlap: bool) -> Product:
         """How X and W are multiplied, as `gathering` says."""
@@ -122,3 +118,37 @@ class Linear(ShardedModule):
                 tuple(axes if gathered.intersection(axes) else () for axes in placement),
                 self.mesh.grid,
             )
+
+
+def apply_together(linears: Sequence[Linear], x: Sharded) -> list[Sharded]:
+    """What several linear layers of one mesh, input and `gathering` give for x, which travels once.
+
+    Under torch.autocast they compute in its dtype, as nn.Linear does, and that is also what travels.
+
+    Raises ValueError where x lies otherwise than they were made for, or some have a bias and some have none.
+    """
+    first, weights = linears[0], [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if x.layout != first.layouts.input:
+        raise ValueError(
+            f"this {first.mesh.kind.name} linear layer takes an input with {first.layouts.input}, and is given one "
+            f"with {x.layout}; make it for that one, Linear.from_linear(..., input=x.layout)."
+        )
+    if len(biases) not in (0, len(linears)):
+        raise ValueError(f"{len(biases)} of {len(linears)} linear layers together have a bias; give all one, or none.")
+    assert all(linear.layouts == first.layouts and linear.gathering == first.gathering for linear in linears)
+    local, *cast = in_autocast(x.local, *weights, *biases)
+    y = multiply(local, cast[: len(weights)], first.product)
+    if biases:
+        y = y + share(torch.cat(cast[len(weights) :]), first.mesh, first.plan.shared_bias)
+    parts = y.split([weight.size(0) for weight in weights], dim=-1)
+    return [Sharded(part, first.layouts.output) for part in parts]
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Them in the dtype of torch.autocast where it is on: as it does with the operands of products, all but fp64."""
+    device = tensors[0].device.type
+    if not autocast_is_on(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)

@@ -81,24 +81,30 @@ class Product(Protocol):
         ...
 
 
-def multiply(x: Tensor, weight: Tensor, product: Product) -> Tensor:
-    """Y, differentiable in X and W."""
-    y: Tensor = _Multiply.apply(x, weight, product)
+def multiply(x: Tensor, weights: Sequence[Tensor], product: Product) -> Tensor:
+    """Y of all weights, one after the other in its features, differentiable in X and in each of them."""
+    y: Tensor = _Multiply.apply(x, product, *weights)
     return y
 
 
 class _Multiply(torch.autograd.Function):
+    """Several weights travel and are multiplied as one, and are kept as they are where that one is not sent."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
-        y, kept = product.forward(x, weight)
-        ctx.save_for_backward(*kept)
-        ctx.product = product
+    def forward(ctx: Any, x: Tensor, product: Product, *weights: Tensor) -> Tensor:
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        y, (kept_x, kept_weight) = product.forward(x, joined)
+        ctx.product, ctx.sizes = product, [weight.size(0) for weight in weights]
+        ctx.save_for_backward(kept_x, *(weights if kept_weight is joined else (kept_weight,)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.product.backward(grads[0], *ctx.saved_tensors, needs_dx=ctx.needs_input_grad[0]), None
+        x, *weights = ctx.saved_tensors
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        dx, dweight = ctx.product.backward(grads[0], x, joined, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, *dweight.split(ctx.sizes)
 
 
 @dataclass(frozen=True)
