@@ -35,13 +35,18 @@ class MLP(nn.Module):
     ) -> None:
         """fc1, fc2, gate: whole. activation: elementwise. gathering, overlap: see Linear.
 
-        Raises ValueError where gate has other sizes than fc1, or one of them has a bias and the other has none.
+        Raises ValueError where fc2 does not take what fc1 gives, gate has other sizes than fc1, or one of these two has
+        a bias and the other has none.
         """
         super().__init__()
         if gate is not None and (gate.weight.shape != fc1.weight.shape or (gate.bias is None) != (fc1.bias is None)):
             raise ValueError(
                 f"a gate {_in_words(gate)} does not go with fc1 {_in_words(fc1)}; give both the same sizes, and both "
                 f"a bias or none."
+            )
+        if fc2.in_features != fc1.out_features:
+            raise ValueError(
+                f"fc1 gives {fc1.out_features} features, and fc2 takes {fc2.in_features}; make one for the other."
             )
         self.fc1 = Linear.from_linear(fc1, mesh, gathering=gathering, overlap=overlap)
         self.gate = None if gate is None else Linear.from_linear(gate, mesh, gathering=gathering, overlap=overlap)
@@ -90,14 +95,14 @@ class SelfAttention(nn.Module):
         it is attention over their ranks: build_attention over the group of `mesh.within_attention`, say, with the
         tokens in the order in which it has them.
 
-        Raises ValueError where heads do not fit qkv or the mesh, or attention over several ranks is not given.
+        Raises ValueError where heads do not fit qkv, proj or the mesh, or attention over several ranks is not given.
         """
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         axes = mesh.kind.inner.features
         ranks = mesh.size_of(axes)
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}.")
+            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
         if num_kv_heads % ranks:
             raise ValueError(
                 f"num_kv_heads={num_kv_heads} heads are cut in {ranks} parts along {' and '.join(axes)}, which do not "
@@ -105,7 +110,14 @@ class SelfAttention(nn.Module):
             )
         if qkv.out_features % (num_heads + 2 * num_kv_heads):
             raise ValueError(
-                f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads."
+                f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads; use "
+                f"one."
+            )
+        head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
+        if proj.in_features != num_heads * head_size:
+            raise ValueError(
+                f"proj takes {proj.in_features} features, and {num_heads} heads of {head_size} give "
+                f"{num_heads * head_size}; make it for those."
             )
         if attend is None and mesh.size_of(mesh.kind.inner.sequence) > 1:
             raise ValueError(
@@ -113,7 +125,7 @@ class SelfAttention(nn.Module):
                 f"attention over their ranks, for instance of build_attention."
             )
         self.heads_per_group = num_heads // num_kv_heads
-        self.head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
+        self.head_size = head_size
         self.attend = attend or causal_attention
         self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering)
         self.proj = Linear.from_linear(proj, mesh, input=self.qkv.layouts.output, gathering=gathering)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_cp.kernels.precision import autocast_is_on
-from mindspeed_cp.tensor_parallel.collectives import check_even, share
+from mindspeed_cp.tensor_parallel.collectives import check_even, own_part, share
 from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.module import ShardedModule
@@ -29,6 +29,12 @@ from mindspeed_cp.tensor_parallel.products import (
 Gathering = Literal["keep", "again", "panels"]
 """What becomes of gathered operands: kept whole for the backward pass (fewest bytes), gathered again in it (only parts
 are kept), or never whole at all but multiplied panel by panel (see panels.py)."""
+
+
+def check_gathering(gathering: str) -> None:
+    """Raise ValueError where there is none of this name."""
+    if gathering not in get_args(Gathering):
+        raise ValueError(f"there is no gathering={gathering!r}; use one of {', '.join(get_args(Gathering))}.")
 
 
 class Linear(ShardedModule):
@@ -58,8 +64,7 @@ class Linear(ShardedModule):
         uneven parts that would be gathered.
         """
         super().__init__(mesh)
-        if gathering not in get_args(Gathering):
-            raise ValueError(f"there is no gathering={gathering!r}; use one of {', '.join(get_args(Gathering))}.")
+        check_gathering(gathering)
         self.layouts = mesh.kind.linear(mesh.kind.outer if input is None else input)
         self.gathering: Gathering = gathering
         self.plan = LinearPlan.of(self.layouts, mesh)
@@ -83,7 +88,7 @@ class Linear(ShardedModule):
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, I] or [B, I], as `layouts.input` says; returns [B, S, O] or [B, O] as `layouts.output` says.
 
-        Raises ValueError where x lies otherwise.
+        Raises ValueError where x lies otherwise, or has other features.
         """
         (y,) = apply_together([self], x)
         return y
@@ -125,7 +130,8 @@ def apply_together(linears: Sequence[Linear], x: Sharded) -> list[Sharded]:
 
     Under torch.autocast they compute in its dtype, as nn.Linear does, and that is also what travels.
 
-    Raises ValueError where x lies otherwise than they were made for, or some have a bias and some have none.
+    Raises ValueError where x lies otherwise than they were made for or has other features, or some have a bias and
+    some have none.
     """
     first, weights = linears[0], [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -133,6 +139,13 @@ def apply_together(linears: Sequence[Linear], x: Sharded) -> list[Sharded]:
         raise ValueError(
             f"this {first.mesh.kind.name} linear layer takes an input with {first.layouts.input}, and is given one "
             f"with {x.layout}; make it for that one, Linear.from_linear(..., input=x.layout)."
+        )
+    width = first.wholes["weight"].shape[1]
+    own = own_part(width, first.layouts.input.features, first.mesh).size
+    if x.local.size(-1) != own:
+        raise ValueError(
+            f"this linear layer takes {width} features, of which this rank has {own}, and is given "
+            f"{x.local.size(-1)}; shard an activation of {width}."
         )
     if len(biases) not in (0, len(linears)):
         raise ValueError(f"{len(biases)} of {len(linears)} linear layers together have a bias; give all one, or none.")
