@@ -175,36 +175,37 @@ def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool
 
 
 class Homecoming:
-    """Sums of what all ranks find for this rank's own panels, which come home step by step.
+    """Sum of what all ranks find for this rank's own panel, which comes home step by step.
 
     overlap: whether what is found at a step travels during the next one. Additions are in the order of the steps, in
     fp32, either way.
     """
 
-    def __init__(self, routes: Sequence[Route], *, overlap: bool) -> None:
-        self._routes, self._overlap = routes, overlap
-        self._totals: list[Tensor] = []
-        self._dtypes: list[torch.dtype] = []
-        self._arriving: list[Arrival] = []
+    def __init__(self, route: Route, *, overlap: bool) -> None:
+        self._route, self._overlap = route, overlap
+        self._total: Tensor | None = None
+        self._arriving: Arrival | None = None
 
-    def send(self, step: int, found: Sequence[Tensor]) -> None:
-        """Send what has been found for the panels of a step."""
+    def send(self, step: int, found: Tensor) -> None:
+        """Send what has been found for the panel of a step."""
         self._add()
-        self._arriving = [route.start_home(step, each) for route, each in zip(self._routes, found, strict=True)]
+        self._dtype = found.dtype
+        self._arriving = self._route.start_home(step, found)
         if not self._overlap:
             self._add()
 
-    def sums(self) -> list[Tensor]:
-        """When everything has been sent: the sums, in the dtype of what was found."""
+    def sum(self) -> Tensor:
+        """When everything has been sent: the sum, in the dtype of what was found."""
         self._add()
-        return [total.to(dtype) for total, dtype in zip(self._totals, self._dtypes, strict=True)]
+        assert self._total is not None
+        return self._total.to(self._dtype)
 
     def _add(self) -> None:
-        arrived = [each.wait() for each in self._arriving]
-        if arrived and not self._totals:
-            self._dtypes = [each.dtype for each in arrived]
-            self._totals = [each.to(accumulation_dtype(each.dtype), copy=True) for each in arrived]
-        elif arrived:
-            for total, each in zip(self._totals, arrived, strict=True):
-                total += each
-        self._arriving = []
+        if self._arriving is None:
+            return
+        arrived = self._arriving.wait()
+        if self._total is None:
+            self._total = arrived.to(accumulation_dtype(arrived.dtype), copy=True)
+        else:
+            self._total += arrived
+        self._arriving = None

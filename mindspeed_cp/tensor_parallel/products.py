@@ -156,10 +156,11 @@ class SquareProduct:
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
-        home = Homecoming(self.routes, overlap=self.overlap)
+        home_x, home_weight = (Homecoming(route, overlap=self.overlap) for route in self.routes)
         for step, (panel_x, panel_weight) in travelling(self.routes, (x, weight), overlap=self.overlap):
-            home.send(step, (dy @ panel_weight, _outer(dy, panel_x)))
-        dx, dweight = home.sums()
+            home_x.send(step, dy @ panel_weight)
+            home_weight.send(step, _outer(dy, panel_x))
+        dx, dweight = home_x.sum(), home_weight.sum()
         return Gradients(dx, raw_reduce(dweight, self.mesh, self.plan.shared_weight))
 
 
@@ -187,13 +188,13 @@ class RowGatheringProduct:
         whole_weight = _gathered(weight, mesh, plan.gathered_weight)
         rows = _gathered(dy, mesh, plan.scattered_output).chunk(len(route.panels), route.dim)
         dweight = _zeros(whole_weight, whole_weight.shape)
-        home = Homecoming([route], overlap=self.overlap)
+        home = Homecoming(route, overlap=self.overlap)
         for step, (panel,) in travelling([route], [x], overlap=self.overlap):
             dy_panel = rows[route.panels[step]]
-            home.send(step, [dy_panel @ whole_weight])
+            home.send(step, dy_panel @ whole_weight)
             dweight += _outer(dy_panel, panel)
         dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
-        return Gradients(home.sums()[0], raw_reduce(dweight, mesh, plan.shared_weight))
+        return Gradients(home.sum(), raw_reduce(dweight, mesh, plan.shared_weight))
 
     def _route(self, x: Tensor) -> Route:
         (along,) = self.plan.gathered_input
@@ -214,10 +215,10 @@ class RowScatteringProduct:
         communicator = self.mesh.communicators[along.axis,]
         route = row_route(communicator, x.size(along.dim) // communicator.size, along.dim, own_last=True)
         rows = x.chunk(communicator.size, along.dim)
-        home = Homecoming([route], overlap=self.overlap)
+        home = Homecoming(route, overlap=self.overlap)
         for step, panel in enumerate(route.panels):
-            home.send(step, [F.linear(rows[panel], weight)])
-        return home.sums()[0], (x, weight)
+            home.send(step, F.linear(rows[panel], weight))
+        return home.sum(), (x, weight)
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
