@@ -41,49 +41,111 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
     "dropped step": Mistake(
-        "program.py",
-        "            for inner in range(schedule.inner):\n",
-        "            for inner in range(schedule.inner - (schedule.inner > 2)):\n",
+        "program/rotation.py",
+        "                for inner in range(schedule.inner):\n",
+        "                for inner in range(schedule.inner - (schedule.inner > 2)):\n",
         "attention",
     ),
-    "wrong chunk order": Mistake("attention/ulysses.py", "places)\n", "sorted(places))\n", "attention"),
+    "wrong chunk order": Mistake(
+        "attention/ulysses.py", "if self.is_sorted:\n            return", "return", "attention"
+    ),
     "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
     "gradient lost": Mistake(
-        "attention/exchange.py", "self._add_message(posted.message, posted.received)", "pass", "attention"
+        "attention/exchange.py", "            self._add_message(message, received)\n", "            pass\n", "attention"
     ),
     "stale K/V": Mistake(
         "attention/exchange.py",
-        "posted.message.piece).unpack(posted.received)",
-        "posted.message.piece).unpack(posted.received * 0)",
+        "k, v = self._player.format(self._whole, message.piece).unpack(received)",
+        "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
     "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
     "message to the wrong peer": Mistake(
-        "program.py",
-        "gives = _message(schedule.peer(rank, Hop(0, -inner)),",
-        "gives = _message(schedule.peer(rank, Hop(0, inner)),",
+        "program/rotation.py",
+        "gives = message(self._peer(0, -inner),",
+        "gives = message(self._peer(0, inner),",
         "test_program.py",
     ),
     "own block's second part forgotten": Mistake(
-        "program.py", "    yield from _live(Step(rank, last))\n", "", "attention"
+        "program/transports.py",
+        "(*maker.steps(first), *live(Step(rank, last)))",
+        "tuple(maker.steps(first))",
+        "attention",
+    ),
+    "halo one token short": Mistake(
+        "plan.py",
+        "bisect_right(firsts, last_key + band.behind)",
+        "bisect_right(firsts, last_key + band.behind - 1)",
+        "test_transports.py",
+    ),
+    "direct message to the wrong peer": Mistake(
+        "program/straight.py",
+        "return self.schedule.peer(self.rank, Hop(*divmod(number, self.schedule.inner)))",
+        "return self.schedule.peer(self.rank, Hop(*divmod(number - 1, self.schedule.inner)))",
+        "test_transports.py",
+    ),
+    "uneven tail dropped": Mistake(
+        "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
     ),
     "scale left out": Mistake(
-        "attention/ring.py", ".forward(*tensors, mask, terms.scale)", ".forward(*tensors, mask, 1.0)", "attention"
+        "attention/ring.py",
+        "return TileTerms(terms.scale, call.window",
+        "return TileTerms(1.0, call.window",
+        "attention",
     ),
     "kernel of the forward pass not kept": Mistake(
         "attention/ring.py",
-        "grads = done.kernel.backward(",
-        "grads = ring.kernels.choose(done.case).backward(",
+        "grads = call.kernel.backward(",
+        "grads = ring.kernels.choose(call.case).backward(",
         "attention",
     ),
     "mask columns of another owner": Mistake(
         "attention/ring.py",
-        "mask = _mask(plan, terms, step.owner, tile, heads)",
-        "mask = _mask(plan, terms, ring.rank, tile, heads)",
+        "for run in joined(plan.keys.runs(owner)):",
+        "for run in joined(plan.keys.runs(0)):",
         "attention",
     ),
     "merge in bf16": Mistake(
         "comm/reduction.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
+    ),
+    "document boundary off by one": Mistake(
+        "layouts.py",
+        "stop = min(end, starts[number + 1])",
+        "stop = min(end, starts[number + 1] + (number == 0 and len(starts) > 2))",
+        "test_layouts.py",
+    ),
+    "window one token short": Mistake(
+        "documents.py", "None if left == -1 else left,", "None if left == -1 else max(0, left - 1),", "test_batch.py"
+    ),
+    "positions of another document": Mistake(
+        "sharding.py",
+        "[run.position - run.start for run",
+        "[run.position - run.start + run.document for run",
+        "test_sharding.py",
+    ),
+    "tokens of another document": Mistake(
+        "sharding.py",
+        "starts[run.document] + run.position",
+        "starts[run.document - 1] + run.position",
+        "test_sharding.py",
+    ),
+    "samples exchanged": Mistake(
+        "sharding.py",
+        "picked.unflatten(0, index.shape)",
+        "picked.unflatten(0, index.shape).flip(0)",
+        "test_sharding.py",
+    ),
+    "label of the next document": Mistake(
+        "sharding.py",
+        "last = lengths.cumsum(0)[lengths > 0] - 1",
+        "last = lengths.sum(0, keepdim=True) - 1",
+        "test_sharding.py",
+    ),
+    "relayout forgets the way back": Mistake(
+        "relayout.py", "ctx.arguments = target, source,", "ctx.arguments = source, target,", "test_relayout.py"
+    ),
+    "what a sample leaves uneven is forgotten": Mistake(
+        "layouts.py", "held, owed = deal(", "held, _ = deal(", "test_layouts.py"
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }

@@ -1,24 +1,7 @@
-"""Collective operations of one group of ranks.
+"""Collective operations of one group of ranks."""
 
-Note [Rounds]
-    In each round of an all-to-all every rank sends to one other and receives from one, so that no link has several
-    messages in its queue while another one is idle. Started all at once, they queue as they come, and the longest queue
-    is waited for. Links between nodes, moreover, want rounds in which all ranks leave their node, or none does. By
-    distance, with four ranks to a node, rank 3 leaves it from distance 1 on, and rank 0 from 4 on: 15 of 16 ranks'
-    rounds cross for somebody. So numbers are added digit by digit, without carry, digits being those of the prime
-    factors of the size:
-
-        round    1  2  3   4  5  6  7   8 ...        of 16 = 2 * 2 * 2 * 2 ranks, where it is rank XOR round:
-        rank 0   1  2  3   4  5  6  7   8            rounds 1 to 3 stay inside a node, 4 to 15 cross, for every rank
-        rank 3   2  1  0   7  6  5  4  11
-
-    Two rounds are under way at a time, so that the next one begins without a pause.
-"""
-
-import functools
-import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,13 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
+from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 
 # The name since torch 2.13, which warns at each call by the earlier one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-ROUNDS_UNDER_WAY = 2
-"""16 ranks take 1.04 times what the links need with 1 or 2, 1.1 to 1.16 with 3 or 4, 1.2 to 1.4 with all at once."""
 
 
 class Transfer(Protocol):
@@ -49,6 +29,20 @@ class Transfer(Protocol):
         ...
 
 
+class Addressed(NamedTuple):
+    """What is sent to a rank, or where to put what comes from it."""
+
+    rank: int
+    content: Tensor
+
+
+class Sizes(NamedTuple):
+    """How many rows of a tensor go to each rank, and how many come from it."""
+
+    sent: Sequence[int]
+    received: Sequence[int]
+
+
 class Communicator(Protocol):
     """What attention asks of a group of ranks."""
 
@@ -62,10 +56,11 @@ class Communicator(Protocol):
         """Number of ranks in the group."""
         ...
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Exchange equal parts: `send[p]` goes to rank p, and row p of the result came from rank p.
 
-        send: [size, ...], contiguous. The result has the same shape and dtype.
+        send: [size, ...], contiguous. The result has the same shape and dtype. sizes: for parts that are not equal; of
+        the rows of `send` the first go to rank 0, those after them to rank 1, and the result's come likewise.
         """
         ...
 
@@ -80,6 +75,10 @@ class Communicator(Protocol):
         """
         ...
 
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """Start an exchange of several messages at once; see `exchange`, which is one of at most one either way."""
+        ...
+
 
 class _Message(NamedTuple):
     """way: dist.isend or dist.irecv. peer: rank within the group."""
@@ -90,47 +89,72 @@ class _Message(NamedTuple):
 
 
 class ProcessGroupCommunicator:
-    """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
+    """A Communicator over a torch.distributed process group, or some of its ranks, which counts what it sends.
 
     group: None is the default group of all ranks. tag: of its messages; gloo gives those of one tag to receives of no
-    other.
+    other. ranks: by their numbers in the group; all of them, in order, by default. Where it is among some of them,
+    everything is made of messages: collective operations of a backend are for all.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None, *, tag: int = 0) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        traffic: Traffic | None = None,
+        *,
+        tag: int = 0,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         group = group or dist.group.WORLD
         assert group is not None, "there is no process group yet"
+        members = dist.get_process_group_ranks(group)
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._global_ranks = dist.get_process_group_ranks(group)
+        self.ranks = tuple(range(len(members)) if ranks is None else ranks)
+        self.rank = self.ranks.index(dist.get_rank(group))
+        self.size = len(self.ranks)
+        self.global_ranks = tuple(members[rank] for rank in self.ranks)
         self.traffic = traffic if traffic is not None else Traffic()
         self._tag = tag
+        self._is_whole = list(self.global_ranks) == members
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "ProcessGroupCommunicator":
+        """A communicator among some of the ranks, by their numbers here and in their order, with no new process group.
+
+        This rank has to be one of them. traffic: where it counts; where this one does by default.
+        """
+        ranks = [self.ranks[rank] for rank in ranks]
+        return ProcessGroupCommunicator(self.group, traffic or self.traffic, tag=self._tag, ranks=ranks)
+
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
         _require_contiguous(send)
-        if send.size(0) != self.size:
+        if sizes is None and send.size(0) != self.size:
             raise ValueError(f"an all-to-all among {self.size} ranks sends {self.size} parts, not {send.size(0)}.")
-        received = torch.empty(send.shape, dtype=send.dtype, device=send.device)
-        if send.device.type == "cpu":
-            self._all_to_all_by_messages(received, send)
-        else:
+        if sizes is None:
+            sizes = Sizes([1] * self.size, [1] * self.size)
+        received = send.new_empty((sum(sizes.received), *send.shape[1:]))
+        own = send.split(list(sizes.sent))[self.rank]
+        if send.device.type == "cpu" or not self._is_whole:
+            self._all_to_all_by_messages(received, send, sizes)
+        elif len({*sizes.sent, *sizes.received}) == 1:
             dist.all_to_all_single(received, send, group=self.group)
-        self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
+        else:
+            dist.all_to_all_single(received, send, list(sizes.received), list(sizes.sent), group=self.group)
+        self.traffic.record("all_to_all", send.nbytes - own.nbytes)
         return received
 
-    def _all_to_all_by_messages(self, received: Tensor, send: Tensor) -> None:
+    def _all_to_all_by_messages(self, received: Tensor, send: Tensor, sizes: Sizes) -> None:
         """In rounds, see Note [Rounds], every receive before its send: gloo's own sends first, see `exchange`.
 
         Gloo's loses up to half of a link's rate between two ranks, and a third among eight.
         """
-        received[self.rank] = send[self.rank]
+        arriving, leaving = received.split(list(sizes.received)), send.split(list(sizes.sent))
+        arriving[self.rank].copy_(leaving[self.rank])
         under_way: deque[Transfer] = deque()
         for to, source in rounds(self.rank, self.size):
             if len(under_way) == ROUNDS_UNDER_WAY:
                 under_way.popleft().wait()
-            messages = [_Message(dist.irecv, received[source], source), _Message(dist.isend, send[to], to)]
-            under_way.append(self._post(messages))
+            messages = [_Message(dist.irecv, arriving[source], source), _Message(dist.isend, leaving[to], to)]
+            under_way.append(self._post([each for each in messages if each.content.numel()]))
         for transfer in under_way:
             transfer.wait()
 
@@ -138,7 +162,7 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        if send.device.type == "cpu":
+        if send.device.type == "cpu" or not self._is_whole:
             self._all_gather_by_messages(received, send)
         else:
             _all_gather_single(received.view(-1), send.view(-1), group=self.group)
@@ -156,16 +180,18 @@ class ProcessGroupCommunicator:
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
-        messages = []
-        # The receive comes first: gloo sends a payload only after the receiver's ready message, and that one would
-        # queue behind a payload that is already under way on the same connection.
-        if receive is not None:
-            _require_contiguous(receive)
-            messages.append(_Message(dist.irecv, receive, source))
-        if send is not None:
-            _require_contiguous(send)
-            messages.append(_Message(dist.isend, send, to))
-            self.traffic.record("exchange", send.nbytes)
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """See Communicator.exchange_all."""
+        # Receives come first: gloo sends a payload only after the receiver's ready message, and that one would queue
+        # behind a payload that is already under way on the same connection.
+        messages = [_Message(dist.irecv, each.content, each.rank) for each in receives]
+        messages += [_Message(dist.isend, each.content, each.rank) for each in sends]
+        for each in messages:
+            _require_contiguous(each.content)
+        for sent in sends:
+            self.traffic.record("exchange", sent.content.nbytes)
         return self._post(messages)
 
     def __deepcopy__(self, memo: object) -> "ProcessGroupCommunicator":
@@ -174,15 +200,15 @@ class ProcessGroupCommunicator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the group's name, which finds it again within the same job and nowhere else."""
-        return _communicator_by_name, (self.group.group_name, tuple(self._global_ranks), self._tag)
+        members = tuple(dist.get_process_group_ranks(self.group))
+        return _communicator_by_name, (self.group.group_name, members, self._tag, self.ranks)
 
     def _post(self, messages: list[_Message]) -> Transfer:
         """Start all of them."""
         if not messages:
             return _ProcessGroupTransfer([], [])
         operations = [
-            dist.P2POp(each.way, each.content, self._global_ranks[each.peer], self.group, self._tag)
-            for each in messages
+            dist.P2POp(each.way, each.content, self.global_ranks[each.peer], self.group, self._tag) for each in messages
         ]
         return _ProcessGroupTransfer(dist.batch_isend_irecv(operations), [each.peer for each in messages])
 
@@ -203,7 +229,17 @@ class _ProcessGroupTransfer:
                 raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
 
 
-def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) -> ProcessGroupCommunicator:
+def one_each_way(
+    send: Tensor | None, to: int, receive: Tensor | None, source: int
+) -> tuple[list[Addressed], list[Addressed]]:
+    """The arguments of `exchange` as those of `exchange_all`."""
+    sends = [] if send is None else [Addressed(to, send)]
+    return sends, [] if receive is None else [Addressed(source, receive)]
+
+
+def _communicator_by_name(
+    name: str, global_ranks: tuple[int, ...], tag: int, ranks: tuple[int, ...]
+) -> ProcessGroupCommunicator:
     """The communicator that was pickled. Raises RuntimeError where this process has no such group."""
     try:
         group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
@@ -215,32 +251,7 @@ def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) ->
             f"a pickled attention belongs to the process group {name!r} of ranks {list(global_ranks)}, which this job "
             f"does not have; save the module's state_dict instead, and build its attention anew."
         )
-    return ProcessGroupCommunicator(group, tag=tag)
-
-
-@functools.cache
-def rounds(rank: int, size: int) -> tuple[tuple[int, int], ...]:
-    """To whom `rank` sends, and from whom it receives, in each round of an all-to-all; see Note [Rounds]."""
-    radices = _prime_factors(size)
-    distances = range(1, size)
-    return tuple((_shifted(rank, each, radices, 1), _shifted(rank, each, radices, -1)) for each in distances)
-
-
-def _shifted(rank: int, distance: int, radices: list[int], sign: int) -> int:
-    """rank + sign * distance without carry; the first radix is that of the lowest digit."""
-    shifted, weight = 0, 1
-    for radix in radices:
-        shifted += (rank // weight + sign * (distance // weight)) % radix * weight
-        weight *= radix
-    return shifted
-
-
-def _prime_factors(number: int) -> list[int]:
-    """In ascending order; none of 1."""
-    if number == 1:
-        return []
-    smallest = next((factor for factor in range(2, math.isqrt(number) + 1) if number % factor == 0), number)
-    return [smallest, *_prime_factors(number // smallest)]
+    return ProcessGroupCommunicator(group, tag=tag, ranks=ranks)
 
 
 def _require_contiguous(send: Tensor) -> None:

@@ -24,6 +24,7 @@ from mindspeed_cp.attention.exchange import Gradients
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.patching import PatchError
+from mindspeed_cp.testing.toy_flags import TOY_FLAGS
 from system_tests.compare_losses import ITERATION, losses_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,14 +33,13 @@ SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
 HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.training") is not None
 """The wheels of Megatron 0.16 hold megatron.core alone."""
 
-# A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
-MODEL_FLAGS = """
-    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64
-    --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
-    --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
-    --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --lr-decay-style constant --log-interval 1
-    --distributed-backend gloo --distributed-timeout-minutes 4 --num-workers 0
-"""
+MODEL_FLAGS = (
+    *TOY_FLAGS,
+    *shlex.split("""
+    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 --mock-data
+    --global-batch-size 2 --distributed-backend gloo --distributed-timeout-minutes 4
+    """),
+)
 ITERATIONS = 8
 """Enough for a fault to show: a gradient that is wrong in the first changes the losses of all others."""
 
@@ -87,8 +87,19 @@ def train(
     return losses_in(output.getvalue(), line)
 
 
+def run_program(world_size: int, port: int, source: str) -> str:
+    """Run a program, given as its text, as one rank of `world_size`; what it prints."""
+    output = io.StringIO()
+    with launched(world_size, port), contextlib.redirect_stdout(output):
+        try:
+            exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
+        finally:
+            forget_run()
+    return output.getvalue()
+
+
 def _command(flags: str) -> list[str]:
-    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]
+    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *MODEL_FLAGS, *shlex.split(flags)]
 
 
 class CoreLayerResult(NamedTuple):
@@ -115,13 +126,7 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             # The layer of CP = 1 draws from it, and no training may have run in this process.
             model_parallel_cuda_manual_seed(1)
             groups = megatron_adaptor.plugin.groups
-            made = {
-                groups.context_parallel,
-                groups.ulysses,
-                groups.ring.inner,
-                groups.ring.outer,
-                groups.ring.gradients,
-            }
+            made = {each.group for each in groups.parents}
             whole = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(1))
             rank = parallel_state.get_context_parallel_rank()
             shards = (config.layout.shard(x, rank, dim=0) for x in whole)
@@ -213,15 +218,14 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     """The library broken as `train` says; whole where `what` is None."""
     is_culprit = int(os.environ["RANK"]) == world_size - 1
     if what == "chunk order":
-        return mock.patch.object(
-            ulysses, "chunk_order", lambda layout, group: tuple(range(2 * len(layout.groups[group])))
-        )
+        # Sorted by nobody: the members' tokens one after another.
+        return mock.patch.object(ulysses.GroupOrder, "is_sorted", True)
     if what == "lost gradients":
         return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
         return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
     if what == "killed rank" and is_culprit:
-        return mock.patch.object(ProcessGroupCommunicator, "exchange", _DyingExchange(after=20))
+        return mock.patch.object(ProcessGroupCommunicator, "exchange_all", _DyingExchange(after=20))
     assert what in (None, "nan key", "killed rank"), what
     return contextlib.nullcontext()
 
@@ -239,7 +243,7 @@ class _DyingExchange:
     """An exchange after some of which the process is killed, as the machine does that runs out of memory."""
 
     def __init__(self, after: int) -> None:
-        self._left, self._exchange = after, ProcessGroupCommunicator.exchange
+        self._left, self._exchange = after, ProcessGroupCommunicator.exchange_all
 
     def __get__(self, communicator: ProcessGroupCommunicator, owner: type) -> Any:
         self._left -= 1

@@ -5,7 +5,7 @@ import torch
 
 from mindspeed_cp.tensor_parallel import Linear, comm_volume, plan_mesh, shard
 from mindspeed_cp.tensor_parallel.costs import LinearShape
-from tiny_gpt import GPT, ShardedGPT, Sizes, make_batch
+from mindspeed_cp.testing.tiny_gpt import GPT, ShardedGPT, Sizes, make_batch
 from unit_tests.tensor_parallel.mesh_cases import MeshCase, xy
 
 SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16, gated=True, tied=True)

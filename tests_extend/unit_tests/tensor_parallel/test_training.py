@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mindspeed_cp.tensor_parallel import MLP, LayerNorm, full_state_dict, load_full_state_dict, shard
-from tiny_gpt import GPT, ShardedGPT, train
+from mindspeed_cp.testing.tiny_gpt import GPT, ShardedGPT, train
 from unit_tests.tensor_parallel.gpt_cases import (
     EACH_KIND,
     LIKE_LLAMA,

@@ -1,0 +1,101 @@
+"""Kernels for benchmarks: one that waits instead of computing, and one that times another."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
+from mindspeed_cp.kernels.protocol import cut_window_reasons
+
+_SPIN_S = 0.0005
+"""A sleep ends late by less than this."""
+
+
+def block_flops(case: BlockCase, batch: int, backward: bool = False) -> float:
+    """Floating-point operations of a block: two matrix products, five in the backward pass, of what is seen."""
+    scores = batch * case.num_heads * case.window.area(case.num_queries, case.num_keys)
+    keys, values = 2 * scores * case.head_size, 2 * scores * case.value_head_size
+    return 3 * keys + 2 * values if backward else keys + values
+
+
+class EmulatedKernel:
+    """An accelerator of so many floating-point operations a second: it waits for as long as that one would compute.
+
+    Results are zeros, without a meaning; shapes, dtypes and memory are those of a real kernel.
+    """
+
+    name = "emulated"
+
+    def __init__(self, flops_per_s: float) -> None:
+        self.flops_per_s = flops_per_s
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Why it cannot tell how long `case` takes."""
+        reasons = ["does not know how much of an arbitrary mask is work"] if case.masked else []
+        return reasons + cut_window_reasons(case)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        """See BlockKernel.forward."""
+        start = time.perf_counter()
+        out = q.new_zeros(*q.shape[:3], v.size(3))
+        lse = torch.zeros(q.shape[:3], device=q.device)
+        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
+        return BlockOutput(out, lse)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        start = time.perf_counter()
+        gradients = BlockGradients(*(x.new_zeros(x.shape) for x in (q, k, v)))
+        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
+        return gradients
+
+    def _wait(self, start: float, flops: float) -> None:
+        wait_until(start + flops / self.flops_per_s)
+
+
+def wait_until(moment: float) -> None:
+    """Return when time.perf_counter() reaches `moment`; the last bit of it keeps a core busy."""
+    if (left := moment - time.perf_counter() - _SPIN_S) > 0:
+        time.sleep(left)
+    while time.perf_counter() < moment:
+        pass
+
+
+class TimedKernel:
+    """A kernel whose time and work are added up in `seconds` and `flops`."""
+
+    def __init__(self, kernel: BlockKernel) -> None:
+        self.kernel = kernel
+        self.seconds = self.flops = 0.0
+
+    @property
+    def name(self) -> str:
+        """The kernel's own name."""
+        return self.kernel.name
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Those of the kernel itself."""
+        return self.kernel.unsupported_reasons(case)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        """See BlockKernel.forward."""
+        start = time.perf_counter()
+        output = self.kernel.forward(q, k, v, terms)
+        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
+        return output
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
+    ) -> BlockGradients:
+        """See BlockKernel.backward."""
+        start = time.perf_counter()
+        gradients = self.kernel.backward(dout, q, k, v, output, terms)
+        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
+        return gradients
+
+    def _add(self, start: float, flops: float) -> None:
+        self.seconds += time.perf_counter() - start
+        self.flops += flops
