@@ -150,7 +150,7 @@ class GroupOrder:
             yield slice(None) if len(indices) == 1 else slice(sample, sample + 1), index
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # Each keeps a number for every token on the device, and packed batches have one each.
 def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
     """The order of a group's tokens, made once for all layers of a batch."""
     sizes = tuple(layout.layout.num_tokens(member) for member in layout.groups[group])
