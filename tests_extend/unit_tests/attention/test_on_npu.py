@@ -42,7 +42,7 @@ def same_dtype(case: Case) -> Result:
 ULYSSES, RING, DOUBLE = CPTopology(ulysses=3), CPTopology(inner=4), CPTopology(outer=2, inner=2)
 HYBRID, HYBRID_DOUBLE = CPTopology(inner=2, ulysses=2), CPTopology(outer=2, inner=2, ulysses=2)
 
-# The kernel sees blocks and not grids: each algorithm with some masks, each mask and order of dims with some algorithms.
+# The kernel sees blocks and not grids: each algorithm with some masks, each mask and order of dims with some of them.
 IN_TURN = [
     (topology, mask, list(HEADS)[(i + j) % len(HEADS)], bool((i + j) % 2))
     for i, topology in enumerate((CPTopology(), ULYSSES, RING, DOUBLE, HYBRID, HYBRID_DOUBLE))
