@@ -33,10 +33,15 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checkout):
     script = str(FEATURE_TESTS / "ulysses.sh")
-    done = run(["bash", script], checkout, CP="2", ITERS="3", SEQ_LENGTH="64", PYTHONPATH=str(REPOSITORY))
+    sizes = {"CP": "2", "ITERS": "3", "SEQ_LENGTH": "64"}
+    profile = "--profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2"
+    done = run(["bash", script], checkout, **sizes, FLAGS=profile, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "over 3 iterations: within 1e-05" in done.stdout
-    assert (checkout / "runs" / "ulysses" / "ulysses-cp2.log").exists()
+    runs = checkout / "runs" / "ulysses"
+    assert (runs / "ulysses-cp2.log").exists()
+    traces = {str(path.relative_to(runs)) for path in runs.rglob("*.json.gz")}
+    assert {f"ulysses-cp{size}/torch_profile/rank-0.json.gz" for size in (1, 2)} <= traces
 
 
 @pytest.mark.slow
