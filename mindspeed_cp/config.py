@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]

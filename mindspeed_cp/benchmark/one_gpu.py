@@ -16,9 +16,11 @@ from torch.utils.benchmark import Timer
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
 from mindspeed_cp.attention.exchange import BlockFormat
 from mindspeed_cp.benchmark.kernels import block_flops
+from mindspeed_cp.comm import Addressed, Sizes
+from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import MERGE_KERNELS, BlockCase, KernelRegistry, MaskKind
-from mindspeed_cp.kernels.tiles import mask_kind
+from mindspeed_cp.kernels import MERGE_KERNELS, BlockCase, KernelRegistry, Window
+from mindspeed_cp.kernels.protocol import TRIANGLE
 from mindspeed_cp.plan import AttentionPlan
 
 
@@ -57,11 +59,11 @@ class RingCase:
         shards = self.config.layout.of(self.tokens)
         plan = AttentionPlan(shards, shards)
         tiles = (tile for owner in range(self.num_ranks) for tile in plan.tiles(rank, owner))
-        return [self._block(tile.num_queries, tile.num_keys, mask_kind(tile)) for tile in tiles]
+        return [self._block(tile.num_queries, tile.num_keys, Window(tile.left, tile.right)) for tile in tiles]
 
     def dense(self, tokens: int) -> BlockCase:
         """Causal attention of so many tokens in one call."""
-        return self._block(tokens, tokens, MaskKind.TRIANGLE)
+        return self._block(tokens, tokens, TRIANGLE)
 
     def inputs(self, tokens: int) -> list[Tensor]:
         """Random q, k, v and dout in the order of dimensions that kernels index, and in memory as Megatron has them."""
@@ -72,11 +74,11 @@ class RingCase:
         )
         return [*(x.requires_grad_() for x in qkv), dout]
 
-    def _block(self, num_queries: int, num_keys: int, mask: MaskKind) -> BlockCase:
+    def _block(self, num_queries: int, num_keys: int, window: Window) -> BlockCase:
         return BlockCase(
             device_type=self.device,
             dtype=self.dtype,
-            mask=mask,
+            window=window,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             num_queries=num_queries,
@@ -98,13 +100,19 @@ class ImmediateCommunicator:
         self.rank, self.size, self.stand_in = rank, size, stand_in
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> "ImmediateCommunicator":
-        """See Communicator.exchange; the transfer that is returned is over."""
-        if receive is not None and self.stand_in is not None:
+        """See Communicator.exchange."""
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> "ImmediateCommunicator":
+        """See Communicator.exchange_all; the transfer that is returned is over."""
+        if self.stand_in is None:
+            return self
+        for _, receive in receives:
             part = self.stand_in[: receive.numel()]
             receive.set_(part.untyped_storage(), part.storage_offset(), part.size(), part.stride())
         return self
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """No ring asks for it."""
         raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, divisors, flag, or_list
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"

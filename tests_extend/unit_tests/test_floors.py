@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
-    {"topology", "schedule", "plan"},
+    {"topology", "schedule", "plan", "balance"},
     {"layouts", "program"},
-    {"layout"},
-    {"config", "patching", "device"},
+    {"sharding", "documents"},
+    {"config", "patching", "device", "batch"},
     {"kernels", "comm", "choice", "planner"},
-    {"attention", "tensor_parallel"},
+    {"attention", "tensor_parallel", "relayout"},
     {"patches", "testing"},
     {"megatron_adaptor", "benchmark"},
     {"launch"},

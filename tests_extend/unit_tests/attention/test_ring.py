@@ -12,11 +12,11 @@ from mindspeed_cp.attention import compose_attention, ring
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.kernels import KernelRegistry
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.program import Phase, program
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.testing import rank_pool
 from mindspeed_cp.testing.rank_pool import RankFailure
 from mindspeed_cp.topology import CPTopology
@@ -146,9 +146,9 @@ def test_a_double_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_sa
 
 
 def test_comparison_with_dense_attention_sees_a_wrong_owner():
-    case, mask = case_on(RING_4, mask="2d"), ring._mask
+    case, mask = case_on(RING_4, mask="2d"), ring._visible
     with (
-        mock.patch.object(ring, "_mask", lambda plan, terms, owner, *of: mask(plan, terms, (owner + 1) % 4, *of)),
+        mock.patch.object(ring, "_visible", lambda plan, rows, owner, *of: mask(plan, rows, (owner + 1) % 4, *of)),
         pytest.raises(AssertionError, match="out: "),
     ):
         assert_equal_to(dense(case), restored(case, attend_virtually(case)))
@@ -413,10 +413,10 @@ GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got t
         (
             "forward",
             [
-                f"ring backward step 1 of 4, block of ring rank 3: {KV_LOST.format(3, 1, 0, 3)}",
-                f"ring backward step 2 of 4, block of ring rank 3: {KV_LOST.format(0, 2, 1, 0)}",
+                f"ring forward step 3 of 4, block of ring rank 1: {KV_LOST.format(3, 1, 0, 3)}",
+                f"ring backward step 1 of 4, block of ring rank 0: {KV_LOST.format(0, 2, 1, 0)}",
                 "left",
-                f"ring forward step 3 of 4, block of ring rank 0: {KV_LOST.format(2, 0, 3, 2)}",
+                f"ring forward step 2 of 4, block of ring rank 1: {KV_LOST.format(2, 0, 3, 2)}",
             ],
         ),
         (
@@ -425,7 +425,7 @@ GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got t
                 f"ring backward step 2 of 4, block of ring rank 2: {GRADIENTS_LOST.format(2, 2, 0, 2)}",
                 f"ring backward step 1 of 4, block of ring rank 0: {GRADIENTS_LOST.format(2, 0, 1, 2)}",
                 "left",
-                f"ring backward step 3 of 4, block of ring rank 0: {KV_LOST.format(2, 0, 3, 2)}",
+                f"ring backward step 2 of 4, block of ring rank 1: {KV_LOST.format(2, 0, 3, 2)}",
             ],
         ),
     ],
