@@ -396,15 +396,15 @@ def test_a_rank_that_dies_in_mid_ring_fails_the_others_with_the_step_and_the_pee
     }
     for rank, step in steps.items():
         explanation = (
-            rf"{step} of 4, block of ring rank \d: the K/V block did not come from ring rank {(rank - 1) % 4}, "
-            rf"or not get to {(rank + 1) % 4}: .+"
+            rf"{step} of 4, block of ring rank \d: K/V exchange failed "
+            rf"\(from ring rank {(rank - 1) % 4}, to {(rank + 1) % 4}\): .+"
         )
         assert re.fullmatch(explanation, (tmp_path / str(rank)).read_text(), re.DOTALL)
 
 
 WAITED = "virtual rank {} waited 3.0 s for rank {} in ring"
-KV_LOST = "the K/V block did not come from ring rank {}, or not get to {}: " + WAITED
-GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got to {}: " + WAITED
+KV_LOST = "K/V exchange failed (from ring rank {}, to {}): " + WAITED
+GRADIENTS_LOST = "dK/dV exchange failed (from ring rank {}, to {}): " + WAITED
 
 
 @pytest.mark.parametrize(
