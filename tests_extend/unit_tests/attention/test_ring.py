@@ -442,14 +442,15 @@ def test_a_rank_that_leaves_while_it_computes_step_1_is_missed_where_its_next_me
     [
         (CPTopology(inner=3), False, "ring", [1, 0, 2], [1, 2]),
         (DOUBLE_2X2, True, "double ring", [1, 0, 3, 2], [1, 2, 3]),
+        (HYBRID_4, False, "ring", [0, 1], [1]),
     ],
-    ids=["ring", "double ring"],
+    ids=["ring", "double ring", "hybrid"],
 )
 def test_profile_names_each_step_its_owner_and_what_travels(
     gloo, topology, overlap, kind, owners_of_rank_1, gradients_leave_at
 ):
-    case, size = case_on(topology, overlap=overlap), topology.size
-    names = gloo.run_on_all(size, cases.profiled_names, case)[1]
+    case, size = case_on(topology, overlap=overlap), topology.ring_size
+    names = gloo.run_on_all(topology.size, cases.profiled_names, case)[1]
     steps = {
         phase: [f"{kind} {phase} step {n} of {size}, block of ring rank {o}" for n, o in enumerate(owners_of_rank_1)]
         for phase in ("forward", "backward")
@@ -457,6 +458,8 @@ def test_profile_names_each_step_its_owner_and_what_travels(
     expected = steps["forward"] + steps["backward"] + steps["backward"][:1]  # The own block's second part.
     expected += [f"{step}: send K/V on" for phase in steps.values() for step in phase[1:]]
     expected += [f"{steps['backward'][n]}: send dK/dV home" for n in gradients_leave_at]
+    if topology.ulysses > 1:
+        expected += [f"Ulysses: exchange {way}" for way in ("heads for tokens", "tokens for heads")] * 2
     expected += ["ring: wait for K/V"] * 2 * (size - 1) + ["ring: wait for dK/dV"] * (size - 1)
     assert names == sorted(expected)
 
