@@ -159,6 +159,14 @@ def test_training_on_megatron_core_alone_has_the_losses_of_cp_1_beside_data_para
     assert len(set(reference)) == 10, "it learns"
 
 
+def test_setup_names_every_package():
+    named = set(re.findall(r'^ +"(mindspeed_cp[\w.]*)",$', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
+    folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "mindspeed_cp").rglob("*.py")}
+    folders |= {"mindspeed_cp" / path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "patches").rglob("*.py")}
+    assert named == {".".join(folder.parts) for folder in folders}
+
+
+@pytest.mark.slow
 def test_wheel_holds_the_named_packages_and_no_tests(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")

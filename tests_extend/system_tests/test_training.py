@@ -51,10 +51,11 @@ QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
     (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
-    (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
 ]
 SLOW = [
+    (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
     ("", 1, 4, ULYSSES),
     ("", 1, 4, f"{RING} {OVERLAP}"),
     ("", 1, 4, hybrid(2)),
