@@ -17,6 +17,7 @@ from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import BlockCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
@@ -94,14 +95,15 @@ class PreparedCall(NamedTuple):
 class ContextParallelAttention:
     """Attention that its ranks enter with the same case, or not at all; what `build_attention` gives.
 
-    attention: what computes it. config, layout: how it was built; the same on all ranks. agreement: of these ranks;
-    None for one that is alone.
+    attention: what computes it. config, layout, transport: how it was built; the same on all ranks. agreement: of these
+    ranks; None for one that is alone.
     """
 
     attention: Attention
     config: ContextParallelConfig
     layout: SequenceLayout
     agreement: Agreement | None = None
+    transport: Transport | None = None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
@@ -213,9 +215,10 @@ class ContextParallelAttention:
     def _setup(self) -> str:
         """How it was built, in words that must be the same on all ranks."""
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
+        transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
         return (
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
-            f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}"
+            f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"
         )
 
 
