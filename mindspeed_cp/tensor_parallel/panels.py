@@ -127,7 +127,7 @@ def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool
 
 
 class Homecoming:
-    """Sums of what all ranks find for this rank's own panels, which come home step by step.
+    """Sums of what all ranks find for this rank's own panels, which arrive here step by step.
 
     overlap: whether what is found at a step travels during the next one. Additions are in the order of the steps, in
     fp32, either way.
