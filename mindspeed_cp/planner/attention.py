@@ -1,6 +1,7 @@
 """Attention on a grid of ranks, as the events of each: read off the program that the ranks themselves play."""
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
 from mindspeed_cp.program import Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 
@@ -166,8 +168,17 @@ def ring_program(
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:
-    """So many bytes from each of the peers to each other, this rank among them."""
-    others = tuple(peer for peer in peers if peer != rank)
-    if others:
-        yield Post(handle, dict.fromkeys(others, num_bytes), others)
-        yield Wait(handle)
+    """The rounds of an exchange of so many bytes from each of the peers to each other, this rank among them."""
+    return unequal_all_to_all(handle, rank, peers, [num_bytes] * len(peers))
+
+
+def unequal_all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: Sequence[int]) -> Iterator[Event]:
+    """The same with so many bytes to each of the peers."""
+    under_way: deque[object] = deque()
+    for number, (to, source) in enumerate(rounds(peers.index(rank), len(peers))):
+        if len(under_way) == ROUNDS_UNDER_WAY:
+            yield Wait(under_way.popleft())
+        under_way.append((handle, number))
+        yield Post(under_way[-1], {peers[to]: num_bytes[to]}, (peers[source],))
+    for each in under_way:
+        yield Wait(each)
