@@ -17,13 +17,13 @@ FLOORS = (
     {"config", "patching", "device"},
     {"kernels", "comm", "choice"},
     {"attention", "tensor_parallel"},
-    {"patches"},
+    {"patches", "diffusion"},
     {"megatron_adaptor"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},
 )
-VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex"}
+VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex", "diffusers"}
 
 
 class Import(NamedTuple):
