@@ -1,12 +1,14 @@
-"""Branches that a program asks for one after another: none is waited for before all of them have been asked for.
+"""Results that a program asks for one after another: none is waited for before it is used.
 
     noise = model(latents, prompt)                      rank 0 computes it, rank 1 gets a promise
     negative = model(latents, negative_prompt)          rank 1 computes it, rank 0 gets a promise
     noise = negative + scale * (noise - negative)       the first use of either: both are exchanged, in one message
 
-So a loop that was written for one rank shares its branches without a change.
+So a loop that was written for one rank is shared among several without a change: the branches of guidance here, the
+tiles of a decoder in tiles.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,31 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mindspeed_cp.diffusion.guidance import GuidanceParallel
+
+
+class PendingTensor(Tensor):
+    """A tensor that is fetched when anything is done with it but to concatenate it with others, which waits too."""
+
+    _fetch: Callable[[], Tensor]
+
+    @classmethod
+    def promised(cls, fetch: Callable[[], Tensor]) -> "PendingTensor":
+        """The tensor that `fetch` gives, which is called once at most."""
+        promise = torch.Tensor._make_subclass(cls, torch.empty(0))
+        promise._fetch = functools.cache(fetch)
+        return promise
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def compute() -> Any:
+            fetched, named = tree_map(_fetched, (args, kwargs or {}))
+            return func(*fetched, **named)
+
+        return cls.promised(compute) if func in (torch.cat, torch.concat, torch.concatenate) else compute()
+
+
+def _fetched(x: Any) -> Any:
+    return x._fetch() if isinstance(x, PendingTensor) else x
 
 
 class PendingBranches:
@@ -32,7 +59,7 @@ class PendingBranches:
         """
         if self._open is None or self._open.outputs is not None:
             self._open = _Step(self._guidance, like)
-        return PendingTensor.promised(self._open, self._open.add(predict))
+        return PendingTensor.promised(functools.partial(self._open.output, self._open.add(predict)))
 
 
 class _Step:
@@ -56,26 +83,3 @@ class _Step:
         if self.outputs is None:
             self.outputs = self._guidance.share(self._mine, self._count, self._like)
         return self.outputs[number]
-
-
-class PendingTensor(Tensor):
-    """A branch's output, which is fetched when anything is done with it."""
-
-    _step: _Step
-    _number: int
-
-    @classmethod
-    def promised(cls, step: _Step, number: int) -> "PendingTensor":
-        """The output of the branch of that number."""
-        promise = torch.Tensor._make_subclass(cls, torch.empty(0))
-        promise._step, promise._number = step, number
-        return promise
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_fetched, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _fetched(x: Any) -> Any:
-    return x._step.output(x._number) if isinstance(x, PendingTensor) else x
