@@ -27,9 +27,9 @@ def parallelize_pipeline(
 ) -> list[ParallelTransformer]:
     """Have a pipeline of diffusers run on a mesh; it is then called as before, on every rank alike.
 
-    pipeline: changed in place; its weights are the same on every rank before. plan: of its transformer, where that is not
-    one of `FAMILIES`, or declares what is split itself. guidance: how the pipeline computes branches, for the latter.
-    kernels: of attention, to choose from.
+    pipeline: changed in place; its weights are the same on every rank before. plan: of its transformer, where that is
+    neither one of `FAMILIES` nor declares itself what is split. guidance: how the pipeline computes branches, for the
+    latter. kernels: of attention, to choose from.
 
     Where tiling is on (pipeline.vae.enable_tiling()) tiles are decoded by all ranks; else each rank decodes the whole.
 
@@ -38,8 +38,8 @@ def parallelize_pipeline(
     names = [name for name in _TRANSFORMERS if isinstance(getattr(pipeline, name, None), nn.Module)]
     if not names:
         raise ValueError(
-            f"{type(pipeline).__name__} has no transformer, and a U-Net's convolutions need the tokens of other ranks; use "
-            f"a pipeline with a transformer, or GuidanceParallel for its guidance alone."
+            f"{type(pipeline).__name__} has no transformer, and a U-Net's convolutions need the tokens of other ranks; "
+            f"use a pipeline with a transformer, or GuidanceParallel for its guidance alone."
         )
     if mesh.rank:
         pipeline.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}) | {"disable": True})

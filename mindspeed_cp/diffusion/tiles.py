@@ -1,8 +1,8 @@
 """Decoding of latents in tiles, shared among all ranks of a mesh.
 
-A decoder of diffusers cuts large latents into overlapping tiles itself, decodes one after another, and blends them at the
-end. Its code runs on every rank: tile n is decoded by rank n modulo their number, the others get a promise of it, and
-when blending begins all tiles are exchanged. So the picture is that of one rank, to the bit.
+A decoder of diffusers cuts large latents into overlapping tiles itself, decodes one after another, and blends them at
+the end. Its code runs on every rank: tile n is decoded by rank n modulo their number, the others get a promise of it,
+and when blending begins all tiles are exchanged. So the picture is that of one rank, to the bit.
 """
 
 import functools
@@ -59,7 +59,7 @@ class _Tiles:
         self._shared: list[Tensor] = []
 
     def ask(self, decode: Callable[[], Tensor], cache: Any) -> Tensor:
-        """A promise of a tile, or of its next frame, which one rank decodes now. cache: the same object for a tile's."""
+        """A promise of a tile, or of its next frame, which one rank decodes now. cache: one object for each tile."""
         if cache is None or cache is not self._cache:
             self._tile, self._cache = self._tile + 1, cache
         owner = self._tile % self._mesh.shape.size

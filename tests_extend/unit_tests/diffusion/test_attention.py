@@ -87,7 +87,7 @@ def test_gradients_are_those_of_attention_over_all_tokens():
 
 
 def test_bytes_are_those_of_the_formulas():
-    """Ring: K/V to the next, P - 1 times. Ulysses: (U - 1) / U of q, k, v and out. Replicated text: its output alone."""
+    """Ring: K/V to the next, P - 1 times. Ulysses: (U - 1) / U of q, k, v and out. Replicated text: its output."""
     heads, kv_heads, tokens, text = 4, 2, 24, 8
     image, words = whole(tokens, heads, kv_heads), whole(text, heads, kv_heads)
 

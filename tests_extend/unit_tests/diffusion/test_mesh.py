@@ -64,7 +64,8 @@ def test_ranks_that_ask_for_different_meshes_all_get_the_error(gloo):
 def test_product_that_is_not_the_group_is_refused_on_every_rank(gloo):
     errors = gloo.run(8, error_of_mesh, [{"cfg": 2, "ulysses": 2}] * 8)
     assert set(errors) == {
-        "cfg=2 x ring=1 x ulysses=2 x tp=1 is 4 ranks and the group has 8 ranks; give axes whose product is 8, or start 4."
+        "cfg=2 x ring=1 x ulysses=2 x tp=1 is 4 ranks and the group has 8 ranks; give axes whose product is 8, or "
+        "start 4."
     }
 
 

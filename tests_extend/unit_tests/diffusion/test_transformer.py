@@ -16,7 +16,7 @@ from mindspeed_cp.diffusion import (
     on_virtual_ranks,
     parallelize,
 )
-from tiny_dit import TinyDiT, plan
+from tiny_dit import plan
 from unit_tests.diffusion.mesh_cases import MESHES, ODD_MESHES, denoised, inputs, model
 
 
