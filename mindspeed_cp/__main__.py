@@ -128,14 +128,14 @@ def report() -> str:
 
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
-    from mindspeed_cp.kernels import KERNELS, BlockCase, MaskKind
+    from mindspeed_cp.kernels import KERNELS, BlockCase
+    from mindspeed_cp.kernels.protocol import TRIANGLE
     from mindspeed_cp.patching import Patch, PatchError, targets_by_module
 
     device, capability = accelerator() or "cpu", None
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
-    sizes = dict(num_heads=8, num_kv_heads=2, num_queries=4096, num_keys=4096, head_size=128, value_head_size=128)
-    case = BlockCase(device, torch.bfloat16, MaskKind.TRIANGLE, **sizes, compute_capability=capability)
+    case = BlockCase(device, torch.bfloat16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, capability)
     lines = [
         f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"device       {device}",

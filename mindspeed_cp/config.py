@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
@@ -99,7 +99,7 @@ class ContextParallelConfig:
     )
 
     def __post_init__(self) -> None:
-        size, window, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp
+        size, inner, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp
         for name in ("context_parallel_size", "cp_window_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{flag(name)} {getattr(self, name)} is below 1; use 1 or more.")
@@ -110,9 +110,9 @@ class ContextParallelConfig:
             return
         if self.context_parallel_algo == "hybrid_cp_algo":
             self._check_degree(size, degree)
-        if self.context_parallel_algo != "ulysses_cp_algo" and self._ring_size % window:
+        if self.context_parallel_algo != "ulysses_cp_algo" and self._ring_size % inner:
             raise ConfigurationError(
-                f"--cp-window-size {window} does not divide the ring of {self._ring_size} ranks; "
+                f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
                 f"use {or_list(divisors(self._ring_size))}."
             )
 

@@ -1,24 +1,241 @@
 """Who holds what: makers of a rank's runs, for plans. Integers and slices; no torch.
 
-Note [Zigzag]
-    Under a causal mask the last tokens see the most keys. A sequence is therefore cut into 2P chunks for P ranks, and
-    rank r holds chunks r and 2P-1-r; every rank then has the same work. For P = 4:
+Every layout takes any number of tokens, from fewer than ranks up, in documents of any length, which may differ from
+sample to sample; a rank holds as many tokens of each sample. Four rules:
 
-        chunk   0  1  2  3  4  5  6  7
-        rank    0  1  2  3  3  2  1  0
-
-    This is Megatron's own sharding (PyTorch calls it head-tail, TransformerEngine DualChunkSwap), and every algorithm
-    here works on it, so that neither the data loader nor the rotary embedding has to know which algorithm runs.
-    Source: Llama 3, arXiv:2407.21783, section 3.3.2; zhuzilin/ring-flash-attention.
+    Contiguous      a rank holds one stretch of the stream
+    Zigzag          an early and a late stretch of the stream, see Note [Zigzag]
+    DocumentZigzag  an early and a late stretch of each document
+    Balanced        documents and pieces of them, dealt out by what their queries see, see
 """
 
 import functools
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
+from itertools import accumulate, chain
+from typing import ClassVar, Literal, Protocol
 
-from mindspeed_cp.plan import Run, joined
+from mindspeed_cp.balance import Piece, deal
+from mindspeed_cp.plan import CAUSAL, Band, Layout, Run, pairs_seen
+
+
+class StreamLayout(Layout, Protocol):
+    """A layout of whole streams: what tensors are sharded by."""
+
+    @property
+    def samples(self) -> tuple[tuple[int, ...], ...]:
+        """Lengths of the documents that make up each sample's stream; one entry where all samples are alike."""
+        ...
+
+    @property
+    def padded(self) -> bool:
+        """Whether documents and what pads them alternate."""
+        ...
+
+    def __hash__(self) -> int:
+        """Equal layouts share what is made of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedLayout(ABC):
+    """Samples of packed documents over ranks.
+
+    num_ranks: P. samples: the lengths of each sample's documents; one entry serves all samples of a batch, else each
+    has its own and all are of one length. Documents are numbered through all samples (Run.document). tokens: of a
+    sample on each rank; by default as many on each, the first ranks having one more where P does not divide them.
+    padded: whether documents and what pads them alternate. Padding is a document of its own, which may be empty.
+
+    Raises ValueError where samples differ in length, documents have none, or tokens do not make up a sample.
+    """
+
+    num_ranks: int
+    samples: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...] | None = None
+    padded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1 or not self.samples:
+            raise ValueError(
+                f"{len(self.samples)} samples over {self.num_ranks} ranks are no layout; give 1 of each or more."
+            )
+        for sample, documents in enumerate(self.samples):
+            _check_documents(sample, documents, self.padded)
+            if sum(documents) != self.length:
+                raise ValueError(
+                    f"sample {sample} has {sum(documents)} tokens and sample 0 {self.length}; pad them to one length."
+                )
+        if self.tokens is not None and (
+            len(self.tokens) != self.num_ranks or min(self.tokens) < 0 or sum(self.tokens) != self.length
+        ):
+            raise ValueError(
+                f"tokens {self.tokens} on {self.num_ranks} ranks do not make up a sample of {self.length}; give "
+                f"{self.num_ranks} numbers from 0 on whose sum is {self.length}."
+            )
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of a whole sample."""
+        return sum(self.samples[0])
+
+    def num_tokens(self, rank: int) -> int:
+        """See Layout."""
+        if self.tokens is not None:
+            return self.tokens[rank]
+        return self.length // self.num_ranks + (rank < self.length % self.num_ranks)
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """See Layout."""
+        if rank not in self._made:
+            if not 0 <= rank < self.num_ranks:
+                raise ValueError(f"there is no rank {rank} among {self.num_ranks}.")
+            self._made[rank] = tuple(self._runs(rank))
+        return self._made[rank]
+
+    @functools.cached_property
+    def _made(self) -> dict[int, tuple[Run, ...]]:
+        """The runs of ranks that were asked for. They go with the layout: another batch has other documents."""
+        return {}
+
+    def _runs(self, rank: int) -> Iterator[Run]:
+        first = 0
+        for number, documents in enumerate(self.samples):
+            sample = number if len(self.samples) > 1 else None
+            yield from _runs_of(self.pieces(number, rank), first, sample)
+            first += len(documents)
+
+    @functools.cached_property
+    def _starts(self) -> tuple[tuple[int, ...], ...]:
+        """Where each sample's documents begin, and where the last one ends."""
+        return tuple((0, *accumulate(documents)) for documents in self.samples)
+
+    @abstractmethod
+    def pieces(self, sample: int, rank: int) -> Iterable[tuple[int, int, int]]:
+        """What `rank` holds of a sample, in its order: document of the sample, start and stop; some may be empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contiguous(PackedLayout):
+    """Each rank holds one stretch of the stream, in the order of ranks."""
+
+    def pieces(self, sample: int, rank: int) -> Iterable[tuple[int, int, int]]:
+        """See PackedLayout."""
+        return _cut_stream(self._starts[sample], self._edges[rank], self._edges[rank + 1])
+
+    @functools.cached_property
+    def _edges(self) -> tuple[int, ...]:
+        return (0, *accumulate(map(self.num_tokens, range(self.num_ranks))))
+
+
+@dataclass(frozen=True)
+class Zigzag(PackedLayout):
+    """Each rank holds an early and a late stretch of the stream, see Note [Zigzag]; the late one is not shorter."""
+
+    def pieces(self, sample: int, rank: int) -> Iterator[tuple[int, int, int]]:
+        """See PackedLayout."""
+        early, late = self._edges
+        yield from _cut_stream(self._starts[sample], early[rank], early[rank + 1])
+        yield from _cut_stream(self._starts[sample], self.length - late[rank + 1], self.length - late[rank])
+
+    @functools.cached_property
+    def _edges(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the early stretches from the beginning on, and of the late ones from the end back."""
+        tokens = [self.num_tokens(rank) for rank in range(self.num_ranks)]
+        return (0, *accumulate(each // 2 for each in tokens)), (0, *accumulate(each - each // 2 for each in tokens))
+
+
+@dataclass(frozen=True)
+class DocumentZigzag(PackedLayout):
+    """Each rank holds an early and a late stretch of every document, see Note [Zigzag].
+
+    That is the rule of TransformerEngine and Megatron for packed documents (THD), which they pad to multiples of 2P;
+    what pads a document is cut with it. Here documents may be of any length: what P does not divide goes to the ranks
+    in turn, from document to document.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens is not None:
+            raise ValueError(
+                f"tokens {self.tokens} a rank: a zigzag by document gives each rank its share of every document; leave "
+                f"tokens out, or take another layout."
+            )
+
+    def pieces(self, sample: int, rank: int) -> Iterator[tuple[int, int, int]]:
+        """See PackedLayout."""
+        num_ranks, turn = self.num_ranks, 0
+        documents = self.samples[sample]
+        paddings = documents[1::2] if self.padded else ()
+        for number, length in enumerate(documents[::2] if self.padded else documents):
+            whole = length + paddings[number] if paddings else length
+            # Ranks from `turn` on, and around, get one token more, as many as there are: some of them before this one.
+            share, more = divmod(whole, num_ranks)
+            mine = (rank - turn) % num_ranks < more
+            around = turn + more - num_ranks
+            if around < 0:
+                before = 0 if rank <= turn else min(rank - turn, more)
+                turn += more
+            else:
+                before = min(rank, around) + (0 if rank <= turn else rank - turn)
+                turn = around
+            half = share // 2
+            early, late = rank * half, whole - rank * (share - half)
+            if share % 2:
+                early += before
+                early_stop, late_start = early + half + mine, late - half - 1
+            else:
+                late -= before
+                early_stop, late_start = early + half, late - half - mine
+            if not paddings:
+                yield number, early, early_stop
+                yield number, late_start, late
+                continue
+            for start, stop in (early, early_stop), (late_start, late):
+                yield 2 * number, start, min(stop, length)
+                yield 2 * number + 1, max(start - length, 0), stop - length
+
+
+@dataclass(frozen=True)
+class Balanced(PackedLayout):
+    """Documents, whole or in pieces, so that each rank computes as much, see Note [Balance].
+
+    prefer: "balance" cuts all documents that are long; "locality" only those that must be. chunks: a piece of one that
+    is cut is at most this part of a rank's tokens, and of its area. bands, bands_of: what a query sees, as in
+    AttentionPlan; the latter in pairs.
+    """
+
+    prefer: Literal["locality", "balance"] = "locality"
+    chunks: int = 8
+    bands: tuple[Band, ...] = CAUSAL
+    bands_of: tuple[tuple[int, tuple[Band, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefer not in ("locality", "balance") or self.chunks < 1:
+            raise ValueError(
+                f"prefer={self.prefer!r}, chunks={self.chunks}: give 'locality' or 'balance', and 1 chunk or more."
+            )
+
+    def pieces(self, sample: int, rank: int) -> Iterable[tuple[int, int, int]]:
+        """See PackedLayout."""
+        return self._dealt[sample][rank]
+
+    @functools.cached_property
+    def _dealt(self) -> tuple[list[list[Piece]], ...]:
+        """By sample and rank. What a sample leaves uneven, the next ones make up for."""
+        bands_of, first, dealt = dict(self.bands_of), 0, []
+        room = [self.num_tokens(rank) for rank in range(self.num_ranks)]
+        owed = [0.0] * self.num_ranks
+        for lengths in self.samples:
+            bands = [bands_of.get(first + number, self.bands) for number in range(len(lengths))]
+            area = functools.partial(_area, bands, lengths)
+            held, owed = deal(lengths, area, room, owed, chunks=self.chunks, keep_whole=self.prefer == "locality")
+            dealt.append(held)
+            first += len(lengths)
+        return tuple(dealt)
 
 
 @dataclass(frozen=True)
@@ -48,13 +265,20 @@ class EqualChunks:
                 f"give lengths above 0 whose sum is {length}."
             )
 
+    padded: ClassVar[bool] = False
+
+    @property
+    def samples(self) -> tuple[tuple[int, ...], ...]:
+        """See StreamLayout."""
+        return ((self.num_ranks * self.tokens,) if self.documents is None else self.documents,)
+
     def num_tokens(self, rank: int) -> int:
         """See Layout."""
         return self.tokens
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """See Layout."""
-        return _runs(self, rank)
+        return _runs_of_chunks(self, rank)
 
     @property
     def chunks_per_rank(self) -> int:
@@ -69,16 +293,49 @@ class EqualChunks:
 
 
 @functools.lru_cache(maxsize=4096)
-def _runs(layout: EqualChunks, rank: int) -> tuple[Run, ...]:
+def _runs_of_chunks(layout: EqualChunks, rank: int) -> tuple[Run, ...]:
     chunk = layout.tokens // layout.chunks_per_rank
-    starts = [0] if layout.documents is None else [0, *accumulate(layout.documents)]
+    starts = (0, *accumulate(layout.samples[0]))
+    chunks = (_cut_stream(starts, number * chunk, (number + 1) * chunk) for number in layout.chunks(rank))
+    return tuple(_runs_of(chain.from_iterable(chunks), first=0, sample=None))
 
-    def cut(number: int, start: int) -> Iterator[Run]:
-        begin, end = number * chunk, (number + 1) * chunk
-        for document, first in enumerate(starts):
-            last = starts[document + 1] if document + 1 < len(starts) else end
-            low, high = max(begin, first), min(end, last)
-            if low < high:
-                yield Run(start + low - begin, start + high - begin, low - first, document)
 
-    return joined(run for place, number in enumerate(layout.chunks(rank)) for run in cut(number, place * chunk))
+def _area(bands: Sequence[tuple[Band, ...]], lengths: Sequence[int], document: int, start: int, stop: int) -> int:
+    return pairs_seen(bands[document], lengths[document], start, stop)
+
+
+def _cut_stream(starts: Sequence[int], begin: int, end: int) -> Iterator[Piece]:
+    """The documents between two places of the stream. starts: where they begin, and where the last one ends."""
+    number = bisect_right(starts, begin) - 1
+    while begin < end:
+        stop = min(end, starts[number + 1])
+        yield Piece(number, begin - starts[number], stop - starts[number])
+        begin, number = stop, number + 1
+
+
+def _runs_of(pieces: Iterable[tuple[int, int, int]], first: int, sample: int | None) -> list[Run]:
+    """The pieces as runs, as few as possible, where a sample's first document has the number `first`."""
+    runs: list[Run] = []
+    place, document, start, stop = 0, -1, 0, 0
+    for number, begin, end in pieces:
+        if begin >= end:
+            continue
+        if number == document and begin == stop:
+            stop = end
+            continue
+        if stop:
+            runs.append(Run(place, place + stop - start, start, first + document, sample))
+            place += stop - start
+        document, start, stop = number, begin, end
+    if stop:
+        runs.append(Run(place, place + stop - start, start, first + document, sample))
+    return runs
+
+
+def _check_documents(sample: int, lengths: tuple[int, ...], padded: bool) -> None:
+    least = [min(lengths[:: 2 if padded else 1], default=1), min(lengths, default=0)]
+    if least[0] < 1 or least[1] < 0 or (padded and len(lengths) % 2):
+        raise ValueError(
+            f"sample {sample} has {len(lengths)} documents of {least[1]} tokens and more{' with padding' * padded}; "
+            f"documents have 1 token or more, and padding, one for each, 0 or more."
+        )

@@ -368,6 +368,20 @@ def _check_bands(bands: tuple[Band, ...]) -> None:
             raise ValueError(f"{earlier} and {later} are about the same keys, which a query would see twice.")
 
 
+def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int:
+    """Pairs of the queries start..stop of a document of so many tokens and the keys that they see."""
+    if bands == CAUSAL:  # As of most documents, of which there may be thousands.
+        return (stop * (stop + 1) - start * (start + 1)) // 2
+    pairs = 0
+    for behind, ahead, (first, last) in bands:
+        last = length if last is None else min(last, length)
+        if start < stop and first < last:
+            low = first - stop if behind is None else -behind
+            high = last - start if ahead is None else ahead
+            pairs += _area(start, stop - 1, first, last - 1, low, high)
+    return pairs
+
+
 class _Piece(NamedTuple):
     """Queries and keys from..to in local tokens; a sees b where low <= b - a <= high, and both bounds are reached.
 

@@ -31,6 +31,11 @@ class CPTopology:
         for axis in ("outer", "inner", "ulysses"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"CPTopology {axis}={getattr(self, axis)}: each axis has at least one rank.")
+        if self.outer > 1 and self.inner == 1:
+            raise ValueError(
+                f"CPTopology outer={self.outer}, inner=1: inner rings of one rank make a plain ring; "
+                f"use inner={self.outer}."
+            )
 
     @property
     def size(self) -> int:

@@ -18,8 +18,8 @@ import torch
 from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import KERNELS, BlockCase, MaskKind
-from mindspeed_cp.kernels.tiles import cut, mask_kind
+from mindspeed_cp.kernels import KERNELS, BlockCase, Window
+from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.blockers import (
@@ -463,45 +463,41 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
 
 def check_kernels(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where no kernel, of those that the user allows, can compute the model's attention."""
-    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
-    for case in _block_cases(args, config):
-        try:
-            kernels.choose(case)
-        except NotImplementedError as error:
-            raise ConfigurationError(
-                f"--context-parallel-kernels {' '.join(config.context_parallel_kernels)}: {error}\n"
-                f"Name another kernel as well, or leave the flag out."
-            ) from error
+    try:
+        _calls(args, config)
+    except NotImplementedError as error:
+        raise ConfigurationError(
+            f"--context-parallel-kernels {' '.join(config.context_parallel_kernels)}: {error}\n"
+            f"Name another kernel as well, or leave the flag out."
+        ) from error
 
 
 def kernel_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
     """A sentence where an accelerator has no kernel of its own for the model's attention, and so runs the reference."""
     if config.context_parallel_kernels:
         return []
-    slow = [case for case in _block_cases(args, config) if case.device_type != "cpu" and _runs_reference(case)]
-    of_masks = {case.mask: case for case in reversed(slow)}  # The first with each mask says enough.
+    slow = [call for call in _calls(args, config) if call.kernel.name == "reference" and call.case.device_type != "cpu"]
+    of_masks = {(call.case.window, call.case.masked): call for call in reversed(slow)}  # The first of each says enough.
     return [
         f"attention runs the reference kernel, which is exact, but slow, and holds all scores of a block: "
-        f"{KERNELS.explain(case)}"
-        for case in reversed(of_masks.values())
+        f"{KERNELS.explain(call.case)}"
+        for call in reversed(of_masks.values())
     ]
-
-
-def _runs_reference(case: BlockCase) -> bool:
-    return KERNELS.choose(case).name == "reference"
 
 
 def _kernel_names(args: argparse.Namespace, config: ContextParallelConfig) -> str:
     """The kernels that will compute the model's attention, as far as the arguments tell."""
-    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
     try:
-        return " and ".join(dict.fromkeys(kernels.choose(case).name for case in _block_cases(args, config))) or "any"
+        return " and ".join(dict.fromkeys(call.kernel.name for call in _calls(args, config))) or "any"
     except NotImplementedError:  # Said as what stands in the way.
         return "none"
 
 
-def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> list[BlockCase]:
-    """The blocks that the model's attention will be computed in, as far as the arguments tell."""
+def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call]:
+    """The calls of kernels that the model's attention will be computed by, as far as the arguments tell.
+
+    Raises NotImplementedError where none of the kernels that the user allows can compute one.
+    """
     if config.context_parallel_size == 1 or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
         return []
     device = accelerator() or "cpu"
@@ -510,36 +506,32 @@ def _block_cases(args: argparse.Namespace, config: ContextParallelConfig) -> lis
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    return [
-        BlockCase(
-            device_type=device,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-            mask=mask,
-            num_heads=args.num_attention_heads // heads_over,
-            num_kv_heads=max(kv_heads // heads_over, 1),
-            num_queries=num_queries,
-            num_keys=num_keys,
-            head_size=head_size,
-            value_head_size=value_head_size,
-            compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-        )
-        for mask, num_queries, num_keys in _blocks(config, args.seq_length // config.topology.ring_size)
-    ]
-
-
-def _blocks(config: ContextParallelConfig, num_tokens: int) -> list[tuple[MaskKind, int, int]]:
-    """Mask, queries and keys of the blocks between ring ranks that hold so many tokens each."""
+    case = BlockCase(
+        device_type=device,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        window=Window(),
+        num_heads=args.num_attention_heads // heads_over,
+        num_kv_heads=max(kv_heads // heads_over, 1),
+        num_queries=0,
+        num_keys=0,
+        head_size=head_size,
+        value_head_size=value_head_size,
+        compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
+    )
+    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
+    num_tokens = args.seq_length // config.topology.ring_size
     num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
     shards = EqualChunks(config.topology.ring_size, num_tokens, config.layout.kind)
     pairs = [(0, 0)] if shards.num_ranks == 1 else [(0, 0), (0, 1), (1, 0)]
     # A layer that is given no mask is what its own type says, also where others are given one.
-    bands = (CAUSAL,) if config.attention_mask_type == "causal" else (CAUSAL, FULL)
-    plans = [AttentionPlan(shards, shards, each) for each in bands]
-    tiles = [part for plan in plans for pair in pairs for tile in plan.tiles(*pair) for part in cut(tile)]
-    blocks = [(mask_kind(tile), tile.num_queries, tile.num_keys) for tile in tiles]
-    if config.attention_mask_type == "general":
-        blocks.append((MaskKind.ARBITRARY, num_tokens, num_tokens))
-    return list(dict.fromkeys(blocks))
+    general = config.attention_mask_type == "general"
+    told = [(CAUSAL, False), (FULL, False), (FULL, True)] if general else [(CAUSAL, False)]
+    return [
+        call
+        for bands, masked in told
+        for pair in pairs
+        for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
+    ]
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.attention.call import ContextParallelAttention
 from mindspeed_cp.config import ContextParallelConfig
-from rank_pool import LIMIT_S, RankPool
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
 
 
 class Cost(NamedTuple):

@@ -2,10 +2,10 @@
 
     python scripts/bench_attention.py --ranks 4 --ranks-per-node 2 --seq-lengths 8192 16384 --slow-mbit 100 200
 
-Ranks run in an emulated cluster (see emulated_cluster.py; needs root) or, with --loopback, on plain loopback. The
-kernel is emulated too: it waits for as long as an accelerator of --gflops would compute, so that links, algorithms and
-overlap are measured and not this machine's few cores; its results are zeros. --kernel cpu computes in earnest, and
-checks the results.
+Ranks run in an emulated cluster (mindspeed_cp/testing/emulated_cluster.py; needs root) or, with --loopback, on plain
+loopback. The kernel is emulated too: it waits for as long as an accelerator of --gflops would compute, so that links,
+algorithms and overlap are measured and not this machine's few cores; its results are zeros. --kernel cpu runs a real
+kernel, and checks the results.
 
 All algorithms take turns within one run. A time is the median over --iterations of the slowest rank's, from a start
 that all ranks agree on. Shown beside it: the kernel's part; what is exposed, which is all the rest; how much of that
@@ -24,20 +24,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark import ranks
-from benchmark.cases import Algorithm, Case, algorithms_for
-from benchmark.prediction import Pass, Plan, Sent, formula_bytes, predicted_bytes, predicted_seconds
-from benchmark.ranks import PassOfRank, RunOfRank
-from emulated_cluster import Cluster, Network, add_network_arguments, why_not_here
-
-PASSES: tuple[Pass, ...] = ("forward", "backward")
+from mindspeed_cp.benchmark import ranks
+from mindspeed_cp.benchmark.cases import Algorithm, algorithms_for
+from mindspeed_cp.benchmark.expected import ExpectedPass
+from mindspeed_cp.benchmark.ranks import PassOfRank, RunOfRank
+from mindspeed_cp.planner import AttentionShape, Network, Sent, predicted_bytes, predicted_seconds
+from mindspeed_cp.program import Phase
+from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, why_not_here
 
 
 class Setting(NamedTuple):
     """What one table is about."""
 
     network: Network
-    case: Case
+    case: AttentionShape
     emulated_network: bool
     flops_per_s: float | None
 
@@ -62,26 +62,26 @@ def records(
     setting: Setting, algorithms: Sequence[Algorithm], runs: dict[str, list[list[RunOfRank]]]
 ) -> Iterator[dict[str, Any]]:
     """A line of results for each pass and algorithm, as in results.jsonl."""
-    for pass_ in PASSES:
-        lines = [_record(setting, algorithm, pass_, runs[algorithm.name]) for algorithm in algorithms]
+    for phase in Phase:
+        lines = [_record(setting, algorithm, phase, runs[algorithm.name]) for algorithm in algorithms]
         best = min(line["seconds"] for line in lines if line["kind"] != "single device")
         for line in lines:
             yield line | {"ratio_to_best": line["seconds"] / best}
 
 
-def _record(setting: Setting, algorithm: Algorithm, pass_: Pass, runs: list[list[RunOfRank]]) -> dict[str, Any]:
+def _record(setting: Setting, algorithm: Algorithm, phase: Phase, runs: list[list[RunOfRank]]) -> dict[str, Any]:
     network, case = setting.network, setting.case
-    first, *timed = [[getattr(run, pass_) for run in iteration] for iteration in runs]
+    first, *timed = [[getattr(run, phase.value) for run in iteration] for iteration in runs]
     slowest = [max(iteration, key=lambda rank: rank.seconds) for iteration in timed]
     flops_per_s = setting.flops_per_s or _flops_per_s(timed)
-    plan = Plan(algorithm, case, pass_, flops_per_s)
-    expected = [predicted_bytes(network, plan.program(rank), rank) for rank in range(network.num_ranks)]
-    predicted = predicted_seconds(network, plan.program)
+    expected = ExpectedPass(algorithm, case, phase, flops_per_s)
+    sent = [predicted_bytes(network, expected.events(rank), rank) for rank in range(network.num_ranks)]
+    predicted = predicted_seconds(network, expected.events)
     seconds = statistics.median(rank.seconds for rank in slowest)
     return {
         "algorithm": algorithm.name,
         "kind": algorithm.kind,
-        "pass": pass_,
+        "pass": phase.value,
         **asdict(network),
         "emulated_network": setting.emulated_network,
         **asdict(case),
@@ -96,10 +96,10 @@ def _record(setting: Setting, algorithm: Algorithm, pass_: Pass, runs: list[list
         "predicted_seconds": predicted,
         "measured_over_predicted": seconds / predicted,
         "bytes_sent": sum(rank.counted for rank in first),
-        "bytes_by_formula": formula_bytes(algorithm, case, pass_),
+        "bytes_by_formula": expected.num_bytes(),
         "bytes_inside": sum(rank.inside for rank in first),
         "bytes_between": sum(rank.between for rank in first),
-        "bytes_as_predicted": [Sent(rank.inside, rank.between) for rank in first] == expected,
+        "bytes_as_predicted": [Sent(rank.inside, rank.between) for rank in first] == sent,
         "card_bytes_inside": sum(rank.cards.inside for rank in first),
         "card_bytes_between": sum(rank.cards.between for rank in first),
         "most_bytes_between_of_a_rank": max(rank.between for rank in first),
@@ -133,13 +133,13 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
     """The results of one setting, to be read."""
     text = [_title(setting)]
     mib = 2**20
-    for pass_ in PASSES:
+    for phase in Phase:
         text.append(
-            f"\n  {pass_:21s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'exposed':>8s}{'waiting':>8s}"
+            f"\n  {phase.value:21s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'exposed':>8s}{'waiting':>8s}"
             f"{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}{'cards':>9s}"
             f"{'peak MiB':>9s}  error"
         )
-        for line in (line for line in lines if line["pass"] == pass_):
+        for line in (line for line in lines if line["pass"] == phase.value):
             errors = line["errors"]
             cards = line["card_bytes_inside"] + line["card_bytes_between"]
             text.append(
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 slow_mbit=args.slow_mbit[0],
                 slow_link=args.slow_link,
             )
-            with Cluster(network, emulated=emulated, preload=["benchmark.ranks"]) as cluster:
+            with Cluster(network, emulated=emulated, preload=["mindspeed_cp.benchmark.ranks"]) as cluster:
                 for setting, algorithms in _settings(args, cluster, emulated, flops_per_s):
                     check = flops_per_s is None and setting.case.num_tokens <= args.check_up_to
                     runs = measure(cluster, setting, algorithms, args.iterations, check)
@@ -235,7 +235,7 @@ def _settings(
     prepared: set[str] = set()
     for num_kv_heads in args.kv_heads:
         for num_tokens in args.seq_lengths:
-            case = Case(
+            case = AttentionShape(
                 num_tokens=num_tokens,
                 num_heads=args.heads,
                 num_kv_heads=num_kv_heads,
@@ -256,7 +256,7 @@ def _settings(
 
 def _plot(lines: Sequence[dict[str, Any]], output: Path) -> None:
     try:
-        from benchmark.plots import plot_all
+        from mindspeed_cp.benchmark.plots import plot_all
     except ImportError as error:
         print(f"no plots: {error}")
         return

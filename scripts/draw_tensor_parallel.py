@@ -85,14 +85,9 @@ DRAWINGS = {"blocks": lambda: as_text(draw_blocks()), "costs": draw_costs}
 """What each mark in the page stands for."""
 
 
-def draw_into(page: str) -> str:
-    """The page with every drawing made anew."""
-    return redrawn(page, DRAWINGS)
-
-
 def main() -> int:
     """Read the command line and write; the exit status."""
-    return write_or_check(PAGE, lambda: draw_into(PAGE.read_text()), script=Path(__file__).name, description=__doc__)
+    return write_or_check(PAGE, lambda page: redrawn(page, DRAWINGS), script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

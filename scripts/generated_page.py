@@ -19,18 +19,20 @@ def redrawn(page: str, drawings: Mapping[str, Callable[[], str]]) -> str:
     return DRAWING.sub(lambda mark: f"{mark[1]}{drawings[mark[2]]()}\n{mark[3]}", page)
 
 
-def write_or_check(page: Path, make: Callable[[], str], *, script: str, description: str | None) -> int:
+def write_or_check(page: Path, make: Callable[[str], str], *, script: str, description: str | None) -> int:
     """Read the command line, and write the page or, with --check, say whether it is up to date; the exit status.
 
+    page: the one that is written unless --page names another. make: the page as it should be, from what it is now.
     script: the file name of the program, for the message. description: for its help.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where it is out of date")
+    parser.add_argument("--page", type=Path, default=page, help=f"{page.parent.name}/{page.name} if not another")
     args = parser.parse_args()
-    text = make()
+    present = args.page.read_text() if args.page.exists() else ""
+    text = make(present)
     if args.check:
-        is_current = page.exists() and page.read_text() == text
-        print("up to date" if is_current else f"{page.name} is out of date: run python scripts/{script}")
-        return int(not is_current)
-    page.write_text(text)
+        print("up to date" if present == text else f"{args.page.name} is out of date: run python scripts/{script}")
+        return int(present != text)
+    args.page.write_text(text)
     return 0

@@ -29,7 +29,7 @@ from packaging.version import Version
 from torch import Tensor
 
 import mindspeed_cp.megatron_adaptor  # noqa: F401  (patches Megatron)
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 
 
 class Batch(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mindspeed_cp.tensor_parallel import TensorMesh, on_virtual_ranks, plan_mesh
-from tiny_gpt import GPT, ShardedGPT, Sizes, train
+from mindspeed_cp.testing.tiny_gpt import GPT, ShardedGPT, Sizes, train
 
 MESHES: dict[str, tuple[str, int, dict[str, int]]] = {
     "1d": ("1d", 4, {}),

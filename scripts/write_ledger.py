@@ -67,7 +67,7 @@ def _wrap_fact(fact: str) -> str:
 
 def main() -> int:
     """Read the command line and write; the exit status."""
-    return write_or_check(PAGE, write_ledger, script=Path(__file__).name, description=__doc__)
+    return write_or_check(PAGE, lambda _: write_ledger(), script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _rows(records: Iterable[Record]) -> list[str]:
 
 def main() -> int:
     """Read the command line and write; the exit status."""
-    return write_or_check(PAGE, write_page, script=Path(__file__).name, description=__doc__)
+    return write_or_check(PAGE, lambda _: write_page(), script=Path(__file__).name, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,21 @@ MISTAKES = {
         "program.py", "    yield from _live(Step(rank, last))\n", "", "attention"
     ),
     "scale left out": Mistake(
-        "attention/ring.py", ".forward(*tensors, mask, terms.scale)", ".forward(*tensors, mask, 1.0)", "attention"
+        "attention/ring.py",
+        "return TileTerms(terms.scale, call.window",
+        "return TileTerms(1.0, call.window",
+        "attention",
     ),
     "kernel of the forward pass not kept": Mistake(
         "attention/ring.py",
-        "grads = done.kernel.backward(",
-        "grads = ring.kernels.choose(done.case).backward(",
+        "grads = call.kernel.backward(",
+        "grads = ring.kernels.choose(call.case).backward(",
         "attention",
     ),
     "mask columns of another owner": Mistake(
         "attention/ring.py",
-        "mask = _mask(plan, terms, step.owner, tile, heads)",
-        "mask = _mask(plan, terms, ring.rank, tile, heads)",
+        "for run in joined(plan.keys.runs(owner)):",
+        "for run in joined(plan.keys.runs(0)):",
         "attention",
     ),
     "merge in bf16": Mistake(

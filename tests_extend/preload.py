@@ -1,4 +1,4 @@
-"""What rank processes are forked with: see scripts/rank_pool.py."""
+"""What rank processes are forked with: see mindspeed_cp/testing/rank_pool.py."""
 
 PRELOAD = ["pytest", "torch", "megatron.core.models.gpt", "megatron.training"]
 """Modules whose import takes longer than a test, and starts no thread; those that are not installed are passed over.

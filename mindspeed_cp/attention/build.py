@@ -13,8 +13,8 @@ from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.sharding import SequenceLayout
 
 
 def build_attention(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mindspeed_cp.comm import Agreement
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import BlockCase, BlockMask, MaskKind
+from mindspeed_cp.kernels import BlockCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
 
@@ -205,7 +205,7 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
             f"batch and tokens may be 0."
         )
-    BlockCase.of(q, k, v, BlockMask(MaskKind.NONE))
+    BlockCase.of(q, k, v, TileTerms(1.0))
     if q.size(2) != k.size(2):
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Communicator, Transfer
+from mindspeed_cp.kernels.calls import Place, in_all_samples, place_within
 from mindspeed_cp.program import Axis, Message, Phase, Program, Step
 from mindspeed_cp.schedule import RingSchedule
 
@@ -160,20 +161,9 @@ class Block(NamedTuple):
     v: Tensor
     message: Tensor | None = None
 
-    def at(self, samples: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """The keys and values of the owner's tokens `keys`, all of which are here."""
-        here = _within(self.tokens, keys)
-        return self.k[samples, :, here], self.v[samples, :, here]
-
-
-def _within(tokens: Sequence[slice], wanted: slice) -> slice:
-    """Where the tokens `wanted` are when the slices `tokens` are put one after another."""
-    before = 0
-    for each in tokens:
-        if each.start <= wanted.start and wanted.stop <= each.stop:
-            return slice(before + wanted.start - each.start, before + wanted.stop - each.start)
-        before += each.stop - each.start
-    raise AssertionError(f"{wanted} of {tokens}: the program sends too little")
+    def place(self, keys: slice) -> slice:
+        """Where the owner's tokens `keys`, all of which are here, are in k and v."""
+        return place_within(self.tokens, keys)
 
 
 class _Kind(NamedTuple):
@@ -243,12 +233,12 @@ class KeyValues:
         for axis in list(self._coming):
             self._settle(axis)
 
-    def at(self, step: Step, samples: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """Keys and values of the step's owner, waited for where they have not arrived; of its piece of the heads.
+    def block(self, step: Step) -> "Block":
+        """K/V of the step's owner, waited for where they have not arrived; of its piece of the heads.
 
-        samples, keys: which of the batch, and of the owner's tokens. Not to be kept: the block is gone after the step.
+        Not to be kept: the block is gone after the step.
         """
-        return self._block(step.owner, step.piece).at(samples, keys)
+        return self._block(step.owner, step.piece)
 
     def _post(self, step: Step) -> None:
         """Start what travels at a step; a message that comes and one that goes along an axis are one exchange."""
@@ -296,8 +286,10 @@ class KeyValues:
         block = self._block(message.owner, message.piece)
         if block.message is not None and block.tokens == message.tokens:
             return block.message
-        parts = [block.at(slice(None), tokens) for tokens in message.tokens]
-        return BlockFormat.of(block.k, block.v).pack([k for k, _ in parts], [v for _, v in parts])
+        places = [block.place(tokens) for tokens in message.tokens]
+        return BlockFormat.of(block.k, block.v).pack(
+            *([x[:, :, place] for place in places] for x in (block.k, block.v))
+        )
 
 
 def _same_content(message: Message, other: Message) -> bool:
@@ -305,12 +297,17 @@ def _same_content(message: Message, other: Message) -> bool:
 
 
 class Partial(NamedTuple):
-    """The gradients that a tile has found for some of the owner's tokens: [b, h, s, D] and [b, h, s, V]."""
+    """The gradients that a call has found for some of the owner's tokens: [b, h, s, D] and [b, h, s, V]."""
 
-    samples: slice
-    keys: slice
+    keys: Place
     dk: Tensor
     dv: Tensor
+
+
+def _are_of(partials: Sequence[Partial], tokens: Sequence[slice]) -> bool:
+    """Whether they are the gradients of these tokens of all samples, one for each slice."""
+    in_slices = all(isinstance(partial.keys.tokens, slice) for partial in partials)
+    return in_slices and [partial.keys for partial in partials] == [in_all_samples(each) for each in tokens]
 
 
 class Gradients:
@@ -360,15 +357,15 @@ class Gradients:
     def _add_message(self, message: Message, received: Tensor) -> None:
         dk, dv = self._player.format(self._whole, message.piece).unpack(received)
         if len(message.tokens) == 1:
-            self._add(message.owner, message.piece, [Partial(slice(None), message.tokens[0], dk, dv)])
+            self._add(message.owner, message.piece, [Partial(in_all_samples(message.tokens[0]), dk, dv)])
             return
         sizes = [each.stop - each.start for each in message.tokens]
-        parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
-        self._add(message.owner, message.piece, [Partial(slice(None), *part) for part in parts])
+        parts = zip(map(in_all_samples, message.tokens), dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
+        self._add(message.owner, message.piece, [Partial(*part) for part in parts])
 
     def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Tensor:
         """The message that leaves: what the step has found or, where it computes nothing, the sum for its owner."""
-        if step.tiles and [each[:2] for each in partials] == [(slice(None), tokens) for tokens in gives.tokens]:
+        if step.tiles and _are_of(partials, gives.tokens):
             found = [each.dk for each in partials], [each.dv for each in partials]
         else:
             if step.tiles:
@@ -389,7 +386,7 @@ class Gradients:
     def _add_to(self, sums: tuple[TokenSum, TokenSum], heads: slice, partials: Sequence[Partial]) -> None:
         for partial in partials:
             for total, part in zip(sums, (partial.dk, partial.dv), strict=True):
-                total.add(part, partial.keys, heads, partial.samples)
+                total.add(part, partial.keys, heads)
 
     def _sum(self, owner: int, piece: int | None) -> tuple[TokenSum, TokenSum]:
         if (owner, piece) not in self._sums:

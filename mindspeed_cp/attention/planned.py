@@ -13,8 +13,8 @@ from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
+from mindspeed_cp.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +45,17 @@ from mindspeed_cp.kernels import (
     BlockCase,
     BlockGradients,
     BlockKernel,
-    BlockMask,
     BlockOutput,
     KernelRegistry,
-    MaskKind,
     MergeKernel,
+    TileTerms,
+    Window,
 )
+from mindspeed_cp.kernels.calls import Call, calls, of_sample
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.kernels.tiles import cut, is_turned, mask_kind
-from mindspeed_cp.kernels.wrapped import turned
-from mindspeed_cp.plan import AttentionPlan, Tile, joined
+from mindspeed_cp.kernels.protocol import EVERYTHING
+from mindspeed_cp.kernels.wrapped import Turned
+from mindspeed_cp.plan import AttentionPlan, Tile, joined, within
 from mindspeed_cp.program import Phase, Program, Step, program
 from mindspeed_cp.schedule import RingSchedule
 
@@ -97,33 +98,98 @@ class RingAttention:
         out, lse = _Ring.apply(self, plan, terms, q, k, F.pad(v, (0, _ROOM)), terms.visible)
         return out[..., : v.size(3)], lse
 
-    def player(self, plan: AttentionPlan, phase: Phase, *, in_two: bool = True) -> Player:
-        """How this rank plays the program of a pass. in_two: whether the own block may be done in two parts."""
-        steps = _program(plan, self.schedule, self.rank, phase, self.pieces, in_two)
-        return Player(steps, phase, self.schedule, self.communicators, self.overlap)
+    def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
+        """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
+        deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
+        return _forward_pass(plan, self.schedule, self.rank, self.pieces, self.kernels, case, deterministic)
+
+    def player(self, made: "RingPass") -> Player:
+        """What plays a pass."""
+        return Player(made.program, made.phase, self.schedule, self.communicators, self.overlap)
+
+
+@dataclass(frozen=True, eq=False)
+class RingPass:
+    """A rank's program, and the calls of kernels for the tiles of each step."""
+
+    program: Program
+    phase: Phase
+    calls: tuple[tuple[Call, ...], ...]
+
+    def steps(self) -> Iterator[tuple[Step, tuple[Call, ...]]]:
+        """Each step with its calls."""
+        return zip(self.program.steps, self.calls, strict=True)
 
 
 @functools.lru_cache(maxsize=256)
-def _program(
-    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, in_two: bool
-) -> Program:
-    """The program, made once for all layers of a batch, its tiles cut into what kernels take."""
-    made = program(plan, schedule, rank, phase, pieces=pieces, in_two=in_two)
-    steps = (step._replace(tiles=tuple(part for tile in step.tiles for part in cut(tile))) for step in made.steps)
-    return replace(made, steps=tuple(steps))
+def _forward_pass(
+    plan: AttentionPlan,
+    schedule: RingSchedule,
+    rank: int,
+    pieces: int,
+    kernels: KernelRegistry,
+    case: BlockCase,
+    deterministic: bool,
+) -> RingPass:
+    """Made once for all layers of a batch."""
+    made = program(plan, schedule, rank, Phase.FORWARD, pieces=pieces)
+    share = _share(case, pieces)
+    return RingPass(
+        made,
+        Phase.FORWARD,
+        tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
+    )
+
+
+def _share(case: BlockCase, pieces: int) -> BlockCase:
+    """The case of a piece of the heads."""
+    return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_pass(plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase) -> RingPass:
+    """The pass in which every tile is computed by the kernel that computed it in the forward pass.
+
+    Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts.
+    """
+    rank, pieces = forward.program.rank, forward.program.pieces
+    of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
+    for in_two in (True, False):
+        made = program(plan, schedule, rank, Phase.BACKWARD, pieces=pieces, in_two=in_two)
+        try:
+            each = tuple(_kept(step, *of_block.get((step.owner, step.piece), (step, ())), case) for step in made.steps)
+        except NotImplementedError:
+            continue
+        return RingPass(made, Phase.BACKWARD, each)
+    raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
+
+
+def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase) -> tuple[Call, ...]:
+    """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
+    if not step.tiles or step.tiles == before.tiles:
+        return tuple(done) if step.tiles else ()
+    parts: dict[str, tuple[BlockKernel, list[Tile]]] = {}
+    for call in done:
+        kernel = call.kernel.kernel if isinstance(call.kernel, Turned) else call.kernel
+        parts.setdefault(kernel.name, (kernel, []))[1].extend(_common(call.tiles, step.tiles))
+    return tuple(call for kernel, tiles in parts.values() for call in calls(tiles, case, KernelRegistry((kernel,))))
+
+
+def _common(tiles: Sequence[Tile], others: Sequence[Tile]) -> Iterator[Tile]:
+    """What is in a tile of both."""
+    for tile in tiles:
+        for other in others:
+            part = within(tile, other.queries, other.keys) if tile.sample == other.sample else None
+            if part is not None:
+                yield part
 
 
 _ROOM = 8
 """Columns that are added to the values for the gradient of lse: fused kernels read 16 bytes at once."""
 
 
-class _Computed(NamedTuple):
-    """What the forward pass keeps of a tile: the kernel that computed it, and that kernel's own state."""
-
-    tile: Tile
-    case: BlockCase
-    kernel: BlockKernel
-    state: tuple[Tensor, ...]
+_States = dict[Call, tuple[Tensor, ...]]
+"""What kernels keep of the calls of the forward pass."""
 
 
 class _Ring(torch.autograd.Function):
@@ -141,9 +207,9 @@ class _Ring(torch.autograd.Function):
         visible: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with autocast_off(q.device.type):
-            (out, lse, _), computed = _forward(ring, plan, terms, q, k, v)
+            (out, lse, _), made, states = _forward(ring, plan, terms, q, k, v)
         ctx.save_for_backward(q, k, v, visible, out, lse)
-        ctx.ring, ctx.plan, ctx.scale, ctx.computed = ring, plan, terms.scale, computed
+        ctx.ring, ctx.plan, ctx.scale, ctx.forward_pass, ctx.states = ring, plan, terms.scale, made, states
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -157,42 +223,44 @@ class _Ring(torch.autograd.Function):
         if dlse is not None:
             dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients = _backward(ctx.ring, ctx.plan, terms, ctx.computed, dout, q, k, v, BlockOutput(out, lse))
+            gradients = _backward(
+                ctx.ring, ctx.plan, terms, ctx.forward_pass, ctx.states, dout, q, k, v, BlockOutput(out, lse)
+            )
         return None, None, None, *gradients, None
 
 
 def _forward(
     ring: RingAttention, plan: AttentionPlan, terms: Terms, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[BlockOutput, dict[tuple[int, int | None], list[_Computed]]]:
-    """The merged output over all steps and, by owner and piece, what the backward pass needs of each tile."""
-    player = ring.player(plan, Phase.FORWARD)
-    merged = MergedOutput.of(q, v, ring.merge_kernels)
-    computed: dict[tuple[int, int | None], list[_Computed]] = {}
+) -> tuple[BlockOutput, RingPass, _States]:
+    """The merged output over all steps, and what the backward pass needs of each call."""
+    made = ring.forward_pass(plan, _case(terms, q, k, v))
+    player = ring.player(made)
+    merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
     key_values = KeyValues(player, k, v)
 
-    def compute(step: Step, tile: Tile) -> _Computed:
-        samples, heads, rows = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
-        tensors = q[samples, heads, rows], *key_values.at(step, samples, tile.keys)
-        mask = _mask(plan, terms, step.owner, tile, heads)
-        case = BlockCase.of(*tensors, mask)
-        kernel = _kernel(ring, tile, case)
-        output = kernel.forward(*tensors, mask, terms.scale)
-        merged.merge(output, rows, heads, samples)
-        return _Computed(tile, case, kernel, output.state)
+    def compute(step: Step, call: Call) -> None:
+        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+        queries, keys = call.queries(q), call.keys(k, block.tokens)
+        tensors = queries.given.take(q[:, heads]), keys.given.take(block.k), keys.given.take(block.v)
+        output = call.kernel.forward(*tensors, _terms(plan, terms, step.owner, call, heads, q))
+        states[call] = output.state
+        result = BlockOutput(queries.result(output.out), queries.result(output.lse))
+        merged.merge(result, queries.back, heads)
 
-    for step in key_values.steps():
+    for number, step in enumerate(key_values.steps()):
         if step.tiles:
             with in_profiles(player.name(step.owner)):
-                done = [compute(step, tile) for tile in step.tiles]
-            computed.setdefault((step.owner, step.piece), []).extend(done)
-    return merged.result(), computed
+                for call in made.calls[number]:
+                    compute(step, call)
+    return merged.result(), made, states
 
 
 def _backward(
     ring: RingAttention,
     plan: AttentionPlan,
     terms: Terms,
-    computed: dict[tuple[int, int | None], list[_Computed]],
+    forward_pass: RingPass,
+    states: _States,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -200,28 +268,28 @@ def _backward(
     merged: BlockOutput,
 ) -> BlockGradients:
     """Gradients of this rank's q, k and v, each rounded once."""
-    player = ring.player(plan, Phase.BACKWARD)
-    if not all(_takes(_done(own, tile), tile) for own, tile in _own_parts(player, computed)):
-        player = ring.player(plan, Phase.BACKWARD, in_two=False)
+    made = _backward_pass(plan, ring.schedule, forward_pass, _case(terms, q, k, v))
+    player = ring.player(made)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
 
-    def compute(step: Step, tile: Tile) -> Partial:
-        samples, heads, rows = of = _samples(tile), player.heads(step.piece, q.size(1)), tile.queries
-        done = _done(computed[step.owner, step.piece], tile)
-        grads = done.kernel.backward(
-            *(dout[of], q[of], *key_values.at(step, samples, tile.keys)),
-            BlockOutput(merged.out[of], merged.lse[of], done.state),
-            _mask(plan, terms, step.owner, tile, heads),
-            terms.scale,
+    def compute(step: Step, call: Call) -> Partial:
+        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+        queries, keys = call.queries(q), call.keys(k, block.tokens)
+        d_out, q_, out, lse = (queries.given.take(x[:, heads]) for x in (dout, q, merged.out, merged.lse))
+        grads = call.kernel.backward(
+            *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
+            BlockOutput(out, lse, _state(states, call)),
+            _terms(plan, terms, step.owner, call, heads, q),
         )
-        dq.add(grads.dq, rows, heads, samples)
-        return Partial(samples, tile.keys, grads.dk, grads.dv)
+        dq.add(queries.result(grads.dq), queries.back, heads)
+        of_owner = call.keys(k)
+        return Partial(of_owner.back, keys.result(grads.dk), keys.result(grads.dv))
 
-    for step in key_values.steps():
+    for number, step in enumerate(key_values.steps()):
         partials: list[Partial] = []
         if step.tiles:
             with in_profiles(player.name(step.owner)):
-                partials = [compute(step, tile) for tile in step.tiles]
+                partials = [compute(step, call) for call in made.calls[number]]
         gradients.take(step, partials)
     return BlockGradients(dq.result(), *gradients.finish())
 
@@ -235,62 +303,41 @@ def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tens
     return dout, out
 
 
-def _samples(tile: Tile) -> slice:
-    return slice(None) if tile.sample is None else slice(tile.sample, tile.sample + 1)
+def _case(terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> BlockCase:
+    return BlockCase.of(q, k, v, TileTerms(terms.scale))._replace(masked=terms.visible is not None)
 
 
-def _kernel(ring: RingAttention, tile: Tile, case: BlockCase) -> BlockKernel:
-    kernel = ring.kernels.choose(case)
-    return turned(kernel) if is_turned(tile) and case.mask is MaskKind.TRIANGLE else kernel
+def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
+    """What the kernel has kept of this call; of another of its calls where only parts of that one are computed again.
+
+    As long as nothing is drawn at random it is the same of all.
+    """
+    if call in states:
+        return states[call]
+    name = call.kernel.name
+    return next(state for done, state in states.items() if done.kernel.name == name)
 
 
-def _done(computed: Sequence[_Computed], tile: Tile) -> _Computed:
-    """The tile of the forward pass that this one is, or is a part of; state that kernels keep is good for parts too."""
-    for done in computed:
-        queries, keys = done.tile.queries, done.tile.keys
-        if done.tile.sample == tile.sample and _holds(queries, tile.queries) and _holds(keys, tile.keys):
-            return done
-    raise AssertionError(f"{tile} was not computed in the forward pass")
-
-
-def _own_parts(
-    player: Player, computed: dict[tuple[int, int | None], list[_Computed]]
-) -> Iterator[tuple[list[_Computed], Tile]]:
-    """The tiles of the own block that a program has in parts, with what the forward pass has kept of that block."""
-    own = computed.get((player.program.rank, None), [])
-    whole = [done.tile for done in own]
-    for step in player.program.steps:
-        if step.owner == player.program.rank:
-            yield from ((own, tile) for tile in step.tiles if tile not in whole)
-
-
-def _takes(done: _Computed, part: Tile) -> bool:
-    """Whether the kernel that computed a tile takes a part of it too."""
-    mask = done.case.mask if done.case.mask is MaskKind.ARBITRARY else mask_kind(part)
-    case = done.case._replace(num_queries=part.num_queries, num_keys=part.num_keys, mask=mask)
-    return not done.kernel.unsupported_reasons(case)
-
-
-def _holds(whole: slice, part: slice) -> bool:
-    return bool(whole.start <= part.start and part.stop <= whole.stop)
-
-
-def _mask(plan: AttentionPlan, terms: Terms, owner: int, tile: Tile, heads: slice) -> BlockMask:
-    """What a kernel is told of who sees whom in a tile: its window, or the part of a boolean mask that is about it."""
+def _terms(plan: AttentionPlan, terms: Terms, owner: int, call: Call, heads: slice, q: Tensor) -> TileTerms:
+    """What a kernel is told of a call's tiles."""
     if terms.visible is None:
-        return BlockMask(mask_kind(tile))
+        visible = call.visible(q)
+        return TileTerms(terms.scale, call.window, visible, call.segments(q))
+    return TileTerms(terms.scale, visible=_visible(plan, terms.visible, owner, call.tiles[0], heads))
+
+
+def _visible(plan: AttentionPlan, visible: Tensor, owner: int, tile: Tile, heads: slice) -> Tensor:
+    """The part of a boolean mask that is about a tile, within its window."""
     columns: list[slice] = []
     for run in joined(plan.keys.runs(owner)):
         first, last = max(tile.keys.start, run.start), min(tile.keys.stop, run.stop)
         if first < last:
             columns.append(slice(run.position + first - run.start, run.position + last - run.start))
-    rows = terms.visible[..., tile.queries, :]
+    rows = visible[..., tile.queries, :]
     if rows.dim() == 4 and rows.size(1) > 1:
         rows = rows[:, heads]
     if rows.dim() == 4 and rows.size(0) > 1:
-        rows = rows[_samples(tile)]
+        rows = rows[of_sample(tile.sample)]
     seen = torch.cat([rows[..., each] for each in columns], dim=-1)
-    if mask_kind(tile) is MaskKind.TRIANGLE:
-        ahead = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device)
-        seen = seen & (ahead.triu() if is_turned(tile) else ahead.tril())
-    return BlockMask(MaskKind.ARBITRARY, seen)
+    window = Window(tile.left, tile.right)
+    return seen if window == EVERYTHING else seen & window.visible(tile.num_queries, tile.num_keys, seen.device)

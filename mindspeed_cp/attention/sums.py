@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
+from mindspeed_cp.kernels.calls import Place
 
 _ALL = slice(None)
 
@@ -35,13 +36,20 @@ class TokenSum:
         self._single: Tensor | None = None
         self._total: Tensor | None = None
 
-    def add(self, partial: Tensor, tokens: slice, heads: slice = _ALL, samples: slice = _ALL) -> None:
-        """Add the gradient of some samples, heads and tokens, [b, h, s, D] in any dtype."""
-        whole = partial.shape == self._like.shape
-        if self._total is None and self._single is None and whole:
+    def add(self, partial: Tensor, place: Place, heads: slice = _ALL) -> None:
+        """Add the gradient of some tokens and heads, [b, h, s, D] in any dtype, as `place` takes them."""
+        if self._is_empty and isinstance(place.tokens, slice) and partial.shape == self._like.shape:
             self._single = partial
             return
-        add_(self._accumulator()[samples, heads, tokens], partial)
+        total = self._accumulator()[:, heads]
+        there = place.take(total)
+        add_(there, partial)
+        if not isinstance(place.tokens, slice):
+            place.put(total, there)
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._total is None and self._single is None
 
     def result(self) -> Tensor:
         """The sum, rounded to the dtype of `like`; zeros where nothing was added."""
@@ -81,13 +89,21 @@ class MergedOutput:
         """For queries q [B, N, S, D] and values v [B, G, T, V]."""
         return cls(q.new_empty(()).expand(*q.shape[:3], v.size(3)), kernels)
 
-    def merge(self, part: BlockOutput, queries: slice, heads: slice = _ALL, samples: slice = _ALL) -> None:
-        """Add the attention of some samples, heads and queries over some more keys."""
-        if self._total is None and self._single is None and part.out.shape == self._like.shape:
+    def merge(self, part: BlockOutput, place: Place, heads: slice = _ALL) -> None:
+        """Add the attention of some queries and heads over some more keys, as `place` takes them."""
+        if self._is_empty and isinstance(place.tokens, slice) and part.out.shape == self._like.shape:
             self._single = part
             return
-        out, lse = self._accumulator()[:2]
-        self.kernel.merge_(out[samples, heads, queries], lse[samples, heads, queries], part)
+        out, lse = (x[:, heads] for x in self._accumulator()[:2])
+        merged = place.take(out), place.take(lse)
+        self.kernel.merge_(*merged, part)
+        if not isinstance(place.tokens, slice):
+            place.put(out, merged[0])
+            place.put(lse, merged[1])
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._total is None and self._single is None
 
     @functools.cached_property
     def kernel(self) -> MergeKernel:

@@ -91,7 +91,7 @@ class Agreement:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what a window remembers: a copy from elsewhere would remember it for ever."""
+        """Without what a micro-batch remembers: a copy from elsewhere would remember it for ever."""
         return self.__dict__ | {"_agreed": None}
 
     def _gather_words(self, words: str, place: torch.device) -> list[str]:

@@ -6,9 +6,9 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
     BlockKernel,
-    BlockMask,
     BlockOutput,
-    MaskKind,
+    TileTerms,
+    Window,
 )
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "BlockCase",
     "BlockGradients",
     "BlockKernel",
-    "BlockMask",
     "BlockOutput",
     "KernelRegistry",
-    "MaskKind",
     "MergeKernel",
+    "TileTerms",
+    "Window",
     "add_",
     "choose_merge_kernel",
 ]

@@ -1,5 +1,6 @@
 """The choice of a kernel: the first, in order of preference, that can compute the case at hand."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKer
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.merge import MergeKernel, TorchMerge
 from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
-from mindspeed_cp.kernels.precision import OutsideAutocast
 from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge
@@ -25,7 +25,7 @@ _LOGGER = logging.getLogger(__name__)
 _Kernel = TypeVar("_Kernel", BlockKernel, MergeKernel)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelRegistry:
     """Kernels to choose from.
 
@@ -35,10 +35,7 @@ class KernelRegistry:
 
     kernels: tuple[BlockKernel, ...]
     first_on: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
-    # A ring asks again for every block of every layer. Some kernels refuse where torch is to be deterministic.
-    _chosen: dict[tuple[BlockCase, bool], BlockKernel] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _announced: set[BlockCase] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,17 +45,23 @@ class KernelRegistry:
     def choose(self, case: BlockCase) -> BlockKernel:
         """The first kernel that can compute `case`; the log says, once for each case, why it is that one.
 
-        It gives under torch.autocast what it gives without. Raises NotImplementedError with every kernel's reasons when
-        none can.
+        Raises NotImplementedError with every kernel's reasons when none can.
         """
-        key = (case, torch.are_deterministic_algorithms_enabled())
-        if key not in self._chosen:
-            kernel, _ = self._first_able(case)
-            if kernel is None:
-                raise NotImplementedError(self.explain(case))
-            _LOGGER.info(self.explain(case))
-            self._chosen[key] = OutsideAutocast(kernel)
-        return self._chosen[key]
+        kernel, _ = self._first_able(case)
+        if kernel is None:
+            raise NotImplementedError(self.explain(case))
+        self.announce(kernel, case)
+        return kernel
+
+    def announce(self, kernel: BlockKernel, case: BlockCase) -> None:
+        """Say in the log, once for each case, that `kernel` computes it, and why not each that is preferred to it."""
+        if case in self._announced:
+            return
+        self._announced.add(case)
+        if _LOGGER.isEnabledFor(logging.INFO):
+            before = itertools.takewhile(lambda each: each.name != kernel.name, self.in_order(case))
+            refusals = (_refusal(each, each.unsupported_reasons(case)) for each in before)
+            _LOGGER.info("\n".join([f"{kernel.name} computes {case}", *refusals]))
 
     def explain(self, case: BlockCase) -> str:
         """Which kernel computes `case`, and why not each that is preferred to it; every refusal where none does."""
@@ -79,12 +82,16 @@ class KernelRegistry:
         """The same kernels, each handed contiguous BNSD tensors."""
         return KernelRegistry(tuple(in_bnsd(kernel) for kernel in self.kernels), self.first_on)
 
-    def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
+    def in_order(self, case: BlockCase) -> tuple[BlockKernel, ...]:
+        """The kernels, the preferred first, on the device of `case`."""
         first = self.first_on.get(case.compute_capability, ()) if case.compute_capability else ()
-        order = sorted(
-            self.kernels, key=lambda kernel: first.index(kernel.name) if kernel.name in first else len(first)
-        )
-        return _first_able(order, lambda kernel: kernel.unsupported_reasons(case))
+        if not first:
+            return self.kernels
+        rank = {name: place for place, name in enumerate(first)}
+        return tuple(sorted(self.kernels, key=lambda kernel: rank.get(kernel.name, len(first))))
+
+    def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
+        return _first_able(self.in_order(case), lambda kernel: kernel.unsupported_reasons(case))
 
 
 def choose_merge_kernel(
@@ -109,8 +116,12 @@ def _first_able(
         reasons = reasons_of(kernel)
         if not reasons:
             return kernel, refusals
-        refusals.append(f"  not {kernel.name}: {'; '.join(reasons)}")
+        refusals.append(_refusal(kernel, reasons))
     return None, refusals
+
+
+def _refusal(kernel: BlockKernel | MergeKernel, reasons: Iterable[str]) -> str:
+    return f"  not {kernel.name}: {'; '.join(reasons)}"
 
 
 KERNELS = KernelRegistry(

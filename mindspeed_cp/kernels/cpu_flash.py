@@ -1,10 +1,17 @@
-"""Flash attention on CPUs: torch's own operator, which tiles the scores instead of holding them."""
+"""Flash attention on CPUs: torch's own operator, which works through the scores instead of holding them."""
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels.protocol import (
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockOutput,
+    TileTerms,
+    cut_window_reasons,
+)
 
 _TORCH = Version(torch.__version__)
 
@@ -19,40 +26,45 @@ class CpuFlashKernel:
         reasons = []
         if case.device_type != "cpu":
             reasons.append(f"runs on the CPU, not on {case.device_type}")
-        if case.mask is MaskKind.ARBITRARY:
-            reasons.append("takes no arbitrary mask")
         if case.head_size != case.value_head_size:
             reasons.append(f"needs one head size, not {case.head_size} for keys and {case.value_head_size} for values")
         # Seen with torch 2.6: it writes outside its buffers.
         if case.num_heads != case.num_kv_heads and Version("2.13") > _TORCH:
             reasons.append("takes no grouped queries before torch 2.13")
-        return reasons
+        return reasons + cut_window_reasons(case)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, terms.window == TRIANGLE, attn_mask=_bias(terms, q), scale=terms.scale
+        )
+        if terms.visible is not None:  # Rows that see no key have a log-sum-exp of 0 here.
+            lse = lse.masked_fill(~terms.visible.any(dim=-1), -torch.inf)
         return BlockOutput(out, lse)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal = mask.kind is MaskKind.TRIANGLE
         dout, q, k, v = (_with_dense_heads(x) for x in (dout, q, k, v))
+        # exp(-inf - lse) is 0 in rows that see no key, if their log-sum-exp is a number.
+        lse = output.lse if terms.visible is None else output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         return BlockGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, q, k, v, output.out, output.lse, 0.0, causal, scale=scale
+                *(dout, q, k, v, output.out.to(q.dtype), lse, 0.0, terms.window == TRIANGLE),
+                attn_mask=_bias(terms, q),
+                scale=terms.scale,
             )
         )
+
+
+def _bias(terms: TileTerms, q: Tensor) -> Tensor | None:
+    """The mask as the operator takes it: added to the scores, in the dtype of q, with four dims."""
+    if terms.visible is None:
+        return None
+    visible = terms.visible.expand(q.size(0), 1 if terms.visible.dim() == 2 else -1, -1, -1)
+    return q.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

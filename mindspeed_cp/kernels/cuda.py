@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels.protocol import (
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockOutput,
+    TileTerms,
+    cut_window_reasons,
+)
 
 _ALIGNMENT = 16
 """Bytes that the kernels read at once."""
@@ -36,38 +43,31 @@ class CudaFlashKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = flash_reasons(case)
+        reasons = flash_reasons(case) + cut_window_reasons(case)
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without it")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
-            fit(q), fit(k), fit(v), 0.0, causal, scale=scale
+            fit(q), fit(k), fit(v), 0.0, causal, scale=terms.scale
         )
         return BlockOutput(out, lse, tuple(random_state))
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         return BlockGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 *(dout, fit(q), fit(k), fit(v), output.out),
                 output.lse.contiguous(),  # Its strides are never looked at.
                 *(None, None, q.size(2), k.size(2), 0.0, causal),
                 *output.state,
-                scale=scale,
+                scale=terms.scale,
             )
         )
 
@@ -87,7 +87,7 @@ class CudnnKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = fused_reasons(case)
+        reasons = fused_reasons(case) + cut_window_reasons(case)
         largest = max(case.head_size, case.value_head_size)
         if largest > 128:
             reasons.append(f"takes head sizes up to 128, not {largest}")
@@ -102,28 +102,21 @@ class CudnnKernel:
             reasons.append("is not deterministic, and torch.use_deterministic_algorithms asks for that")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            fit(q), fit(k), fit(v), None, True, 0.0, causal, scale=scale
+            fit(q), fit(k), fit(v), None, True, 0.0, causal, scale=terms.scale
         )
         # The backward pass wants a log-sum-exp of as many dims as the forward gives: [B, N, S, 1] or [B, N, S].
         as_given = lse.new_empty((0,) * lse.dim())
         return BlockOutput(out, lse.reshape(q.shape[:3]), (*random_state, as_given))
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         q = fit(q)
         *random_state, as_given = output.state
         return BlockGradients(
@@ -132,7 +125,7 @@ class CudnnKernel:
                 output.lse.contiguous().view(*output.lse.shape, *[1] * (as_given.dim() - output.lse.dim())),
                 *random_state,
                 *(None, None, None, q.size(2), k.size(2), 0.0, causal),
-                scale=scale,
+                scale=terms.scale,
             )
         )
 
@@ -155,15 +148,15 @@ class EfficientKernel:
             dtypes += (torch.bfloat16,)
         if case.dtype not in dtypes:
             reasons.append(f"takes {_names(dtypes)} here, not {_names([case.dtype])}")
-        return reasons + _head_size_reasons(case)
+        return reasons + _head_size_reasons(case) + cut_window_reasons(case)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
-        dead = None if mask.visible is None else ~mask.visible.any(dim=-1, keepdim=True)
-        bias = None if mask.visible is None or dead is None else _bias(mask.visible | dead, q)
+        causal = terms.window == TRIANGLE
+        dead = None if terms.visible is None else ~terms.visible.any(dim=-1, keepdim=True)
+        bias = None if terms.visible is None or dead is None else _bias(terms.visible | dead, q)
         out, lse, *random_state = torch.ops.aten._scaled_dot_product_efficient_attention(
-            fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q), bias, True, 0.0, causal, scale=scale
+            fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q), bias, True, 0.0, causal, scale=terms.scale
         )
         lse = lse[:, :, : q.size(2)]
         if dead is not None:
@@ -171,28 +164,21 @@ class EfficientKernel:
         return BlockOutput(out, lse, tuple(random_state))
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         lse = output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         lse = F.pad(lse, (0, -lse.size(2) % _LSE_ROWS), value=torch.inf)  # As its forward pass does.
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             *(dout, fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q)),
-            None if mask.visible is None else _bias(mask.visible, q),
+            None if terms.visible is None else _bias(terms.visible, q),
             # Of the strides of `out` it reads two, and takes it that a token's heads follow each other.
             fit(output.out.transpose(1, 2).contiguous()).transpose(1, 2),
             lse.contiguous(),
             *output.state,
             *(0.0, [True, True, True, False], causal),
-            scale=scale,
+            scale=terms.scale,
         )
         return BlockGradients(dq, _sum_of_groups(dk, k), _sum_of_groups(dv, v))
 
@@ -269,7 +255,7 @@ def fused_reasons(case: BlockCase) -> list[str]:
     reasons = gpu_reasons(case, oldest=(8, 0))
     if case.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"takes bfloat16 and float16, not {_names([case.dtype])}")
-    if case.mask is MaskKind.ARBITRARY:
+    if case.masked:
         reasons.append("takes no arbitrary mask")
     return reasons + _head_size_reasons(case)
 

@@ -18,17 +18,24 @@ from packaging.version import Version
 from torch import Tensor
 
 from mindspeed_cp.kernels.cuda import fit, flash_reasons
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels.protocol import (
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockOutput,
+    TileTerms,
+    cut_window_reasons,
+)
 
 _OLDEST = "2.7"
 """From this release on the functions' arguments are as they are called here."""
-_NO_WINDOW, _NO_SOFTCAP, _NO_DROPOUT, _NO_ALIBI = (-1, -1), 0.0, 0.0, None
+_NO_SOFTCAP, _NO_DROPOUT, _NO_ALIBI = 0.0, 0.0, None
 _SCALE_OF_FLASH_ATTN_3 = {"_flash_attn_forward": 23, "_flash_attn_backward": 15}
 """Where `softmax_scale` stands among the arguments, from release 2.8.0 on: in 2.7.4 others are left out before it."""
 
 
 class FlashAttnKernel:
-    """The package `flash_attn`; deterministic with torch.use_deterministic_algorithms(True)."""
+    """The package `flash_attn`: it takes windows; deterministic with torch.use_deterministic_algorithms(True)."""
 
     name = "flash_attn"
 
@@ -39,35 +46,45 @@ class FlashAttnKernel:
             version = import_module("flash_attn").__version__
             if Version(version) < Version(_OLDEST):
                 missing = [f"needs flash_attn {_OLDEST} or newer, not {version}"]
-        return flash_reasons(case) + missing
+        return flash_reasons(case) + _window_reasons(case) + missing
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        if terms.segments is not None:
+            out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
+                *(_packed(x) for x in (q, k, v)),
+                *terms.segments,
+                *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, False),
+            )
+            return BlockOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0))
         out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
             *(_tokens_first(x) for x in (q, k, v)),
-            *(_NO_DROPOUT, scale, causal, *_NO_WINDOW, _NO_SOFTCAP, _NO_ALIBI, False),
+            *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, False),
         )
         return BlockOutput(out.transpose(1, 2), lse)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal, deterministic = mask.kind is MaskKind.TRIANGLE, torch.are_deterministic_algorithms_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if terms.segments is not None:
+            packed = [_packed(x) for x in (dout, q, k, v, output.out)]
+            gradients = [x.new_empty(x.shape) for x in packed[1:4]]
+            import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward(
+                *packed,
+                output.lse.squeeze(0).contiguous(),
+                *gradients,
+                *terms.segments,
+                *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, deterministic),
+            )
+            return BlockGradients(*(x.transpose(0, 1).unsqueeze(0) for x in gradients))
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
         import_module("flash_attn.flash_attn_interface")._flash_attn_backward(
             *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
             output.lse.contiguous(),  # Its strides are never looked at.
             *gradients,
-            *(_NO_DROPOUT, scale, causal, *_NO_WINDOW, _NO_SOFTCAP, _NO_ALIBI, deterministic),
+            *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, deterministic),
         )
         return BlockGradients(*(x.transpose(1, 2) for x in gradients))
 
@@ -82,7 +99,7 @@ class FlashAttn3Kernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = flash_reasons(case)
+        reasons = flash_reasons(case) + cut_window_reasons(case)
         if case.compute_capability is not None and case.compute_capability != (9, 0):
             reasons.append("is for compute capability 9.0 only")
         if case.head_size > 192 and torch.are_deterministic_algorithms_enabled():
@@ -95,25 +112,18 @@ class FlashAttn3Kernel:
             missing = _flash_attn_3_reasons(import_module("flash_attn_interface"))
         return reasons + missing
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = mask.kind is MaskKind.TRIANGLE
+        causal = terms.window == TRIANGLE
         # By position: its releases name some of the arguments differently, and the earlier ones have no defaults for
         # the 20 (of caches, packed sequences, rotary embeddings and fp8) between the tensors and the scale.
         out, lse, *_ = import_module("flash_attn_interface")._flash_attn_forward(
-            *(_tokens_first(x) for x in (q, k, v)), *[None] * 20, scale, causal
+            *(_tokens_first(x) for x in (q, k, v)), *[None] * 20, terms.scale, causal
         )
         return BlockOutput(out.transpose(1, 2), lse)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
@@ -122,7 +132,7 @@ class FlashAttn3Kernel:
             output.lse.contiguous(),
             *[None] * 6,  # Packed sequences.
             *gradients,
-            *(scale, mask.kind is MaskKind.TRIANGLE),
+            *(terms.scale, terms.window == TRIANGLE),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return BlockGradients(*(x.transpose(1, 2) for x in gradients))
@@ -155,6 +165,35 @@ def _flash_attn_3_reasons(module: ModuleType) -> list[str]:
                 f"needs FlashAttention 3 of release 2.8.0 or newer: argument {place} of {name} is not softmax_scale"
             ]
     return []
+
+
+def _window_reasons(case: BlockCase) -> list[str]:
+    """Windows that its set-up (flash_api.cpp) makes other ones of.
+
+    It drops a right bound that is as large as there are keys, and puts one of as many keys beside a left bound alone.
+    Of more queries than keys the first rows then see other keys than they should.
+    """
+    left, right = case.window
+    if case.packed and (left, right) != (None, None) and right != 0:
+        return [f"takes packed tiles of a window ({left}, {right}) one by one"]  # It depends on each one's size.
+    dropped = right is not None and right >= case.num_keys
+    added = left is not None and right is None and case.num_queries > case.num_keys + 1
+    if dropped or added:
+        return [f"makes another window of ({left}, {right}) on {case.num_queries} queries and {case.num_keys} keys"]
+    return []
+
+
+def _packed(x: Tensor) -> Tensor:
+    """[1, N, T, D] as [T, N, D], fit for the kernels."""
+    return _tokens_first(x).squeeze(0)
+
+
+def _window(terms: TileTerms) -> tuple[bool, int, int]:
+    """`causal` and the window, as its functions take them: -1 is without bound, and rows are aligned as ours."""
+    if terms.window == TRIANGLE:
+        return True, -1, -1
+    left, right = (-1 if bound is None else bound for bound in terms.window)
+    return False, left, right
 
 
 def _tokens_first(x: Tensor) -> Tensor:

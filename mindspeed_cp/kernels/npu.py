@@ -24,13 +24,22 @@ import torch.nn.functional as F
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels.protocol import (
+    EVERYTHING,
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockOutput,
+    TileTerms,
+    one_at_a_time_reasons,
+)
 
 _DEAD_BELOW = -1e38
 """A row whose largest score is below this sees no key: it is -3.4e38 there, whatever the operator was told of such."""
 _COMPRESSED_SIZE = 2048
-_ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL = 0, 1, 2
-"""Sparse modes: what a mask means."""
+_ALL_VISIBLE, _ANY_MASK, _LEFT_UP_CAUSAL, _BAND = 0, 1, 2, 4
+"""Sparse modes: what a mask means. A band is aligned bottom right, as our windows."""
+_UNBOUNDED = 2**31 - 1
 _PRECISE, _HANDLE_DEAD_ROWS = 0, 2
 """inner_precise: the second computes rows that see no key as such. 1, the default in CANN 7.0, may compute in fp16."""
 _NARROWER_VALUES_SINCE = Version("8.2rc1")
@@ -52,7 +61,7 @@ class NpuKernel:
         """Why it cannot compute `case`."""
         if case.device_type != "npu":
             return [f"runs on the NPU, not on {case.device_type}"]
-        reasons = _missing("npu_fusion_attention")
+        reasons = _missing("npu_fusion_attention") + one_at_a_time_reasons(case)
         if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             reasons.append(f"takes no {str(case.dtype).removeprefix('torch.')}")
         if case.value_head_size > case.head_size:
@@ -63,29 +72,26 @@ class NpuKernel:
             reasons.append(f"takes up to {_MOST_HEADS} heads, not {case.num_heads}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         import torch_npu
 
         layout = _Layout.of(q, k, v)
         out, largest, total, *_ = torch_npu.npu_fusion_attention(
-            *(layout.pack(x) for x in (q, k, v)), q.size(1), layout.name, scale=scale, **_mask_options(mask, q)
+            *(layout.pack(x) for x in (q, k, v)),
+            q.size(1),
+            layout.name,
+            scale=terms.scale,
+            **_mask_options(terms, q, k.size(2)),
         )
         out = layout.unpack(out, q.size(1), v.size(3))
         lse = _log_sum_exp(largest, total)
-        if mask.visible is not None:  # Only a mask tensor can have rows that see no key.
+        if terms.visible is not None:  # Only a mask tensor can have rows that see no key.
             out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
         return BlockOutput(out, lse)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         import torch_npu
@@ -101,8 +107,8 @@ class NpuKernel:
             softmax_max=lse,
             softmax_sum=torch.ones_like(lse),
             attention_in=layout.pack(output.out),
-            scale_value=scale,
-            **_mask_options(mask, q),
+            scale_value=terms.scale,
+            **_mask_options(terms, q, k.size(2)),
         )[:3]
         return BlockGradients(*(layout.unpack(x, y.size(1), y.size(3)) for x, y in ((dq, q), (dk, k), (dv, v))))
 
@@ -196,17 +202,17 @@ class _Layout(NamedTuple):
         return x[..., :head_size]
 
 
-def _mask_options(mask: BlockMask, q: Tensor) -> dict[str, Any]:
+def _mask_options(terms: TileTerms, q: Tensor, num_keys: int) -> dict[str, Any]:
     """Arguments that say the mask: for the operator True is masked."""
-    if mask.kind is MaskKind.NONE:
-        return {"sparse_mode": _ALL_VISIBLE, "inner_precise": _PRECISE}
-    if mask.visible is None:
-        return {
-            "sparse_mode": _LEFT_UP_CAUSAL,
-            "atten_mask": _compressed_mask(q.device),
-            "inner_precise": _PRECISE,
-        }
-    masked = ~mask.visible
+    if terms.visible is None:
+        if terms.window == EVERYTHING:
+            return {"sparse_mode": _ALL_VISIBLE, "inner_precise": _PRECISE}
+        compressed = {"atten_mask": _compressed_mask(q.device), "inner_precise": _PRECISE}
+        if terms.window == TRIANGLE and q.size(2) == num_keys:
+            return {"sparse_mode": _LEFT_UP_CAUSAL, **compressed}
+        left, right = (_UNBOUNDED if bound is None else bound for bound in terms.window)
+        return {"sparse_mode": _BAND, "pre_tockens": left, "next_tockens": right, **compressed}
+    masked = ~terms.visible
     if masked.dim() == 4 and masked.size(1) > 1:
         masked = masked.expand(q.size(0), -1, -1, -1)  # It takes no mask of all heads for a batch in common.
     return {"sparse_mode": _ANY_MASK, "atten_mask": masked.contiguous(), "inner_precise": _HANDLE_DEAD_ROWS}

@@ -6,7 +6,6 @@ head size. Tensors are indexed in this order and may have any strides.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,45 +15,82 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What q, k and v may be of."""
 
 
-class MaskKind(Enum):
-    """Which keys a query sees."""
+class Window(NamedTuple):
+    """FlashAttention's window, aligned bottom right: row a of S sees, of T keys, those from a + (T - S) - left to
+    a + (T - S) + right; None is without bound. Every row and every key of a tile takes part, see plan.py.
+    """
 
-    NONE = "none"
-    """All of them."""
-    TRIANGLE = "triangle"
-    """Key j is seen by query i where j <= i; as many keys as queries."""
-    ARBITRARY = "arbitrary"
-    """What a boolean tensor says."""
+    left: int | None = None
+    right: int | None = None
+
+    def visible(self, num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+        """[S, T] bool, True where a row sees a key."""
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+        if self.right is not None:
+            visible = visible.tril(num_keys - num_queries + self.right)
+        return visible if self.left is None else visible.triu(num_keys - num_queries - self.left)
+
+    def area(self, num_queries: int, num_keys: int) -> int:
+        """Pairs of row and key that see each other."""
+        shift, rows = num_keys - num_queries, range(num_queries)
+        first = (0 if self.left is None else max(0, row + shift - self.left) for row in rows)
+        last = (num_keys if self.right is None else min(num_keys, row + shift + self.right + 1) for row in rows)
+        return sum(max(0, end - start) for start, end in zip(first, last, strict=True))
+
+
+EVERYTHING, TRIANGLE, UPPER_TRIANGLE = Window(None, None), Window(None, 0), Window(0, None)
+"""All keys; those up to the diagonal that ends in the last key; and those from it on."""
+
+
+class Segments(NamedTuple):
+    """Several tiles that lie one after another in the tensors of one call.
+
+    queries, keys: [tiles + 1] int32 on the tensors' device, where each begins and the last one ends, as cu_seqlens.
+    max_queries, max_keys: of the longest.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    max_keys: int
 
 
 @dataclass(frozen=True)
-class BlockMask:
-    """The mask between the queries and the keys of one block.
+class TileTerms:
+    """What a kernel is told of a tile beside its queries, keys and values.
 
-    visible: [S, T], [1 or B, 1 or N, S, T] bool, True where the query sees the key; given exactly for ARBITRARY.
+    scale: factor on the scores, above 0: fused kernels subtract the largest score before they scale, which with a
+        negative one is the wrong end; a caller folds the sign into q.
+    window: who sees whom, in each of the segments where there are some.
+    visible: [S, T], [1 or B, 1 or N, S, T] bool, True where the query sees the key; then it says all of it, and the
+        window is EVERYTHING.
+    segments: the tiles in tensors [1, N, S, D], if there are several.
     """
 
-    kind: MaskKind
+    scale: float
+    window: Window = EVERYTHING
     visible: Tensor | None = None
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind is MaskKind.ARBITRARY) != (self.visible is not None):
-            raise ValueError(
-                f"{self.kind.value}: this kind of mask goes with{'' if self.visible is None else 'out'} a tensor."
-            )
-        if self.visible is not None and self.visible.dtype != torch.bool:
+        if self.visible is None:
+            return
+        if self.window != EVERYTHING:
+            raise ValueError(f"a mask tensor beside {self.window}: it says all of who sees whom, or nothing.")
+        if self.visible.dtype != torch.bool:
             raise ValueError(f"a mask is boolean, True where a query sees a key; this one is {self.visible.dtype}.")
 
 
 class BlockCase(NamedTuple):
-    """What a kernel must know to say whether it can compute a block.
+    """What a kernel must know to say whether it can compute a tile.
 
-    compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere.
+    compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere. masked: whether a tensor says who sees
+    whom. packed: whether there are several tiles one after another; queries and keys are then those of the longest.
     """
 
     device_type: str
     dtype: torch.dtype
-    mask: MaskKind
+    window: Window
     num_heads: int
     num_kv_heads: int
     num_queries: int
@@ -62,20 +98,23 @@ class BlockCase(NamedTuple):
     head_size: int
     value_head_size: int
     compute_capability: tuple[int, int] | None = None
+    masked: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
         """The case in words, for messages."""
-        mask = {MaskKind.NONE: "unmasked", MaskKind.TRIANGLE: "causal", MaskKind.ARBITRARY: "masked"}[self.mask]
+        named = {EVERYTHING: "unmasked", TRIANGLE: "causal"}
+        mask = "masked" if self.masked else named.get(self.window, "windowed ({}, {})".format(*self.window))
         sizes = str(self.head_size) + (f" (values {self.value_head_size})" * (self.head_size != self.value_head_size))
         capability = "" if self.compute_capability is None else " {}.{}".format(*self.compute_capability)
         return (
-            f"{mask} attention of {self.num_queries} queries over {self.num_keys} keys, {self.num_heads}:"
-            f"{self.num_kv_heads} heads of {sizes}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{self.device_type}{capability}"
+            f"{mask} attention {'of tiles up to ' if self.packed else 'of '}{self.num_queries} queries over "
+            f"{self.num_keys} keys, {self.num_heads}:{self.num_kv_heads} heads of {sizes}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device_type}{capability}"
         )
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> "BlockCase":
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> "BlockCase":
         """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
@@ -97,19 +136,17 @@ class BlockCase(NamedTuple):
                 f"q, k and v are on {q.device}, {k.device} and {v.device}: they must be on one device; move them, "
                 "k.to(q.device) and v.to(q.device) for instance."
             )
-        if mask.kind is MaskKind.TRIANGLE and q.size(2) != k.size(2):
-            raise ValueError(f"{shapes}: a triangle mask needs as many keys as queries.")
-        if mask.visible is not None and not _fits(mask.visible, q, k):
+        if terms.visible is not None and not _fits(terms.visible, q, k):
             batch, num_heads, *pair = *q.shape[:3], k.size(2)
             pairs = ", ".join(map(str, pair))
             raise ValueError(
-                f"a mask of {tuple(mask.visible.shape)} does not fit {shapes}: it must be [S, T] = [{pairs}] or "
+                f"a mask of {tuple(terms.visible.shape)} does not fit {shapes}: it must be [S, T] = [{pairs}] or "
                 f"[1 or B, 1 or N, S, T] = [1 or {batch}, 1 or {num_heads}, {pairs}]."
             )
         return cls(
             device_type=q.device.type,
             dtype=q.dtype,
-            mask=mask.kind,
+            window=terms.window,
             num_heads=q.size(1),
             num_kv_heads=k.size(1),
             num_queries=q.size(2),
@@ -117,6 +154,8 @@ class BlockCase(NamedTuple):
             head_size=q.size(3),
             value_head_size=v.size(3),
             compute_capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+            masked=terms.visible is not None,
+            packed=terms.segments is not None,
         )
 
 
@@ -134,7 +173,7 @@ def _fits(visible: Tensor, q: Tensor, k: Tensor) -> bool:
 class BlockOutput(NamedTuple):
     """What a kernel's forward pass gives.
 
-    out: [B, N, S, V] in the dtype of q, 0 in rows that see no key.
+    out: [B, N, S, V], 0 in rows that see no key; in the dtype of q, or of sums (fp32) where the kernel has it anyway.
     lse: [B, N, S] log-sum-exp of the scaled scores, natural logarithm, -inf in rows that see no key; fp32, or fp64
         where the inputs are.
     state: what the kernel itself needs for its backward pass beside these (a random state, say).
@@ -146,7 +185,7 @@ class BlockOutput(NamedTuple):
 
 
 class BlockGradients(NamedTuple):
-    """Gradients of a block's inputs, in their shapes and dtype."""
+    """Gradients of a tile's inputs, in their shapes; in their dtype, or of sums where the kernel has it anyway."""
 
     dq: Tensor
     dk: Tensor
@@ -154,10 +193,13 @@ class BlockGradients(NamedTuple):
 
 
 class BlockKernel(Protocol):
-    """Exact attention of a block of queries over a block of keys.
+    """Exact attention of the queries of a tile over its keys.
 
-    A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out. `out` and `lse`
-    of the backward pass may be those of a row over more keys than this block's: a ring calls it with the merged ones.
+    A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out.
+
+    `out` and `lse` of the backward pass are those of a row over all the keys that it sees, of which a tile has some.
+    The tiles' gradients then add up to the whole: exp(score - lse) is the probability among all keys, whichever tile it
+    is computed in, and the row's dout . out is of all keys too.
     """
 
     @property
@@ -169,23 +211,27 @@ class BlockKernel(Protocol):
         """Every reason why it cannot compute `case`; empty where it can."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
-        """Attention of q over k and v, scores multiplied by `scale` before the softmax.
-
-        scale: above 0. Fused kernels subtract the largest score before they scale, which with a negative scale is the
-        wrong end: a caller folds the sign into q.
-        """
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        """Attention of q over k and v."""
         ...
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """Gradients of q, k and v for the gradient `dout` of the output."""
         ...
+
+
+def one_at_a_time_reasons(case: BlockCase) -> list[str]:
+    """Why a kernel that takes one tile a call cannot compute `case`."""
+    return ["takes one tile a call"] if case.packed else []
+
+
+def cut_window_reasons(case: BlockCase) -> list[str]:
+    """Why a kernel that takes rectangles and lower triangles, one a call, cannot compute `case`."""
+    if case.packed:
+        return one_at_a_time_reasons(case)
+    square = case.num_queries == case.num_keys
+    if case.window == EVERYTHING or (case.window == TRIANGLE and square):
+        return []
+    return ["takes no window ({}, {}) on {} queries and {} keys".format(*case.window, case.num_queries, case.num_keys)]

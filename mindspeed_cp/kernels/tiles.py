@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from mindspeed_cp.kernels.protocol import MaskKind
 from mindspeed_cp.plan import Tile, within
 
 
@@ -53,13 +52,3 @@ def _strips(tile: Tile) -> Iterator[Tile]:
             piece = within(tile, queries, part)
             if piece is not None:
                 yield piece
-
-
-def mask_kind(tile: Tile) -> MaskKind:
-    """What a kernel is told of a tile that `cut` has given."""
-    return MaskKind.NONE if tile.left is None and tile.right is None else MaskKind.TRIANGLE
-
-
-def is_turned(tile: Tile) -> bool:
-    """Whether a triangle is the upper one, which is the lower one with queries and keys in reverse order."""
-    return tile.left is not None

@@ -1,11 +1,11 @@
 """Kernels that stand around another one: its name and its reasons, with something done to tensors on the way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput
+from mindspeed_cp.kernels.protocol import TRIANGLE, BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,34 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+def _as_they_are(terms: TileTerms) -> TileTerms:
+    return terms
+
+
 @dataclass(frozen=True)
 class Rearranged(WrappedKernel):
     """A kernel that is handed its tensors in another order.
 
-    given: what is done to each tensor [B, N, S, ...] on its way in; the mask is the caller's to rearrange. back: what
-    is done to each on its way out.
+    given: what is done to each tensor [B, N, S, ...] on its way in. back: what is done to each on its way out. told:
+    what becomes of the terms; a mask is not rearranged.
     """
 
     given: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor] = _as_it_is
+    told: Callable[[TileTerms], TileTerms] = _as_they_are
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        out, lse, state = self.kernel.forward(self.given(q), self.given(k), self.given(v), mask, scale)
+        out, lse, state = self.kernel.forward(self.given(q), self.given(k), self.given(v), self.told(terms))
         return BlockOutput(self.back(out), self.back(lse), state)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: BlockOutput,
-        mask: BlockMask,
-        scale: float,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         output = output._replace(out=self.given(output.out), lse=self.given(output.lse))
         dout, q, k, v = (self.given(x) for x in (dout, q, k, v))
-        return BlockGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, mask, scale)))
+        return BlockGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, self.told(terms))))
 
 
 def in_bnsd(kernel: BlockKernel) -> Rearranged:
@@ -69,6 +67,21 @@ def _turned(x: Tensor) -> Tensor:
     return x.flip(2)
 
 
-def turned(kernel: BlockKernel) -> Rearranged:
-    """The kernel, handed queries and keys in reverse order at the price of copies: for upper triangles."""
-    return Rearranged(kernel, _turned, _turned)
+def _of_lower(terms: TileTerms) -> TileTerms:
+    return replace(terms, window=TRIANGLE)
+
+
+@dataclass(frozen=True)
+class Turned(Rearranged):
+    """A kernel for squares in which a query sees its own key and later ones, UPPER_TRIANGLE.
+
+    It is handed queries and keys in reverse order, at the price of copies: then they are its lower triangle.
+    """
+
+    given: Callable[[Tensor], Tensor] = _turned
+    back: Callable[[Tensor], Tensor] = _turned
+    told: Callable[[TileTerms], TileTerms] = _of_lower
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Those of the kernel itself for a lower triangle."""
+        return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE))

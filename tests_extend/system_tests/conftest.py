@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from rank_pool import LIMIT_S, RankFailure, RankPool
 from system_tests import layer_cases, mask_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
@@ -63,6 +63,10 @@ class TrainingPool:
         """What mask_cases.compare_masks gives on each rank."""
         args = (ranks, _free_port(), flags, mask_types)
         return self._pool.call(range(ranks), LIMIT_S, mask_cases.compare_masks, *args)
+
+    def run_program(self, ranks: int, source: str) -> list[str]:
+        """What a program, given as its text, prints on each of so many ranks, started as torchrun does."""
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.run_program, ranks, _free_port(), source)
 
     def close(self) -> None:
         """End the ranks."""

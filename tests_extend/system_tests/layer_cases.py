@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from system_tests.training_cases import forget_run, launched, sabotaged
 
 SEQUENCE, BATCH, HIDDEN, HEADS, QUERY_GROUPS = 32, 2, 64, 8, 4

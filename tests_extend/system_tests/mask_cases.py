@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from system_tests.training_cases import forget_run, launched
 
 SEQUENCE, BATCH, HEADS, HEAD_SIZE = 16, 2, 4, 8

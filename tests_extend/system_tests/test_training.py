@@ -34,12 +34,12 @@ RING = "--context-parallel-algo megatron_cp_algo"
 OVERLAP = "--use-cp-send-recv-overlap"
 
 
-def double_ring(window: int) -> str:
-    return f"{RING} --cp-window-size {window}"
+def double_ring(inner: int) -> str:
+    return f"{RING} --cp-window-size {inner}"
 
 
-def hybrid(degree: int, window: int = 1) -> str:
-    return f"--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp {degree} --cp-window-size {window}"
+def hybrid(degree: int, inner: int = 1) -> str:
+    return f"--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp {degree} --cp-window-size {inner}"
 
 
 # Each row: what runs beside context parallelism, ranks without it, context-parallel size and algorithm.
@@ -61,7 +61,7 @@ SLOW = [
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
     (f"{TENSOR_PARALLEL} --sequence-parallel {PIPELINE_PARALLEL} {OVERLAPPED_OPTIMIZER}", 4, 2, RING),
-    (f"{YARN} --use-distributed-optimizer", 1, 8, f"{hybrid(2, window=2)} {OVERLAP}"),
+    (f"{YARN} --use-distributed-optimizer", 1, 8, f"{hybrid(2, inner=2)} {OVERLAP}"),
     (f"{OVERLAPPED_OPTIMIZER} --global-batch-size 4", 2, 2, ULYSSES),
     ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
     ("--recompute-granularity selective", 1, 2, RING),

@@ -24,6 +24,7 @@ from mindspeed_cp.attention.exchange import Gradients
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.patching import PatchError
+from mindspeed_cp.testing.toy_flags import TOY_FLAGS
 from system_tests.compare_losses import ITERATION, losses_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,14 +33,13 @@ SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
 HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.training") is not None
 """The wheels of Megatron 0.16 hold megatron.core alone."""
 
-# A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed, hence the large std.
-MODEL_FLAGS = """
-    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64
-    --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.2
-    --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000 --mock-data
-    --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --lr-decay-style constant --log-interval 1
-    --distributed-backend gloo --distributed-timeout-minutes 4 --num-workers 0
-"""
+MODEL_FLAGS = (
+    *TOY_FLAGS,
+    *shlex.split("""
+    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 --mock-data
+    --global-batch-size 2 --distributed-backend gloo --distributed-timeout-minutes 4
+    """),
+)
 ITERATIONS = 8
 """Enough for a fault to show: a gradient that is wrong in the first changes the losses of all others."""
 
@@ -87,8 +87,19 @@ def train(
     return losses_in(output.getvalue(), line)
 
 
+def run_program(world_size: int, port: int, source: str) -> str:
+    """Run a program, given as its text, as one rank of `world_size`; what it prints."""
+    output = io.StringIO()
+    with launched(world_size, port), contextlib.redirect_stdout(output):
+        try:
+            exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
+        finally:
+            forget_run()
+    return output.getvalue()
+
+
 def _command(flags: str) -> list[str]:
-    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *shlex.split(MODEL_FLAGS), *shlex.split(flags)]
+    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *MODEL_FLAGS, *shlex.split(flags)]
 
 
 class CoreLayerResult(NamedTuple):

@@ -18,8 +18,8 @@ from torch import Tensor
 from mindspeed_cp.attention import ContextParallelAttention, build_attention
 from mindspeed_cp.comm import Agreement, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 from mindspeed_cp.topology import CPTopology
-from rank_pool import LIMIT_S
 from unit_tests.ring_cases import FailingKernel, case_on, virtual_attention
 from unit_tests.ulysses_cases import Case, Shard, forward_and_backward
 
@@ -146,7 +146,7 @@ def errors_after_a_layer_is_left_out(case: Case, culprit: int) -> list[str]:
 # Gloo ranks.
 
 
-def change_length_within_a_window(group: dist.ProcessGroup | None, case: Case, timeout: timedelta) -> str:
+def change_length_in_a_micro_batch(group: dist.ProcessGroup | None, case: Case, timeout: timedelta) -> str:
     """The second layer of a micro-batch, in which rank 1 has other lengths: what each rank gets."""
     ours = dist.new_group(list(range(case.size)), timeout=timeout)
     if group is None:
@@ -163,8 +163,8 @@ def change_length_within_a_window(group: dist.ProcessGroup | None, case: Case, t
     return "a result"
 
 
-def messages_of_one_pickled_in_a_window(group: dist.ProcessGroup, case: Case) -> int:
-    """How many messages a copy that was pickled in a window sends to agree on two calls."""
+def messages_after_pickling(group: dist.ProcessGroup, case: Case) -> int:
+    """How many messages a copy that was pickled in a micro-batch sends to agree on two calls."""
     attention, call = build_attention(case.config, group), plain_call(case)
     assert attention.agreement is not None
     with attention.agreement.once():

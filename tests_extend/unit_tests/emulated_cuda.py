@@ -44,6 +44,8 @@ def packages() -> dict[str, ModuleType]:
     )
     package.__version__ = "2.8.3"
     functions._flash_attn_forward, functions._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    functions._flash_attn_varlen_forward = _flash_attn_varlen_forward
+    functions._flash_attn_varlen_backward = _flash_attn_varlen_backward
     successor._flash_attn_forward, successor._flash_attn_backward = _flash_attn_3_forward, _flash_attn_3_backward
     modules = {module.__name__: module for module in (package, functions, successor)}
     for name, module in modules.items():
@@ -149,11 +151,13 @@ def _flash_attn_forward(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     return_softmax,
 ):  # fmt: skip
-    require((window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None), "has other options")
+    require((softcap, alibi_slopes) == (0.0, None), "has other options")
     require(dropout_p == 0 and not return_softmax, "is called with other options")
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
-    check_flash(*tensors, causal)
-    out, lse = attend(*tensors, causal, softmax_scale)
+    check_flash(*tensors)
+    out, lse = attend(
+        *tensors, hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1)), softmax_scale
+    )
     return torch.empty_like(q).copy_(out.transpose(1, 2)), lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
 
@@ -161,10 +165,68 @@ def _flash_attn_backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
     window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    require((window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None), "has other options")
+    require((softcap, alibi_slopes) == (0.0, None), "has other options")
     require(dropout_p == 0 and isinstance(deterministic, bool), "is called with other options")
-    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+    hidden = hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1))
+    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden)
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
+
+
+def _flash_attn_varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
+    leftpad_k=None, seqused_k=None, zero_tensors=False,
+):  # fmt: skip
+    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    options = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    for rows, keys in segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        part = [x.unsqueeze(0) for x in (q[rows], k[keys], v[keys])]
+        one, of_one, *_ = _flash_attn_forward(*part, *options, return_softmax)
+        out[rows], lse[:, rows] = one.squeeze(0), of_one.squeeze(0)
+    return out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+
+
+def _flash_attn_varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    zero_tensors=False,
+):  # fmt: skip
+    require(softmax_lse.shape == (q.size(1), q.size(0)) and softmax_lse.is_contiguous(), "lse is not [N, T]")
+    options = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    for rows, keys in segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        dout_, q_, out_, dq_ = (x[rows].unsqueeze(0) for x in (dout, q, out, dq))
+        k_, v_, dk_, dv_ = (x[keys].unsqueeze(0) for x in (k, v, dk, dv))
+        lse = softmax_lse[:, rows].unsqueeze(0).contiguous()
+        _flash_attn_backward(dout_, q_, k_, v_, out_, lse, dq_, dk_, dv_, *options, deterministic)
+
+
+def segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """The rows and keys of each sequence."""
+    for x, ends, longest in ((q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k)):
+        require(x.dim() == 3 and ends.dtype == torch.int32, "takes [T, N, D] and int32 cu_seqlens")
+        require(ends[0] == 0 and ends[-1] == x.size(0), "cu_seqlens do not cover the tokens")
+        require(ends.diff().max() == longest, "max_seqlen is not the longest sequence")
+    both = zip(
+        *(map(slice, ends[:-1], ends[1:]) for ends in (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())), strict=True
+    )
+    return list(both)
+
+
+def hidden_by(causal: bool, left: int, right: int, num_queries: int, num_keys: int) -> Tensor:
+    """Which keys FlashAttention 2 hides: csrc/flash_attn/flash_api.cpp changes the window before it is used."""
+    left, right = (-1 if bound >= num_keys else bound for bound in (left, right))
+    right = 0 if causal and num_queries > 1 else right
+    if left < 0 <= right:
+        left = num_keys
+    if right < 0 <= left:
+        right = num_keys
+    hidden = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    distance = torch.arange(num_keys) - torch.arange(num_queries)[:, None] - (num_keys - num_queries)
+    if right >= 0:
+        hidden |= distance > right
+    if left >= 0:
+        hidden |= -distance > left
+    return hidden
 
 
 def _flash_attn_3_forward(
@@ -188,18 +250,19 @@ def _flash_attn_3_backward(
     require(all(x is None for x in unused) and window_size == (-1, -1), "is called with other options")
     require(softcap == sm_margin == 0 and isinstance(deterministic, bool), "is called with other options")
     require(not (deterministic and q.size(3) > 192), "Deterministic backward not supported for hdim 256.")
-    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal)
+    hidden = hidden_by(causal, -1, -1, q.size(1), k.size(1))
+    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden)
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
 
 
-def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, causal):
+def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, hidden):
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    check_flash(*tensors, causal)
+    check_flash(*tensors)
     check_backward(dout, tensors[0], tensors[2], out, lse)
     check_aligned(dout, "dout")
     check_aligned(out, "out")
-    results = gradients(dout, *tensors, out, lse, causal, scale)
+    results = gradients(dout, *tensors, out, lse, hidden, scale)
     for gradient, x, result in zip((dq, dk, dv), (q, k, v), results, strict=True):
         require(gradient.shape == x.shape and gradient.dtype == x.dtype, "dq, dk or dv has another shape or dtype")
         check_aligned(gradient, "dq, dk or dv")
@@ -231,7 +294,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...
         require(x.size(3) % (16 // x.element_size()) == 0, f"{name}'s head size is not aligned")
 
 
-def check_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+def check_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
     check_inputs(q, k, v, HALF)
     require(q.size(3) == v.size(3) <= 256, "needs one head size of at most 256")
     require(not causal or q.size(2) == k.size(2), "a causal mask would be aligned to the bottom right")
@@ -265,7 +328,7 @@ def check_backward(dout: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor)
 
 
 def attend(q, k, v, causal, scale, bias=None) -> tuple[Tensor, Tensor]:
-    """Output in the dtype of q and log-sum-exp in fp32."""
+    """Output in the dtype of q and log-sum-exp in fp32. causal: or a tensor [S, T] of what is hidden."""
     scores = scores_of(q, k, causal, scale, bias)
     lse = scores.logsumexp(dim=-1)
     require((lse > -torch.inf).all(), "releases differ in what they give for rows that see nothing")
@@ -284,6 +347,8 @@ def gradients(dout, q, k, v, out, lse, causal, scale, bias=None) -> tuple[Tensor
 
 def scores_of(q, k, causal, scale, bias) -> Tensor:
     scores = q.float() @ per_query_head(k, q).mT * scale
+    if isinstance(causal, Tensor):
+        return scores.masked_fill(causal, -torch.inf)
     if causal:
         return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     return scores if bias is None else scores + bias

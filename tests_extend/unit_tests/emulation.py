@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput
+from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class OnEmulator:
         there = case._replace(device_type=self.device_type, compute_capability=self.compute_capability)
         return self.kernel.unsupported_reasons(there)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
-        return self.kernel.forward(q, k, v, mask, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        return self.kernel.forward(q, k, v, terms)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
-        return self.kernel.backward(dout, q, k, v, output, mask, scale)
+        return self.kernel.backward(dout, q, k, v, output, terms)
 
 
 def running(kernel: BlockKernel) -> AbstractContextManager[None]:

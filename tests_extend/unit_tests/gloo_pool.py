@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
 from preload import PRELOAD
-from rank_pool import LIMIT_S, RankPool
 
 WORLD_SIZE = 8
 COLLECTIVE_TIMEOUT = timedelta(seconds=LIMIT_S)

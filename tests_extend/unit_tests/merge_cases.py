@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.kernels import BlockOutput, MergeKernel
+from mindspeed_cp.kernels.calls import in_all_samples
 from mindspeed_cp.kernels.triton_merge import TritonMerge
 
 MARGIN = 3
@@ -136,7 +137,7 @@ def merge_blocks(blocks: list[tuple[BlockOutput, slice]], allow_triton: bool) ->
     merged = MergedOutput(first.out)
     with mock.patch.object(TritonMerge, "unsupported_reasons", reasons):
         assert merged.kernel.name == ("triton" if allow_triton else "torch")
-    merged.merge(first, slice(None))
+    merged.merge(first, in_all_samples(slice(None)))
     for block, queries in others:
-        merged.merge(block, queries)
+        merged.merge(block, in_all_samples(queries))
     return merged.result()

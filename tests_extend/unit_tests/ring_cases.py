@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from mindspeed_cp.attention import Attention, PlannedAttention, UlyssesAttention, build_attention, compose_attention
 from mindspeed_cp.attention.exchange import RingCommunicators
 from mindspeed_cp.comm import ContextParallelGroups, Traffic, Transfer, VirtualCommunicator, VirtualWorld
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dense import Result, causal_mask, dense_attention
@@ -34,13 +34,13 @@ TRAFFIC = ("ulysses", "inner", "outer", "gradients")
 
 
 def grids(size: int) -> list[CPTopology]:
-    """Every grid of `size` ranks."""
+    """Every grid of `size` ranks; inner rings of one rank each are a plain ring."""
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return [
         CPTopology(outer=outer, inner=inner, ulysses=size // (outer * inner))
         for outer in divisors
         for inner in divisors
-        if size % (outer * inner) == 0
+        if size % (outer * inner) == 0 and (outer == 1 or inner > 1)
     ]
 
 
@@ -228,15 +228,15 @@ class RecordingKernel:
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         self.contiguous.extend(x.is_contiguous() for x in (q, k, v))
-        return KERNELS.choose(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, terms)).forward(q, k, v, terms)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         self.contiguous.extend(x.is_contiguous() for x in (dout, q, k, v, output.out, output.lse))
-        return KERNELS.choose(BlockCase.of(q, k, v, mask)).backward(dout, q, k, v, output, mask, scale)
+        return KERNELS.choose(BlockCase.of(q, k, v, terms)).backward(dout, q, k, v, output, terms)
 
 
 @dataclass
@@ -249,9 +249,9 @@ class FailingKernel(RecordingKernel):
     phase: str = "forward"
     calls: int = 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         self._count("forward")
-        return super().forward(q, k, v, mask, scale)
+        return super().forward(q, k, v, terms)
 
     def backward(self, *args: Any) -> BlockGradients:
         self._count("backward")

@@ -1,15 +1,12 @@
 """The comparison of loss curves, which every training test and feature script rests on."""
 
-import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from rank_pool import LIMIT_S
 from system_tests import compare_losses
-
-SCRIPT = Path(compare_losses.__file__)
 
 
 def log(losses: dict[int, float]) -> str:
@@ -35,27 +32,40 @@ def test_curves_that_cannot_be_compared_differ_infinitely(reference, candidate):
     assert compare_losses.largest_difference(reference, candidate) == float("inf")
 
 
-def compare(tmp_path: Path, candidate: dict[int, float], *options: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "a.log").write_text(log({1: 2.0, 2: 1.0}))
-    (tmp_path / "b.log").write_text(log(candidate))
-    command = [sys.executable, str(SCRIPT), "a.log", "b.log", *options]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+class Run(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_equal_curves_pass_and_are_drawn(tmp_path):
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """The program on a curve of two iterations and on another one, in this process."""
+
+    def run(candidate: dict[int, float], *options: str) -> Run:
+        (tmp_path / "a.log").write_text(log({1: 2.0, 2: 1.0}))
+        (tmp_path / "b.log").write_text(log(candidate))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["compare_losses.py", "a.log", "b.log", *options])
+        return Run(compare_losses.main(), *capsys.readouterr())
+
+    return run
+
+
+def test_equal_curves_pass_and_are_drawn(tmp_path, compare):
     pytest.importorskip("matplotlib")
-    run = compare(tmp_path, {1: 2.0, 2: 1.000001}, "--plot", "sub/losses.png")
+    run = compare({1: 2.0, 2: 1.000001}, "--plot", "sub/losses.png")
     assert run.returncode == 0
     assert "largest relative difference 1.00e-06 over 2 iterations: within 1e-05" in run.stdout
     assert (tmp_path / "sub" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_full_disk_under_the_picture_does_not_lose_the_run(tmp_path):
+def test_full_disk_under_the_picture_does_not_lose_the_run(tmp_path, compare):
     pytest.importorskip("matplotlib")
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     (tmp_path / "losses.png").symlink_to("/dev/full")
-    run = compare(tmp_path, {1: 2.0, 2: 1.0}, "--plot", "losses.png")
+    run = compare({1: 2.0, 2: 1.0}, "--plot", "losses.png")
     assert run.returncode == 0, run.stderr
     assert "over 2 iterations: within 1e-05" in run.stdout
     assert run.stderr.splitlines()[-1] == (
@@ -64,21 +74,21 @@ def test_full_disk_under_the_picture_does_not_lose_the_run(tmp_path):
     assert compare_losses.losses_in((tmp_path / "b.log").read_text()) == {1: 2.0, 2: 1.0}
 
 
-def test_curves_that_differ_fail_whatever_becomes_of_the_picture(tmp_path):
+def test_curves_that_differ_fail_whatever_becomes_of_the_picture(tmp_path, compare):
     pytest.importorskip("matplotlib")
     (tmp_path / "losses.png").mkdir()
-    run = compare(tmp_path, {1: 2.0, 2: 1.1}, "--plot", "losses.png")
+    run = compare({1: 2.0, 2: 1.1}, "--plot", "losses.png")
     assert run.returncode == 1
     assert "warning: losses.png could not be written (Is a directory)" in run.stderr
 
 
-def test_curves_that_differ_fail(tmp_path):
-    run = compare(tmp_path, {1: 2.0, 2: 1.001})
+def test_curves_that_differ_fail(tmp_path, compare):
+    run = compare({1: 2.0, 2: 1.001})
     assert run.returncode == 1
     assert "ABOVE 1e-05" in run.stdout
 
 
-def test_a_run_that_stopped_early_fails(tmp_path):
-    run = compare(tmp_path, {1: 2.0})
+def test_a_run_that_stopped_early_fails(tmp_path, compare):
+    run = compare({1: 2.0})
     assert run.returncode == 1
     assert "a.log has 2 iterations with a loss, b.log has 1." in run.stdout

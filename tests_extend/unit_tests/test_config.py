@@ -7,18 +7,18 @@ import re
 import pytest
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, divisors, flag, or_list
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"
 
 
-def configure(size=1, algorithm=ULYSSES, window=1, degree=None, **flags):
+def configure(size=1, algorithm=ULYSSES, inner=1, degree=None, **flags):
     """A configuration, shorter to write."""
     return ContextParallelConfig(
         context_parallel_size=size,
         context_parallel_algo=algorithm,
-        cp_window_size=window,
+        cp_window_size=inner,
         ulysses_degree_in_cp=degree,
         **flags,
     )
@@ -27,8 +27,8 @@ def configure(size=1, algorithm=ULYSSES, window=1, degree=None, **flags):
 BROKEN_RULES = [
     (dict(size=0), "--context-parallel-size 0 is below 1; use 1 or more."),
     (dict(size=-2), "--context-parallel-size -2 is below 1; use 1 or more."),
-    (dict(size=8, window=0), "--cp-window-size 0 is below 1; use 1 or more."),
-    (dict(window=-1), "--cp-window-size -1 is below 1; use 1 or more."),
+    (dict(size=8, inner=0), "--cp-window-size 0 is below 1; use 1 or more."),
+    (dict(inner=-1), "--cp-window-size -1 is below 1; use 1 or more."),
     (
         dict(algorithm="ring"),
         "--context-parallel-algo ring is unknown; use ulysses_cp_algo, megatron_cp_algo or hybrid_cp_algo.",
@@ -38,15 +38,15 @@ BROKEN_RULES = [
         "--attention-mask-type full is unknown; use causal or general.",
     ),
     (
-        dict(size=8, algorithm=RING, window=3),
+        dict(size=8, algorithm=RING, inner=3),
         "--cp-window-size 3 does not divide the ring of 8 ranks; use 1, 2, 4 or 8.",
     ),
     (
-        dict(size=8, algorithm=RING, window=16),
+        dict(size=8, algorithm=RING, inner=16),
         "--cp-window-size 16 does not divide the ring of 8 ranks; use 1, 2, 4 or 8.",
     ),
     (
-        dict(size=8, algorithm=HYBRID, degree=2, window=8),
+        dict(size=8, algorithm=HYBRID, degree=2, inner=8),
         "--cp-window-size 8 does not divide the ring of 4 ranks; use 1, 2 or 4.",
     ),
     (
@@ -103,13 +103,13 @@ def test_broken_rule_names_flag_value_rule_and_way_out(flags, message):
         (dict(), CPTopology()),
         (dict(size=8), CPTopology(ulysses=8)),
         (dict(size=8, algorithm=RING), CPTopology(inner=8)),
-        (dict(size=8, algorithm=RING, window=2), CPTopology(outer=4, inner=2)),
-        (dict(size=8, algorithm=RING, window=8), CPTopology(inner=8)),
+        (dict(size=8, algorithm=RING, inner=2), CPTopology(outer=4, inner=2)),
+        (dict(size=8, algorithm=RING, inner=8), CPTopology(inner=8)),
         (dict(size=16, algorithm=HYBRID, degree=2), CPTopology(inner=8, ulysses=2)),
-        (dict(size=16, algorithm=HYBRID, degree=2, window=4), CPTopology(outer=2, inner=4, ulysses=2)),
+        (dict(size=16, algorithm=HYBRID, degree=2, inner=4), CPTopology(outer=2, inner=4, ulysses=2)),
         (dict(size=16, algorithm=HYBRID, degree=8), CPTopology(inner=2, ulysses=8)),
         # What another algorithm reads changes nothing.
-        (dict(size=8, window=3, degree=5), CPTopology(ulysses=8)),
+        (dict(size=8, inner=3, degree=5), CPTopology(ulysses=8)),
         (dict(size=8, algorithm=RING, degree=5), CPTopology(inner=8)),
     ],
 )
@@ -122,19 +122,19 @@ def test_topology_of_each_algorithm(flags, topology):
 def test_every_accepted_configuration_spans_its_ranks():
     accepted = 0
     for size, algorithm in itertools.product(range(2, 17), (ULYSSES, RING, HYBRID)):
-        for window, degree in itertools.product(range(1, 17), (None, *range(1, 17))):
+        for inner, degree in itertools.product(range(1, 17), (None, *range(1, 17))):
             try:
-                config = configure(size, algorithm, window, degree)
+                config = configure(size, algorithm, inner, degree)
             except ConfigurationError:
                 continue
             accepted += 1
             assert config.topology.size == size
-            assert algorithm == ULYSSES or window == 1 or config.topology.inner == window
+            assert algorithm == ULYSSES or inner == 1 or config.topology.inner == inner
             assert algorithm != HYBRID or config.topology.ulysses == degree
     assert accepted > 1000
 
 
-@pytest.mark.parametrize("flags", [dict(algorithm=RING, window=2), dict(algorithm=HYBRID, degree=2)])
+@pytest.mark.parametrize("flags", [dict(algorithm=RING, inner=2), dict(algorithm=HYBRID, degree=2)])
 def test_one_rank_has_the_topology_of_one_rank_whatever_the_other_flags(flags):
     assert configure(**flags).topology == CPTopology()
 
@@ -158,7 +158,7 @@ def without_context_parallelism(name):
         (dict(size=8), []),
         (dict(size=8, attention_mask_type="general"), []),
         (
-            dict(algorithm=RING, window=2, degree=3, **ALL_SET),
+            dict(algorithm=RING, inner=2, degree=3, **ALL_SET),
             [
                 without_context_parallelism(name)
                 for name in (
@@ -172,7 +172,7 @@ def without_context_parallelism(name):
             ],
         ),
         (
-            dict(size=8, window=2, degree=3, **ALL_SET),
+            dict(size=8, inner=2, degree=3, **ALL_SET),
             [
                 "--cp-window-size has no effect with --context-parallel-algo ulysses_cp_algo, which has no ring.",
                 "--use-cp-send-recv-overlap has no effect with --context-parallel-algo ulysses_cp_algo, "
@@ -182,13 +182,13 @@ def without_context_parallelism(name):
             ],
         ),
         (
-            dict(size=8, algorithm=RING, window=2, degree=3, **ALL_SET),
+            dict(size=8, algorithm=RING, inner=2, degree=3, **ALL_SET),
             [
                 "--ulysses-degree-in-cp has no effect with --context-parallel-algo megatron_cp_algo; "
                 "only hybrid_cp_algo reads it.",
             ],
         ),
-        (dict(size=8, algorithm=HYBRID, window=2, degree=2, **ALL_SET), []),
+        (dict(size=8, algorithm=HYBRID, inner=2, degree=2, **ALL_SET), []),
         (dict(size=8, algorithm=HYBRID, degree=2, use_cp_send_recv_overlap=True), []),
     ],
 )

@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
-    {"topology", "schedule", "plan"},
+    {"topology", "schedule", "plan", "balance"},
     {"layouts", "program"},
-    {"layout"},
-    {"config", "patching", "device"},
-    {"kernels", "comm", "choice"},
-    {"attention", "tensor_parallel"},
-    {"patches", "diffusion"},
-    {"megatron_adaptor"},
+    {"sharding", "documents"},
+    {"config", "patching", "device", "batch"},
+    {"kernels", "comm", "choice", "planner"},
+    {"attention", "tensor_parallel", "relayout"},
+    {"patches", "testing", "diffusion"},
+    {"megatron_adaptor", "benchmark"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},

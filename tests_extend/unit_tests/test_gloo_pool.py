@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from rank_pool import RankFailure
+from mindspeed_cp.testing.rank_pool import RankFailure
 from unit_tests import gloo_pool_cases as cases
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_cp.kernels import KERNELS
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,64 +185,33 @@ def test_missing_script_is_one_line_and_status_2():
     assert done.stderr == "mindspeed_cp: error: there is no script 'missing.py'; --help says what there is.\n"
 
 
-@pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_tells_the_usage(option):
-    done = run_python("-m", "mindspeed_cp", option)
+def test_help_tells_the_usage():
+    done = run_python("-m", "mindspeed_cp", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m mindspeed_cp  ") and "check FILE" in done.stdout
     assert "--context-parallel-algo {" in done.stdout
 
 
-SCRIPT = """
-import pickle, sys
-from beside import VALUE
-
-class Picklable:
-    pass
-
-pickle.dumps(Picklable())
-print(__name__, sys.argv[1:], sys.argv[0] == __file__, sys.path[0], VALUE)
-
-from mindspeed_cp import megatron_adaptor
-from mindspeed_cp.__main__ import report
-
-print("== states")
-for patch, state in (*megatron_adaptor.registry.status(), *megatron_adaptor.cpu_registry.status()):
-    print(patch.target, state, patch.why, sep="|")
-print("== report")
-print(report())
-sys.exit(7)
-"""
-
-
-@pytest.fixture(scope="module")
-def script_run(tmp_path_factory):
-    """A script run under `python -m mindspeed_cp` with real Megatron, from another folder; and its folder."""
-    folder = tmp_path_factory.mktemp("script")
-    (folder / "script.py").write_text(SCRIPT)
-    (folder / "beside.py").write_text("VALUE = 'beside'\n")
-    return run_python("-m", "mindspeed_cp", folder / "script.py", "a", "--b"), folder
-
-
 @needs_megatron
-def test_script_runs_as_the_main_program_with_its_own_arguments_and_folder(script_run):
-    done, folder = script_run
+def test_script_runs_as_the_main_program_with_its_own_arguments_and_folder(programs):
+    done = programs["last"]
+    folder = Path(done.args[3]).parent
     assert done.stdout.splitlines()[0] == f"__main__ ['a', '--b'] True {folder} beside"
     assert done.returncode == 7
 
 
 @needs_megatron
-def test_script_runs_patched(script_run):
-    done, _ = script_run
-    states = done.stdout.partition("== states\n")[2].partition("== report\n")[0].splitlines()
+def test_script_runs_patched(programs):
+    done = programs["last"]
+    states = _sections(done)[0].splitlines()
     assert "megatron.core.parallel_state:initialize_model_parallel|applied|" in "\n".join(states)
     assert any(line.startswith("torch.cuda:device_count|not applied|") for line in states)
 
 
 @needs_megatron
-def test_report_lists_every_patch_with_target_reason_and_state(script_run):
-    done, _ = script_run
-    states, _, report = done.stdout.partition("== states\n")[2].partition("== report\n")
+def test_report_lists_every_patch_with_target_reason_and_state(programs):
+    done = programs["last"]
+    states, report = _sections(done)
     groups = {
         " ".join(heading.split()): heading_and_targets
         for group in re.split(r"\n  (?=\[)", report)
@@ -255,27 +224,33 @@ def test_report_lists_every_patch_with_target_reason_and_state(script_run):
 
 
 @needs_megatron
-def test_report_gives_each_reason_once(script_run):
-    done, _ = script_run
-    states, _, report = done.stdout.partition("== states\n")[2].partition("== report\n")
+def test_report_gives_each_reason_once(programs):
+    done = programs["last"]
+    states, report = _sections(done)
     reasons = {tuple(line.split("|")[1:]) for line in states.splitlines()}
     assert report.count("\n  [") == len(reasons) < len(states.splitlines())
 
 
 @needs_megatron
-def test_report_names_versions_device_and_kernels(script_run):
-    done, _ = script_run
-    report = done.stdout.partition("== report\n")[2]
+def test_report_names_versions_device_and_kernels(programs):
+    done = programs["last"]
+    _, report = _sections(done)
     assert _headings(report)[:5] == ["mindspeed_cp", "device", "kernels", "example", "megatron"]
 
 
 @needs_megatron
-def test_report_says_which_kernel_would_be_chosen_and_why_not_each_before_it(script_run):
-    done, _ = script_run
+def test_report_says_which_kernel_would_be_chosen_and_why_not_each_before_it(programs):
+    done = programs["last"]
     example = done.stdout.partition("\nexample ")[2].partition("\nmegatron")[0].splitlines()
     assert "cpu_flash computes causal attention of 4096 queries over 4096 keys" in example[0]
     passed_over = KERNELS.names[: KERNELS.names.index("cpu_flash")]
     assert [line.split(":")[0] for line in example[1:]] == [f"  not {name}" for name in passed_over]
+
+
+def _sections(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """What the script prints of the patches' states, and the report."""
+    states, _, report = done.stdout.partition("== states\n")[2].partition("== bindings\n")[0].partition("== report\n")
+    return states, report
 
 
 def _headings(report: str) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 
 LAYOUTS = [SequenceLayout(size=size, kind=kind) for size in range(1, 17) for kind in ("zigzag", "contiguous")]
 

@@ -1,26 +1,30 @@
 """Who sees whom and what travels are each said once: leave out a part, and everything that reads it changes."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-import draw_schedule
-from benchmark import prediction
-from benchmark.cases import Algorithm, Case
-from emulated_cluster import Network
 from mindspeed_cp import program as program_module
 from mindspeed_cp.attention import planned, ring
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches import arguments
 from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.planner import AttentionPass, AttentionShape, Network, predicted_bytes, predicted_seconds
+from mindspeed_cp.planner.attention import ring_program
+from mindspeed_cp.planner.drawings import draw_chunks, draw_ring
+from mindspeed_cp.program import Phase
 from mindspeed_cp.topology import CPTopology
 from unit_tests.ring_cases import attend_virtually, case_on
 
-CACHES = (planned.plan_of, ring._program, prediction.ring_program)
-RING = Algorithm(name="ring", topology=CPTopology(inner=4))
-SHAPE = Case(num_tokens=64, num_heads=2, num_kv_heads=2, head_size=8)
+CACHES = (planned.plan_of, ring._forward_pass, ring._backward_pass, ring_program)
+SHAPE = AttentionShape(num_tokens=64, num_heads=2, num_kv_heads=2, head_size=8)
+
+
+def ring_pass(phase: Phase) -> AttentionPass:
+    return AttentionPass(topology=CPTopology(inner=4), shape=SHAPE, phase=phase, flops_per_s=1e5)
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +43,25 @@ def attention() -> object:
 
 
 def sent_bytes() -> object:
-    return prediction.formula_bytes(RING, SHAPE, "backward")
+    return ring_pass(Phase.BACKWARD).num_bytes()
 
 
 def predicted() -> object:
-    plan = prediction.Plan(RING, SHAPE, "forward", flops_per_s=1e5)
+    forward = ring_pass(Phase.FORWARD)
     network = Network(num_ranks=4, ranks_per_node=1, fast_mbit=1.0, slow_mbit=1.0)
-    sent = [prediction.predicted_bytes(network, plan.program(rank), rank) for rank in range(4)]
-    return prediction.predicted_seconds(network, plan.program), sent
+    sent = [predicted_bytes(network, forward.events(rank), rank) for rank in range(4)]
+    return predicted_seconds(network, forward.events), sent
 
 
 def drawing() -> object:
-    return draw_schedule.draw_chunks(4), draw_schedule.draw_ring(1, 4)
+    return draw_chunks(4), draw_ring(1, 4)
 
 
 def parse_time_check() -> object:
     config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
-    return arguments._blocks(config, 8)
+    model = dict(num_attention_heads=2, hidden_size=16, seq_length=16, kv_channels=None, multi_latent_attention=False)
+    args = Namespace(**model, group_query_attention=False, tensor_model_parallel_size=1, bf16=False, fp16=False)
+    return [call.case for call in arguments._calls(args, config)]
 
 
 READERS = [attention, sent_bytes, predicted, drawing, parse_time_check]

@@ -1,16 +1,13 @@
 """The order in which ranks meet owners, over every grid, and the drawings of the ring."""
 
 import re
-import runpy
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from mindspeed_cp.schedule import Hop, RingSchedule
 
-ROOT = Path(__file__).resolve().parents[2]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 SCHEDULES = [
     RingSchedule(outer=outer, inner=inner) for outer in range(1, 17) for inner in range(1, 17) if outer * inner <= 16
 ]
@@ -43,30 +40,16 @@ def test_a_double_ring_goes_round_one_inner_ring_after_the_other():
     assert sorted(range(6), key=lambda owner: schedule.number(4, owner)) == [4, 3, 5, 1, 0, 2]
 
 
-def check_drawings(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit status of the script in a checkout."""
-    script = str(root / "scripts" / "draw_schedule.py")
-    monkeypatch.setattr(sys, "argv", [script, "--check"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(script, run_name="__main__")
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def test_drawings_are_as_the_code_has_them(monkeypatch, capsys):
-    assert check_drawings(ROOT, monkeypatch) == 0
-    assert capsys.readouterr().out == "up to date\n"
+def test_drawings_are_as_the_code_has_them(run_script):
+    assert run_script("draw_schedule.py", "--check")[:2] == (0, "up to date\n")
 
 
 @pytest.mark.parametrize("drawing", ["chunks", "ring", "double_ring"])
-def test_check_of_drawings_fails_on_a_changed_one(tmp_path, monkeypatch, capsys, drawing):
-    for folder, name in (("scripts", "draw_schedule.py"), ("docs", "architecture.md")):
-        (tmp_path / folder).mkdir()
-        shutil.copy(ROOT / folder / name, tmp_path / folder / name)
-    page = tmp_path / "docs" / "architecture.md"
-    text, changes = re.subn(rf"(<!-- drawing: {drawing} -->\n[^<]*?)0", r"\g<1>9", page.read_text())
+def test_check_of_drawings_fails_on_a_changed_one(tmp_path, run_script, drawing):
+    page = tmp_path / "architecture.md"
+    text, changes = re.subn(rf"(<!-- drawing: {drawing} -->\n[^<]*?)0", r"\g<1>9", PAGE.read_text())
     assert changes == 1
     page.write_text(text)
-    assert check_drawings(tmp_path, monkeypatch) == 1
-    assert capsys.readouterr().out == "architecture.md is out of date: run python scripts/draw_schedule.py\n"
+    ended = run_script("draw_schedule.py", "--check", "--page", page)
+    assert ended[:2] == (1, "architecture.md is out of date: run python scripts/draw_schedule.py\n")
     assert page.read_text() == text

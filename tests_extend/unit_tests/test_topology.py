@@ -11,7 +11,7 @@ GRIDS = [
     for outer in range(1, 17)
     for inner in range(1, 17 // outer + 1)
     for ulysses in range(1, 17 // (outer * inner) + 1)
-    if outer * inner * ulysses <= 16
+    if outer * inner * ulysses <= 16 and (outer == 1 or inner > 1)
 ]
 
 
@@ -50,7 +50,7 @@ def test_ulysses_group_shares_its_place_in_the_rings():
             assert [place.ulysses for place in places] == list(range(grid.ulysses))
 
 
-def test_rings_hold_one_rank_of_each_ulysses_group_window_by_window():
+def test_rings_hold_one_rank_of_each_ulysses_group_inner_ring_by_inner_ring():
     for grid in GRIDS:
         for rank in range(grid.size):
             place = grid.coordinates(rank)
@@ -71,6 +71,11 @@ def test_axis_below_one_is_refused(axis, size):
     with pytest.raises(ValueError) as refusal:
         CPTopology(**{axis: size})
     assert str(refusal.value) == f"CPTopology {axis}={size}: each axis has at least one rank."
+
+
+def test_inner_rings_of_one_rank_are_refused_with_the_plain_ring_that_they_are():
+    with pytest.raises(ValueError, match="outer=4, inner=1: inner rings of one rank make a plain ring; use inner=4"):
+        CPTopology(outer=4)
 
 
 def test_topology_is_frozen_and_keyword_only():

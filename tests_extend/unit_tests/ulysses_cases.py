@@ -12,7 +12,7 @@ from torch import Tensor
 from mindspeed_cp.attention import Attention, build_attention, ulysses
 from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 
@@ -20,7 +20,7 @@ from mindspeed_cp.topology import CPTopology
 class Case:
     """One attention over `size` ranks. Heads are counted per rank of the Ulysses group, so that they always divide.
 
-    outer, inner: the ring's windows and the ranks of each; the ranks that are left are those of a Ulysses group.
+    outer, inner: the inner rings and the ranks of each; the ranks that are left are those of a Ulysses group.
     memory: order of the dims in memory, outermost first, of the q, k, v and dout that each rank hands in.
     """
 

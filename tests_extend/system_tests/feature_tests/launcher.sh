@@ -31,26 +31,22 @@ if [[ -z ${TRAIN_SCRIPT:-} ]]; then
     TRAIN_SCRIPT=pretrain_gpt.py
     [[ -f $TRAIN_SCRIPT ]] || TRAIN_SCRIPT=$repository/scripts/pretrain_gpt.py
 fi
+toy_flags=$("$PYTHON" -m mindspeed_cp.testing.toy_flags) || {
+    echo "error: $PYTHON cannot import mindspeed_cp; install it there, or set PYTHON." >&2
+    exit 1
+}
 if [[ -z ${BACKEND:-} ]]; then
     BACKEND=$("$PYTHON" -c 'from mindspeed_cp.device import accelerator
-print({"cuda": "nccl", "npu": "hccl", None: "gloo"}[accelerator()])') || {
-        echo "error: $PYTHON cannot import mindspeed_cp; install it there, or set PYTHON." >&2
-        exit 1
-    }
+print({"cuda": "nccl", "npu": "hccl", None: "gloo"}[accelerator()])')
 fi
 
 # What both runs share.
-model_flags=(
+mapfile -t model_flags <<<"$toy_flags"
+model_flags+=(
     --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS"
-    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH" --position-embedding-type rope
-    --attention-dropout 0 --hidden-dropout 0
-    # A toy at the usual initialisation hardly feels its attention: a wrong one would go unnoticed.
-    --init-method-std 0.2
-    --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0 --eval-interval 1000000
+    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
     --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$ITERS"
-    --lr "$LEARNING_RATE" --lr-decay-style constant --log-interval 1
-    # Each rank would start six processes to load what is in memory.
-    --num-workers 0
+    --lr "$LEARNING_RATE"
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --distributed-backend "$BACKEND"
 )
 if [[ -n $QUERY_GROUPS ]]; then

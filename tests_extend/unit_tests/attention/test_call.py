@@ -99,12 +99,15 @@ def test_a_rank_that_left_out_a_layer_of_a_micro_batch_is_found_out_at_the_next_
 
 def test_a_length_that_changes_within_a_micro_batch_on_one_rank_is_no_result_on_any(gloo, tmp_path):
     timeout = timedelta(seconds=3)
-    errors = gloo.run_on_all(2, cases.change_length_within_a_window, plain_case(cases.CPTopology(inner=2)), timeout)
+    errors = gloo.run_on_all(2, cases.change_length_in_a_micro_batch, plain_case(cases.CPTopology(inner=2)), timeout)
     assert all("RuntimeError" in error for error in errors), errors
 
 
 def test_an_attention_pickled_within_a_micro_batch_agrees_again(gloo):
-    assert gloo.run(2, cases.messages_of_one_pickled_in_a_window, plain_case(cases.CPTopology(ulysses=2))) == [2, 2]
+    assert gloo.run(2, cases.messages_after_pickling, plain_case(cases.CPTopology(ulysses=2))) == [
+        2,
+        2,
+    ]
 
 
 def test_groups_built_for_different_set_ups_are_one_error_on_every_rank(gloo):

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockMask, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.topology import CPTopology
 from unit_tests.ring_cases import case_on, grid_name, virtual_attention
 from unit_tests.ulysses_cases import inputs, shard_of
@@ -23,17 +23,17 @@ class Fickle:
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         return [] if self.able else ["has changed its mind"]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
-        output = KERNELS.choose(BlockCase.of(q, k, v, mask)).forward(q, k, v, mask, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        output = KERNELS.choose(BlockCase.of(q, k, v, terms)).forward(q, k, v, terms)
         return output._replace(state=(q.new_full((), float(len(self.name))),))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         assert output.state[0] == len(self.name), "the state of another kernel"
         self.backward_calls.append(q.size(2))
-        kernel = KERNELS.choose(BlockCase.of(q, k, v, mask))
-        return kernel.backward(dout, q, k, v, output._replace(state=()), mask, scale)
+        kernel = KERNELS.choose(BlockCase.of(q, k, v, terms))
+        return kernel.backward(dout, q, k, v, output._replace(state=()), terms)
 
 
 @pytest.mark.parametrize("topology", [CPTopology(), CPTopology(inner=2), CPTopology(inner=2, ulysses=2)], ids=grid_name)
@@ -50,7 +50,6 @@ def test_kernel_of_the_forward_pass_is_kept_for_the_backward_pass(topology):
 
     world.run(forward)
     first.able = False
-    registry._chosen.clear()
     world.run(lambda rank: outs[rank].backward(shard_of(case, dout, rank)))
     # What has changed its mind is not asked for parts: the own block is done as a whole.
     assert len(first.backward_calls) == topology.size * topology.ring_size

@@ -9,6 +9,7 @@ from torch import Tensor
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels.calls import in_all_samples
 
 EVERY_ROW = slice(None)
 HEADS, QUERIES, KEYS, HEAD_SIZE = 2, 5, 12, 4
@@ -30,7 +31,7 @@ def block(scores: Tensor, values: Tensor, keys: slice = EVERY_ROW, queries: slic
 def merged_of(first: BlockOutput) -> MergedOutput:
     """A merge that has begun with a block of all queries."""
     merged = MergedOutput(first.out)
-    merged.merge(first, EVERY_ROW)
+    merged.merge(first, in_all_samples(EVERY_ROW))
     return merged
 
 
@@ -45,7 +46,7 @@ def test_merge_of_disjoint_keys_in_any_order_is_attention_over_all(order):
     first, *others = order
     merged = merged_of(block(scores, values, first))
     for keys in others:
-        merged.merge(block(scores, values, keys), EVERY_ROW)
+        merged.merge(block(scores, values, keys), in_all_samples(EVERY_ROW))
     assert_same(merged, block(scores, values))
 
 
@@ -53,7 +54,7 @@ def test_merge_of_some_queries_leaves_the_others_as_they_are():
     scores, values = scores_and_values()
     rows = slice(2, QUERIES)
     merged = merged_of(block(scores, values, slice(0, 8)))
-    merged.merge(block(scores, values, slice(8, 12), rows), rows)
+    merged.merge(block(scores, values, slice(8, 12), rows), in_all_samples(rows))
     scores[:, :, :2, 8:] = -torch.inf
     assert_same(merged, block(scores, values))
 
@@ -63,7 +64,7 @@ def test_merge_takes_the_one_block_that_a_row_sees(dead):
     scores, values = scores_and_values()
     scores[:, :, 1:3, dead] = -torch.inf
     merged = merged_of(block(scores, values, slice(0, 8)))
-    merged.merge(block(scores, values, slice(8, 12)), EVERY_ROW)
+    merged.merge(block(scores, values, slice(8, 12)), in_all_samples(EVERY_ROW))
     assert_same(merged, block(scores, values))
 
 
@@ -71,11 +72,11 @@ def test_merge_of_rows_that_see_nothing_stays_zero_and_minus_infinity_until_they
     scores, values = scores_and_values()
     scores[:, :, 1, :8] = -torch.inf
     merged = merged_of(block(scores, values, slice(0, 4)))
-    merged.merge(block(scores, values, slice(4, 8)), EVERY_ROW)
+    merged.merge(block(scores, values, slice(4, 8)), in_all_samples(EVERY_ROW))
     out, lse, _ = merged.result(torch.float64)
     assert torch.equal(out[:, :, 1], torch.zeros(1, HEADS, HEAD_SIZE, dtype=torch.float64))
     assert torch.equal(lse[:, :, 1], torch.full((1, HEADS), -torch.inf, dtype=torch.float64))
-    merged.merge(block(scores, values, slice(8, 12)), EVERY_ROW)
+    merged.merge(block(scores, values, slice(8, 12)), in_all_samples(EVERY_ROW))
     assert_same(merged, block(scores, values))
 
 
@@ -84,7 +85,7 @@ def test_merge_of_large_log_sum_exps_neither_overflows_nor_vanishes(size):
     scores, values = scores_and_values()
     expected = block(scores, values)
     merged = merged_of(block(scores + size, values, slice(0, 5)))
-    merged.merge(block(scores + size, values, slice(5, 12)), EVERY_ROW)
+    merged.merge(block(scores + size, values, slice(5, 12)), in_all_samples(EVERY_ROW))
     out, lse, _ = merged.result(torch.float64)
     torch.testing.assert_close(out, expected.out, rtol=0, atol=1e-11)
     torch.testing.assert_close(lse, expected.lse + size, rtol=0, atol=1e-11)
@@ -94,7 +95,7 @@ def test_merge_of_large_log_sum_exps_neither_overflows_nor_vanishes(size):
 def test_merge_weighs_two_blocks_by_their_exponentials(later):
     ones, lse = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
     merged = merged_of(BlockOutput(ones, lse))
-    merged.merge(BlockOutput(3 * ones, lse + later), EVERY_ROW)
+    merged.merge(BlockOutput(3 * ones, lse + later), in_all_samples(EVERY_ROW))
     weight = 1 / (1 + torch.exp(torch.tensor(-later, dtype=torch.float64)))
     assert merged.result(torch.float64).out.item() == pytest.approx((1 - weight + 3 * weight).item(), abs=1e-14)
 
@@ -106,8 +107,8 @@ def test_merge_accumulates_in_fp32_and_rounds_once(dtype):
     blocks = [each._replace(out=each.out.to(dtype)) for each in blocks]
     merged, in_fp32 = merged_of(blocks[0]), merged_of(blocks[0]._replace(out=blocks[0].out.float()))
     for each in blocks[1:]:
-        merged.merge(each, EVERY_ROW)
-        in_fp32.merge(each._replace(out=each.out.float()), EVERY_ROW)
+        merged.merge(each, in_all_samples(EVERY_ROW))
+        in_fp32.merge(each._replace(out=each.out.float()), in_all_samples(EVERY_ROW))
     out, lse, state = merged.result(dtype)
     assert (out.dtype, lse.dtype, state) == (dtype, torch.float32, ())
     assert torch.equal(out, in_fp32.result(torch.float32).out.to(dtype))
@@ -118,7 +119,7 @@ def test_merge_leaves_its_blocks_as_they_were():
     scores, values = scores_and_values()
     blocks = [block(scores, values, slice(0, 6)), block(scores, values, slice(6, 12))]
     before = [(each.out.clone(), each.lse.clone()) for each in blocks]
-    merged_of(blocks[0]).merge(blocks[1], EVERY_ROW)
+    merged_of(blocks[0]).merge(blocks[1], in_all_samples(EVERY_ROW))
     for each, (out, lse) in zip(blocks, before, strict=True):
         assert torch.equal(each.out, out)
         assert torch.equal(each.lse, lse)

@@ -5,7 +5,7 @@ import torch
 
 from mindspeed_cp.comm import VirtualCommunicator, VirtualWorld
 from mindspeed_cp.comm.reduction import all_reduce, all_reduce_numbers, reduce_scatter
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 
 def on_ranks(size, function):

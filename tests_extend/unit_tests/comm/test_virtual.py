@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 GROUPS = ([0], [0, 1], [2, 0], [0, 2, 5], list(range(8)))
 

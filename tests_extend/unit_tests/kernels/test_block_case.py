@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockCase, BlockMask, MaskKind
+from mindspeed_cp.kernels import BlockCase, TileTerms
 
-NONE = BlockMask(MaskKind.NONE)
+NONE = TileTerms(1.0)
 
 
 def tensors(*dtypes: torch.dtype) -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ def test_mask_that_does_not_fit_is_refused_with_its_shape_and_those_that_would(s
     q, k, v = tensors(*[torch.float32] * 3)
     needed = "it must be [S, T] = [5, 7] or [1 or B, 1 or N, S, T] = [1 or 2, 1 or 4, 5, 7]."
     with pytest.raises(ValueError, match=rf"^a mask of {re.escape(str(shape))} .*{re.escape(needed)}$"):
-        BlockCase.of(q, k, v, BlockMask(MaskKind.ARBITRARY, torch.ones(shape, dtype=torch.bool)))
+        BlockCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
 
 
 def test_no_key_value_heads_are_refused():

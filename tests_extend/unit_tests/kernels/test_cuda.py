@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, KernelRegistry, MaskKind
+from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry, TileTerms
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel, fit
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
+from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.topology import CPTopology
 from unit_tests import emulated_cuda as emulator
 from unit_tests.dense import assert_as_accurate_as, causal_mask, dense_attention
@@ -19,7 +20,6 @@ from unit_tests.emulation import OnEmulator
 from unit_tests.ring_cases import attend_virtually, case_on, dense, grid_name
 from unit_tests.ulysses_cases import inputs, restored
 
-NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 AMPERE, HOPPER, BLACKWELL, TURING, ADA = (8, 0), (9, 0), (10, 0), (7, 5), (8, 9)
 ON_GPU = KERNELS.only(["flash_attn", "cuda_flash", "flash_attn_3", "cuda_cudnn", "cuda_efficient"])
@@ -49,14 +49,14 @@ def without_packages(monkeypatch) -> None:
     [
         (AMPERE, {}, "flash_attn", "cuda_flash"),
         (AMPERE, {"value_head_size": 64}, "cuda_cudnn", "cuda_cudnn"),
-        (AMPERE, {"mask": ARBITRARY}, "cuda_efficient", "cuda_efficient"),
+        (AMPERE, {"masked": True, "window": EVERYTHING}, "cuda_efficient", "cuda_efficient"),
         (AMPERE, {"dtype": FP32}, "cuda_efficient", "cuda_efficient"),
         (AMPERE, {"dtype": torch.float64}, "reference", "reference"),
         (HOPPER, {}, "cuda_cudnn", "cuda_cudnn"),
         (HOPPER, {"num_queries": 4000, "num_keys": 4000}, "flash_attn_3", "cuda_flash"),
         (HOPPER, {"head_size": 256, "value_head_size": 256}, "flash_attn_3", "cuda_flash"),
         (HOPPER, {"head_size": 192}, "cuda_efficient", "cuda_efficient"),
-        (HOPPER, {"mask": ARBITRARY}, "cuda_efficient", "cuda_efficient"),
+        (HOPPER, {"masked": True, "window": EVERYTHING}, "cuda_efficient", "cuda_efficient"),
         (BLACKWELL, {}, "cuda_cudnn", "cuda_cudnn"),
         (BLACKWELL, {"num_queries": 4000, "num_keys": 4000}, "flash_attn", "cuda_flash"),
         (TURING, {"dtype": FP16}, "cuda_efficient", "cuda_efficient"),
@@ -86,7 +86,7 @@ def test_kernel_for_a_gpu_and_a_case(capability, changed, with_packages, without
         ),
         (
             AMPERE,
-            {"mask": ARBITRARY, "head_size": 100, "value_head_size": 300, "num_keys": 65},
+            {"masked": True, "window": EVERYTHING, "head_size": 100, "value_head_size": 300, "num_keys": 65},
             {
                 "flash_attn": "takes no arbitrary mask; takes head sizes that are multiples of 8, not 100; takes head "
                 "sizes that are multiples of 8, not 300; needs one head size, not 100 for keys and 300 for values",
@@ -244,8 +244,8 @@ def test_packages_are_told_of_deterministic_mode(kernel, wanted, monkeypatch, re
 
     monkeypatch.setattr(sys.modules[name], "_flash_attn_backward", record)
     q = torch.ones(1, 1, 4, 8, dtype=BF16)
-    output = kernel.forward(q, q, q, BlockMask(NONE), 1.0)
-    kernel.backward(q, q, q, q, output, BlockMask(NONE), 1.0)
+    output = kernel.forward(q, q, q, TileTerms(1.0))
+    kernel.backward(q, q, q, q, output, TileTerms(1.0))
     assert told == [wanted]
 
 
@@ -288,7 +288,7 @@ def handed_to_efficient(kv_heads: int, visible: torch.Tensor | None, monkeypatch
         return operator(*args, **kwargs)
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", record)
-    EfficientKernel().forward(q, k, v, BlockMask(NONE if visible is None else ARBITRARY, visible), 1.0)
+    EfficientKernel().forward(q, k, v, TileTerms(1.0, visible=visible))
     return tuple(handed)
 
 

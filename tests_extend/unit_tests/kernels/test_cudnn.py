@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, MaskKind
+from mindspeed_cp.kernels import KERNELS, BlockCase, TileTerms
 from mindspeed_cp.kernels.cuda import CudnnKernel, _fit_in_order_of
+from mindspeed_cp.kernels.protocol import TRIANGLE
 from unit_tests import emulated_cuda as emulator
 from unit_tests.emulated_cuda import emulated_cuda
 
@@ -19,7 +20,7 @@ def emulated():
 
 def case(capability: tuple[int, int] | None, value_head_size: int = 128) -> BlockCase:
     device = "cpu" if capability is None else "cuda"
-    return BlockCase(device, BF16, MaskKind.TRIANGLE, 8, 2, 4096, 4096, 128, value_head_size, capability)
+    return BlockCase(device, BF16, TRIANGLE, 8, 2, 4096, 4096, 128, value_head_size, capability)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_backward_gets_out_and_dout_in_the_order_of_q_and_lse_in_the_forwards_di
 ):
     monkeypatch.setattr(emulator, "TORCH", torch_version)
     q, k, v, dout = (torch.randn(2, 4, 128, size, dtype=BF16) for size in (64, 64, 32, 32))
-    kernel, mask = CudnnKernel(), BlockMask(MaskKind.TRIANGLE)
-    output = kernel.forward(in_memory(of_q, q), k, v, mask, 0.125)
-    expected = kernel.backward(in_memory(of_q, dout), in_memory(of_q, q), k, v, output, mask, 0.125)
+    kernel, terms = CudnnKernel(), TileTerms(0.125, TRIANGLE)
+    output = kernel.forward(in_memory(of_q, q), k, v, terms)
+    expected = kernel.backward(in_memory(of_q, dout), in_memory(of_q, q), k, v, output, terms)
     # A ring's output is merged, and may lie in memory as it likes.
     output = output._replace(out=in_memory(others, output.out))
-    actual = kernel.backward(in_memory(others, dout), in_memory(of_q, q), k, v, output, mask, 0.125)
+    actual = kernel.backward(in_memory(others, dout), in_memory(of_q, q), k, v, output, terms)
     assert all(map(torch.equal, actual, expected))
 
 

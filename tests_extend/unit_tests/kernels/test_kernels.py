@@ -1,7 +1,9 @@
 """Every block kernel against the dense oracle, what each refuses, and the choice between them."""
 
+import functools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,15 +15,16 @@ from mindspeed_cp.kernels import (
     BlockCase,
     BlockGradients,
     BlockKernel,
-    BlockMask,
     BlockOutput,
     KernelRegistry,
-    MaskKind,
+    TileTerms,
+    Window,
 )
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.npu import NpuKernel
+from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.kernels.wrapped import in_bnsd
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, causal_mask, dense_attention
 from unit_tests.emulated_cuda import emulated_cuda
@@ -29,15 +32,14 @@ from unit_tests.emulated_npu import fake_torch_npu
 from unit_tests.emulation import OnEmulator, running
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-NONE, TRIANGLE, ARBITRARY = MaskKind.NONE, MaskKind.TRIANGLE, MaskKind.ARBITRARY
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One block.
 
-    visible: shape of an arbitrary mask. memory: order of the dims in memory, outermost first. offset: numbers that
-    lie before a tensor's first in its storage.
+    visible: shape of a mask tensor, () for none. memory: order of the dims in memory, outermost first. offset: numbers
+    that lie before a tensor's first in its storage.
     """
 
     batch: int = 2
@@ -47,7 +49,7 @@ class Case:
     keys: int = 40
     head_size: int = 64
     value_head_size: int = 64
-    mask: MaskKind = NONE
+    window: Window = EVERYTHING
     visible: tuple[int, ...] = ()
     memory: str = "BNSD"
     offset: int = 0
@@ -55,40 +57,49 @@ class Case:
     dout: str = "random"
 
 
+WINDOWS = ((5, 0, 40, 40), (7, 3, 40, 72), (0, None, 40, 40), (None, 0, 40, 72), (None, 26, 40, 24), (5, None, 40, 24))
+"""Left and right bound, queries and keys: what not every kernel takes as it is."""
+
 CASES = {
+    **{
+        f"window ({left}, {right}), {queries} queries, {keys} keys": Case(
+            window=Window(left, right), queries=queries, keys=keys, kv_heads=2
+        )
+        for left, right, queries, keys in WINDOWS
+    },
     "full": Case(),
-    "causal": Case(mask=TRIANGLE),
-    "causal gqa": Case(mask=TRIANGLE, kv_heads=2),
-    "causal mqa": Case(mask=TRIANGLE, kv_heads=1),
-    "causal head size 128": Case(mask=TRIANGLE, head_size=128, value_head_size=128),
-    "causal more tokens than a tile": Case(mask=TRIANGLE, batch=1, heads=2, kv_heads=1, queries=600, keys=600),
+    "causal": Case(window=TRIANGLE),
+    "causal gqa": Case(window=TRIANGLE, kv_heads=2),
+    "causal mqa": Case(window=TRIANGLE, kv_heads=1),
+    "causal head size 128": Case(window=TRIANGLE, head_size=128, value_head_size=128),
+    "causal more tokens than a tile": Case(window=TRIANGLE, batch=1, heads=2, kv_heads=1, queries=600, keys=600),
     "one query": Case(queries=1),
-    "causal other scale": Case(mask=TRIANGLE, scale=0.05),
+    "causal other scale": Case(window=TRIANGLE, scale=0.05),
     "more keys than queries": Case(keys=72, kv_heads=2),
     "more queries than keys": Case(keys=24),
-    "value head size": Case(mask=TRIANGLE, kv_heads=2, value_head_size=32),
-    "in memory as SBND": Case(mask=TRIANGLE, kv_heads=2, memory="SBND"),
-    "in memory as BSND": Case(mask=TRIANGLE, kv_heads=2, memory="BSND"),
-    "in memory as BNDS": Case(mask=TRIANGLE, kv_heads=2, memory="BNDS"),
-    "misaligned in memory": Case(mask=TRIANGLE, kv_heads=2, offset=1),
-    "odd head size": Case(mask=TRIANGLE, head_size=7, value_head_size=7),
-    "head size 320": Case(mask=TRIANGLE, head_size=320, value_head_size=320),
-    "dout expanded": Case(mask=TRIANGLE, dout="expanded"),
+    "value head size": Case(window=TRIANGLE, kv_heads=2, value_head_size=32),
+    "in memory as SBND": Case(window=TRIANGLE, kv_heads=2, memory="SBND"),
+    "in memory as BSND": Case(window=TRIANGLE, kv_heads=2, memory="BSND"),
+    "in memory as BNDS": Case(window=TRIANGLE, kv_heads=2, memory="BNDS"),
+    "misaligned in memory": Case(window=TRIANGLE, kv_heads=2, offset=1),
+    "odd head size": Case(window=TRIANGLE, head_size=7, value_head_size=7),
+    "head size 320": Case(window=TRIANGLE, head_size=320, value_head_size=320),
+    "dout expanded": Case(window=TRIANGLE, dout="expanded"),
     "128 tokens": Case(queries=128, keys=128),
-    "128 tokens, causal, gqa": Case(queries=128, keys=128, mask=TRIANGLE, kv_heads=2),
-    "128 tokens, causal, mqa": Case(queries=128, keys=128, mask=TRIANGLE, kv_heads=1),
-    "128 tokens, causal, dout expanded": Case(queries=128, keys=128, mask=TRIANGLE, dout="expanded"),
-    "128 tokens, in memory as SBND": Case(queries=128, keys=128, mask=TRIANGLE, memory="SBND"),
-    "128 tokens, misaligned as BSND": Case(queries=128, keys=128, mask=TRIANGLE, memory="BSND", offset=1),
-    "128 tokens, value head size": Case(queries=128, keys=128, mask=TRIANGLE, head_size=128, value_head_size=32),
+    "128 tokens, causal, gqa": Case(queries=128, keys=128, window=TRIANGLE, kv_heads=2),
+    "128 tokens, causal, mqa": Case(queries=128, keys=128, window=TRIANGLE, kv_heads=1),
+    "128 tokens, causal, dout expanded": Case(queries=128, keys=128, window=TRIANGLE, dout="expanded"),
+    "128 tokens, in memory as SBND": Case(queries=128, keys=128, window=TRIANGLE, memory="SBND"),
+    "128 tokens, misaligned as BSND": Case(queries=128, keys=128, window=TRIANGLE, memory="BSND", offset=1),
+    "128 tokens, value head size": Case(queries=128, keys=128, window=TRIANGLE, head_size=128, value_head_size=32),
     "128 queries, 256 keys, gqa": Case(queries=128, keys=256, kv_heads=2),
-    "mask [S, T]": Case(mask=ARBITRARY, visible=(40, 40)),
-    "mask [S, T], S != T": Case(mask=ARBITRARY, keys=24, visible=(40, 24)),
-    "mask [S, T], odd lengths": Case(mask=ARBITRARY, queries=39, keys=37, visible=(39, 37)),
-    "mask [1, 1, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 1, 40, 40)),
-    "mask [B, 1, S, T]": Case(mask=ARBITRARY, visible=(2, 1, 40, 40)),
-    "mask [1, N, S, T], gqa": Case(mask=ARBITRARY, kv_heads=2, visible=(1, 4, 40, 40)),
-    "mask [B, N, S, T], mqa": Case(mask=ARBITRARY, kv_heads=1, visible=(2, 4, 40, 40), memory="SBND"),
+    "mask [S, T]": Case(visible=(40, 40)),
+    "mask [S, T], S != T": Case(keys=24, visible=(40, 24)),
+    "mask [S, T], odd lengths": Case(queries=39, keys=37, visible=(39, 37)),
+    "mask [1, 1, S, T], gqa": Case(kv_heads=2, visible=(1, 1, 40, 40)),
+    "mask [B, 1, S, T]": Case(visible=(2, 1, 40, 40)),
+    "mask [1, N, S, T], gqa": Case(kv_heads=2, visible=(1, 4, 40, 40)),
+    "mask [B, N, S, T], mqa": Case(kv_heads=1, visible=(2, 4, 40, 40), memory="SBND"),
 }
 
 HALF, UP_TO_FP32 = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
@@ -96,7 +107,7 @@ DTYPES = (torch.float64, *reversed(UP_TO_FP32))
 
 
 def masked(case: Case, dtype: torch.dtype) -> bool:
-    return case.mask is ARBITRARY
+    return bool(case.visible)
 
 
 def other_value_head_size(case: Case, dtype: torch.dtype) -> bool:
@@ -110,6 +121,12 @@ FUSED_REFUSALS = {
     "takes head sizes that are multiples of 8, not 7": lambda case, dtype: case.head_size == 7 and dtype in HALF,
     "takes head sizes that are multiples of 4, not 7": lambda case, dtype: case.head_size == 7 and dtype.itemsize == 4,
     "takes head sizes that are multiples of 2, not 7": lambda case, dtype: case.head_size == 7 and dtype.itemsize == 8,
+}
+CUT = {
+    f"takes no window ({left}, {right}) on {queries} queries and {keys} keys": (
+        lambda case, dtype, of=(left, right, queries, keys): of == (*case.window, case.queries, case.keys)
+    )
+    for left, right, queries, keys in WINDOWS
 }
 FLASH_REFUSALS = {
     **FUSED_REFUSALS,
@@ -129,11 +146,16 @@ def cudnn_refuses_lengths(queries: int, keys: int) -> dict:
 
 
 REFUSALS = {
-    "flash_attn": FLASH_REFUSALS,
-    "cuda_flash": FLASH_REFUSALS,
-    "flash_attn_3": FLASH_REFUSALS,
+    "flash_attn": {
+        **FLASH_REFUSALS,
+        "makes another window of (None, 26) on 40 queries and 24 keys": lambda case, dtype: case.window == (None, 26),
+        "makes another window of (5, None) on 40 queries and 24 keys": lambda case, dtype: case.window == (5, None),
+    },
+    "cuda_flash": {**FLASH_REFUSALS, **CUT},
+    "flash_attn_3": {**FLASH_REFUSALS, **CUT},
     "cuda_cudnn": {
         **FUSED_REFUSALS,
+        **CUT,
         "takes head sizes up to 128, not 320": lambda case, dtype: case.head_size == 320,
         **cudnn_refuses_lengths(40, 40),
         **cudnn_refuses_lengths(1, 40),
@@ -143,13 +165,14 @@ REFUSALS = {
         **cudnn_refuses_lengths(600, 600),
     },
     "cuda_efficient": {
+        **CUT,
         "takes float32 and float16 and bfloat16 here, not float64": lambda case, dtype: dtype is torch.float64,
         **{reason: applies for reason, applies in FUSED_REFUSALS.items() if "multiples" in reason},
     },
     "npu": {"takes no float64": lambda case, dtype: dtype is torch.float64},
     "cpu_flash": {
-        "takes no arbitrary mask": masked,
         **{reason: applies for reason, applies in FLASH_REFUSALS.items() if "one head size" in reason},
+        **CUT,
         "takes no grouped queries before torch 2.13": lambda case, dtype: (
             case.kv_heads < case.heads and TORCH < (2, 13)
         ),
@@ -177,6 +200,7 @@ def expected_reasons(name: str, case: Case, dtype: torch.dtype) -> list[str]:
     return [reason for reason, applies in REFUSALS[name].items() if applies(case, dtype)]
 
 
+@functools.lru_cache(maxsize=8)  # Kernels take turns with a case: `computable` has its order for that.
 def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
 
@@ -193,21 +217,22 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
     return q, k, v, dout if case.dout == "random" else dout[0, 0, 0, 0].expand_as(dout)
 
 
-def mask_of(case: Case) -> BlockMask:
-    """Arbitrary masks have dead rows, and other ones in each head."""
-    if case.mask is not ARBITRARY:
-        return BlockMask(case.mask)
+def terms_of(case: Case) -> TileTerms:
+    """Mask tensors have dead rows, and other ones in each head."""
+    if not case.visible:
+        return TileTerms(case.scale, case.window)
     generator = torch.Generator().manual_seed(2)
     visible = torch.rand(case.visible, generator=generator) < 0.5
     visible &= torch.rand((*case.visible[:-1], 1), generator=generator) < 0.8
     visible[..., 3, :] = False
-    return BlockMask(ARBITRARY, visible)
+    return TileTerms(case.scale, visible=visible)
 
 
-def dense(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> Result:
-    """The oracle's results for these tensors, computed in `dtype`."""
-    visible = causal_mask(case.queries) if case.mask is TRIANGLE else mask_of(case).visible
-    return dense_attention(*(x.to(dtype) for x in tensors), visible=visible, scale=case.scale)
+@functools.lru_cache(maxsize=16)
+def dense(case: Case, dtype: torch.dtype, of: torch.dtype) -> Result:
+    """The oracle's results for the inputs of dtype `of`, computed in `dtype`."""
+    visible = terms_of(case).visible if case.visible else case.window.visible(case.queries, case.keys)
+    return dense_attention(*(x.to(dtype) for x in inputs(case, of)), visible=visible, scale=case.scale)
 
 
 def dtypes_tried(kernel: BlockKernel, number: int, case: Case) -> list[torch.dtype]:
@@ -223,8 +248,8 @@ def computable() -> list:
     """The kernels, cases and dtypes that have to be computed here."""
     return [
         pytest.param(kernel, case, dtype, id=f"{kernel.name}: {name}, {str(dtype).removeprefix('torch.')}")
-        for kernel in HERE
         for number, (name, case) in enumerate(CASES.items())
+        for kernel in HERE
         for dtype in dtypes_tried(kernel, number, case)
     ]
 
@@ -241,79 +266,78 @@ def on_gpu() -> list:
     ]
 
 
-def attend(kernel: BlockKernel, case: Case, tensors: Sequence[Tensor], mask: BlockMask) -> Result:
+def attend(kernel: BlockKernel, case: Case, tensors: Sequence[Tensor], terms: TileTerms) -> Result:
     """Forward and backward pass on the device of the tensors; the inputs are the same afterwards."""
     copies = [x.clone() for x in tensors]
     q, k, v, dout = tensors
-    output = kernel.forward(q, k, v, mask, case.scale)
-    result = Result(output.out, output.lse, *kernel.backward(dout, q, k, v, output, mask, case.scale))
+    output = kernel.forward(q, k, v, terms)
+    result = Result(output.out, output.lse, *kernel.backward(dout, q, k, v, output, terms))
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True)), "inputs were changed"
     return result
 
 
 def assert_accurate(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], result: Result) -> None:
     dout = tensors[-1]
-    assert {x.dtype for x in (result.out, result.dq, result.dk, result.dv)} == {dtype}
+    assert {x.dtype for x in (result.out, result.dq, result.dk, result.dv)} <= {dtype, result.lse.dtype}
     assert result.lse.dtype == torch.promote_types(dtype, torch.float32)
     assert [x.shape for x in result] == [x.shape for x in (dout, dout[..., 0], *tensors[:3])]
-    exact = dense(case, torch.float64, tensors)
+    exact = dense(case, torch.float64, dtype)
     if dtype is torch.float64:
         assert_equal_to(exact, result)
     else:
-        assert_as_accurate_as(dense(case, dtype, tensors), exact, result)
+        assert_as_accurate_as(dense(case, dtype, dtype), exact, result)
 
 
 @pytest.mark.parametrize(("kernel", "case", "dtype"), computable())
 def test_kernel_is_as_accurate_as_dense_attention(kernel, case, dtype):
     tensors = inputs(case, dtype)
     with running(kernel):
-        result = attend(kernel, case, tensors, mask_of(case))
+        result = attend(kernel, case, tensors, terms_of(case))
     assert_accurate(case, dtype, tensors, result)
 
 
 @pytest.mark.parametrize(("kernel", "case", "dtype"), on_gpu())
 def test_kernel_on_a_gpu_is_as_accurate_as_dense_attention(kernel, case, dtype):
-    tensors, mask = inputs(case, dtype), mask_of(case)
+    tensors, terms = inputs(case, dtype), terms_of(case)
     there = [x.cuda() for x in tensors]
-    visible = None if mask.visible is None else mask.visible.cuda()
-    mask = BlockMask(mask.kind, visible)
-    reasons = kernel.unsupported_reasons(BlockCase.of(*there[:3], mask))
+    terms = replace(terms, visible=None if terms.visible is None else terms.visible.cuda())
+    reasons = kernel.unsupported_reasons(BlockCase.of(*there[:3], terms))
     if reasons:
         pytest.skip("; ".join(reasons))
-    result = attend(kernel, case, there, mask)
+    result = attend(kernel, case, there, terms)
     assert_accurate(case, dtype, tensors, Result(*(x.cpu() for x in result)))
 
 
 @pytest.mark.parametrize(
     ("kernel", "case", "dtype"),
-    [p for p in computable() if p.values[1].mask is ARBITRARY and p.values[2] is not torch.float64],
+    [p for p in computable() if p.values[1].visible and p.values[2] is not torch.float64],
 )
 def test_rows_that_see_no_key_give_zero_and_minus_infinity(kernel, case, dtype):
     q, k, v, dout = inputs(case, dtype)
-    mask = mask_of(case)
-    dead = ~mask.visible.any(-1).expand(case.batch, case.heads, case.queries)
-    none = BlockMask(ARBITRARY, torch.zeros_like(mask.visible))
+    terms = terms_of(case)
+    dead = ~terms.visible.any(-1).expand(case.batch, case.heads, case.queries)
+    none = TileTerms(case.scale, visible=torch.zeros_like(terms.visible))
     with running(kernel):
-        output = kernel.forward(q, k, v, mask, case.scale)
-        gradients = kernel.backward(dout, q, k, v, output, mask, case.scale)
-        nothing = kernel.forward(q, k, v, none, case.scale)
-        no_gradients = kernel.backward(dout, q, k, v, nothing, none, case.scale)
+        output = kernel.forward(q, k, v, terms)
+        gradients = kernel.backward(dout, q, k, v, output, terms)
+        nothing = kernel.forward(q, k, v, none)
+        no_gradients = kernel.backward(dout, q, k, v, nothing, none)
     assert (output.out[dead] == 0).all()
     assert torch.equal(output.lse == -torch.inf, dead)
     assert (gradients.dq[dead] == 0).all()
     assert not any(x.any() for x in (nothing.out, *no_gradients))
 
 
-@pytest.mark.parametrize(("kernel", "case", "dtype"), [p for p in computable() if p.values[1].mask is ARBITRARY])
+@pytest.mark.parametrize(("kernel", "case", "dtype"), [p for p in computable() if p.values[1].visible])
 def test_rows_that_see_no_key_here_but_some_in_another_block_give_no_gradients(kernel, case, dtype):
     """As a ring calls it: `out` and `lse` are of all blocks' keys."""
     q, k, v, dout = inputs(case, dtype)
-    mask = mask_of(case)
-    dead = ~mask.visible.any(-1).expand(case.batch, case.heads, case.queries)
+    terms = terms_of(case)
+    dead = ~terms.visible.any(-1).expand(case.batch, case.heads, case.queries)
     with running(kernel):
-        output = kernel.forward(q, k, v, mask, case.scale)
+        output = kernel.forward(q, k, v, terms)
         alive = output._replace(out=output.out.masked_fill(dead.unsqueeze(-1), 1.0), lse=output.lse.clamp(min=0.0))
-        gradients = kernel.backward(dout, q, k, v, alive, mask, case.scale)
+        gradients = kernel.backward(dout, q, k, v, alive, terms)
     assert (gradients.dq[dead] == 0).all()
     assert all(x.isfinite().all() for x in gradients)
 
@@ -339,11 +363,11 @@ def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kerne
     )
     total = []
     with running(kernel):
-        for keys, mask in ((slice(0, 128), NONE), (slice(128, 256), TRIANGLE)):
+        for keys, window in ((slice(0, 128), EVERYTHING), (slice(128, 256), TRIANGLE)):
             block = (q, k[:, :, keys], v[:, :, keys])
-            state = kernel.forward(*block, BlockMask(mask), case.scale).state
+            state = kernel.forward(*block, TileTerms(case.scale, window)).state
             output = BlockOutput(exact.out.to(dtype), exact.lse.to(torch.promote_types(dtype, torch.float32)), state)
-            total.append(kernel.backward(dout, *block, output, BlockMask(mask), case.scale))
+            total.append(kernel.backward(dout, *block, output, TileTerms(case.scale, window)))
     past, own = total
     whole = (past.dq + own.dq, torch.cat([past.dk, own.dk], dim=2), torch.cat([past.dv, own.dv], dim=2))
     if dtype is torch.float64:
@@ -352,14 +376,18 @@ def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kerne
         assert_as_accurate_as(same, exact, BlockGradients(*whole))
 
 
+@functools.cache
+def block_of(case: Case, dtype: torch.dtype) -> BlockCase:
+    return BlockCase.of(*inputs(case, dtype)[:3], terms_of(case))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
 def test_kernel_refuses_with_a_reason_just_what_it_cannot_compute(kernel, dtype):
     given, expected = {}, {}
     with running(kernel):
         for name, case in CASES.items():
-            block = BlockCase.of(*inputs(case, dtype)[:3], mask_of(case))
-            given[name] = sorted(kernel.unsupported_reasons(block))
+            given[name] = sorted(kernel.unsupported_reasons(block_of(case, dtype)))
             expected[name] = sorted(expected_reasons(kernel.name, case, dtype))
     assert given == expected
 
@@ -369,9 +397,9 @@ def test_an_emulator_leaves_nothing_behind(kernel):
     case = CASES["128 tokens"]
     q, k, v, _ = inputs(case, torch.bfloat16)
     with running(kernel):
-        kernel.forward(q, k, v, BlockMask(NONE), case.scale)
+        kernel.forward(q, k, v, TileTerms(case.scale))
     with pytest.raises((ImportError, NotImplementedError)):
-        kernel.forward(q, k, v, BlockMask(NONE), case.scale)
+        kernel.forward(q, k, v, TileTerms(case.scale))
 
 
 def block_case(**changed: object) -> BlockCase:
@@ -381,11 +409,11 @@ def block_case(**changed: object) -> BlockCase:
 
 
 def test_cpu_flash_gives_every_reason_at_once():
-    case = block_case(device_type="cuda", mask=ARBITRARY, value_head_size=32)
+    case = block_case(device_type="cuda", window=Window(5, 0), value_head_size=32)
     assert CpuFlashKernel().unsupported_reasons(case) == [
         "runs on the CPU, not on cuda",
-        "takes no arbitrary mask",
         "needs one head size, not 64 for keys and 32 for values",
+        "takes no window (5, 0) on 16 queries and 16 keys",
     ]
 
 
@@ -393,8 +421,9 @@ def test_cpu_flash_gives_every_reason_at_once():
     ("changed", "name"),
     [
         ({}, "cpu_flash"),
-        ({"mask": NONE, "num_keys": 24}, "cpu_flash"),
-        ({"mask": ARBITRARY}, "reference"),
+        ({"window": EVERYTHING, "num_keys": 24}, "cpu_flash"),
+        ({"masked": True, "window": EVERYTHING}, "cpu_flash"),
+        ({"window": Window(5, 0)}, "reference"),
         ({"value_head_size": 32}, "reference"),
         ({"device_type": "meta"}, "reference"),
     ],
@@ -426,31 +455,32 @@ def test_kernels_measured_to_be_faster_on_a_gpu_go_first_there_unless_named_in_a
 
 
 def test_registry_says_in_the_log_once_for_each_case_why_it_chose(caplog):
-    registry, case = KERNELS.only(KERNELS.names), block_case(mask=ARBITRARY)
+    registry, case = KERNELS.only(KERNELS.names), block_case(value_head_size=32)
     with caplog.at_level("INFO", logger="mindspeed_cp"):
         registry.choose(case)
         registry.choose(case)
     (record,) = caplog.records
     assert record.getMessage() == registry.explain(case)
     assert record.getMessage().startswith(f"reference computes {case}\n")
-    assert "\n  not cpu_flash: takes no arbitrary mask" in record.getMessage()
+    assert "\n  not cpu_flash: needs one head size" in record.getMessage()
 
 
 def test_registry_names_every_reason_of_every_kernel_when_none_can():
     never = SimpleNamespace(name="never", unsupported_reasons=lambda case: ["is a stub"])
-    case = block_case(mask=ARBITRARY, value_head_size=32)
+    case = block_case(window=Window(5, 0), value_head_size=32)
     with pytest.raises(NotImplementedError) as error:
         KernelRegistry((CpuFlashKernel(), never)).choose(case)
     assert str(error.value) == (
         f"no attention kernel can compute {case}\n"
-        "  not cpu_flash: takes no arbitrary mask; needs one head size, not 64 for keys and 32 for values\n"
+        "  not cpu_flash: needs one head size, not 64 for keys and 32 for values; "
+        "takes no window (5, 0) on 16 queries and 16 keys\n"
         "  not never: is a stub"
     )
 
 
 def test_block_case_reads_every_size_from_the_tensors():
     q, k, v = torch.zeros(2, 6, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 4)
-    assert BlockCase.of(q, k, v, BlockMask(NONE)) == BlockCase("cpu", torch.float32, NONE, 6, 3, 5, 7, 8, 4)
+    assert BlockCase.of(q, k, v, TileTerms(1.0)) == BlockCase("cpu", torch.float32, EVERYTHING, 6, 3, 5, 7, 8, 4)
 
 
 TRIPLES = {
@@ -460,7 +490,6 @@ TRIPLES = {
     "batches differ": ((2, 6, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8), "batch and head size must agree"),
     "head sizes differ": ((2, 6, 5, 8), (2, 3, 5, 4), (2, 3, 5, 8), "batch and head size must agree"),
     "heads do not divide": ((2, 6, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8), "K/V heads divide the query heads."),
-    "triangle not square": ((2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), "a triangle mask needs as many keys as queries."),
 }
 
 
@@ -468,7 +497,7 @@ TRIPLES = {
 def test_block_case_refuses_shapes_that_do_not_fit(name):
     *shapes, fault = TRIPLES[name]
     with pytest.raises(ValueError) as error:
-        BlockCase.of(*(torch.zeros(shape) for shape in shapes), BlockMask(TRIANGLE))
+        BlockCase.of(*(torch.zeros(shape) for shape in shapes), TileTerms(1.0))
     assert str(error.value).startswith("q {}, k {}, v {}: ".format(*shapes))
     assert fault in str(error.value)
 
@@ -479,7 +508,7 @@ def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
     tensors = [torch.zeros(2, 4, 5, 8) for _ in range(3)]
     tensors[place] = tensors[place].to(**other)
     with pytest.raises(ValueError, match=r"q, k and v are o[fn] .*: they must be o[fn] one"):
-        BlockCase.of(*tensors, BlockMask(NONE))
+        BlockCase.of(*tensors, TileTerms(1.0))
 
 
 @pytest.mark.parametrize(
@@ -488,24 +517,21 @@ def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
 def test_block_case_refuses_a_mask_of_another_shape(shape):
     q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 8)
     with pytest.raises(ValueError, match="mask"):
-        BlockCase.of(q, k, v, BlockMask(ARBITRARY, torch.ones(shape, dtype=torch.bool)))
+        BlockCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "visible", "message"),
+    ("window", "visible", "message"),
     [
-        (ARBITRARY, None, "arbitrary: this kind of mask goes with a tensor."),
-        (TRIANGLE, torch.ones(2, 2, dtype=torch.bool), "triangle: this kind of mask goes without a tensor."),
-        (NONE, torch.ones(2, 2, dtype=torch.bool), "none: this kind of mask goes without a tensor."),
         (
-            ARBITRARY,
-            torch.zeros(2, 2),
-            "a mask is boolean, True where a query sees a key; this one is torch.float32.",
+            TRIANGLE,
+            torch.ones(2, 2, dtype=torch.bool),
+            "a mask tensor beside Window(left=None, right=0): it says all of",
         ),
+        (EVERYTHING, torch.ones(2, 2), "a mask is boolean, True where a query sees a key; this one is torch.float32."),
     ],
-    ids=["arbitrary without", "triangle with", "none with", "float"],
+    ids=["with a window", "float"],
 )
-def test_block_mask_refuses(kind, visible, message):
-    with pytest.raises(ValueError) as error:
-        BlockMask(kind, visible)
-    assert str(error.value) == message
+def test_a_mask_tensor_is_boolean_and_says_all(window, visible, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TileTerms(1.0, window, visible)

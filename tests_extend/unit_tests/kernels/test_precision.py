@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockMask, MaskKind, add_
+from mindspeed_cp.attention import local_attention
+from mindspeed_cp.kernels import KERNELS, add_
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.npu import NpuMerge
 from mindspeed_cp.kernels.precision import autocast_off
@@ -33,14 +34,13 @@ def test_autocast_of_one_device_is_left_alone_by_another(device_type):
 
 
 def attention() -> list[Tensor]:
-    """Output, log-sum-exp and gradients of a block of grouped queries in fp32, by the kernel that a registry gives."""
+    """Output, log-sum-exp and gradients of grouped queries in fp32."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(1, 4, 32, 64), (1, 2, 32, 64), (1, 2, 32, 48), (1, 4, 32, 48)]
     q, k, v, dout = (torch.randn(shape, generator=generator) for shape in shapes)
-    mask = BlockMask(MaskKind.TRIANGLE)
-    kernel = KERNELS.only(["reference"]).choose(BlockCase.of(q, k, v, mask))
-    output = kernel.forward(q, k, v, mask, 0.125)
-    return [output.out, output.lse, *kernel.backward(dout, q, k, v, output, mask, 0.125)]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = local_attention(causal=True, kernels=KERNELS.only(["reference"])).with_lse(q, k, v, scale=0.125)
+    return [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def merged(kernel: TorchMerge | NpuMerge) -> list[Tensor]:

@@ -3,9 +3,7 @@
 No test here runs on a GPU. The interpreter's exp and log are numpy's.
 """
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -15,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockOutput, triton_merge
+from mindspeed_cp.kernels import BlockOutput, choose_merge_kernel, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
-from rank_pool import LIMIT_S, RankPool
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
 from unit_tests import merge_cases as cases
 from unit_tests.merge_cases import Case, Merged, merged_part
 
@@ -145,9 +143,9 @@ def compiled(capability: int, dtype: str, strides: str) -> Any:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (100, "bf16"), (80, "fp16"), (80, "fp32")]
+    ("capability", "dtype", "strides"),
+    [(80, "bf16", "i32"), (90, "bf16", "i64"), (100, "bf16", "i32"), (80, "fp16", "i64"), (80, "fp32", "i32")],
 )
-@pytest.mark.parametrize("strides", ["i32", "i64"])
 def test_kernel_compiles_and_reads_16_bytes_at_a_time_and_all_before_it_writes(
     monkeypatch, tmp_path, capability, dtype, strides
 ):
@@ -201,18 +199,12 @@ def test_triton_and_a_compiler_are_what_may_be_missing(monkeypatch, tmp_path, co
     assert missing() == ()
 
 
-WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None
-import torch
-from mindspeed_cp.kernels import choose_merge_kernel
-from mindspeed_cp.kernels.triton_merge import TritonMerge
-print(choose_merge_kernel("cuda", torch.bfloat16).name, TritonMerge().unsupported_reasons("cuda", torch.bfloat16))
-"""
-
-
-def test_plain_torch_merges_where_triton_is_missing():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CC": "cc"}
-    command = [sys.executable, "-c", WITHOUT_TRITON]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert (done.returncode, done.stdout) == (0, "torch ['triton is not installed']\n"), done.stderr
+def test_plain_torch_merges_where_triton_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("CC", "cc")
+    triton_merge.missing.cache_clear()
+    try:
+        assert choose_merge_kernel("cuda", torch.bfloat16).name == "torch"
+        assert TritonMerge().unsupported_reasons("cuda", torch.bfloat16) == ["triton is not installed"]
+    finally:
+        triton_merge.missing.cache_clear()

@@ -1,7 +1,5 @@
 """The ledger of patches says what the records say."""
 
-import runpy
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,32 +11,18 @@ ROOT = Path(__file__).resolve().parents[3]
 LEDGER = ROOT / "patches" / "LEDGER.md"
 
 
-@pytest.fixture
-def run_ledger(adaptor, monkeypatch):
-    """Run the script as a program, with this page for the ledger; its exit status."""
-
-    def run(page, *arguments):
-        main = runpy.run_path(str(ROOT / "scripts" / "write_ledger.py"))["main"]
-        monkeypatch.setitem(main.__globals__, "PAGE", page)
-        monkeypatch.setattr(sys, "argv", ["write_ledger.py", *arguments])
-        return main()
-
-    return run
+def test_the_ledger_is_up_to_date(adaptor, run_script):
+    assert run_script("write_ledger.py", "--check")[:2] == (0, "up to date\n")
 
 
-def test_the_ledger_is_up_to_date(run_ledger, capsys):
-    assert run_ledger(LEDGER, "--check") == 0
-    assert capsys.readouterr().out == "up to date\n"
-
-
-def test_that_check_sees_a_ledger_that_is_not_and_writing_mends_it(run_ledger, tmp_path, capsys):
+def test_that_check_sees_a_ledger_that_is_not_and_writing_mends_it(adaptor, run_script, tmp_path):
     page = tmp_path / "LEDGER.md"
     for stale in (None, LEDGER.read_text().replace("`validate_args`", "`parse_args`")):
         if stale is not None:
             page.write_text(stale)
-        assert run_ledger(page, "--check") == 1
-        assert capsys.readouterr().out == "LEDGER.md is out of date: run python scripts/write_ledger.py\n"
-    assert run_ledger(page) == 0
+        ended = run_script("write_ledger.py", "--check", "--page", page)
+        assert ended[:2] == (1, "LEDGER.md is out of date: run python scripts/write_ledger.py\n")
+    assert run_script("write_ledger.py", "--page", page).status == 0
     assert page.read_text() == LEDGER.read_text()
 
 

@@ -6,8 +6,6 @@ import functools
 import importlib
 import inspect
 import json
-import os
-import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -27,7 +25,6 @@ from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchError, PatchRegistry
-from rank_pool import LIMIT_S
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
@@ -252,68 +249,10 @@ def test_all_patches_together_restore_exactly(adaptor, patches):
     assert identities(owners) == before
 
 
-# Prints as JSON what a program finds that imports Megatron first or last, and then also wants to train on the CPU.
-IMPORT_ORDER = """
-import importlib, importlib.util, json, sys, types
-
-def import_megatron():
-    for module in ("megatron.training", "megatron.core.models.gpt.gpt_layer_specs", "megatron.core.datasets.utils"):
-        if is_installed(module):
-            importlib.import_module(module)
-
-def is_installed(module):
-    return not module.startswith("megatron.training") or importlib.util.find_spec("megatron.training") is not None
-
-def held(path):
-    module, _, attribute = path.partition(":")
-    value = importlib.import_module(module)
-    for name in attribute.split("."):
-        value = getattr(value, name)
-    return value
-
-def bindings():
-    modules = [module for name, module in sys.modules.items() if name.startswith("megatron")]
-    modules = [module for module in modules if isinstance(module, types.ModuleType)]
-    return [(module.__name__, key, value) for module in modules for key, value in list(vars(module).items())]
-
-if sys.argv[1] == "first":
-    import_megatron()
-from mindspeed_cp import megatron_adaptor
-registries = megatron_adaptor.registry, megatron_adaptor.cpu_registry
-states = [(patch.target, state) for registry in registries for patch, state in registry.status()]
-registries[1].apply()
-if sys.argv[1] == "last":
-    import_megatron()
-patches = [patch for registry in registries for patch, state in registry.status() if state == "applied"]
-patched = {patch.target: held(patch.target) for patch in patches}
-aliases = [(patch.target, path) for patch in patches for path in patch.aliases if is_installed(path)]
-apart = [path for target, path in aliases if held(path) is not patched[target]]
-while_applied = bindings()
-registries[1].restore()
-registries[0].restore()
-original = {patch.target: held(patch.target) for patch in patches}
-
-def find(values, found):
-    # What a module imported from elsewhere and is patched there alone, others may have imported too.
-    own = {target: v for target, v in values.items() if getattr(v, "__module__", None) == target.partition(":")[0]}
-    return [f"{module}:{key}" for module, key, value in found for v in own.values() if value is v]
-
-print(json.dumps({"states": states, "apart": apart, "changed": [t for t in patched if patched[t] is not original[t]],
-                  "stale": find(original, while_applied), "left": find(patched, bindings())}))
-"""
-
-
 @pytest.fixture(scope="module")
-def import_orders():
-    """What the two programs find, which run side by side."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # a checkout's megatron lies there
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ORDER]
-    programs = {
-        order: subprocess.Popen([*command, order], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for order in ("first", "last")
-    }
-    return {order: json.loads(program.communicate(timeout=LIMIT_S)[0]) for order, program in programs.items()}
+def import_orders(programs):
+    """What the two programs find, by the place of Megatron's import."""
+    return {order: json.loads(done.stdout.partition("== bindings\n")[2]) for order, done in programs.items()}
 
 
 def test_import_order_of_megatron_and_adaptor_is_irrelevant(import_orders):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from mindspeed_cp.attention import RingCommunicators, compose_attention
 from mindspeed_cp.comm import VirtualCommunicator
 from mindspeed_cp.tensor_parallel import on_virtual_ranks, plan_mesh
-from rank_pool import LIMIT_S
+from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 
 class MeshCase(NamedTuple):

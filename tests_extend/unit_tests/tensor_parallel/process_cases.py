@@ -8,7 +8,7 @@ from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.tensor_parallel import Linear, TensorMesh, full_state_dict, shard, unshard
 from mindspeed_cp.tensor_parallel.checkpoint import load_checkpoint, save_checkpoint
-from tiny_gpt import GPT, ShardedGPT, train_with
+from mindspeed_cp.testing.tiny_gpt import GPT, ShardedGPT, train_with
 
 
 def build(kind, sizes, group=None):

@@ -5,7 +5,7 @@ import torch
 
 from mindspeed_cp.tensor_parallel import plan_mesh
 from mindspeed_cp.tensor_parallel.costs import LinearShape, comm_volume
-from tiny_gpt import GPT, Sizes, train_with
+from mindspeed_cp.testing.tiny_gpt import GPT, Sizes, train_with
 from unit_tests.tensor_parallel import process_cases as cases
 
 SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.tensor_parallel import MLP, LayerNorm, full_state_dict, load_full_state_dict, shard
-from tiny_gpt import GPT, ShardedGPT, Sizes, train
+from mindspeed_cp.testing.tiny_gpt import GPT, ShardedGPT, Sizes, train
 from unit_tests.tensor_parallel.mesh_cases import MeshCase, virtual_attention, xy
 
 SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16)

@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.attention.call import default_scale
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
-from mindspeed_cp.kernels import BlockKernel, BlockMask, BlockOutput
-from mindspeed_cp.kernels.tiles import cut, mask_kind
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.kernels import BlockKernel, BlockOutput, TileTerms, Window
+from mindspeed_cp.kernels.calls import in_all_samples
+from mindspeed_cp.kernels.tiles import cut
 from mindspeed_cp.layouts import EqualChunks
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, Tile
+from mindspeed_cp.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,12 @@ class AllGatherAttention:
         """Who holds which tokens."""
         return SequenceLayout(size=self.communicator.size)
 
-    def blocks(self, num_tokens: int) -> Iterator[tuple[slice, slice, BlockMask]]:
+    def tiles(self, num_tokens: int) -> Iterator[Tile]:
         """The rank's queries and the sequence's keys that they see: for each chunk what is before it, then itself."""
         whole = EqualChunks(1, num_tokens * self.layout.size, "contiguous")
         plan = AttentionPlan(self.layout.of(num_tokens), whole)
         for tile in plan.tiles(self.communicator.rank, 0):
-            for part in cut(tile):
-                yield part.queries, part.keys, BlockMask(mask_kind(part))
+            yield from cut(tile)
 
 
 class _AllGather(torch.autograd.Function):
@@ -55,12 +55,11 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, attention: AllGatherAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gathered = attention.communicator.all_gather(torch.cat([k, v]).movedim(2, 0).contiguous())
         keys, values = attention.layout.restore(gathered.flatten(0, 1), dim=0).movedim(0, 2).chunk(2)
-        scale = default_scale(q)
         merged = MergedOutput.of(q, v)
-        for queries, seen, mask in attention.blocks(q.size(2)):
-            block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
-            output = attention.kernel.forward(*block, mask, scale)
-            merged.merge(output, queries)
+        for tile in attention.tiles(q.size(2)):
+            block = (q[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
+            output = attention.kernel.forward(*block, TileTerms(default_scale(q), Window(tile.left, tile.right)))
+            merged.merge(output, in_all_samples(tile.queries))
         out, lse, _ = merged.result()
         ctx.save_for_backward(q, keys, values, out, lse)
         ctx.attention = attention
@@ -74,10 +73,12 @@ class _AllGather(torch.autograd.Function):
         dq, dk, dv = (
             torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (q, keys, values)
         )
-        for queries, seen, mask in attention.blocks(q.size(2)):
+        for tile in attention.tiles(q.size(2)):
+            queries, seen, window = tile.queries, tile.keys, Window(tile.left, tile.right)
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
             output = BlockOutput(out[:, :, queries], lse[:, :, queries])
-            grads = attention.kernel.backward(grad_outputs[0][:, :, queries], *block, output, mask, default_scale(q))
+            terms = TileTerms(default_scale(q), window)
+            grads = attention.kernel.backward(grad_outputs[0][:, :, queries], *block, output, terms)
             dq[:, :, queries] += grads.dq
             dk[:, :, seen] += grads.dk
             dv[:, :, seen] += grads.dv

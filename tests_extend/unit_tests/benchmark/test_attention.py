@@ -6,14 +6,14 @@ import time
 import pytest
 import torch
 
-import bench_attention
-from benchmark.all_gather import AllGatherAttention
-from benchmark.kernel import EmulatedKernel, TimedKernel, block_flops
+from mindspeed_cp.benchmark.all_gather import AllGatherAttention
+from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, block_flops
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
-from mindspeed_cp.kernels import BlockCase, BlockMask, MaskKind
+from mindspeed_cp.kernels import BlockCase, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
+from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.kernels.reference import ReferenceKernel
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from unit_tests.dense import Result, assert_equal_to, causal_mask, dense_attention
 
 FIELDS = {
@@ -55,25 +55,25 @@ def test_all_gather_baseline_is_dense_attention_and_sends_its_formulas_bytes(siz
         assert each.bytes_sent == {"all_gather": (size - 1) * block, "all_to_all": (size - 1) * block}
 
 
-def block_case(mask: MaskKind, head_size: int = 8) -> BlockCase:
-    return BlockCase("cpu", torch.float32, mask, 4, 2, 10, 20, head_size, 8)
+def block_case(window: Window, head_size: int = 8) -> BlockCase:
+    return BlockCase("cpu", torch.float32, window, 4, 2, 10, 20, head_size, 8)
 
 
-def test_flops_are_two_products_forward_and_five_backward_half_under_a_triangle():
+def test_flops_are_two_products_forward_and_five_backward_of_what_is_seen():
     product = 2 * 3 * 4 * 10 * 20 * 8
-    assert block_flops(block_case(MaskKind.NONE), batch=3) == 2 * product
-    assert block_flops(block_case(MaskKind.NONE), batch=3, backward=True) == 5 * product
-    assert block_flops(block_case(MaskKind.TRIANGLE), batch=3) == product
-    assert block_flops(block_case(MaskKind.NONE, head_size=16), batch=3, backward=True) == 8 * product
+    assert block_flops(block_case(EVERYTHING), batch=3) == 2 * product
+    assert block_flops(block_case(EVERYTHING), batch=3, backward=True) == 5 * product
+    assert block_flops(block_case(Window(None, 0)), batch=3) * 200 == 2 * product * (200 - 45)
+    assert block_flops(block_case(EVERYTHING, head_size=16), batch=3, backward=True) == 8 * product
 
 
 def test_emulated_kernel_takes_at_least_its_time_and_gives_zeros_of_the_right_shapes():
     q, k, v = torch.randn(1, 4, 10, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
-    kernel, mask = EmulatedKernel(block_flops(block_case(MaskKind.NONE), 1) / 0.02), BlockMask(MaskKind.NONE)
+    kernel, terms = EmulatedKernel(block_flops(block_case(EVERYTHING), 1) / 0.02), TileTerms(1.0)
     timed = TimedKernel(kernel)
     start = time.perf_counter()
-    output = timed.forward(q, k, v, mask, 1.0)
-    grads = timed.backward(torch.randn(1, 4, 10, 8), q, k, v, output, mask, 1.0)
+    output = timed.forward(q, k, v, terms)
+    grads = timed.backward(torch.randn(1, 4, 10, 8), q, k, v, output, terms)
     assert time.perf_counter() - start >= timed.seconds >= 0.02 + 0.05
     assert timed.flops == pytest.approx(0.07 * kernel.flops_per_s)
     assert [x.shape for x in (output.out, output.lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
@@ -81,23 +81,22 @@ def test_emulated_kernel_takes_at_least_its_time_and_gives_zeros_of_the_right_sh
 
 
 def test_emulated_kernel_refuses_masks_whose_work_it_does_not_know():
-    assert EmulatedKernel(1.0).unsupported_reasons(block_case(MaskKind.ARBITRARY))
-    assert not EmulatedKernel(1.0).unsupported_reasons(block_case(MaskKind.TRIANGLE))
+    assert EmulatedKernel(1.0).unsupported_reasons(block_case(EVERYTHING)._replace(masked=True))
+    assert not EmulatedKernel(1.0).unsupported_reasons(block_case(EVERYTHING))
 
 
 def test_timed_kernel_gives_what_the_kernel_gives():
     q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
-    mask = BlockMask(MaskKind.TRIANGLE)
-    output, expected = (
-        kernel.forward(q, k, v, mask, 0.5) for kernel in (TimedKernel(CpuFlashKernel()), CpuFlashKernel())
-    )
+    terms = TileTerms(0.5, TRIANGLE)
+    output, expected = (kernel.forward(q, k, v, terms) for kernel in (TimedKernel(CpuFlashKernel()), CpuFlashKernel()))
     assert torch.equal(output.out, expected.out)
 
 
-def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formulas_bytes(tmp_path, capsys):
+def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formulas_bytes(tmp_path, run_script):
     arguments = "--loopback --ranks 2 --ranks-per-node 1 --kernel cpu --dtype-bytes 4 --seq-lengths 64 128 --heads 4"
     arguments += f" --kv-heads 2 --head-size 16 --iterations 1 --output {tmp_path}"
-    assert bench_attention.main(arguments.split()) == 0
+    ended = run_script("bench_attention.py", *arguments.split())
+    assert ended.status == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     algorithms = ["single device", "all-gather K/V", "ring", "ring, overlap", "Ulysses"]
     one_length = [(pass_, algorithm) for pass_ in ("forward", "backward") for algorithm in algorithms]
@@ -110,7 +109,7 @@ def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formul
         assert max(line["errors"].values()) < 1e-5
         assert line["seconds"] >= line["kernel_seconds"] + line["waiting_seconds"]
         assert line["kernel_seconds"] > 0 and line["predicted_seconds"] > 0
-    assert "plain loopback, rates without effect" in capsys.readouterr().out
+    assert "plain loopback, rates without effect" in ended.out
     assert {path.name for path in tmp_path.glob("*.png")} <= {
         "time_tokens_2_ranks_2_kv_heads.png",
         "bytes_2_ranks_2_kv_heads.png",
@@ -125,7 +124,7 @@ def test_benchmark_on_two_loopback_ranks_writes_every_field_and_sends_the_formul
         ("--heads 8 --kv-heads 3", "--kv-heads 3 does not divide --heads 8"),
     ],
 )
-def test_benchmark_refuses_sizes_that_do_not_fit(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        bench_attention.main(["--seq-lengths", "4080", *arguments.split()])
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_benchmark_refuses_sizes_that_do_not_fit(arguments, message, run_script):
+    ended = run_script("bench_attention.py", "--seq-lengths", "4080", *arguments.split())
+    assert ended.status == 2
+    assert message in ended.err.splitlines()[-1]

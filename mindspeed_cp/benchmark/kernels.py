@@ -5,16 +5,16 @@ import time
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockMask, BlockOutput, MaskKind
+from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
+from mindspeed_cp.kernels.protocol import cut_window_reasons
 
 _SPIN_S = 0.0005
 """A sleep ends late by less than this."""
 
 
 def block_flops(case: BlockCase, batch: int, backward: bool = False) -> float:
-    """Floating-point operations of a block: two matrix products, five in the backward pass; half under a triangle."""
-    seen = 0.5 if case.mask is MaskKind.TRIANGLE else 1.0
-    scores = seen * batch * case.num_heads * case.num_queries * case.num_keys
+    """Floating-point operations of a block: two matrix products, five in the backward pass, of what is seen."""
+    scores = batch * case.num_heads * case.window.area(case.num_queries, case.num_keys)
     keys, values = 2 * scores * case.head_size, 2 * scores * case.value_head_size
     return 3 * keys + 2 * values if backward else keys + values
 
@@ -32,23 +32,24 @@ class EmulatedKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot tell how long `case` takes."""
-        return ["does not know how much of an arbitrary mask is work"] if case.mask is MaskKind.ARBITRARY else []
+        reasons = ["does not know how much of an arbitrary mask is work"] if case.masked else []
+        return reasons + cut_window_reasons(case)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         start = time.perf_counter()
         out = q.new_zeros(*q.shape[:3], v.size(3))
         lse = torch.zeros(q.shape[:3], device=q.device)
-        self._wait(start, block_flops(BlockCase.of(q, k, v, mask), q.size(0)))
+        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
         return BlockOutput(out, lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         start = time.perf_counter()
         gradients = BlockGradients(*(x.new_zeros(x.shape) for x in (q, k, v)))
-        self._wait(start, block_flops(BlockCase.of(q, k, v, mask), q.size(0), backward=True))
+        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
         return gradients
 
     def _wait(self, start: float, flops: float) -> None:
@@ -79,20 +80,20 @@ class TimedKernel:
         """Those of the kernel itself."""
         return self.kernel.unsupported_reasons(case)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         start = time.perf_counter()
-        output = self.kernel.forward(q, k, v, mask, scale)
-        self._add(start, block_flops(BlockCase.of(q, k, v, mask), q.size(0)))
+        output = self.kernel.forward(q, k, v, terms)
+        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
         return output
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, mask: BlockMask, scale: float
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
         start = time.perf_counter()
-        gradients = self.kernel.backward(dout, q, k, v, output, mask, scale)
-        self._add(start, block_flops(BlockCase.of(q, k, v, mask), q.size(0), backward=True))
+        gradients = self.kernel.backward(dout, q, k, v, output, terms)
+        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
         return gradients
 
     def _add(self, start: float, flops: float) -> None:

@@ -1,16 +1,15 @@
-"""The benchmark's arithmetic: bytes by formula and by program, times on networks that can be done in the head."""
+"""Predictions: bytes by formula and by events, times on networks that can be done in the head."""
 
 import pytest
 
-from benchmark.cases import Algorithm, Case, algorithms_for
-from benchmark.prediction import Compute, Plan, Post, Wait, formula_bytes, predicted_bytes, predicted_seconds
-from emulated_cluster import Network
+from mindspeed_cp.benchmark.cases import Algorithm, algorithms_for
+from mindspeed_cp.benchmark.expected import ExpectedPass
+from mindspeed_cp.planner import AttentionShape, Compute, Network, Post, Wait, predicted_bytes, predicted_seconds
+from mindspeed_cp.program import Phase
 from mindspeed_cp.topology import CPTopology
 
-PASSES = ("forward", "backward")
+ULYSSES = Algorithm(name="Ulysses", topology=CPTopology(ulysses=4))
 HEADS = {"mha": (24, 24), "gqa": (24, 12), "mqa": (24, 1)}
-BYTE = 8e-6
-"""Megabits."""
 
 
 def network(num_ranks: int, ranks_per_node: int = 1, slow: float = 1.0, **options: object) -> Network:
@@ -18,34 +17,33 @@ def network(num_ranks: int, ranks_per_node: int = 1, slow: float = 1.0, **option
     return Network(num_ranks=num_ranks, ranks_per_node=ranks_per_node, fast_mbit=8000.0, slow_mbit=8 * slow, **options)
 
 
-def case(num_tokens: int, num_heads: int = 1, num_kv_heads: int = 1, head_size: int = 1) -> Case:
-    return Case(num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size)
+def case(num_tokens: int, num_heads: int = 1, num_kv_heads: int = 1, head_size: int = 1) -> AttentionShape:
+    return AttentionShape(num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size)
 
 
 def ring(size: int, *, overlap: bool) -> Algorithm:
     return Algorithm(name="ring", topology=CPTopology(inner=size), overlap=overlap)
 
 
-@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 8, 12])
-def test_programs_send_what_the_formula_says(size, heads, pass_):
+def test_programs_send_what_the_formula_says(size, heads, phase):
     shape = case(48 * size, *HEADS[heads])
     for algorithm in algorithms_for(shape, size):
-        plan = Plan(algorithm, shape, pass_, flops_per_s=1.0)
-        sent = [predicted_bytes(network(size), plan.program(rank), rank) for rank in range(size)]
-        assert sum(sum(each) for each in sent) == formula_bytes(algorithm, shape, pass_), algorithm.name
+        expected = ExpectedPass(algorithm, shape, phase, flops_per_s=1.0)
+        sent = [predicted_bytes(network(size), expected.events(rank), rank) for rank in range(size)]
+        assert sum(sum(each) for each in sent) == expected.num_bytes(), algorithm.name
 
 
 def test_formulas_on_four_ranks_with_one_kilobyte_of_keys_and_of_queries():
     # 256 tokens a rank: 1 KB of keys and values, 0.5 KB of queries.
     shape = case(1024)
-    ulysses = Algorithm(name="Ulysses", topology=CPTopology(ulysses=4))
     hybrid = Algorithm(name="hybrid", topology=CPTopology(inner=2, ulysses=2))
     gathered = Algorithm(name="all-gather", kind="all-gather", topology=CPTopology(inner=4))
     by_pass = {
-        algorithm.name: [formula_bytes(algorithm, shape, pass_) / 1024 for pass_ in PASSES]
-        for algorithm in (ring(4, overlap=False), ulysses, hybrid, gathered)
+        algorithm.name: [ExpectedPass(algorithm, shape, phase, 1.0).num_bytes() / 1024 for phase in Phase]
+        for algorithm in (ring(4, overlap=False), ULYSSES, hybrid, gathered)
     }
     assert by_pass == {
         "ring": [12 - 1.5, 12 - 1.5 + 9],  # Three hops of rank 0's block hold half of it.
@@ -77,39 +75,43 @@ def test_ring_takes_the_larger_of_kernel_and_transfer_with_overlap_and_their_sum
     shape = case(250_000 * size)
     tokens = 250_000
     kernel, transfer = 1.0, 1.0 / slow
-    plan = Plan(ring(size, overlap=overlap), shape, "forward", flops_per_s=2 * 2 * tokens**2 / 2)
+    expected = ExpectedPass(ring(size, overlap=overlap), shape, Phase.FORWARD, flops_per_s=2 * 2 * tokens**2 / 2)
     step = max(kernel, transfer) if overlap else kernel + transfer
-    seconds = predicted_seconds(network(size, slow=slow), plan.program)
+    seconds = predicted_seconds(network(size, slow=slow), expected.events)
     assert seconds == pytest.approx(kernel + (size - 1) * step, rel=1e-4)
 
 
 def test_backward_without_overlap_adds_the_gradients_of_half_or_whole_blocks():
     # Two ranks: rank 1 sends half of its partial gradient to rank 0, which sends all of its own.
-    plan = Plan(ring(2, overlap=False), case(500_000), "backward", flops_per_s=5 * 2 * 250_000**2 / 2)
-    assert predicted_seconds(network(2), plan.program) == pytest.approx(2 * 1.0 + 1.0 + 1.0, rel=1e-4)
+    expected = ExpectedPass(ring(2, overlap=False), case(500_000), Phase.BACKWARD, flops_per_s=5 * 2 * 250_000**2 / 2)
+    assert predicted_seconds(network(2), expected.events) == pytest.approx(2 * 1.0 + 1.0 + 1.0, rel=1e-4)
 
 
-def test_double_ring_crosses_between_nodes_once_a_window_and_hides_it_behind_the_whole_window():
+def test_double_ring_crosses_between_nodes_once_an_inner_ring_and_hides_it_behind_the_whole_of_it():
     # 4 MB of keys and values a rank take 4 s between nodes; a node's two steps take 2 s each.
     shape, double = case(4_000_000), Algorithm(name="", topology=CPTopology(outer=2, inner=2), overlap=True)
-    plan = Plan(double, shape, "forward", flops_per_s=2 * 2 * 1e12 / 2 / 2)
-    sent = [predicted_bytes(network(4, 2), plan.program(rank), rank) for rank in range(4)]
+    expected = ExpectedPass(double, shape, Phase.FORWARD, flops_per_s=2 * 2 * 1e12 / 2 / 2)
+    sent = [predicted_bytes(network(4, 2), expected.events(rank), rank) for rank in range(4)]
     # What others need of rank 0 and of rank 1, and of rank 2 within its node, is a half.
     assert sent == [(6_000_000, 2_000_000), (8_000_000, 2_000_000), (4_000_000, 4_000_000), (6_000_000, 4_000_000)]
-    assert predicted_seconds(network(4, 2), plan.program) == pytest.approx(4 + 4)
+    assert predicted_seconds(network(4, 2), expected.events) == pytest.approx(4 + 4)
 
 
 def test_all_to_all_shares_the_slow_link_among_the_peers_beyond_it():
     # Queries 2 MB, keys and values 4 MB a rank: of the four quarters of 6 MB two go to the other node, then of 2 MB.
-    plan = Plan(Algorithm(name="", topology=CPTopology(ulysses=4)), case(4_000_000, 4, 4), "forward", flops_per_s=1e30)
+    expected = ExpectedPass(
+        Algorithm(name="", topology=CPTopology(ulysses=4)), case(4_000_000, 4, 4), Phase.FORWARD, flops_per_s=1e30
+    )
     queries = 4 * 2e6
-    assert predicted_seconds(network(4, 2), plan.program) == pytest.approx((3 * queries + queries) / 4 * 2 / 1e6)
+    assert predicted_seconds(network(4, 2), expected.events) == pytest.approx((3 * queries + queries) / 4 * 2 / 1e6)
 
 
 def test_slow_link_of_a_node_is_shared_by_its_ranks():
-    plan = Plan(Algorithm(name="", topology=CPTopology(ulysses=4)), case(4_000_000, 4, 4), "forward", flops_per_s=1e30)
-    own = predicted_seconds(network(4, 2), plan.program)
-    assert predicted_seconds(network(4, 2, slow_link="node"), plan.program) == pytest.approx(2 * own)
+    expected = ExpectedPass(
+        Algorithm(name="", topology=CPTopology(ulysses=4)), case(4_000_000, 4, 4), Phase.FORWARD, flops_per_s=1e30
+    )
+    own = predicted_seconds(network(4, 2), expected.events)
+    assert predicted_seconds(network(4, 2, slow_link="node"), expected.events) == pytest.approx(2 * own)
 
 
 def test_message_flows_from_when_its_receiver_is_ready():
@@ -129,5 +131,5 @@ def test_ranks_that_wait_for_ever_are_an_error():
         yield Post("it", {}, (1 - rank,))
         yield Wait("it")
 
-    with pytest.raises(AssertionError, match="wait for each other for ever"):
+    with pytest.raises(ValueError, match="wait for each other for ever"):
         predicted_seconds(network(2), program)

@@ -149,6 +149,7 @@ class RankPool:
         while waiting and time.monotonic() < deadline and (idle is None or idle.seconds() < GRACE_S):
             patience = 0.2 if idle else max(0.0, deadline - time.monotonic())
             for connection in wait(list(waiting), timeout=patience):
+                assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
                     answers[rank] = _Answer(*pickle.loads(connection.recv_bytes()))

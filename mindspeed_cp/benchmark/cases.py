@@ -1,36 +1,18 @@
-"""What is measured: shapes, and the algorithms that fit them."""
+"""What is measured: the algorithms that fit a shape."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from mindspeed_cp.config import ContextParallelConfig, divisors
+from mindspeed_cp.planner import AttentionShape
 from mindspeed_cp.topology import CPTopology
 
 Kind = Literal["single device", "all-gather", "context parallel"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """Causal attention of one sequence. num_tokens: of the whole sequence. element_size: bytes of a number."""
-
-    num_tokens: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    element_size: int = 2
-
-    def kv_bytes(self, num_tokens: int) -> int:
-        """Keys and values of so many tokens, all heads."""
-        return 2 * num_tokens * self.num_kv_heads * self.head_size * self.element_size
-
-    def q_bytes(self, num_tokens: int) -> int:
-        """Queries, or outputs, of so many tokens, all heads."""
-        return num_tokens * self.num_heads * self.head_size * self.element_size
-
-
-@dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A way to compute a case. topology: of the ranks; a baseline has a single axis of them."""
+    """A way to compute attention. topology: of the ranks; a baseline has a single axis of them."""
 
     name: str
     kind: Kind = "context parallel"
@@ -52,15 +34,15 @@ class Algorithm:
         )
 
 
-def algorithms_for(case: Case, num_ranks: int) -> list[Algorithm]:
-    """All that can compute `case` on so many ranks, the baselines first."""
+def algorithms_for(shape: AttentionShape, num_ranks: int) -> list[Algorithm]:
+    """All that can compute `shape` on so many ranks, the baselines first."""
     everyone = CPTopology(inner=num_ranks)
     found = [
         Algorithm(name="single device", kind="single device", topology=everyone),
         Algorithm(name="all-gather K/V", kind="all-gather", topology=everyone),
     ]
     for ulysses in divisors(num_ranks):
-        if case.num_kv_heads % ulysses or case.num_heads % ulysses:
+        if shape.num_kv_heads % ulysses or shape.num_heads % ulysses:
             continue
         ring = num_ranks // ulysses
         if ring == 1:
@@ -68,8 +50,8 @@ def algorithms_for(case: Case, num_ranks: int) -> list[Algorithm]:
             continue
         grids = {"ring" if ulysses == 1 else f"hybrid {ulysses}x{ring}": CPTopology(inner=ring, ulysses=ulysses)}
         if ulysses == 1:
-            for window in divisors(ring)[1:-1]:
-                grids[f"double ring {window}"] = CPTopology(outer=ring // window, inner=window)
+            for inner in divisors(ring)[1:-1]:
+                grids[f"double ring {inner}"] = CPTopology(outer=ring // inner, inner=inner)
         for name, grid in grids.items():
             found.append(Algorithm(name=name, topology=grid))
             found.append(Algorithm(name=f"{name}, overlap", topology=grid, overlap=True))

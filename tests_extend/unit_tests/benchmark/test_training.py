@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_cp.benchmark.training import Measurement, configurations, longest_that_fit, seconds_in, table
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.topology import CPTopology
-from scripts.bench_training import Measurement, configurations, longest_that_fit, seconds_in, table
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_training.py"
 LOG = " iteration {i}/ 4 | consumed samples: 1 | elapsed time per iteration (ms): {ms} | lm loss: 7.0 |\n"

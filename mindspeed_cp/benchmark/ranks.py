@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmark.all_gather import AllGatherAttention
-from benchmark.cases import Algorithm, Case
-from benchmark.kernel import EmulatedKernel, TimedKernel, wait_until
-from emulated_cluster import LinkBytes, Network, link_bytes
 from mindspeed_cp.attention import RingCommunicators, compose_attention, local_attention
+from mindspeed_cp.benchmark.all_gather import AllGatherAttention
+from mindspeed_cp.benchmark.cases import Algorithm
+from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, wait_until
 from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic, Transfer
 from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.planner import AttentionShape, Network
+from mindspeed_cp.sharding import SequenceLayout
+from mindspeed_cp.testing.emulated_cluster import LinkBytes, link_bytes
 
 _START_IN_S = 0.02
 """How long after their agreement the ranks start: time enough for all to hear of it."""
@@ -157,12 +158,12 @@ class _Bench:
 _BENCHES: dict[str, _Bench] = {}
 """By the algorithm's name."""
 
-_INPUTS: dict[Case, Inputs] = {}
-_REFERENCES: dict[Case, dict[str, Tensor]] = {}
+_INPUTS: dict[AttentionShape, Inputs] = {}
+_REFERENCES: dict[AttentionShape, dict[str, Tensor]] = {}
 """Of the case that was last checked: the whole sequence, and attention of it in fp32."""
 
 
-def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: float | None) -> None:
+def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_per_s: float | None) -> None:
     """Make an algorithm's process groups and attention, and run it once on a short sequence with the heads of `case`.
 
     flops_per_s: of the emulated accelerator; None is the real kernel of this machine.
@@ -194,7 +195,7 @@ def prepare(network: Network, algorithm: Algorithm, case: Case, flops_per_s: flo
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)
 
 
-def run(algorithm: str, case: Case, look_at_memory: bool, check: bool) -> RunOfRank:
+def run(algorithm: str, case: AttentionShape, look_at_memory: bool, check: bool) -> RunOfRank:
     """Forward and backward pass of a prepared algorithm.
 
     check: compare with attention in fp32 of the whole sequence, which each rank then computes.
@@ -248,7 +249,7 @@ def _timed(bench: _Bench, compute: Callable[[], Tensor | None]) -> tuple[Tensor 
     )
 
 
-def _shards(bench: _Bench, case: Case, whole: bool) -> list[Tensor]:
+def _shards(bench: _Bench, case: AttentionShape, whole: bool) -> list[Tensor]:
     """This rank's tokens of the case's inputs; `whole` where they have to be the same sequence for every algorithm."""
     if bench.attend is None:
         return [torch.empty(0)] * 4
@@ -258,7 +259,7 @@ def _shards(bench: _Bench, case: Case, whole: bool) -> list[Tensor]:
     return list(_random_inputs(case, case.num_tokens // bench.layout.size, seed=rank))
 
 
-def _whole_inputs(case: Case) -> Inputs:
+def _whole_inputs(case: AttentionShape) -> Inputs:
     if case not in _INPUTS:
         _INPUTS.clear()
         _REFERENCES.clear()
@@ -266,14 +267,14 @@ def _whole_inputs(case: Case) -> Inputs:
     return _INPUTS[case]
 
 
-def _random_inputs(case: Case, num_tokens: int, seed: int) -> Inputs:
+def _random_inputs(case: AttentionShape, num_tokens: int, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
     dtype = DTYPES[case.element_size]
     return Inputs(*(torch.randn(1, n, num_tokens, case.head_size, generator=generator, dtype=dtype) for n in heads))
 
 
-def _errors(results: dict[str, Tensor | None], case: Case, layout: SequenceLayout) -> dict[str, float]:
+def _errors(results: dict[str, Tensor | None], case: AttentionShape, layout: SequenceLayout) -> dict[str, float]:
     """Relative norm of the difference from attention in fp32 of the whole sequence."""
     if case not in _REFERENCES:
         q, k, v, dout = (x.detach().float() for x in _whole_inputs(case))

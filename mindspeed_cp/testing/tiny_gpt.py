@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.tensor_parallel import (
     MLP,
     Dropout,
@@ -57,7 +57,8 @@ class Attention(nn.Module):
         q = groups[..., :-2, :].reshape(batch, sequence, self.heads, self.size).transpose(1, 2)
         k, v = (groups[..., place, :].transpose(1, 2) for place in (-2, -1))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(x.shape))
+        return projected
 
 
 class PlainMLP(nn.Module):
@@ -69,7 +70,8 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., H]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -83,7 +85,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, S, H]."""
         x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -138,6 +141,8 @@ class ShardedGPT(nn.Module):
     in order where it is None. dropout: of the branches of each block.
     """
 
+    order: Tensor
+
     def __init__(
         self,
         whole: GPT,
@@ -154,6 +159,7 @@ class ShardedGPT(nn.Module):
         self.positions = Embedding.from_embedding(whole.positions, mesh, vocabulary=())
         self.blocks = nn.ModuleList()
         for block in whole.blocks:
+            assert isinstance(block, Block)
             attention = SelfAttention(
                 block.attention.qkv,
                 block.attention.proj,

@@ -11,19 +11,20 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-import emulated_cluster
-from emulated_cluster import Cluster, Network, link_bytes, measure_link, transfer_rate, why_not_here
-from rank_pool import LIMIT_S, RankFailure
+from mindspeed_cp.planner import Network
+from mindspeed_cp.testing import emulated_cluster
+from mindspeed_cp.testing.emulated_cluster import Cluster, link_bytes, measure_link, transfer_rate, why_not_here
+from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure
 
-SCRIPTS = Path(emulated_cluster.__file__).parent
 needs_root = pytest.mark.skipif(why_not_here() is not None, reason=f"no emulated cluster here: {why_not_here()}")
 
 HELD = """
-import emulated_cluster, os, time
+import os, time
+from mindspeed_cp.planner import Network
+from mindspeed_cp.testing.emulated_cluster import Cluster
 
 if __name__ == "__main__":
-    network = emulated_cluster.Network(num_ranks=2, ranks_per_node=1, fast_mbit=100, slow_mbit=100)
-    with emulated_cluster.Cluster(network) as cluster:
+    with Cluster(Network(num_ranks=2, ranks_per_node=1, fast_mbit=100, slow_mbit=100)) as cluster:
         cluster.call(os.getpid)  # Starts the ranks.
         print(*cluster.namespaces, flush=True)
         cluster.call(time.sleep, 600)
@@ -115,7 +116,7 @@ def test_cluster_is_gone_after_a_rank_was_killed():
 def test_cluster_is_gone_after_its_process_was_killed_in_the_middle_of_work(tmp_path):
     script = tmp_path / "held.py"
     script.write_text(HELD)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         namespaces = tuple(map(int, process.stdout.readline().split()))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench_tensor_parallel import OVERLAPPED, SETTINGS, Case, record
-from benchmark.prediction import Compute, Post
+from mindspeed_cp.benchmark.tensor_parallel import OVERLAPPED, SETTINGS, Case, record
+from mindspeed_cp.planner import Compute, Post
 from mindspeed_cp.tensor_parallel import comm_volume, mlp_shapes, plan_mesh
 
 CASE = Case(batch=8, sequence=8, hidden=16, ffn=64, flops_per_s=1.0)

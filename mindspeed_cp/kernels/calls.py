@@ -1,0 +1,334 @@
+"""Which kernel computes which of a step's tiles, and how many of them at once.
+
+Shapes: B batch, H heads, S tokens, D head size, n tiles of a call.
+
+Note [Calls]
+    A tile goes to the first kernel, in the order of preference, that takes it as it is, or cut into rectangles and
+    triangles (tiles.py). Many small tiles (documents, the strips of a window) would be many small calls. They share one
+    where no two of them have a query or a key in common: one after another for a kernel that takes packed tiles, else
+    as the batch of a call, padded at the end to one of a few sizes. Where that, or windows, make them differ, a mask
+    says who sees whom. Such a mask is as large as the tiles are, and only small tiles get one.
+
+    Large tiles stay views of the tensors: a copy to pack them would cost more than a call.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.kernels.choose import KernelRegistry
+from mindspeed_cp.kernels.protocol import EVERYTHING, UPPER_TRIANGLE, BlockCase, BlockKernel, Segments, Window
+from mindspeed_cp.kernels.tiles import cut
+from mindspeed_cp.kernels.wrapped import Turned
+from mindspeed_cp.plan import Tile
+
+_SMALL = 2**16
+"""Pairs of query and key in the rectangle of a tile that may share a call."""
+_WORTH = 4
+"""So many tiles share a call, or none."""
+
+_Made = TypeVar("_Made")
+
+
+class Place(NamedTuple):
+    """Where some tokens are in a tensor [B, H, S, ...]: slices of the batch and of the tokens, or an index of each."""
+
+    samples: slice | Tensor
+    tokens: slice | Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """What is there: by slices a view [b, H, s, ...], by an index [m] or [n, s] a copy [1 or n, H, m or s, ...]."""
+        found = x[self.samples, :, self.tokens]
+        if isinstance(self.tokens, slice):
+            return found
+        return found.movedim(1, 0).unsqueeze(0) if self.tokens.dim() == 1 else found.movedim(2, 1)
+
+    def put(self, x: Tensor, content: Tensor) -> None:
+        """Write what `take` gives by an index [m]."""
+        x[self.samples, :, self.tokens] = content.squeeze(0).movedim(0, 1)
+
+
+def in_all_samples(tokens: slice) -> Place:
+    """Where these tokens are in every sample."""
+    return Place(slice(None), tokens)
+
+
+class Gathered(NamedTuple):
+    """How the tokens of a call's tiles are handed to a kernel, and taken back.
+
+    given: where they are, with copies of tokens for padding. back: where the tokens themselves are; the same where
+    nothing is padded. real: which of the tokens given they are, [m]; None for all.
+    """
+
+    given: Place
+    back: Place
+    real: Tensor | None
+
+    def result(self, x: Tensor) -> Tensor:
+        """A kernel's result for the tokens given [n, H, s, ...], as `back` has them."""
+        if isinstance(self.given.tokens, slice) or self.given.tokens.dim() == 1:
+            return x
+        x = x.movedim(1, 2).flatten(0, 1)
+        x = x if self.real is None else x[self.real]
+        return x.movedim(0, 1).unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Tiles that a kernel computes at once, no two with a query or a key in common; one, mostly.
+
+    case: as it is asked. kernel: which has no reason against it.
+    """
+
+    kernel: BlockKernel
+    case: BlockCase
+    tiles: tuple[Tile, ...]
+    _made: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def window(self) -> Window:
+        """Who sees whom, where no mask says it."""
+        return self.case.window
+
+    def queries(self, like: Tensor) -> Gathered:
+        """Where the queries are in tensors like [B, N, S, ...]."""
+        return self._gathered("queries", like, lambda: [tile.queries for tile in self.tiles], self.case.num_queries)
+
+    def keys(self, like: Tensor, held: Sequence[slice] | None = None) -> Gathered:
+        """Where the keys are in tensors like [B, G, s, ...], which hold those tokens of the owner; all for None."""
+        what = "keys", None if held is None else tuple((each.start, each.stop) for each in held)
+
+        def tokens() -> list[slice]:
+            return [tile.keys if held is None else place_within(held, tile.keys) for tile in self.tiles]
+
+        return self._gathered(what, like, tokens, self.case.num_keys)
+
+    def segments(self, like: Tensor) -> Segments | None:
+        """Where tiles begin, in the tensors that a kernel is handed; None where it is not handed them packed."""
+        if not self.case.packed:
+            return None
+
+        def make() -> Segments:
+            copies = like.size(0) if self.tiles[0].sample is None else 1
+            ends = [
+                torch.tensor([0, *accumulate(lengths * copies)], dtype=torch.int32, device=like.device)
+                for lengths in ([tile.num_queries for tile in self.tiles], [tile.num_keys for tile in self.tiles])
+            ]
+            return Segments(ends[0], ends[1], self.case.num_queries, self.case.num_keys)
+
+        return self._once(("segments", like.device, like.size(0)), make)
+
+    def visible(self, like: Tensor) -> Tensor | None:
+        """The mask that tells the tiles of a batch apart, [n, 1, S, T]; None where the window does."""
+        if not self.case.masked or len(self.tiles) == 1:
+            return None
+
+        def make() -> Tensor:
+            visible = torch.zeros(len(self.tiles), 1, self.case.num_queries, self.case.num_keys, dtype=torch.bool)
+            for tile, rows in zip(self.tiles, visible, strict=True):
+                size = tile.num_queries, tile.num_keys
+                rows[0, : size[0], : size[1]] = Window(tile.left, tile.right).visible(*size)
+            copies = like.size(0) if self.tiles[0].sample is None else 1
+            return visible.repeat(copies, 1, 1, 1).to(like.device)
+
+        return self._once(("visible", like.device, like.size(0)), make)
+
+    def _gathered(self, what: object, like: Tensor, tokens: Callable[[], list[slice]], padded_to: int) -> Gathered:
+        def make() -> Gathered:
+            if len(self.tiles) == 1:
+                place = Place(of_sample(self.tiles[0].sample), tokens()[0])
+                return Gathered(place, place, None)
+            return self._index(like, tokens(), padded_to)
+
+        return self._once((what, like.device, like.size(0)), make)
+
+    def _index(self, like: Tensor, tokens: Sequence[slice], padded_to: int) -> Gathered:
+        batch = like.size(0)
+        follow = all(one.stop == other.start for one, other in pairwise(tokens))
+        if self.case.packed and batch == 1 and follow:
+            place = Place(slice(None), slice(tokens[0].start, tokens[-1].stop))
+            return Gathered(place, place, None)
+        alike = self.tiles[0].sample is None
+        lengths = torch.tensor([each.stop - each.start for each in tokens])
+        starts = torch.tensor([each.start for each in tokens])
+        samples = torch.tensor([tile.sample or 0 for tile in self.tiles])
+        if alike:
+            samples = torch.arange(batch).repeat_interleave(len(tokens))
+            lengths, starts = lengths.repeat(batch), starts.repeat(batch)
+        rows = torch.arange(padded_to)
+        real = rows < lengths[:, None]
+        places = starts[:, None] + rows.minimum(lengths[:, None] - 1)
+        samples = samples[:, None].expand_as(places)
+        back = Place(samples[real].to(like.device), places[real].to(like.device))
+        if self.case.packed:
+            return Gathered(back, back, None)
+        given = Place(samples.to(like.device), places.to(like.device))
+        return Gathered(given, back, None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(like.device))
+
+    def _once(self, key: object, make: Callable[[], _Made]) -> _Made:
+        if key not in self._made:
+            self._made[key] = make()
+        return cast("_Made", self._made[key])
+
+
+def place_within(tokens: Sequence[slice], wanted: slice) -> slice:
+    """Where the tokens `wanted` are when the slices `tokens` are put one after another."""
+    before = 0
+    for each in tokens:
+        if each.start <= wanted.start and wanted.stop <= each.stop:
+            return slice(before + wanted.start - each.start, before + wanted.stop - each.start)
+        before += each.stop - each.start
+    raise AssertionError(f"{wanted} of {tokens}: the program sends too little")
+
+
+def of_sample(sample: int | None) -> slice:
+    """The part of a batch that a tile is of."""
+    return slice(None) if sample is None else slice(sample, sample + 1)
+
+
+def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> tuple[Call, ...]:
+    """The calls that compute these tiles, see Note [Calls].
+
+    base: the case of the whole tensors, its lengths and window for any; masked where a tensor says who sees whom: then
+    each tile is a call of its own, whose mask is made of that tensor.
+
+    Raises NotImplementedError with every kernel's reasons where none can compute a part of a tile.
+    """
+    if base.masked:
+        cases = [(tile, _case(base, tile, EVERYTHING)) for tile in tiles]
+        return tuple(Call(registry.choose(case), case, (tile,)) for tile, case in cases)
+    made: list[Call] = []
+    small: list[Tile] = []
+    rest: list[Tile] = []
+    for group in _groups(tiles, lambda tile: (tile.left, tile.right)):
+        packed = _packed(group, base, registry) if len(group) >= _WORTH else None
+        made += [packed] if packed else []
+        rest += [] if packed else group
+    for tile in rest:
+        if _is_small(tile):
+            small.append(tile)
+            continue
+        for call in _each(tile, base, registry):
+            if _is_small(call.tiles[0]):
+                small += call.tiles
+            else:
+                made.append(call)
+    for group in _groups(small, _about_alike):
+        shared = _batch(group, base, registry) if len(group) >= _WORTH else None
+        made += [shared] if shared else [call for tile in group for call in _each(tile, base, registry)]
+    return tuple(made)
+
+
+def _is_small(tile: Tile) -> bool:
+    return tile.num_queries * tile.num_keys <= _SMALL
+
+
+def _each(tile: Tile, base: BlockCase, registry: KernelRegistry) -> list[Call]:
+    """A tile by itself, or its parts: by the first kernel that can."""
+    for kernel in registry.in_order(base):
+        for parts in ((tile,), cut(tile)):
+            made = [call for part in parts if (call := _single(kernel, part, base, registry)) is not None]
+            if len(made) == len(parts):
+                return made
+    raise NotImplementedError(registry.explain(_case(base, tile)))
+
+
+def _single(kernel: BlockKernel, tile: Tile, base: BlockCase, registry: KernelRegistry) -> Call | None:
+    case = _case(base, tile)
+    if case.window == UPPER_TRIANGLE and case.num_queries == case.num_keys and kernel.unsupported_reasons(case):
+        kernel = Turned(kernel)
+    if kernel.unsupported_reasons(case):
+        return None
+    registry.announce(kernel, case)
+    return Call(kernel, case, (tile,))
+
+
+def _packed(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+    """One call of tiles of one window one after another; None where the first kernel that can takes them one by one."""
+    longest = base._replace(
+        num_queries=max(tile.num_queries for tile in tiles),
+        num_keys=max(tile.num_keys for tile in tiles),
+        window=Window(tiles[0].left, tiles[0].right),
+    )
+    for kernel in registry.in_order(base):
+        case = longest._replace(packed=True)
+        if not kernel.unsupported_reasons(case):
+            registry.announce(kernel, case)
+            return Call(kernel, case, tuple(tiles))
+        if not kernel.unsupported_reasons(_case(base, tiles[0])):
+            return None
+    return None
+
+
+def _batch(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+    """One call of tiles as a batch, by the first kernel that can; None where none can."""
+    sizes = {(tile.num_queries, tile.num_keys) for tile in tiles}
+    windows = {Window(tile.left, tile.right) for tile in tiles}
+    longest = max(queries for queries, _ in sizes), max(keys for _, keys in sizes)
+    in_batch = base._replace(num_queries=_padded(longest[0]), num_keys=_padded(longest[1]), masked=True)
+    ways = [in_batch._replace(window=EVERYTHING)]
+    if len(windows) == len(sizes) == 1:
+        ways = [base._replace(num_queries=longest[0], num_keys=longest[1], window=next(iter(windows))), *ways]
+    for kernel in registry.in_order(base):
+        for case in ways:
+            if not kernel.unsupported_reasons(case):
+                registry.announce(kernel, case)
+                return Call(kernel, case, tuple(tiles))
+    return None
+
+
+def _about_alike(tile: Tile) -> object:
+    """The same for tiles of about one size and of one kind of window."""
+    return _padded(tile.num_queries), _padded(tile.num_keys), tile.left, tile.right if tile.left is None else None
+
+
+def _groups(tiles: Iterable[Tile], kind: Callable[[Tile], object]) -> list[list[Tile]]:
+    """Tiles that may share a call: of one kind, no two with a query or a key in common.
+
+    Where both ascend from tile to tile they have nothing in common; other orders are left alone.
+    """
+    open_groups: dict[object, list[_Group]] = {}
+    groups: list[list[Tile]] = []
+    for tile in tiles:
+        alike = open_groups.setdefault((kind(tile), tile.sample is None), [])
+        group = next((each for each in alike if each.takes(tile)), None)
+        if group is None:
+            group = _Group([])
+            groups.append(group.tiles)
+            alike.append(group)
+            del alike[:-_OPEN]
+        group.add(tile)
+    return groups
+
+
+_OPEN = 8
+"""So many groups of a kind are looked at for one that takes a tile."""
+
+
+@dataclass
+class _Group:
+    tiles: list[Tile]
+    ends: dict[int | None, tuple[int, int]] = field(default_factory=dict)
+
+    def takes(self, tile: Tile) -> bool:
+        queries, keys = self.ends.get(tile.sample, (0, 0))
+        return bool(queries <= tile.queries.start and keys <= tile.keys.start)
+
+    def add(self, tile: Tile) -> None:
+        self.tiles.append(tile)
+        self.ends[tile.sample] = tile.queries.stop, tile.keys.stop
+
+
+def _padded(length: int) -> int:
+    """One of few lengths: at most a quarter longer, from 32 on."""
+    step = max(8, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _case(base: BlockCase, tile: Tile, window: Window | None = None) -> BlockCase:
+    window = Window(tile.left, tile.right) if window is None else window
+    return base._replace(num_queries=tile.num_queries, num_keys=tile.num_keys, window=window)

@@ -1,0 +1,163 @@
+"""Attention on a grid of ranks, as the events of each: read off the program that the ranks themselves play."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
+from mindspeed_cp.program import Axis, Message, Phase, Program, program
+from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.topology import CPTopology
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Attention of one sequence. num_tokens: of the whole sequence. element_size: bytes of a number."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    element_size: int = 2
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """Keys and values of so many tokens, all heads."""
+        return 2 * num_tokens * self.num_kv_heads * self.head_size * self.element_size
+
+    def q_bytes(self, num_tokens: int) -> int:
+        """Queries, or outputs, of so many tokens, all heads."""
+        return num_tokens * self.num_heads * self.head_size * self.element_size
+
+    def flops(self, area: float, phase: Phase) -> float:
+        """Of so many pairs of query and key, in all heads: two matrix products, five in the backward pass."""
+        products = 2 if phase is Phase.FORWARD else 5
+        return products * 2 * area * self.num_heads * self.head_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPass:
+    """One pass of attention over a grid of ranks.
+
+    plan: who sees whom, between the ranks of the ring; None is causal attention on zigzag shards.
+    flops_per_s: floating-point operations a second of the kernel. launch_s: what each tile takes beside them.
+    overlap, pieces: as the ring is set, see Note [Pieces] in program.py; pieces divide the K/V heads of a rank.
+    """
+
+    topology: CPTopology
+    shape: AttentionShape
+    phase: Phase
+    flops_per_s: float
+    launch_s: float = 0.0
+    overlap: bool = False
+    pieces: int = 1
+    plan: AttentionPlan | None = None
+
+    def events(self, rank: int) -> Iterator[Event]:
+        """What `rank` does; the numbers of ranks are those of the whole grid."""
+        peers = self.topology.ulysses_ranks(rank)
+        ring_rank, ulysses = rank // self.topology.ulysses, self.topology.ulysses
+        plan = self._plan
+        sent_queries = self.shape.q_bytes(plan.queries.num_tokens(ring_rank)) // ulysses
+        qkv = sent_queries + self.shape.kv_bytes(plan.keys.num_tokens(ring_rank)) // ulysses
+        there, back = (qkv, sent_queries) if self.phase is Phase.FORWARD else (sent_queries, qkv)
+        yield from all_to_all("scatter", rank, peers, there // ulysses)
+        yield from self._ring(rank)
+        yield from all_to_all("gather", rank, peers, back // ulysses)
+
+    def num_bytes(self) -> int:
+        """What all ranks together send, by formula.
+
+        With P ranks, K the bytes of one rank's keys and values, Q those of its queries, u the Ulysses degree and r the
+        ring's size: Ulysses' exchanges P(u-1)/u (2Q + K), either pass (keys and values there, their gradients back;
+        queries and outputs likewise); the ring what its program says: under a causal zigzag P(r-1)K forward, but that
+        rank 0 is only needed in half, and backward as much again for the gradients, less a quarter, since half of them
+        are of blocks of which the mask leaves half.
+        """
+        plan, ulysses = self._plan, self.topology.ulysses
+        held = range(self.topology.ring_size)
+        queries = self.shape.q_bytes(sum(plan.queries.num_tokens(rank) for rank in held))
+        keys = self.shape.kv_bytes(sum(plan.keys.num_tokens(rank) for rank in held))
+        travelling = sum(self.program(rank).sent().total() for rank in held)
+        # Each of the Ulysses ranks has such a ring, of its part of the heads.
+        return (2 * queries + keys) * (ulysses - 1) // ulysses + self.shape.kv_bytes(travelling)
+
+    def program(self, ring_rank: int) -> Program:
+        """The program of a rank of the ring."""
+        schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
+        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces)
+
+    @property
+    def _plan(self) -> AttentionPlan:
+        return self.plan or causal_zigzag(self.topology.ring_size, self.shape.num_tokens)
+
+    def _ring(self, rank: int) -> Iterator[Event]:
+        """The rank's program, played as attention plays it."""
+        ranks = self.topology.ring_ranks(rank)
+        steps = self.program(ranks.index(rank)).steps
+        token_bytes = self.shape.kv_bytes(1) / self.topology.ulysses
+
+        def post(sends: Sequence[Message], receives: Sequence[Message], axis: Axis) -> Iterator[Event]:
+            to: dict[int, int] = {}
+            for message in sends:
+                share = 1 if message.piece is None else self.pieces
+                peer = ranks[message.peer]
+                to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
+            yield Post(axis, to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)))
+            if not self.overlap:
+                yield Wait(axis)
+
+        coming: dict[Axis, list[tuple[int, int | None]]] = {}
+
+        def arrived(owner: int, piece: int | None) -> Iterator[Event]:
+            for axis in [axis for axis, blocks in coming.items() if (owner, piece) in blocks]:
+                yield Wait(axis)
+                del coming[axis]
+
+        for step in steps:
+            for axis in (Axis.OUTER, Axis.INNER):
+                sends = [message for message in step.sends if message.axis is axis]
+                receives = [message for message in step.receives if message.axis is axis]
+                for message in sends:
+                    yield from arrived(message.owner, message.piece)
+                if sends or receives:
+                    yield Wait(axis)
+                    yield from post(sends, receives, axis)
+                    coming[axis] = [(message.owner, message.piece) for message in receives]
+            if step.tiles:
+                yield from arrived(step.owner, step.piece)
+                yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
+            if self.phase is Phase.BACKWARD:
+                yield Wait(Axis.HOME)
+                if step.gives or step.gets:
+                    gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
+                    axis = (gives + gets)[0].axis
+                    yield Wait(axis)
+                    yield from post(gives, gets, axis)
+        yield Wait(Axis.ACROSS)
+
+    def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
+        """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
+        share = self.topology.ulysses * (1 if piece is None else self.pieces)
+        return self.shape.flops(area, self.phase) / share / self.flops_per_s + num_tiles * self.launch_s
+
+
+def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
+    """Causal attention of so many tokens in zigzag shards of a ring."""
+    shards = EqualChunks(ring_size, num_tokens // ring_size)
+    return AttentionPlan(shards, shards)
+
+
+@functools.lru_cache(maxsize=1024)
+def ring_program(plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int) -> Program:
+    """`program`, made once for all predictions that read it."""
+    return program(plan, schedule, rank, phase, pieces=pieces)
+
+
+def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:
+    """So many bytes from each of the peers to each other, this rank among them."""
+    others = tuple(peer for peer in peers if peer != rank)
+    if others:
+        yield Post(handle, dict.fromkeys(others, num_bytes), others)
+        yield Wait(handle)

@@ -1,0 +1,158 @@
+"""From one layout to another: each rank's tokens go to the ranks that hold them there, in one exchange.
+
+Layers with a recurrence need contiguous shards beside the balanced ones of attention, for instance.
+
+Shapes: B samples, s and t tokens of a rank in the source and in the target.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mindspeed_cp.comm import Communicator
+from mindspeed_cp.layouts import StreamLayout
+from mindspeed_cp.sharding import CPU, order, places, restore
+
+
+def relayout(
+    shard: Tensor,
+    source: StreamLayout,
+    target: StreamLayout,
+    communicator: Communicator,
+    dim: int,
+    *,
+    batch_dim: int = 0,
+) -> Tensor:
+    """This rank's shard by `target` from its shard by `source`; differentiable, with the way back as its gradient.
+
+    shard: any shape and dtype, s tokens along `dim`. batch_dim: where the samples are; read only if each has documents
+    of its own. communicator: of the ranks of both layouts, in their order; all of them call. A token is sent only where
+    another rank holds it, and once. Returns t tokens along `dim`.
+
+    Raises ValueError where the layouts are of other documents or ranks, or the shard is none of `source`.
+    """
+    if source.samples != target.samples or {source.num_ranks, target.num_ranks} != {communicator.size}:
+        raise ValueError(
+            f"layouts of {source.num_ranks} and {target.num_ranks} ranks over {communicator.size} do not hold the same "
+            f"documents, or not on these ranks; give two layouts of one batch, and the group that both are over."
+        )
+    tokens, samples = source.num_tokens(communicator.rank), len(source.samples)
+    if shard.size(dim) != tokens or (samples > 1 and shard.size(batch_dim) != samples):
+        raise ValueError(
+            f"rank {communicator.rank} has a shard of {tuple(shard.shape)}, and the source layout gives it {tokens} "
+            f"tokens of {samples} samples along dims {dim} and {batch_dim}; give a shard of that layout."
+        )
+    if source == target:
+        return shard
+    moved: Tensor = _Relayout.apply(shard, source, target, communicator, dim % shard.dim(), batch_dim % shard.dim())
+    return moved
+
+
+def gather(shard: Tensor, layout: StreamLayout, communicator: Communicator, dim: int, *, batch_dim: int = 0) -> Tensor:
+    """All tokens in order, on every rank, from each rank's shard; without a gradient.
+
+    shard, communicator: as for `relayout`. One all-gather, of shards as long as the longest.
+    """
+    tokens = [layout.num_tokens(rank) for rank in range(layout.num_ranks)]
+    first = shard.detach().movedim(dim, 0)
+    filled = first.new_zeros((max(tokens), *first.shape[1:]))
+    filled[: first.size(0)] = first
+    shards = communicator.all_gather(filled)
+    whole = torch.cat([part[:length] for part, length in zip(shards, tokens, strict=True)])
+    return restore(whole.movedim(0, dim), layout, dim, batch_dim=batch_dim)
+
+
+class _Relayout(torch.autograd.Function):
+    """`_move`, whose gradient moves back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shard: Tensor,
+        source: StreamLayout,
+        target: StreamLayout,
+        communicator: Communicator,
+        dim: int,
+        batch_dim: int,
+    ) -> Tensor:
+        ctx.arguments = target, source, communicator, dim, batch_dim
+        return _move(shard, source, target, communicator, dim, batch_dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _move(grad, *ctx.arguments), None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """What a rank sends to each, and receives from each, itself included.
+
+    leaving: its tokens, sample after sample, in the order of the ranks that they go to. arriving: for each token that
+    it will hold, sample after sample, its place among those that come, in the order of the ranks. sent, received: how
+    many to and from each. Between two ranks tokens go in the order of the stream.
+    """
+
+    leaving: Tensor
+    arriving: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+
+def _move(
+    shard: Tensor, source: StreamLayout, target: StreamLayout, communicator: Communicator, dim: int, batch_dim: int
+) -> Tensor:
+    moves = _moves(source, target, communicator.rank, shard.device)
+    by_sample = len(source.samples) > 1
+    dims, to = ((batch_dim, dim), (0, 1)) if by_sample else ((dim,), (0,))
+    tokens = shard.movedim(dims, to)
+    leaving = (tokens.flatten(0, 1) if by_sample else tokens).index_select(0, moves.leaving)
+    arrived = leaving.new_empty((sum(moves.received), *leaving.shape[1:]))
+    _exchange(leaving.split(moves.sent), arrived.split(moves.received), communicator)
+    held = arrived.index_select(0, moves.arriving)
+    if by_sample:
+        held = held.unflatten(0, (len(target.samples), -1))
+    return held.movedim(to, dims).contiguous()
+
+
+def _exchange(leaving: tuple[Tensor, ...], arriving: tuple[Tensor, ...], communicator: Communicator) -> None:
+    """Parts of any length to and from each rank, all under way at once; where there is nothing, nothing is sent."""
+    rank, size = communicator.rank, communicator.size
+    transfers = []
+    for distance in range(1, size):
+        to, source = (rank + distance) % size, (rank - distance) % size
+        send = leaving[to] if leaving[to].size(0) else None
+        receive = arriving[source] if arriving[source].size(0) else None
+        transfers.append(communicator.exchange(send, to, receive, source))
+    arriving[rank].copy_(leaving[rank])
+    for transfer in transfers:
+        transfer.wait()
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _moves(source: StreamLayout, target: StreamLayout, rank: int, device: torch.device) -> _Moves:
+    leaving, sent = _by_peer(source, target, rank)
+    arriving, received = _by_peer(target, source, rank)
+    return _Moves(leaving.to(device), arriving.argsort().to(device), sent, received)
+
+
+def _by_peer(layout: StreamLayout, other: StreamLayout, rank: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A rank's tokens by `layout` in the order of the ranks that hold them in `other`, and how many each holds."""
+    held = places(layout, rank)
+    holders = _holders(other).expand(held.size(0), -1).gather(1, held).flatten()
+    counts = torch.bincount(holders, minlength=other.num_ranks)
+    return holders.argsort(stable=True), tuple(counts.tolist())
+
+
+@functools.lru_cache(maxsize=64)
+def _holders(layout: StreamLayout) -> Tensor:
+    """The rank that holds each token of the stream: [1 or B, S]."""
+    in_order = order(layout, CPU)
+    tokens = torch.tensor([layout.num_tokens(rank) for rank in range(layout.num_ranks)])
+    ranks = torch.arange(layout.num_ranks).repeat_interleave(tokens).expand_as(in_order)
+    return torch.empty_like(in_order).scatter_(1, in_order, ranks)

@@ -1,0 +1,1 @@
+"""What tests, benchmarks and examples share: rank processes, a cluster on one machine, a toy GPT and its flags."""

@@ -1,1 +1,0 @@
-"""What bench_attention.py measures, and what it expects."""

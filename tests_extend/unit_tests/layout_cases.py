@@ -1,0 +1,92 @@
+"""Layouts at random for tests, and the mix of documents that balance is measured on."""
+
+import math
+import random
+from collections.abc import Iterator
+
+from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
+from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
+from mindspeed_cp.relayout import relayout
+from mindspeed_cp.sharding import shard
+
+Documents = tuple[int, ...]
+
+
+def lognormal_mix(seed: int, length: int, mean: float | None = None) -> Documents:
+    """Documents that make up so many tokens, sigma 1, of length / 16 tokens on the average by default."""
+    rng, lengths = random.Random(seed), list[int]()
+    location = math.log(mean or length / 16) - 0.5
+    while (left := length - sum(lengths)) > 0:
+        lengths.append(min(left, max(1, round(rng.lognormvariate(location, 1)))))
+    return tuple(lengths)
+
+
+def cut_at_random(rng: random.Random, length: int) -> Documents:
+    lengths = []
+    while length:
+        lengths.append(rng.randrange(1, length + 1))
+        length -= lengths[-1]
+    return tuple(lengths)
+
+
+def random_samples(rng: random.Random, padded: bool) -> tuple[Documents, ...]:
+    """Up to three samples of one length, each with documents of its own."""
+    length = rng.randrange(1, 40)
+    samples = [cut_at_random(rng, length) for _ in range(rng.randrange(1, 4))]
+    if padded:
+        samples = [tuple(part for n in each for part in _split(rng, n)) for each in samples]
+    return tuple(samples)
+
+
+def _split(rng: random.Random, length: int) -> tuple[int, int]:
+    padding = rng.randrange(length)
+    return length - padding, padding
+
+
+def random_layouts(rng: random.Random) -> Iterator[PackedLayout]:
+    """One of each rule, all over the same documents."""
+    padded, num_ranks = rng.random() < 0.3, rng.randrange(1, 9)
+    samples = random_samples(rng, padded)
+    tokens = None
+    if rng.random() < 0.3:
+        places = sorted(rng.randrange(sum(samples[0]) + 1) for _ in range(num_ranks - 1))
+        tokens = tuple(b - a for a, b in zip([0, *places], [*places, sum(samples[0])], strict=True))
+    bands: tuple[Band, ...] = rng.choice(
+        [CAUSAL, FULL, (Band(3, 0),), (Band(None, None, (0, 3)), Band(None, 0, (3, None)))]
+    )
+    yield Contiguous(num_ranks, samples, tokens, padded)
+    yield Zigzag(num_ranks, samples, tokens, padded)
+    yield DocumentZigzag(num_ranks, samples, None, padded)
+    bands_of = tuple((number, ()) for number in range(1, sum(map(len, samples)), 2)) if padded else ()
+    for prefer in ("locality", "balance"):
+        yield Balanced(
+            num_ranks, samples, tokens, padded, prefer=prefer, chunks=rng.choice([1, 8]), bands=bands, bands_of=bands_of
+        )
+
+
+def areas(plan: AttentionPlan) -> list[int]:
+    """What each rank computes."""
+    ranks = range(plan.queries.num_ranks)
+    return [sum(plan.area(mine, theirs) for theirs in ranks) for mine in ranks]
+
+
+def unevenness(loads: list[int]) -> float:
+    """The largest by the mean."""
+    return max(loads) / (sum(loads) / len(loads))
+
+
+def received(plan: AttentionPlan) -> int:
+    """Tokens of others that all ranks need."""
+    ranks = range(plan.queries.num_ranks)
+    slices = (each for mine in ranks for theirs in ranks if mine != theirs for each in plan.needed(mine, theirs))
+    return sum(each.stop - each.start for each in slices)
+
+
+def relayout_and_back(group, source, target, whole):
+    """On a gloo rank: its shard of [B, S, D] by the other layout, and the gradient of the sum of its squares."""
+    communicator = ProcessGroupCommunicator(group)
+    mine = shard(whole, source, communicator.rank, 1).requires_grad_()
+    moved = relayout(mine, source, target, communicator, 1)
+    moved.square().sum().backward()
+    return moved.detach(), mine.grad
