@@ -1,4 +1,4 @@
-"""Meshes to run on, and denoising with the small transformer of scripts/tiny_dit.py."""
+"""Meshes to run on, and denoising with the small transformer of mindspeed_cp/testing/tiny_dit.py."""
 
 import copy
 from itertools import product
@@ -6,8 +6,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mindspeed_cp.diffusion import GuidanceParallel, MeshShape, ParallelMesh, guide, parallelize
-from tiny_dit import TinyDiT, plan
+from mindspeed_cp.diffusion import (
+    Gather,
+    GuidanceParallel,
+    MeshShape,
+    ParallelMesh,
+    Split,
+    TransformerPlan,
+    guide,
+    parallelize,
+)
+from mindspeed_cp.testing.tiny_dit import TinyDiT
 
 MESHES = [
     shape
@@ -17,6 +26,20 @@ MESHES = [
 ODD_MESHES = [MeshShape(ring=3), MeshShape(cfg=2, ring=3), MeshShape(ring=7), MeshShape(ulysses=2, ring=3)]
 
 HEIGHT, WIDTH, TEXT, STEPS = 17, 23, 5, 4
+
+
+def plan(*, joint: bool = False) -> TransformerPlan:
+    """Where TinyDiT's tokens and layers are split."""
+    columns = {"blocks.*.attn.qkv": 3, "blocks.*.fc1": 1} | (
+        {} if joint else {"blocks.*.cross.q": 1, "blocks.*.cross.kv": 2}
+    )
+    return TransformerPlan(
+        splits=(Split("blocks.0", "x"), *([Split("blocks.0", "text")] * joint)),
+        gathers=(Gather("final", "x"),),
+        columns=columns,
+        rows={"blocks.*.proj": (), "blocks.*.fc2": ()},
+        heads="num_heads",
+    )
 
 
 def model(*, joint: bool, dtype: torch.dtype = torch.float64) -> TinyDiT:

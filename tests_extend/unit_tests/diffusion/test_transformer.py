@@ -16,8 +16,7 @@ from mindspeed_cp.diffusion import (
     on_virtual_ranks,
     parallelize,
 )
-from tiny_dit import plan
-from unit_tests.diffusion.mesh_cases import MESHES, ODD_MESHES, denoised, inputs, model
+from unit_tests.diffusion.mesh_cases import MESHES, ODD_MESHES, denoised, inputs, model, plan
 
 
 def assert_one_picture(meshes, *, joint, tokens, branches=2):

@@ -1,4 +1,4 @@
-"""A small diffusion transformer in plain torch, as a user might have written it, and its plan for a mesh.
+"""A small diffusion transformer in plain torch, as a user might have written it.
 
 Shapes: B batch, S tokens of the picture, T tokens of the prompt, C channels of a token.
 """
@@ -6,8 +6,6 @@ Shapes: B batch, S tokens of the picture, T tokens of the prompt, C channels of 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mindspeed_cp.diffusion import Gather, Split, TransformerPlan
 
 
 class Attention(nn.Module):
@@ -42,7 +40,8 @@ class CrossAttention(nn.Module):
         """[B, S, W] from the picture's tokens and the prompt's [B, T, W]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
 
 class Block(nn.Module):
@@ -93,21 +92,8 @@ class TinyDiT(nn.Module):
         condition, text = self.time(_waves(1000 * time, width)), self.embed_text(text)
         for block in self.blocks:
             x, text = block(x, text, condition)
-        return self.final(_norm(x))
-
-
-def plan(*, joint: bool = False) -> TransformerPlan:
-    """Where TinyDiT's tokens and layers are split."""
-    columns = {"blocks.*.attn.qkv": 3, "blocks.*.fc1": 1} | (
-        {} if joint else {"blocks.*.cross.q": 1, "blocks.*.cross.kv": 2}
-    )
-    return TransformerPlan(
-        splits=(Split("blocks.0", "x"), *([Split("blocks.0", "text")] * joint)),
-        gathers=(Gather("final", "x"),),
-        columns=columns,
-        rows={"blocks.*.proj": (), "blocks.*.fc2": ()},
-        heads="num_heads",
-    )
+        out: Tensor = self.final(_norm(x))
+        return out
 
 
 def _norm(x: Tensor) -> Tensor:
