@@ -127,6 +127,8 @@ class AttentionPlan:
         default_factory=dict, repr=False, compare=False
     )
     _indices: dict[int, "_KeyIndex"] = field(default_factory=dict, repr=False, compare=False)
+    _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bands in (self.bands, *self.bands_of.values()):
@@ -148,11 +150,29 @@ class AttentionPlan:
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
         """Those tokens of `key_rank` that some query of `query_rank` sees, as few slices as possible."""
-        return union(tile.keys for tile in self.tiles(query_rank, key_rank))
+        pair = query_rank, key_rank
+        if pair not in self._needed:
+            seen = self.tiles(*pair) if query_rank in self.readers(key_rank) else ()
+            self._needed[pair] = union(tile.keys for tile in seen)
+        return self._needed[pair]
+
+    def readers(self, key_rank: int) -> frozenset[int]:
+        """The ranks with a query that sees a key of `key_rank`, and perhaps some more: found without any tiles."""
+        if key_rank not in self._readers:
+            self._readers[key_rank] = self._query_index.ranks_that_see(self.keys.runs(key_rank), self)
+        return self._readers[key_rank]
+
+    @functools.cached_property
+    def _query_index(self) -> "_QueryIndex":
+        return _QueryIndex(self.queries)
 
     def area(self, query_rank: int, key_rank: int) -> int:
         """Pairs of query and key that see each other."""
         return sum(tile.area for tile in self.tiles(query_rank, key_rank))
+
+    def bands_in(self, document: int) -> tuple[Band, ...]:
+        """What a query of a document sees of it."""
+        return self.bands_of.get(document, self.bands)
 
     def __hash__(self) -> int:
         """Of what it is made of; plans that say the same are one in a cache."""
@@ -178,7 +198,7 @@ class AttentionPlan:
         """For each run of queries the pieces that it sees, merged along the keys."""
         for run in joined(self.queries.runs(query_rank)):
             pieces: list[_Piece] = []
-            for band in self.bands_of.get(run.document, self.bands):
+            for band in self.bands_in(run.document):
                 for piece in index.seen(run, band, at_gaps):
                     merged = _merged(pieces[-1], piece, at_gaps) if pieces else None
                     if merged is None:
@@ -528,6 +548,36 @@ class _KeyIndex:
                 yield from _some(_Piece.of(_tokens(queries), keys, None, None, None, queries.sample))
             if not whole <= place < whole_end:
                 yield from _some(_piece_of_runs(queries, runs[place], band))
+
+
+class _QueryIndex:
+    """Which ranks hold the queries of each document, in the order of positions."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._num_ranks = layout.num_ranks
+        held: dict[tuple[int | None, int], list[tuple[int, int, int]]] = {}
+        for rank in range(layout.num_ranks):
+            for run in layout.runs(rank):
+                held.setdefault((run.sample, run.document), []).append((run.position, _last(run), rank))
+        self._held = {of: tuple(zip(*sorted(runs), strict=True)) for of, runs in held.items()}
+
+    def ranks_that_see(self, keys: Iterable[Run], plan: AttentionPlan) -> frozenset[int]:
+        """Those with a query that a band lets see one of these keys, or a position between two of them."""
+        ranks: set[int] = set()
+        for run in keys:
+            firsts, lasts, ranks_of = self._held.get((run.sample, run.document), ((), (), ()))
+            for band in plan.bands_in(run.document):
+                key, last_key = max(run.position, band.keys[0]), _last(run)
+                if band.keys[1] is not None:
+                    last_key = min(last_key, band.keys[1] - 1)
+                if key > last_key:
+                    continue
+                begin = 0 if band.ahead is None else bisect_left(lasts, key - band.ahead)
+                end = len(firsts) if band.behind is None else bisect_right(firsts, last_key + band.behind)
+                ranks.update(ranks_of[begin:end])
+            if len(ranks) == self._num_ranks:
+                break
+        return frozenset(ranks)
 
 
 def _piece_of_runs(queries: Run, keys: Run, band: Band) -> _Piece | None:

@@ -41,31 +41,51 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
     "dropped step": Mistake(
-        "program.py",
-        "            for inner in range(schedule.inner):\n",
-        "            for inner in range(schedule.inner - (schedule.inner > 2)):\n",
+        "program/rotation.py",
+        "                for inner in range(schedule.inner):\n",
+        "                for inner in range(schedule.inner - (schedule.inner > 2)):\n",
         "attention",
     ),
-    "wrong chunk order": Mistake("attention/ulysses.py", "places)\n", "sorted(places))\n", "attention"),
+    "wrong chunk order": Mistake(
+        "attention/ulysses.py", "if self.is_sorted:\n            return", "return", "attention"
+    ),
     "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
     "gradient lost": Mistake(
-        "attention/exchange.py", "self._add_message(posted.message, posted.received)", "pass", "attention"
+        "attention/exchange.py", "            self._add_message(message, received)\n", "            pass\n", "attention"
     ),
     "stale K/V": Mistake(
         "attention/exchange.py",
-        "posted.message.piece).unpack(posted.received)",
-        "posted.message.piece).unpack(posted.received * 0)",
+        "k, v = self._player.format(self._whole, message.piece).unpack(received)",
+        "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
     "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
     "message to the wrong peer": Mistake(
-        "program.py",
-        "gives = _message(schedule.peer(rank, Hop(0, -inner)),",
-        "gives = _message(schedule.peer(rank, Hop(0, inner)),",
+        "program/rotation.py",
+        "gives = message(self._peer(0, -inner),",
+        "gives = message(self._peer(0, inner),",
         "test_program.py",
     ),
     "own block's second part forgotten": Mistake(
-        "program.py", "    yield from _live(Step(rank, last))\n", "", "attention"
+        "program/transports.py",
+        "(*maker.steps(first), *live(Step(rank, last)))",
+        "tuple(maker.steps(first))",
+        "attention",
+    ),
+    "halo one token short": Mistake(
+        "program/straight.py",
+        "message(reader, self.rank, self.plan.needed(reader, self.rank), axis),",
+        "message(reader, self.rank, tuple(slice(t.start + 1, t.stop) for t in self.plan.needed(reader, self.rank)), axis),",
+        "test_transports.py",
+    ),
+    "direct message to the wrong peer": Mistake(
+        "program/straight.py",
+        "return self.schedule.peer(self.rank, Hop(*divmod(number, self.schedule.inner)))",
+        "return self.schedule.peer(self.rank, Hop(*divmod(number - 1, self.schedule.inner)))",
+        "test_transports.py",
+    ),
+    "uneven tail dropped": Mistake(
+        "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
     ),
     "scale left out": Mistake(
         "attention/ring.py",

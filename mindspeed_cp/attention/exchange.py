@@ -5,10 +5,9 @@ see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mindspeed_cp.attention.sums import TokenSum
-from mindspeed_cp.comm import Communicator, Transfer
+from mindspeed_cp.comm import Addressed, Communicator, Transfer
 from mindspeed_cp.kernels.calls import Place, in_all_samples, place_within
-from mindspeed_cp.program import Axis, Message, Phase, Program, Step
+from mindspeed_cp.program import Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -60,29 +59,32 @@ class Player:
         self,
         kind: "_Kind",
         owner: int,
-        send: Message | None,
-        content: Tensor | None,
-        receive: Message | None,
+        sends: Sequence[tuple[Message, Tensor]],
+        receives: Sequence[Message],
         whole: "BlockFormat",
     ) -> "_Posted":
-        """Start a message that leaves and one that comes along the same axis, one of which there is.
+        """Start messages that leave, with their content, and such that come, all along one axis.
 
-        owner: of the step that they are told by. content: of the one that leaves. whole: how a message of all heads
-        lies in memory.
+        owner: of the step that they are told by. whole: how a message of all heads lies in memory.
         """
         assert self.communicators is not None, "a program of one rank has no messages"
-        axis, like = next(message.axis for message in (send, receive) if message), whole.like
-        received = None
-        if receive is not None:
-            received = like.new_empty(self.format(whole, receive.piece).numel(receive.num_tokens))
-        name, alone = self.name(owner), self.program.rank
-        peers = send.peer if send else alone, receive.peer if receive else alone
+        axis = next(message.axis for message in (*receives, *(message for message, _ in sends)))
+        received = []
+        for message in receives:
+            numel = self.format(whole, message.piece).numel(message.num_tokens)
+            received.append((message, whole.like.new_empty(numel)))
+        name, peers = self.name(owner), (self._peers(m for m, _ in sends), self._peers(receives))
+        both = ([Addressed(message.peer, content) for message, content in way] for way in (sends, received))
         try:
             with in_profiles(f"{name}: {kind.leaving}"):
-                transfer = self.communicators.along(axis).exchange(content, peers[0], received, peers[1])
+                transfer = self.communicators.along(axis).exchange_all(*both)
         except RuntimeError as error:
             raise RuntimeError(kind.lost(name, *peers, error)) from error
-        return _Posted(transfer, content, receive, received, name, peers, kind)
+        return _Posted(transfer, tuple(sends), tuple(received), name, peers, kind)
+
+    def _peers(self, messages: Iterable[Message]) -> str:
+        """The ranks of some messages, in words; this one where there are none."""
+        return ", ".join(str(message.peer) for message in messages) or str(self.program.rank)
 
     def heads(self, piece: int | None, num_heads: int) -> slice:
         """The heads of a piece; all of them for None."""
@@ -171,14 +173,14 @@ class _Kind(NamedTuple):
 
     leaving: str
     waiting: str
-    lost: Callable[[str, int, int, RuntimeError], str]
+    lost: Callable[[str, str, str, RuntimeError], str]
 
 
-def _kv_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
+def _kv_lost(step: str, to: str, source: str, error: RuntimeError) -> str:
     return f"{step}: the K/V block did not come from ring rank {source}, or not get to {to}: {error}"
 
 
-def _gradients_lost(step: str, to: int, source: int, error: RuntimeError) -> str:
+def _gradients_lost(step: str, to: str, source: str, error: RuntimeError) -> str:
     way = f"{step}: send dK/dV home"
     return f"{way}: no gradients from ring rank {source}, or none got to {to}: {error}"
 
@@ -188,18 +190,17 @@ _GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", _gradients_lost)
 
 
 class _Posted(NamedTuple):
-    """A message under way to this rank, and one from it. sent: kept alive until it has left."""
+    """Messages under way from this rank, and to it, with their content: it is kept alive until it has left."""
 
     transfer: Transfer
-    sent: Tensor | None
-    message: Message | None
-    received: Tensor | None
+    sends: tuple[tuple[Message, Tensor], ...]
+    receives: tuple[tuple[Message, Tensor], ...]
     step: str
-    peers: tuple[int, int]
+    peers: tuple[str, str]
     kind: "_Kind"
 
     def wait(self) -> None:
-        """Return when it has arrived, and left. Raises RuntimeError that says which step and which peer it was."""
+        """Return when all have arrived, and left. Raises RuntimeError that says which step and which peers it was."""
         try:
             with in_profiles(self.kind.waiting):
                 self.transfer.wait()
@@ -218,15 +219,19 @@ class KeyValues:
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
         self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
-        self._coming: dict[Axis, list[_Posted]] = {}
+        self._coming: dict[Axis, _Posted] = {}
         self._last_use = player.program.last_uses()
 
     def steps(self) -> Iterator[Step]:
-        """The program's steps; when one is given, what has to travel meanwhile is on its way."""
+        """The program's steps; with overlap, when one is given, what has to travel meanwhile is on its way."""
         own = self._player.program.rank, None
         for number, step in enumerate(self._player.program.steps):
-            self._post(step)
+            if self._player.overlap:
+                self._post(step)
             yield step
+            if not self._player.overlap:
+                # Last of all: ranks that skip steps of each other's meet in one order, see Note [Order of messages].
+                self._post(step)
             for block in [block for block in self._here if self._last_use.get(block, number) <= number]:
                 if block != own:
                     del self._here[block]
@@ -241,39 +246,42 @@ class KeyValues:
         return self._block(step.owner, step.piece)
 
     def _post(self, step: Step) -> None:
-        """Start what travels at a step; a message that comes and one that goes along an axis are one exchange."""
-        packed: list[tuple[Message, Tensor]] = []  # What goes both ways is packed once.
+        """Start what travels at a step; what comes and goes along an axis is one exchange."""
+        packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
         for axis in (Axis.OUTER, Axis.INNER):
-            sends = [message for message in step.sends if message.axis is axis]
             receives = [message for message in step.receives if message.axis is axis]
+            sends = [message for message in step.sends if message.axis is axis]
             if not sends and not receives:
                 continue
             for message in sends:
-                if not any(_same_content(message, other) for other, _ in packed):
-                    packed.append((message, self._message(message)))
+                content = next((each for other, each in packed if _same_content(message, other)), None)
+                packed.append((message, self._message(message) if content is None else content))
             self._settle(axis)
-            for send, receive in zip_longest(sends, receives):
-                content = next((each for other, each in packed if send and _same_content(send, other)), None)
-                told_by = receive.owner if receive else step.owner
-                posted = self._player.post(_KV, told_by, send, content, receive, self._whole)
-                self._coming.setdefault(axis, []).append(posted)
+            leaving = [each for each in packed if each[0].axis is axis]
+            self._coming[axis] = self._player.post(_KV, self._told_by(step, receives), leaving, receives, self._whole)
             if not self._player.overlap:
                 self._settle(axis)
 
+    @staticmethod
+    def _told_by(step: Step, receives: Sequence[Message]) -> int:
+        """The owner by whose step an exchange is called: the one that comes, if it is one."""
+        return receives[0].owner if len(receives) == 1 else step.owner
+
     def _settle(self, axis: Axis) -> None:
         """Wait for what is under way along an axis."""
-        for posted in self._coming.pop(axis, []):
-            posted.wait()
-            if posted.message is not None and posted.received is not None:
-                k, v = self._player.format(self._whole, posted.message.piece).unpack(posted.received)
-                key = posted.message.owner, posted.message.piece
-                self._here[key] = Block(posted.message.tokens, k, v, posted.received)
+        posted = self._coming.pop(axis, None)
+        if posted is None:
+            return
+        posted.wait()
+        for message, received in posted.receives:
+            k, v = self._player.format(self._whole, message.piece).unpack(received)
+            self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)
 
     def _block(self, owner: int, piece: int | None) -> Block:
         """A block that is at hand, or is waited for; the piece of a whole one where only that is here."""
         if (owner, piece) not in self._here and (owner, None) not in self._here:
             for axis, posted in list(self._coming.items()):
-                if any(each.message and (each.message.owner, each.message.piece) == (owner, piece) for each in posted):
+                if any((message.owner, message.piece) == (owner, piece) for message, _ in posted.receives):
                     self._settle(axis)
         if (owner, piece) in self._here:
             return self._here[owner, piece]
@@ -297,17 +305,49 @@ def _same_content(message: Message, other: Message) -> bool:
 
 
 class Partial(NamedTuple):
-    """The gradients that a call has found for some of the owner's tokens: [b, h, s, D] and [b, h, s, V]."""
+    """The gradients that were found for some of the owner's tokens: [b, h, s, D] and [b, h, s, V].
 
-    keys: Place
+    tokens: which, where it is one slice of all samples; else None. place: where they are among tokens that hold them.
+    """
+
+    tokens: slice | None
+    place: Callable[[Sequence[slice]], Place]
     dk: Tensor
     dv: Tensor
 
+    @classmethod
+    def of_slice(cls, tokens: slice, dk: Tensor, dv: Tensor) -> "Partial":
+        """Those of one slice of all samples."""
+        return cls(tokens, lambda held: in_all_samples(place_within(held, tokens)), dk, dv)
 
-def _are_of(partials: Sequence[Partial], tokens: Sequence[slice]) -> bool:
-    """Whether they are the gradients of these tokens of all samples, one for each slice."""
-    in_slices = all(isinstance(partial.keys.tokens, slice) for partial in partials)
-    return in_slices and [partial.keys for partial in partials] == [in_all_samples(each) for each in tokens]
+
+class _OwnerSum:
+    """The sum of gradients of some of an owner's K/V, in fp32.
+
+    tokens: which of the owner's. k, v: of the owner's heads and sizes, of any number of tokens.
+    """
+
+    def __init__(self, tokens: tuple[slice, ...], k: Tensor, v: Tensor) -> None:
+        self._tokens = tokens
+        count = num_tokens(tokens)
+        self._sums = [TokenSum(x.new_empty(()).expand(*x.shape[:2], count, x.size(3))) for x in (k, v)]
+
+    def add(self, partials: Iterable[Partial], heads: slice = slice(None)) -> None:
+        """Add gradients of some samples, heads and tokens."""
+        for partial in partials:
+            here = partial.place(self._tokens)
+            for total, part in zip(self._sums, (partial.dk, partial.dv), strict=True):
+                total.add(part, here, heads)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The sums, rounded to the dtype of K/V."""
+        dk, dv = (total.result() for total in self._sums)
+        return dk, dv
+
+    def unrounded(self) -> tuple[Tensor, Tensor]:
+        """The sums as they are kept."""
+        dk, dv = (total.at(slice(None)) for total in self._sums)
+        return dk, dv
 
 
 class Gradients:
@@ -319,7 +359,13 @@ class Gradients:
     def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
         self._player, self._k, self._v = player, k, v
         self._whole = BlockFormat.of(k, v)
-        self._sums: dict[tuple[int, int | None], tuple[TokenSum, TokenSum]] = {}
+        self._own = _OwnerSum((slice(0, k.size(2)),), k, v)
+        self._others: dict[tuple[int, int | None], _OwnerSum] = {}
+        self._leaving = {
+            (step.owner, step.piece): step.gives.tokens
+            for step in player.program.steps
+            if step.gives is not None and not step.tiles
+        }
         self._coming: dict[Axis, _Posted] = {}
 
     def take(self, step: Step, partials: Sequence[Partial]) -> None:
@@ -331,8 +377,9 @@ class Gradients:
         if axis is None:
             return
         self._settle(axis)
-        content = None if step.gives is None else self._content(step, step.gives, partials)
-        posted = self._player.post(_GRADIENTS, step.owner, step.gives, content, step.gets, self._whole)
+        sends = [] if step.gives is None else [(step.gives, self._content(step, step.gives, partials))]
+        receives = [] if step.gets is None else [step.gets]
+        posted = self._player.post(_GRADIENTS, step.owner, sends, receives, self._whole)
         if not self._player.overlap:
             posted.wait()
         self._coming[axis] = posted
@@ -341,8 +388,7 @@ class Gradients:
         """Gradients of this rank's own keys and values, rounded once."""
         for axis in list(self._coming):
             self._settle(axis)
-        dk, dv = self._sum(self._player.program.rank, None)
-        return dk.result(), dv.result()
+        return self._own.result()
 
     def _settle(self, axis: Axis) -> None:
         """Wait for what is under way along an axis, and add it. Without overlap it has been waited for already."""
@@ -351,48 +397,41 @@ class Gradients:
             return
         if self._player.overlap:
             posted.wait()
-        if posted.message is not None and posted.received is not None:
-            self._add_message(posted.message, posted.received)
+        for message, received in posted.receives:
+            self._add_message(message, received)
 
     def _add_message(self, message: Message, received: Tensor) -> None:
         dk, dv = self._player.format(self._whole, message.piece).unpack(received)
         if len(message.tokens) == 1:
-            self._add(message.owner, message.piece, [Partial(in_all_samples(message.tokens[0]), dk, dv)])
+            self._add(message.owner, message.piece, [Partial.of_slice(message.tokens[0], dk, dv)])
             return
         sizes = [each.stop - each.start for each in message.tokens]
-        parts = zip(map(in_all_samples, message.tokens), dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
-        self._add(message.owner, message.piece, [Partial(*part) for part in parts])
+        parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
+        self._add(message.owner, message.piece, [Partial.of_slice(*part) for part in parts])
 
     def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Tensor:
         """The message that leaves: what the step has found or, where it computes nothing, the sum for its owner."""
-        if step.tiles and _are_of(partials, gives.tokens):
+        if step.tiles and [each.tokens for each in partials] == list(gives.tokens):
             found = [each.dk for each in partials], [each.dv for each in partials]
         else:
             if step.tiles:
-                sums = self._new_sums(step.piece)
-                self._add_to(sums, slice(None), partials)
+                total = self._sum_of(gives.tokens, step.piece)
+                total.add(partials)
             else:
-                sums = self._sums.pop((step.owner, step.piece))
-            found = tuple([each.at(tokens) for tokens in gives.tokens] for each in sums)  # type: ignore[assignment]
+                total = self._others.pop((step.owner, step.piece))
+            dk, dv = total.unrounded()
+            found = [dk], [dv]
         return self._player.format(self._whole, gives.piece).pack(*found)
 
     def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
-        """Add to the sum for an owner, which is of all heads where there is one of that kind already."""
+        """Add to the sum for an owner, which is of all heads where it is this rank's own."""
         if owner == self._player.program.rank:
-            self._add_to(self._sum(owner, None), self._player.heads(piece, self._k.size(1)), partials)
-        else:
-            self._add_to(self._sum(owner, piece), slice(None), partials)
+            self._own.add(partials, self._player.heads(piece, self._k.size(1)))
+            return
+        if (owner, piece) not in self._others:
+            self._others[owner, piece] = self._sum_of(self._leaving[owner, piece], piece)
+        self._others[owner, piece].add(partials)
 
-    def _add_to(self, sums: tuple[TokenSum, TokenSum], heads: slice, partials: Sequence[Partial]) -> None:
-        for partial in partials:
-            for total, part in zip(sums, (partial.dk, partial.dv), strict=True):
-                total.add(part, partial.keys, heads)
-
-    def _sum(self, owner: int, piece: int | None) -> tuple[TokenSum, TokenSum]:
-        if (owner, piece) not in self._sums:
-            self._sums[owner, piece] = self._new_sums(piece)
-        return self._sums[owner, piece]
-
-    def _new_sums(self, piece: int | None) -> tuple[TokenSum, TokenSum]:
+    def _sum_of(self, tokens: tuple[slice, ...], piece: int | None) -> _OwnerSum:
         heads = self._player.heads(piece, self._k.size(1))
-        return TokenSum(self._k[:, heads]), TokenSum(self._v[:, heads])
+        return _OwnerSum(tokens, self._k[:, heads], self._v[:, heads])

@@ -13,7 +13,7 @@
                              works on rank 2      gives rank 2 its gradients
                              works on rank 1, the other half
 
-Who sees whom is the plan's to say (plan.py), and what travels when the program's (program.py). This module computes the
+Who sees whom is the plan's to say (plan.py), and what travels when the program's (program/). This module computes the
 tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
 
 Note [Gradient of lse]
@@ -56,7 +56,7 @@ from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.protocol import EVERYTHING
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import AttentionPlan, Tile, joined, within
-from mindspeed_cp.program import Phase, Program, Step, program
+from mindspeed_cp.program import Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -67,7 +67,7 @@ class RingAttention:
     schedule: the grid of its ranks, 1 x 1 for a rank that is alone. communicators: None for that one. overlap: whether
     messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
-    program.py; it divides the K/V heads.
+    program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
     """
 
     schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
@@ -76,6 +76,7 @@ class RingAttention:
     kernels: KernelRegistry = KERNELS
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
     pieces: int = 1
+    transport: Transport | None = None
 
     @property
     def rank(self) -> int:
@@ -101,7 +102,8 @@ class RingAttention:
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
-        return _forward_pass(plan, self.schedule, self.rank, self.pieces, self.kernels, case, deterministic)
+        transport = self.transport or cheapest_transport(plan, self.schedule)
+        return _forward_pass(plan, self.schedule, self.rank, transport, self.pieces, self.kernels, case, deterministic)
 
     def player(self, made: "RingPass") -> Player:
         """What plays a pass."""
@@ -112,6 +114,7 @@ class RingAttention:
 class RingPass:
     """A rank's program, and the calls of kernels for the tiles of each step."""
 
+    transport: Transport
     program: Program
     phase: Phase
     calls: tuple[tuple[Call, ...], ...]
@@ -126,15 +129,17 @@ def _forward_pass(
     plan: AttentionPlan,
     schedule: RingSchedule,
     rank: int,
+    transport: Transport,
     pieces: int,
     kernels: KernelRegistry,
     case: BlockCase,
     deterministic: bool,
 ) -> RingPass:
     """Made once for all layers of a batch."""
-    made = program(plan, schedule, rank, Phase.FORWARD, pieces=pieces)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces)
     share = _share(case, pieces)
     return RingPass(
+        transport,
         made,
         Phase.FORWARD,
         tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
@@ -152,15 +157,15 @@ def _backward_pass(plan: AttentionPlan, schedule: RingSchedule, forward: RingPas
 
     Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts.
     """
-    rank, pieces = forward.program.rank, forward.program.pieces
+    rank, transport, pieces = forward.program.rank, forward.transport, forward.program.pieces
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
     for in_two in (True, False):
-        made = program(plan, schedule, rank, Phase.BACKWARD, pieces=pieces, in_two=in_two)
+        made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
         try:
             each = tuple(_kept(step, *of_block.get((step.owner, step.piece), (step, ())), case) for step in made.steps)
         except NotImplementedError:
             continue
-        return RingPass(made, Phase.BACKWARD, each)
+        return RingPass(transport, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
@@ -282,8 +287,9 @@ def _backward(
             _terms(plan, terms, step.owner, call, heads, q),
         )
         dq.add(queries.result(grads.dq), queries.back, heads)
-        of_owner = call.keys(k)
-        return Partial(of_owner.back, keys.result(grads.dk), keys.result(grads.dv))
+        tile = call.tiles[0]
+        tokens = tile.keys if len(call.tiles) == 1 and tile.sample is None else None
+        return Partial(tokens, lambda held: call.keys(k, held).back, keys.result(grads.dk), keys.result(grads.dv))
 
     for number, step in enumerate(key_values.steps()):
         partials: list[Partial] = []

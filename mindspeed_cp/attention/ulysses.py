@@ -1,13 +1,14 @@
 """Ulysses: an all-to-all gives each rank the whole sequence for a part of the heads, and another one takes it back.
 
-Shapes: P ranks of the Ulysses group, C chunks a rank holds, B batch, H heads, S tokens of all ranks together,
-s = S / P tokens of one rank, D head size, W numbers that one token sends to one rank.
+Shapes: P ranks of the Ulysses group, B batch, H heads, S tokens of all ranks together, s tokens of this rank (not
+always S / P), D head size, W numbers that one token sends to one rank.
 
 Note [One message, one copy]
     A rank sends q, k and v in a single message: for each destination and token, its heads of q, then of k, then of v.
-    The all-to-all needs one copy on either side in any case. The send copy regroups the heads, and the receive copy
-    sorts the chunks of the zigzag by position; on the way back the send copy hands the chunks to their owners, and the
-    receive copy joins the heads. q, k and v are then views of the one buffer, and nothing is copied twice.
+    The send copy regroups the heads, and the receive copy sorts the tokens of all ranks by position; on the way back
+    the send copy hands the tokens to their owners, and the receive copy joins the heads. q, k and v are then views of
+    the one buffer, and nothing is copied twice. Where the ranks' tokens are in order as they come, as with contiguous
+    shards, nothing is sorted: what is received is the sequence, and an output is sent from where it is.
 
     Received from 2 ranks, and sorted:   0 3 | 1 2   ->   0 1 2 3
 
@@ -15,9 +16,8 @@ Source: DeepSpeed Ulysses, arXiv:2309.14509.
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
-from mindspeed_cp.comm import Communicator
-from mindspeed_cp.plan import AttentionPlan, GroupedLayout
+from mindspeed_cp.comm import Communicator, Sizes
+from mindspeed_cp.plan import AttentionPlan, GroupedLayout, Part
 
 
 @dataclass(frozen=True)
@@ -64,82 +64,118 @@ class UlyssesAttention:
 
     def _exchanged(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionPlan, Terms, tuple[int, ...]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionPlan, Terms, "GroupOrder"]:
         """What this rank attends with: all tokens of its group for its part of the heads."""
         grouped = plan.of_groups(self.groups)
         assert isinstance(grouped.queries, GroupedLayout)
-        order = chunk_order(grouped.queries, self.group)
+        order = group_order(grouped.queries, self.group)
         if terms.visible is not None:
             terms = replace(terms, visible=self._gather_rows(terms.visible, order))
         q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
         return (q, k, v), grouped, terms, order
 
-    def _back(self, part: Tensor, order: tuple[int, ...]) -> Tensor:
+    def _back(self, part: Tensor, order: "GroupOrder") -> Tensor:
         """This rank's own tokens of all heads."""
         gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, part)
         return gathered[0]
 
-    def _gather_rows(self, visible: Tensor, order: tuple[int, ...]) -> Tensor:
+    def _gather_rows(self, visible: Tensor, order: "GroupOrder") -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""
-        size = self.communicator.size
-        rows: Tensor = self.communicator.all_gather(visible.movedim(-2, 0).contiguous()).flatten(0, 1)
-        chunks = rows.unflatten(0, (len(order), -1))
-        rows = chunks.index_select(0, _index(order, rows.device)).flatten(0, 1).movedim(0, -2)
+        mine = visible.movedim(-2, 0)
+        padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
+        padded[: len(mine)] = mine
+        gathered = self.communicator.all_gather(padded)
+        rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
+        rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
-            rows = rows.chunk(size, dim=1)[self.communicator.rank]
+            rows = rows.chunk(self.communicator.size, dim=1)[self.communicator.rank]
         return rows
 
 
-@functools.lru_cache(maxsize=256)
-def chunk_order(layout: GroupedLayout, group: int) -> tuple[int, ...]:
-    """The order that sorts the chunks of a group's concatenated shards: entry i is the place of the i-th earliest.
+@dataclass(frozen=True, eq=False)
+class GroupOrder:
+    """How the tokens of a group's members, one member after the other, are put in the order of the stream.
 
-    The chunks are as long as the parts of the members' shards allow.
+    sizes: tokens of each member. parts: of the members' shards, in order; of each sample, or of all where there is one.
     """
-    (parts,) = layout.parts(group).values()
-    shards = [layout.layout.num_tokens(member) for member in layout.groups[group]]
-    starts = [0, *accumulate(shards)]
-    chunk = math.gcd(*(edge for part in parts for edge in (starts[part.member] + part.start, part.stop - part.start)))
-    tokens = (starts[part.member] + token for part in parts for token in range(part.start, part.stop, chunk))
-    places = [token // chunk for token in tokens]
-    return tuple(places)
+
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[Part, ...], ...]
+    _indices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def is_sorted(self) -> bool:
+        """Whether they are in order as they are."""
+        return all(parts == tuple(sorted(parts)) for parts in self.parts)
+
+    def sort(self, tokens: Tensor) -> Tensor:
+        """The members' tokens [S, B, ...] in order."""
+        if self.is_sorted:
+            return tokens
+        result = torch.empty_like(tokens)
+        for samples, index in self._by_sample(tokens.device):
+            torch.index_select(tokens[:, samples], 0, index, out=result[:, samples])
+        return result
+
+    def unsort_into(self, result: Tensor, tokens: Tensor) -> None:
+        """Put what is in order [S, B, ...] where its members have it."""
+        if self.is_sorted:
+            result.copy_(tokens)
+            return
+        for samples, index in self._by_sample(tokens.device, inverse=True):
+            torch.index_select(tokens[:, samples], 0, index, out=result[:, samples])
+
+    def _by_sample(self, device: torch.device, *, inverse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Samples, and which of the members' tokens is the i-th in order; or the inverse of that."""
+        # Copied to the device once: at each call an accelerator would have the host wait for it.
+        if device not in self._indices:
+            starts = (0, *accumulate(self.sizes))
+            spans = [
+                [(starts[part.member] + part.start, part.stop - part.start) for part in each] for each in self.parts
+            ]
+            there = [torch.cat([torch.arange(start, start + count) for start, count in each]) for each in spans]
+            self._indices[device] = tuple(x.to(device) for each in there for x in (each, each.argsort()))
+        indices = self._indices[device][inverse::2]
+        for sample, index in enumerate(indices):
+            yield slice(None) if len(indices) == 1 else slice(sample, sample + 1), index
+
+
+@functools.lru_cache(maxsize=256)
+def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
+    """The order of a group's tokens, made once for all layers of a batch."""
+    sizes = tuple(layout.layout.num_tokens(member) for member in layout.groups[group])
+    return GroupOrder(sizes, tuple(layout.parts(group).values()))
 
 
 class _ScatterHeads(torch.autograd.Function):
     """`scatter_heads`, whose gradient is `gather_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, chunk_order: tuple[int, ...], *shards: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.chunk_order = communicator, chunk_order
-        return scatter_heads(shards, communicator, chunk_order)
+    def forward(ctx: Any, communicator: Communicator, order: GroupOrder, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.communicator, ctx.order = communicator, order
+        return scatter_heads(shards, communicator, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *gather_heads(grads, ctx.communicator, ctx.chunk_order)
+        return None, None, *gather_heads(grads, ctx.communicator, ctx.order)
 
 
 class _GatherHeads(torch.autograd.Function):
     """`gather_heads`, whose gradient is `scatter_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, chunk_order: tuple[int, ...], *parts: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.chunk_order = communicator, chunk_order
-        return gather_heads(parts, communicator, chunk_order)
+    def forward(ctx: Any, communicator: Communicator, order: GroupOrder, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.communicator, ctx.order = communicator, order
+        return gather_heads(parts, communicator, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *scatter_heads(grads, ctx.communicator, ctx.chunk_order)
+        return None, None, *scatter_heads(grads, ctx.communicator, ctx.order)
 
 
-def scatter_heads(
-    shards: Sequence[Tensor], communicator: Communicator, chunk_order: tuple[int, ...]
-) -> tuple[Tensor, ...]:
+def scatter_heads(shards: Sequence[Tensor], communicator: Communicator, order: GroupOrder) -> tuple[Tensor, ...]:
     """All tokens of the group, in order, for this rank's part of the heads, from its own tokens of all heads.
 
     shards: tensors [B, H, s, D] of one dtype, whose H and D may differ. Returns [B, H/P, S, D] for each, views of one
@@ -151,28 +187,25 @@ def scatter_heads(
     send = shards[0].new_empty((size, tokens, batch, _width(parts)))
     for part, place in zip(parts, _split_heads(send, parts), strict=True):
         place.copy_(part)
-    received = communicator.all_to_all(send).view(len(chunk_order), -1, batch, send.size(-1))
-    if list(chunk_order) != sorted(chunk_order):
-        received = received.index_select(0, _index(chunk_order, received.device))
-    sequence = received.flatten(0, 1)  # [S, B, W]
-    return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(sequence, parts))
+    received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
+    return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
 
 
-def gather_heads(
-    parts: Sequence[Tensor], communicator: Communicator, chunk_order: tuple[int, ...]
-) -> tuple[Tensor, ...]:
+def gather_heads(parts: Sequence[Tensor], communicator: Communicator, order: GroupOrder) -> tuple[Tensor, ...]:
     """This rank's own tokens of all heads, from all tokens of the group for its part of the heads.
 
     parts: tensors [B, H/P, S, D] of one dtype. Returns [B, H, s, D] for each, in memory [s, B, H, D] as Megatron wants
     them. The inverse of `scatter_heads`, likewise with one all-to-all.
     """
-    size = communicator.size
-    sequences = [x.permute(2, 0, 1, 3).unflatten(0, (len(chunk_order), -1)) for x in parts]  # [P*C, s/C, B, H/P, D]
-    send = parts[0].new_empty((*sequences[0].shape[:3], _width(sequences)))
-    owner_order = _index(_inverse(chunk_order), send.device)
-    for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
-        torch.index_select(sequence, 0, owner_order, out=place)
-    received = communicator.all_to_all(send.view(size, -1, *send.shape[2:]))  # [P, s, B, W]
+    size, tokens = communicator.size, order.sizes[communicator.rank]
+    sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, H/P, D]
+    if order.is_sorted and len(parts) == 1 and sequences[0].is_contiguous():
+        send = sequences[0].flatten(2)
+    else:
+        send = parts[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
+        for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
+            order.unsort_into(place, sequence)
+    received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
     shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
     return tuple(x.permute(1, 2, 0, 3) for x in shards)
 
@@ -186,14 +219,3 @@ def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
     widths = [x.size(-2) * x.size(-1) for x in like]
     return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
-
-
-def _inverse(order: Sequence[int]) -> tuple[int, ...]:
-    """The permutation that undoes `order`."""
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
-
-
-@functools.cache
-def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
-    """`order` on a device. Made once: a copy to an accelerator in every layer would have the host wait for it."""
-    return torch.tensor(order, device=device)

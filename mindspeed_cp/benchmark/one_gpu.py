@@ -16,6 +16,8 @@ from torch.utils.benchmark import Timer
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
 from mindspeed_cp.attention.exchange import BlockFormat
 from mindspeed_cp.benchmark.kernels import block_flops
+from mindspeed_cp.comm import Addressed, Sizes
+from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockCase, KernelRegistry, Window
 from mindspeed_cp.kernels.protocol import TRIANGLE
@@ -98,13 +100,19 @@ class ImmediateCommunicator:
         self.rank, self.size, self.stand_in = rank, size, stand_in
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> "ImmediateCommunicator":
-        """See Communicator.exchange; the transfer that is returned is over."""
-        if receive is not None and self.stand_in is not None:
+        """See Communicator.exchange."""
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> "ImmediateCommunicator":
+        """See Communicator.exchange_all; the transfer that is returned is over."""
+        if self.stand_in is None:
+            return self
+        for _, receive in receives:
             part = self.stand_in[: receive.numel()]
             receive.set_(part.untyped_storage(), part.storage_offset(), part.size(), part.stride())
         return self
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """No ring asks for it."""
         raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")
 

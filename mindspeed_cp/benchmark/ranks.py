@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from mindspeed_cp.attention import RingCommunicators, compose_attention, local_a
 from mindspeed_cp.benchmark.all_gather import AllGatherAttention
 from mindspeed_cp.benchmark.cases import Algorithm
 from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, wait_until
-from mindspeed_cp.comm import ContextParallelGroups, ProcessGroupCommunicator, Traffic, Transfer
+from mindspeed_cp.comm import Addressed, ContextParallelGroups, ProcessGroupCommunicator, Sizes, Traffic, Transfer
+from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.planner import AttentionShape, Network
@@ -96,13 +97,13 @@ class LedgerCommunicator:
         """See Communicator.size."""
         return self.communicator.size
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
-        for rank, part in enumerate(send):
+        for rank, part in enumerate(send if sizes is None else send.split(list(sizes.sent))):
             if rank != self.rank:
                 self._count(rank, part.nbytes)
         with self.ledger.timed():
-            return self.communicator.all_to_all(send)
+            return self.communicator.all_to_all(send, sizes)
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather. gloo passes blocks around a ring."""
@@ -112,10 +113,14 @@ class LedgerCommunicator:
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
-        if send is not None:
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """See Communicator.exchange_all."""
+        for to, send in sends:
             self._count(to, send.nbytes)
         with self.ledger.timed():
-            return _LedgerTransfer(self.communicator.exchange(send, to, receive, source), self.ledger)
+            return _LedgerTransfer(self.communicator.exchange_all(sends, receives), self.ledger)
 
     def _count(self, to: int, num_bytes: int) -> None:
         assert self.communicator.group is not None

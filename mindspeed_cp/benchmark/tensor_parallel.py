@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp.benchmark.kernels import wait_until
-from mindspeed_cp.comm import Communicator, Transfer
+from mindspeed_cp.comm import Addressed, Communicator, Sizes, Transfer
+from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.planner import Compute, Event, Network, Post, Wait, predicted_seconds
 from mindspeed_cp.tensor_parallel import MLP, KindName, TensorMesh, on_virtual_ranks, plan_mesh, shard
 from mindspeed_cp.tensor_parallel.linear import Gathering
@@ -90,11 +91,14 @@ class Recorder:
         """See Communicator."""
         return self.communicator.size
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator. Everything is posted at once."""
-        others = [rank for place, rank in enumerate(self.ranks) if place != self.rank]
-        self._write(dict.fromkeys(others, send.nbytes // self.size), others)
-        return self.communicator.all_to_all(send)
+        parts = send if sizes is None else send.split(list(sizes.sent))
+        sends = {
+            rank: part.nbytes for rank, part in zip(self.ranks, parts, strict=True) if rank != self.ranks[self.rank]
+        }
+        self._write(sends, list(sends))
+        return self.communicator.all_to_all(send, sizes)
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator. gloo passes blocks around a ring."""
@@ -105,9 +109,14 @@ class Recorder:
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator."""
-        sends = {} if send is None else {self.ranks[to]: send.nbytes}
-        handle = self._post(sends, [] if receive is None else [self.ranks[source]])
-        return _Recorded(self.communicator.exchange(send, to, receive, source), self.program, handle)
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """See Communicator."""
+        handle = self._post(
+            {self.ranks[to]: content.nbytes for to, content in sends}, [self.ranks[source] for source, _ in receives]
+        )
+        return _Recorded(self.communicator.exchange_all(sends, receives), self.program, handle)
 
     def _write(self, sends: dict[int, int], sources: list[int]) -> None:
         self.program.append(Wait(self._post(sends, sources)))

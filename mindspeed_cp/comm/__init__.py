@@ -1,17 +1,19 @@
 """Communication between context-parallel ranks, as objects that are passed."""
 
 from mindspeed_cp.comm.agreement import Agreement
-from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator, Transfer
+from mindspeed_cp.comm.communicator import Addressed, Communicator, ProcessGroupCommunicator, Sizes, Transfer
 from mindspeed_cp.comm.groups import ContextParallelGroups, RingGroups, check_size
 from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
 __all__ = [
+    "Addressed",
     "Agreement",
     "Communicator",
     "ContextParallelGroups",
     "ProcessGroupCommunicator",
     "RingGroups",
+    "Sizes",
     "Traffic",
     "Transfer",
     "VirtualCommunicator",

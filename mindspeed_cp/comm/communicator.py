@@ -1,6 +1,6 @@
 """Collective operations of one group of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,20 @@ class Transfer(Protocol):
         ...
 
 
+class Addressed(NamedTuple):
+    """What is sent to a rank, or where to put what comes from it."""
+
+    rank: int
+    content: Tensor
+
+
+class Sizes(NamedTuple):
+    """How many rows of a tensor go to each rank, and how many come from it."""
+
+    sent: Sequence[int]
+    received: Sequence[int]
+
+
 class Communicator(Protocol):
     """What attention asks of a group of ranks."""
 
@@ -40,10 +54,11 @@ class Communicator(Protocol):
         """Number of ranks in the group."""
         ...
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Exchange equal parts: `send[p]` goes to rank p, and row p of the result came from rank p.
 
-        send: [size, ...], contiguous. The result has the same shape and dtype.
+        send: [size, ...], contiguous. The result has the same shape and dtype. sizes: for parts that are not equal; of
+        the rows of `send` the first go to rank 0, those after them to rank 1, and the result's come likewise.
         """
         ...
 
@@ -56,6 +71,10 @@ class Communicator(Protocol):
 
         send, receive: contiguous, and not to be touched before the transfer has been waited for.
         """
+        ...
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """Start an exchange of several messages at once; see `exchange`, which is one of at most one either way."""
         ...
 
 
@@ -84,29 +103,35 @@ class ProcessGroupCommunicator:
         self.traffic = traffic if traffic is not None else Traffic()
         self._tag = tag
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
         _require_contiguous(send)
-        if send.size(0) != self.size:
+        if sizes is None and send.size(0) != self.size:
             raise ValueError(f"an all-to-all among {self.size} ranks sends {self.size} parts, not {send.size(0)}.")
-        received = torch.empty(send.shape, dtype=send.dtype, device=send.device)
+        if sizes is None:
+            sizes = Sizes([1] * self.size, [1] * self.size)
+        received = send.new_empty((sum(sizes.received), *send.shape[1:]))
+        own = send.split(list(sizes.sent))[self.rank]
         if send.device.type == "cpu":
-            self._all_to_all_by_messages(received, send)
-        else:
+            self._all_to_all_by_messages(received, send, sizes)
+        elif len({*sizes.sent, *sizes.received}) == 1:
             dist.all_to_all_single(received, send, group=self.group)
-        self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
+        else:
+            dist.all_to_all_single(received, send, list(sizes.received), list(sizes.sent), group=self.group)
+        self.traffic.record("all_to_all", send.nbytes - own.nbytes)
         return received
 
-    def _all_to_all_by_messages(self, received: Tensor, send: Tensor) -> None:
+    def _all_to_all_by_messages(self, received: Tensor, send: Tensor, sizes: Sizes) -> None:
         """What gloo's own all-to-all does, with every receive posted first: that one sends first, see `exchange`.
 
         Gloo's loses up to half of a link's rate between two ranks, and a third among eight.
         """
-        received[self.rank] = send[self.rank]
+        arriving, leaving = received.split(list(sizes.received)), send.split(list(sizes.sent))
+        arriving[self.rank].copy_(leaving[self.rank])
         others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
-        messages = [_Message(dist.irecv, received[rank], rank) for rank in reversed(others)]
-        messages += [_Message(dist.isend, send[rank], rank) for rank in others]
-        self._post(messages).wait()
+        messages = [_Message(dist.irecv, arriving[rank], rank) for rank in reversed(others)]
+        messages += [_Message(dist.isend, leaving[rank], rank) for rank in others]
+        self._post([each for each in messages if each.content.numel()]).wait()
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""
@@ -130,16 +155,18 @@ class ProcessGroupCommunicator:
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
-        messages = []
-        # The receive comes first: gloo sends a payload only after the receiver's ready message, and that one would
-        # queue behind a payload that is already under way on the same connection.
-        if receive is not None:
-            _require_contiguous(receive)
-            messages.append(_Message(dist.irecv, receive, source))
-        if send is not None:
-            _require_contiguous(send)
-            messages.append(_Message(dist.isend, send, to))
-            self.traffic.record("exchange", send.nbytes)
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """See Communicator.exchange_all."""
+        # Receives come first: gloo sends a payload only after the receiver's ready message, and that one would queue
+        # behind a payload that is already under way on the same connection.
+        messages = [_Message(dist.irecv, each.content, each.rank) for each in receives]
+        messages += [_Message(dist.isend, each.content, each.rank) for each in sends]
+        for each in messages:
+            _require_contiguous(each.content)
+        for sent in sends:
+            self.traffic.record("exchange", sent.content.nbytes)
         return self._post(messages)
 
     def __deepcopy__(self, memo: object) -> "ProcessGroupCommunicator":
@@ -175,6 +202,14 @@ class _ProcessGroupTransfer:
                 peers = self._peers if len(self._works) < len(self._peers) else [self._peers[place]]
                 lost = ", ".join(str(peer) for peer in dict.fromkeys(peers))
                 raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
+
+
+def one_each_way(
+    send: Tensor | None, to: int, receive: Tensor | None, source: int
+) -> tuple[list[Addressed], list[Addressed]]:
+    """The arguments of `exchange` as those of `exchange_all`."""
+    sends = [] if send is None else [Addressed(to, send)]
+    return sends, [] if receive is None else [Addressed(source, receive)]
 
 
 def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) -> ProcessGroupCommunicator:

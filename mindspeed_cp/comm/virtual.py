@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mindspeed_cp.comm.communicator import Transfer
+from mindspeed_cp.comm.communicator import Addressed, Sizes, Transfer, one_each_way
 from mindspeed_cp.comm.traffic import Traffic
 
 Result = TypeVar("Result")
@@ -93,33 +93,39 @@ class VirtualCommunicator:
         self.channel = channel
         self.traffic = traffic if traffic is not None else Traffic()
 
-    def all_to_all(self, send: Tensor) -> Tensor:
+    def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
+        sizes = sizes or Sizes([1] * self.size, [1] * self.size)
+        leaving = send.split(list(sizes.sent))
         for rank in self._others():
-            self._send(send[rank], rank)
-        self.traffic.record("all_to_all", send.nbytes * (self.size - 1) // self.size)
-        return self._stack(send[self.rank])
+            self._send(leaving[rank], rank)
+        self.traffic.record("all_to_all", send.nbytes - leaving[self.rank].nbytes)
+        return torch.cat(self._from_all(leaving[self.rank]))
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""
         for rank in self._others():
             self._send(send, rank)
         self.traffic.record("all_gather", send.nbytes * (self.size - 1))
-        return self._stack(send)
+        return torch.stack(self._from_all(send))
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
         """See Communicator.exchange."""
-        if send is not None:
-            self._send(send, to)
-            self.traffic.record("exchange", send.nbytes)
-        return _VirtualTransfer(self, receive, source)
+        return self.exchange_all(*one_each_way(send, to, receive, source))
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        """See Communicator.exchange_all."""
+        for each in sends:
+            self._send(each.content, each.rank)
+            self.traffic.record("exchange", each.content.nbytes)
+        return _VirtualTransfer(self, receives)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _stack(self, own: Tensor) -> Tensor:
+    def _from_all(self, own: Tensor) -> list[Tensor]:
         """What has come from each rank, by rank; `own` from this one."""
-        return torch.stack([own if rank == self.rank else self._receive(rank) for rank in range(self.size)])
+        return [own if rank == self.rank else self._receive(rank) for rank in range(self.size)]
 
     def _send(self, message: Tensor, to: int) -> None:
         self.world.send(self.channel, self.ranks[self.rank], self.ranks[to], message)
@@ -129,9 +135,9 @@ class VirtualCommunicator:
 
 
 class _VirtualTransfer:
-    def __init__(self, communicator: VirtualCommunicator, receive: Tensor | None, source: int) -> None:
-        self._communicator, self._destination, self._source = communicator, receive, source
+    def __init__(self, communicator: VirtualCommunicator, receives: Sequence[Addressed]) -> None:
+        self._communicator, self._receives = communicator, receives
 
     def wait(self) -> None:
-        if self._destination is not None:
-            self._destination.copy_(self._communicator._receive(self._source))
+        for each in self._receives:
+            each.content.copy_(self._communicator._receive(each.rank))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import Axis, Message, Phase, Program, program
+from mindspeed_cp.program import Axis, Message, Phase, Program, Step, program
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 
@@ -115,7 +115,7 @@ class AttentionPass:
                 yield Wait(axis)
                 del coming[axis]
 
-        for step in steps:
+        def key_values(step: Step) -> Iterator[Event]:
             for axis in (Axis.OUTER, Axis.INNER):
                 sends = [message for message in step.sends if message.axis is axis]
                 receives = [message for message in step.receives if message.axis is axis]
@@ -125,6 +125,10 @@ class AttentionPass:
                     yield Wait(axis)
                     yield from post(sends, receives, axis)
                     coming[axis] = [(message.owner, message.piece) for message in receives]
+
+        for step in steps:
+            if self.overlap:
+                yield from key_values(step)
             if step.tiles:
                 yield from arrived(step.owner, step.piece)
                 yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
@@ -135,6 +139,8 @@ class AttentionPass:
                     axis = (gives + gets)[0].axis
                     yield Wait(axis)
                     yield from post(gives, gets, axis)
+            if not self.overlap:
+                yield from key_values(step)
         yield Wait(Axis.ACROSS)
 
     def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:

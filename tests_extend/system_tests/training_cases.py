@@ -224,15 +224,14 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     """The library broken as `train` says; whole where `what` is None."""
     is_culprit = int(os.environ["RANK"]) == world_size - 1
     if what == "chunk order":
-        return mock.patch.object(
-            ulysses, "chunk_order", lambda layout, group: tuple(range(2 * len(layout.groups[group])))
-        )
+        # Sorted by nobody: the members' tokens one after another.
+        return mock.patch.object(ulysses.GroupOrder, "is_sorted", True)
     if what == "lost gradients":
         return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
         return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
     if what == "killed rank" and is_culprit:
-        return mock.patch.object(ProcessGroupCommunicator, "exchange", _DyingExchange(after=20))
+        return mock.patch.object(ProcessGroupCommunicator, "exchange_all", _DyingExchange(after=20))
     assert what in (None, "nan key", "killed rank"), what
     return contextlib.nullcontext()
 
@@ -250,7 +249,7 @@ class _DyingExchange:
     """An exchange after some of which the process is killed, as the machine does that runs out of memory."""
 
     def __init__(self, after: int) -> None:
-        self._left, self._exchange = after, ProcessGroupCommunicator.exchange
+        self._left, self._exchange = after, ProcessGroupCommunicator.exchange_all
 
     def __get__(self, communicator: ProcessGroupCommunicator, owner: type) -> Any:
         self._left -= 1

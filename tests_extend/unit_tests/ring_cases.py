@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mindspeed_cp.attention import Attention, PlannedAttention, UlyssesAttention, build_attention, compose_attention
 from mindspeed_cp.attention.exchange import RingCommunicators
-from mindspeed_cp.comm import ContextParallelGroups, Traffic, Transfer, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.comm import Addressed, ContextParallelGroups, Traffic, Transfer, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -136,15 +136,15 @@ class Pass(NamedTuple):
 
 def passes(case: Case) -> list[tuple[Pass, Pass]]:
     """What each rank sends in the forward and in the backward pass."""
-    world, exchange = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S), VirtualCommunicator.exchange
+    world, exchange_all = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S), VirtualCommunicator.exchange_all
     messages: dict[int, list[Message]] = {rank: [] for rank in range(case.size)}
     kinds: dict[int, str] = {}
 
-    def recorded(self: VirtualCommunicator, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Any:
-        if send is not None:
+    def recorded(self: VirtualCommunicator, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        for to, send in sends:
             message = Message(kinds[id(self.traffic)], self.rank, to, send.numel() * send.element_size())
             messages[self.ranks[self.rank]].append(message)
-        return exchange(self, send, to, receive, source)
+        return exchange_all(self, sends, receives)
 
     def on_rank(rank: int) -> tuple[Pass, Pass]:
         traffic = {kind: Traffic() for kind in TRAFFIC}
@@ -171,7 +171,7 @@ def passes(case: Case) -> list[tuple[Pass, Pass]]:
         return forward, count()
 
     kept: list[dict[str, Traffic]] = []  # So that no id is used again.
-    with mock.patch.object(VirtualCommunicator, "exchange", recorded):
+    with mock.patch.object(VirtualCommunicator, "exchange_all", recorded):
         return world.run(on_rank)
 
 
@@ -197,20 +197,20 @@ def saved_bytes(case: Case) -> list[int]:
 def most_blocks(case: Case) -> int:
     """The most blocks that any rank has received and still holds at once, in a forward pass; those under way count."""
     alive: Counter[int] = Counter()
-    exchange, most = VirtualCommunicator.exchange, [0]
+    exchange_all, most = VirtualCommunicator.exchange_all, [0]
 
-    def counted(self: VirtualCommunicator, send: Any, to: int, receive: Tensor | None, source: int) -> Transfer:
-        if receive is not None:
+    def counted(self: VirtualCommunicator, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        for _, receive in receives:
             alive[self.rank] += 1
             most.append(alive[self.rank])
             weakref.finalize(receive, alive.update, {self.rank: -1})
-        return exchange(self, send, to, receive, source)
+        return exchange_all(self, sends, receives)
 
     def on_rank(rank: int) -> None:
         virtual_attention(case, world, rank)(*(shard_of(case, x, rank) for x in inputs(case)[:3]))
 
     world = VirtualWorld(case.size, VIRTUAL_TIMEOUT_S)
-    with mock.patch.object(VirtualCommunicator, "exchange", counted):
+    with mock.patch.object(VirtualCommunicator, "exchange_all", counted):
         world.run(on_rank)
     return max(most)
 

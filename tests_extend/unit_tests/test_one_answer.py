@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mindspeed_cp import program as program_module
 from mindspeed_cp.attention import planned, ring
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
@@ -15,11 +14,11 @@ from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner import AttentionPass, AttentionShape, Network, predicted_bytes, predicted_seconds
 from mindspeed_cp.planner.attention import ring_program
 from mindspeed_cp.planner.drawings import draw_chunks, draw_ring
-from mindspeed_cp.program import Phase
+from mindspeed_cp.program import Phase, cheapest_transport, rotation
 from mindspeed_cp.topology import CPTopology
 from unit_tests.ring_cases import attend_virtually, case_on
 
-CACHES = (planned.plan_of, ring._forward_pass, ring._backward_pass, ring_program)
+CACHES = (planned.plan_of, ring._forward_pass, ring._backward_pass, cheapest_transport, ring_program)
 SHAPE = AttentionShape(num_tokens=64, num_heads=2, num_kv_heads=2, head_size=8)
 
 
@@ -102,11 +101,11 @@ def quick_world(world: VirtualWorld, size: int, timeout_s: float = 0.0, make=Vir
 
 @pytest.mark.parametrize("reader", READERS[:-1])
 def test_messages_that_are_left_out_are_missed_by_everything(monkeypatch, reader):
-    before, message = value_of(reader), program_module._message
+    before, message = value_of(reader), rotation.message
 
     def without_some(peer: int, owner: int, *rest: object) -> object:
         return None if owner == 3 else message(peer, owner, *rest)
 
-    monkeypatch.setattr(program_module, "_message", without_some)
+    monkeypatch.setattr(rotation, "message", without_some)
     monkeypatch.setattr(VirtualWorld, "__init__", quick_world)
     assert differs(before, value_of(reader))

@@ -3,6 +3,7 @@
 import random
 from collections import Counter, defaultdict, deque
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,9 @@ def tokens_of(message: Message) -> set[int]:
 class Played:
     """What came of the programs of all ranks: pairs computed, and where the gradients of each ended."""
 
-    def __init__(self, plan: AttentionPlan, schedule: RingSchedule, phase: Phase, pieces: int = 1) -> None:
-        self.programs = [program(plan, schedule, rank, phase, pieces=pieces) for rank in range(schedule.size)]
+    def __init__(self, plan: AttentionPlan, schedule: RingSchedule, phase: Phase, **options: Any) -> None:
+        self.programs = [program(plan, schedule, rank, phase, **options) for rank in range(schedule.size)]
+        pieces = self.programs[0].pieces
         self.computed: Counter[tuple[int, int, int, int, int]] = Counter()
         self.arrived: Counter[tuple[int, int, int, int]] = Counter()
         self._pieces, self._plan, self._phase, self._moved = pieces, plan, phase, 0
@@ -119,7 +121,7 @@ def test_every_pair_is_computed_once_and_every_gradient_comes_home_once(schedule
         plans.append(AttentionPlan(layout, layout, random_bands(rng)))
     for plan, pieces in product(plans, (1, 2)):
         for phase in Phase:
-            played = Played(plan, schedule, phase, pieces)
+            played = Played(plan, schedule, phase, pieces=pieces)
             pairs = {
                 (mine, query, owner, key, share): 1
                 for mine, owner in product(range(schedule.size), repeat=2)

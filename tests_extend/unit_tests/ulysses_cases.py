@@ -1,6 +1,7 @@
 """What the ranks run for attention/test_ulysses.py, and the inputs that they and the oracle start from."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -12,6 +13,7 @@ from torch import Tensor
 from mindspeed_cp.attention import Attention, build_attention, ulysses
 from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.plan import Part
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
@@ -165,9 +167,12 @@ def attend_in_built_groups(group: dist.ProcessGroup, case: Case) -> Shard:
     )
 
 
-def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunk_order: tuple[int, ...]) -> Shard:
-    """The case with this order in place of the plan's."""
-    with mock.patch.object(ulysses, "chunk_order", lambda layout, group: chunk_order):
+def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunks: Sequence[tuple[int, int]]) -> Shard:
+    """The case with its chunks, two of each member, in this order in place of the plan's."""
+    half = case.tokens // 2
+    parts = tuple(Part(member, chunk * half, (chunk + 1) * half) for member, chunk in chunks)
+    order = ulysses.GroupOrder((case.tokens,) * case.size, (parts,))
+    with mock.patch.object(ulysses, "group_order", lambda layout, group: order):
         return attend(group, case)
 
 

@@ -413,10 +413,10 @@ GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got t
         (
             "forward",
             [
-                f"ring backward step 1 of 4, block of ring rank 3: {KV_LOST.format(3, 1, 0, 3)}",
-                f"ring backward step 2 of 4, block of ring rank 3: {KV_LOST.format(0, 2, 1, 0)}",
+                f"ring forward step 3 of 4, block of ring rank 1: {KV_LOST.format(3, 1, 0, 3)}",
+                f"ring backward step 1 of 4, block of ring rank 0: {KV_LOST.format(0, 2, 1, 0)}",
                 "left",
-                f"ring forward step 3 of 4, block of ring rank 0: {KV_LOST.format(2, 0, 3, 2)}",
+                f"ring forward step 2 of 4, block of ring rank 1: {KV_LOST.format(2, 0, 3, 2)}",
             ],
         ),
         (
@@ -425,7 +425,7 @@ GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got t
                 f"ring backward step 2 of 4, block of ring rank 2: {GRADIENTS_LOST.format(2, 2, 0, 2)}",
                 f"ring backward step 1 of 4, block of ring rank 0: {GRADIENTS_LOST.format(2, 0, 1, 2)}",
                 "left",
-                f"ring backward step 3 of 4, block of ring rank 0: {KV_LOST.format(2, 0, 3, 2)}",
+                f"ring backward step 2 of 4, block of ring rank 1: {KV_LOST.format(2, 0, 3, 2)}",
             ],
         ),
     ],

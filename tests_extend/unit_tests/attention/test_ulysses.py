@@ -64,7 +64,8 @@ def test_ulysses_on_gloo_ranks_equals_dense_attention(gloo, size, mask, layout, 
 
 def test_comparison_with_dense_attention_sees_a_wrong_chunk_order(gloo):
     case = Case(size=3)
-    right, wrong = (0, 2, 4, 5, 3, 1), (0, 2, 4, 5, 1, 3)
+    right = [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]  # Member and which of its chunks.
+    wrong = [*right[:4], right[5], right[4]]
     exact = dense(case, torch.float64)
     assert_equal_to(exact, cases.restored(case, gloo.run(3, cases.attend_with_chunk_order, case, right)))
     with pytest.raises(AssertionError, match="out: "):

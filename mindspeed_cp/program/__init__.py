@@ -1,0 +1,19 @@
+"""What travels when: the steps of one rank, with the messages that it sends and receives at each. No torch.
+
+Who sees whom is the plan's (plan.py), in which order owners are met is the schedule's (schedule.py).
+"""
+
+from mindspeed_cp.program.steps import Axis, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program.transports import Transport, cheapest_transport, program
+
+__all__ = [
+    "Axis",
+    "Message",
+    "Phase",
+    "Program",
+    "Step",
+    "Transport",
+    "cheapest_transport",
+    "num_tokens",
+    "program",
+]

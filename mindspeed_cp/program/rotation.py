@@ -1,0 +1,92 @@
+"""Programs in which blocks pass from rank to rank: along an inner ring, and from its first step to the next one.
+
+Only tokens travel that are seen: a message holds those that some rank from here on needs, and a hop that nobody needs
+is not made.
+
+Note [Gradients]
+    Each partial dK/dV goes straight to the rank of its own inner ring that stands where the owner does in its own, and
+    is added there. After the steps of an inner ring that is not the owner's, that sum crosses to the owner. So every
+    partial gradient is rounded once, however many ranks there are, and one block for each foreign inner ring leaves
+    over the slow links.
+
+Note [Pieces]
+    A sum crosses only after its inner ring has been worked on as a whole, and nothing is left to hide the last one
+    behind. With `pieces` above 1 foreign inner rings are worked on piece by piece (a piece is a share of the K/V
+    heads), and a piece crosses while the next one is computed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindspeed_cp.plan import Tile, union
+from mindspeed_cp.program.needs import Needs
+from mindspeed_cp.program.steps import Axis, Message, Step, live, message, some
+from mindspeed_cp.schedule import Hop
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one rank takes part. backward: whether gradients travel home. pieces: see Note [Pieces]."""
+
+    needs: Needs
+    rank: int
+    backward: bool
+    pieces: int
+
+    def steps(self, own: tuple[Tile, ...]) -> Iterator[Step]:
+        """All steps but a last one. own: what is computed of this rank's own block at the first."""
+        schedule = self.needs.schedule
+        for outer in range(schedule.outer):
+            for piece in range(self.pieces) if outer and self.pieces > 1 else (None,):
+                for inner in range(schedule.inner):
+                    yield from live(self._step(outer, inner, piece, own))
+                if outer and self.backward:
+                    yield from live(self._crossing(outer, piece))
+
+    def _step(self, outer: int, inner: int, piece: int | None, own: tuple[Tile, ...]) -> Step:
+        """The step at which this rank works on the block from so many inner rings and so many places away."""
+        plan, schedule = self.needs.plan, self.needs.schedule
+        owner = self._peer(-outer, -inner)
+        tiles = plan.tiles(self.rank, owner) if outer or inner else own
+        sends: list[Message] = []
+        receives: list[Message] = []
+        if inner == 0 and outer + 1 < schedule.outer:
+            crossing = range(self.pieces) if self.pieces > 1 and outer == 0 else (piece,)
+            for each in crossing:
+                self._pass_on(outer, inner, Hop(1, 0), Axis.OUTER, each, sends, receives)
+        if inner + 1 < schedule.inner:
+            self._pass_on(outer, inner, Hop(0, 1), Axis.INNER, piece, sends, receives)
+        gives, gets = None, None
+        if self.backward and inner:
+            gives = message(self._peer(0, -inner), owner, union(tile.keys for tile in tiles), Axis.HOME, piece)
+            source, summed_for = self._peer(0, inner), self._peer(-outer, 0)
+            gets = message(source, summed_for, plan.needed(source, summed_for), Axis.HOME, piece)
+        return Step(owner, tiles, tuple(receives), tuple(sends), gives, gets, piece)
+
+    def _crossing(self, outer: int, piece: int | None) -> Step:
+        """The sum of this inner ring's gradients goes to its owner, and that of another one comes for this rank."""
+        owner, source = self._peer(-outer, 0), self._peer(outer, 0)
+        gives = message(owner, owner, self.needs.in_inner_ring(owner, outer), Axis.ACROSS, piece)
+        gets = message(source, self.rank, self.needs.in_inner_ring(self.rank, outer), Axis.ACROSS, piece)
+        return Step(owner, gives=gives, gets=gets, piece=piece)
+
+    def _pass_on(
+        self,
+        outer: int,
+        inner: int,
+        hop: Hop,
+        axis: Axis,
+        piece: int | None,
+        sends: list[Message],
+        receives: list[Message],
+    ) -> None:
+        """The block that is at hand goes on by `hop`, and the one that will be worked on after that hop comes."""
+        then = Hop(outer + hop.outer, inner + hop.inner)
+        number = then.outer * self.needs.schedule.inner + then.inner
+        at_hand, arriving = self._peer(-outer, -inner), self._peer(-then.outer, -then.inner)
+        to, source = self._peer(*hop), self._peer(-hop.outer, -hop.inner)
+        sends += some(message(to, at_hand, self.needs.onwards(at_hand, number), axis, piece))
+        receives += some(message(source, arriving, self.needs.onwards(arriving, number), axis, piece))
+
+    def _peer(self, outer: int, inner: int) -> int:
+        return self.needs.schedule.peer(self.rank, Hop(outer, inner))

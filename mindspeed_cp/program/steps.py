@@ -1,0 +1,132 @@
+"""What travels when: the steps of one rank, with the messages that it sends and receives at each. No torch.
+
+Note [Program]
+    A step has an owner: the ring rank whose keys and values are worked on. What happens at a step, in this order:
+
+        receives    are posted: K/V that later steps work on
+        sends       K/V that is at hand goes to other ranks
+        tiles       are computed
+        gives       the gradients of the owner's K/V leave, or are kept where the step gives nothing
+        gets        gradients that another rank has found are added to the sum for their owner
+
+    Without overlap, messages with K/V come last instead of first, and each is waited for at once.
+
+    A step works on what has arrived, or is this rank's own. Kept gradients and those that come in are added to one sum
+    for each owner, in the order of the steps; a step without tiles that gives, gives that sum. What is left in the end
+    is the sum for this rank itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from mindspeed_cp.plan import Tile
+
+
+class Axis(Enum):
+    """Which way a message goes; each has its own order among messages, and may have a process group of its own."""
+
+    INNER = "K/V within the inner ring"
+    OUTER = "K/V between inner rings"
+    HOME = "gradients within the inner ring"
+    ACROSS = "gradients between inner rings"
+
+
+class Phase(Enum):
+    """The forward pass, in which K/V travel, or the backward pass, in which their gradients travel home too."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class Message(NamedTuple):
+    """Tokens of `owner`'s K/V, or of their gradients, to or from `peer`.
+
+    peer, owner: ring ranks. piece: which of the pieces of the K/V heads; None for all.
+    """
+
+    peer: int
+    owner: int
+    tokens: tuple[slice, ...]
+    axis: Axis
+    piece: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it holds."""
+        return num_tokens(self.tokens)
+
+
+class Step(NamedTuple):
+    """What is done with the K/V of one owner, see Note [Program].
+
+    piece: the piece of the K/V heads that is worked on, with their query heads; None for all of them.
+    """
+
+    owner: int
+    tiles: tuple[Tile, ...] = ()
+    receives: tuple[Message, ...] = ()
+    sends: tuple[Message, ...] = ()
+    gives: Message | None = None
+    gets: Message | None = None
+    piece: int | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of one rank. pieces: into how many the heads are cut where they are."""
+
+    rank: int
+    steps: tuple[Step, ...]
+    pieces: int = 1
+
+    def sent(self) -> Counter[Axis]:
+        """Tokens that leave this rank along each axis; a piece counts as its share of a token, in all of 1 / pieces."""
+        sent: Counter[Axis] = Counter()
+        for step in self.steps:
+            for message in (*step.sends, *some(step.gives)):
+                sent[message.axis] += message.num_tokens * (1 if message.piece is not None else self.pieces)
+        return Counter({axis: tokens // self.pieces for axis, tokens in sent.items()})
+
+    def last_uses(self) -> dict[tuple[int, int | None], int]:
+        """The number of the last step that works on a block, or sends it, by owner and piece."""
+        last_use: dict[tuple[int, int | None], int] = {}
+        for number, step in enumerate(self.steps):
+            used = {(step.owner, step.piece)} | {(message.owner, message.piece) for message in step.sends}
+            last_use.update(dict.fromkeys(used, number))
+        return last_use
+
+    def held(self) -> int:
+        """The most tokens of others' K/V that are in memory at once; one that is received counts from its posting."""
+        last_use = self.last_uses()
+        alive: dict[tuple[int, int | None], int] = {}
+        most = 0
+        for number, step in enumerate(self.steps):
+            for message in step.receives:
+                share = self.pieces if message.piece is None else 1
+                alive[message.owner, message.piece] = message.num_tokens * share
+            most = max(most, sum(alive.values()))
+            alive = {block: tokens for block, tokens in alive.items() if last_use[block] > number}
+        return most // self.pieces
+
+
+def message(peer: int, owner: int, tokens: tuple[slice, ...], axis: Axis, piece: int | None = None) -> Message | None:
+    """The message with these tokens; None where there are none to send."""
+    return Message(peer, owner, tokens, axis, piece) if tokens else None
+
+
+def some(message: Message | None) -> tuple[Message, ...]:
+    """The message, unless it is none."""
+    return () if message is None else (message,)
+
+
+def num_tokens(tokens: Iterable[slice]) -> int:
+    """How many they are."""
+    return sum(each.stop - each.start for each in tokens)
+
+
+def live(step: Step) -> tuple[Step, ...]:
+    """The step, unless nothing happens at it."""
+    return (step,) if any(step[1:6]) else ()

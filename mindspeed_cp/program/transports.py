@@ -1,0 +1,78 @@
+"""The three ways that K/V travel, and which of them a plan takes where nobody names one.
+
+Note [Two parts of the own block]
+    In a backward pass the own block is done in two parts of about equal area: the first hides the first K/V on its way,
+    the last one the last gradients. Other steps have their neighbours' work to hide behind.
+"""
+
+import functools
+from collections import Counter
+from enum import Enum
+
+from mindspeed_cp.plan import AttentionPlan, halves
+from mindspeed_cp.program.needs import Needs
+from mindspeed_cp.program.rotation import Rotation
+from mindspeed_cp.program.steps import Phase, Program, Step, live, num_tokens
+from mindspeed_cp.program.straight import Straight
+from mindspeed_cp.schedule import Hop, RingSchedule
+
+
+class Transport(Enum):
+    """How K/V get to the ranks that need them."""
+
+    ROTATION = "from rank to rank: most links are short, best where all need all"
+    DIRECT = "straight from owners, one after another: no token to a rank that does not see it"
+    ALL_GATHER = "straight from all owners at once: everything is in memory at the same time"
+
+
+def program(
+    plan: AttentionPlan,
+    schedule: RingSchedule,
+    rank: int,
+    phase: Phase,
+    *,
+    transport: Transport = Transport.ROTATION,
+    pieces: int = 1,
+    in_two: bool = True,
+) -> Program:
+    """What `rank` does. Everything that depends on it reads this: attention, bytes, memory, predictions and drawings.
+
+    plan: between the ring's ranks. pieces: of the heads, in foreign inner rings of a rotation. in_two: whether a
+    backward pass does the own block in two parts, see Note [Two parts of the own block]. Steps at which nothing is
+    computed and nothing travels are left out.
+    """
+    backward = phase is Phase.BACKWARD
+    own = plan.tiles(rank, rank)
+    first, last = halves(own) if backward and in_two and schedule.size > 1 else (own, ())
+    maker: Rotation | Straight
+    if transport is Transport.ROTATION:
+        maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
+    else:
+        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER), 1
+    return Program(rank, (*maker.steps(first), *live(Step(rank, last))), pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
+    """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
+
+    Gradients are left out: in a ring they go straight home either way. All ranks find the same, as all have the plan.
+    """
+    needs = Needs(plan, schedule)
+    most, readers = max(_rotated(needs).values(), default=0), plan.readers
+    # Those that most others need come first: where all need all, the first of them already sends as many.
+    for owner in sorted(range(schedule.size), key=lambda owner: (len(readers(owner)), owner), reverse=True):
+        if sum(num_tokens(plan.needed(reader, owner)) for reader in readers(owner) if reader != owner) >= most:
+            return Transport.ROTATION
+    return Transport.DIRECT
+
+
+def _rotated(needs: Needs) -> Counter[int]:
+    """Tokens of K/V that each rank sends in a rotation."""
+    schedule, sent = needs.schedule, Counter[int]()
+    for owner in range(schedule.size):
+        for number in range(1, schedule.size):
+            outer, inner = divmod(number, schedule.inner)
+            sender = schedule.peer(owner, Hop(outer, inner - 1) if inner else Hop(outer - 1, 0))
+            sent[sender] += num_tokens(needs.onwards(owner, number))
+    return sent
