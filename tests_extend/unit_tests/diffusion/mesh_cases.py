@@ -23,6 +23,11 @@ MESHES = [
     for cfg, ring, ulysses, tp in product((1, 2, 3), (1, 2, 4), (1, 2, 4), (1, 2))
     if (shape := MeshShape(cfg=cfg, ring=ring, ulysses=ulysses, tp=tp)).size <= 8
 ]
+SOME_MESHES = [
+    MESHES[0],
+    *(each for each in MESHES if each.size in (2, 6)),
+    *[each for each in MESHES if each.size == 8][::3],
+]
 ODD_MESHES = [MeshShape(ring=3), MeshShape(cfg=2, ring=3), MeshShape(ring=7), MeshShape(ulysses=2, ring=3)]
 
 HEIGHT, WIDTH, TEXT, STEPS = 17, 23, 5, 4
