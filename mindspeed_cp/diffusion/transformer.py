@@ -35,7 +35,7 @@ Guidance = Literal["batch", "calls"]
 class Split(NamedTuple):
     """Where whole tokens become this rank's share.
 
-    module: its path; "" is the transformer. tensor: the name of an argument of its forward, or the place of an output
+    module: its path, in which * is anything; "" is the transformer. tensor: the name of an argument of its forward, or the place of an output
     where it is a number. dim: of the tokens; an argument with fewer dims has none, and stays as it is.
     """
 
@@ -93,7 +93,7 @@ class ParallelTransformer:
         self._handles: list[Any] = []
         self._forward: Callable[..., Any] = model.forward
         self._signature = inspect.signature(model.forward)
-        self._check()
+        self._splits = self._check()
         if mesh.shape.tp > 1:
             _split_layers(model, plan, mesh)
         if mesh.shape.sequence > 1:
@@ -181,12 +181,12 @@ class ParallelTransformer:
 
     def _hooks(self) -> Iterator[Any]:
         """Those that split and gather tokens on the way."""
-        for path in dict.fromkeys(each.module for each in self.plan.splits if each.module):
+        for path in dict.fromkeys(each.module for each in self._splits if each.module):
             module = self.model.get_submodule(path)
             yield module.register_forward_pre_hook(
                 self._splitting(path, inspect.signature(module.forward)), with_kwargs=True
             )
-        for place in self.plan.splits:
+        for place in self._splits:
             if not isinstance(place.tensor, str):
                 yield self.model.get_submodule(place.module).register_forward_hook(self._splitting_output(place))
         for end in self.plan.gathers:
@@ -222,7 +222,7 @@ class ParallelTransformer:
         """The arguments of a module, those that its splits name being this rank's share."""
         if self.mesh.shape.sequence == 1:
             return arguments
-        for module, tensor, dim in self.plan.splits:
+        for module, tensor, dim in self._splits:
             if module != path or not isinstance(tensor, str):
                 continue
             whole = arguments.get(tensor)
@@ -231,14 +231,20 @@ class ParallelTransformer:
                 arguments[tensor] = split(whole, self.mesh, dim)
         return arguments
 
-    def _check(self) -> None:
-        """Raise ValueError where the plan speaks of what the transformer does not have."""
+    def _check(self) -> list[Split]:
+        """The splits, each of one module. Raises ValueError where the plan speaks of what the transformer has not."""
         modules = dict(self.model.named_modules())
         for path in (*(each.module for each in self.plan.splits), *(each.module for each in self.plan.gathers)):
-            if path not in modules:
+            if not any(fnmatchcase(name, path) for name in modules):
                 names = ", ".join(name for name, _ in self.model.named_children())
                 raise ValueError(f"{self._name} has no module {path!r}; the plan names one of {names}, or below them.")
-        for place in self.plan.splits:
+        splits = [
+            place._replace(module=name)
+            for place in self.plan.splits
+            for name in modules
+            if fnmatchcase(name, place.module) and name.count(".") == place.module.count(".")
+        ]
+        for place in splits:
             parameters = inspect.signature(modules[place.module].forward).parameters
             if isinstance(place.tensor, str) and place.tensor not in parameters:
                 raise ValueError(
@@ -263,6 +269,7 @@ class ParallelTransformer:
                 f"cfg={self.mesh.shape.cfg}: the plan of {self._name} does not say how its caller computes branches; "
                 f"give guidance='batch' or 'calls'."
             )
+        return splits
 
 
 def parallelize(
