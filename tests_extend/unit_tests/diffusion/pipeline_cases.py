@@ -20,7 +20,7 @@ def _decoder(latent_channels: int, blocks: int) -> Any:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=(8, 16, 16, 16)[:blocks], latent_channels=latent_channels, norm_num_groups=4,
-        sample_size=16, shift_factor=0.0, scaling_factor=1.0,
+        sample_size=8 * 2 ** (blocks - 1), shift_factor=0.0, scaling_factor=1.0,
     )  # fmt: skip
 
 
