@@ -29,6 +29,12 @@ class Piece(NamedTuple):
     stop: int
 
 
+Area = Callable[[int, int, int], int]
+"""Pairs of query and key that tokens start..stop of a document see, by its number."""
+
+_Measured = tuple[float, Piece, int]
+"""Density, piece and area; they are sorted by it."""
+
 _REACH = 0.75
 """Of the highest density among what is cut: what a rank may still need. At 1 it would need nothing but such pieces."""
 
@@ -38,7 +44,7 @@ _SLACK = 0.02
 
 def deal(
     lengths: Sequence[int],
-    area: Callable[[int, int, int], int],
+    area: Area,
     room: Sequence[int],
     owed: Sequence[float],
     *,
@@ -62,12 +68,19 @@ def deal(
     if keep_whole:
         longer = [each for each in dealt if lengths[each] > most[0] or areas[each] > most[1]]
         longer.sort(key=lambda document: (-areas[document], -lengths[document]))
-        pieces = set(dealt).difference(longer)
-        highest = max((area(each, lengths[each] - 1, lengths[each]) for each in pieces), default=0)
-        usual = sum(areas[each] for each in pieces) / max(1, sum(lengths[each] for each in pieces))
+        shorter = set(dealt).difference(longer)
+        highest = max((area(each, lengths[each] - 1, lengths[each]) for each in shorter), default=0)
+        usual = sum(areas[each] for each in shorter) / max(1, sum(lengths[each] for each in shorter))
         whole = _place_whole(longer, lengths, areas, area, ranks, _SLACK * share, (usual, highest))
         dealt = [document for document in dealt if document not in whole]
-    _deal_pieces([piece for each in dealt for piece in _cut(each, lengths[each], areas[each], most)], area, ranks)
+    pieces: list[_Measured] = []
+    for document in dealt:
+        length, its_area = lengths[document], areas[document]
+        if length <= most[0] and its_area <= most[1]:
+            pieces.append((its_area / length, Piece(document, 0, length), its_area))
+        else:
+            pieces += _cut(document, length, its_area, most, area)
+    _deal_pieces(pieces, area, ranks)
     for held in ranks.held:
         held.sort()
     return ranks.held, ranks.wanted
@@ -80,23 +93,18 @@ class _Ranks(NamedTuple):
     wanted: list[float]
     held: list[list[Piece]]
 
-    def give(self, rank: int, piece: Piece, area: int) -> None:
-        self.room[rank] -= piece.stop - piece.start
-        self.wanted[rank] -= area
-        self.held[rank].append(piece)
-
 
 def _place_whole(
     documents: Iterable[int],
     lengths: Sequence[int],
     areas: Sequence[int],
-    area: Callable[[int, int, int], int],
+    area: Area,
     ranks: _Ranks,
     slack: float,
     offered: tuple[float, float],
 ) -> set[int]:
     """Those of the documents, which come by their area, that have been placed; the others are to be cut."""
-    room, wanted, _ = ranks
+    room, wanted, held = ranks
     queue = [(-want, rank) for rank, want in enumerate(wanted) if room[rank]]
     heapq.heapify(queue)
     whole, sparsest, densest = set(), (1 - _REACH) * offered[0], _REACH * offered[1]
@@ -105,9 +113,10 @@ def _place_whole(
         rank = queue[0][1] if queue else 0
         left, tokens_left = wanted[rank] - its_area, room[rank] - length
         if tokens_left >= 0 and tokens_left * sparsest <= left <= tokens_left * densest + slack:
-            ranks.give(rank, Piece(document, 0, length), its_area)
+            room[rank], wanted[rank] = tokens_left, left
+            held[rank].append(Piece(document, 0, length))
             whole.add(document)
-            if room[rank]:
+            if tokens_left:
                 heapq.heapreplace(queue, (-left, rank))
             else:
                 heapq.heappop(queue)
@@ -116,31 +125,38 @@ def _place_whole(
     return whole
 
 
-def _cut(document: int, length: int, area: int, most: tuple[float, float]) -> Iterator[Piece]:
+def _cut(document: int, length: int, its_area: int, most: tuple[float, float], area: Area) -> Iterator[_Measured]:
     """A document in pieces of as many tokens, the most that they may have. most: tokens, and area on the average."""
-    count = min(length, max(1, math.ceil(length / most[0]), math.ceil(area / most[1]) if area else 1))
+    count = min(length, max(math.ceil(length / most[0]), math.ceil(its_area / most[1]) if its_area else 1))
     for number in range(count):
-        yield Piece(document, length * number // count, length * (number + 1) // count)
+        piece = Piece(document, length * number // count, length * (number + 1) // count)
+        yield _measured(piece, area)
 
 
-def _deal_pieces(pieces: list[Piece], area: Callable[[int, int, int], int], ranks: _Ranks) -> None:
+def _measured(piece: Piece, area: Area) -> _Measured:
+    its_area = area(*piece)
+    return its_area / (piece.stop - piece.start), piece, its_area
+
+
+def _deal_pieces(pieces: list[_Measured], area: Area, ranks: _Ranks) -> None:
     """The densest piece to the rank that needs the densest, until there is none left."""
-    room, wanted, _ = ranks
-    measured = [(area(*piece), piece) for piece in pieces]
-    measured.sort(key=lambda item: (item[0] / (item[1].stop - item[1].start), item[1]))
+    room, wanted, held = ranks
+    pieces.sort()
     queue = [(-wanted[rank] / tokens, rank) for rank, tokens in enumerate(room) if tokens]
     heapq.heapify(queue)
-    while measured:
-        its_area, piece = measured.pop()
+    while pieces:
+        _, piece, its_area = pieces.pop()
         rank = queue[0][1]
         document, start, stop = piece
         if stop - start > room[rank]:
             middle = stop - room[rank]
-            measured.append((area(document, start, middle), Piece(document, start, middle)))
-            piece = Piece(document, middle, stop)
-            its_area = area(*piece)
-        ranks.give(rank, piece, its_area)
-        if room[rank]:
-            heapq.heapreplace(queue, (-wanted[rank] / room[rank], rank))
+            pieces.append(_measured(Piece(document, start, middle), area))
+            start, piece = middle, Piece(document, middle, stop)
+            its_area = area(document, middle, stop)
+        left = room[rank] - stop + start
+        room[rank], wanted[rank] = left, wanted[rank] - its_area
+        held[rank].append(piece)
+        if left:
+            heapq.heapreplace(queue, (-wanted[rank] / left, rank))
         else:
             heapq.heappop(queue)

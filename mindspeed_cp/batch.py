@@ -100,7 +100,7 @@ class PackedBatch:
         """All tokens in order. shards: of ranks 0 to P-1, or these concatenated along `dim`."""
         return restore(shards, self.layout, dim, batch_dim=batch_dim)
 
-    def position_ids(self, rank: int, device: torch.device = CPU) -> Tensor:
+    def position_ids(self, rank: int, device: torch.device | str = CPU) -> Tensor:
         """Position of each of a rank's tokens in its document: [1 or B, s] int64."""
         return positions(self.layout, rank, device)
 
@@ -112,7 +112,7 @@ class PackedBatch:
         """
         return self.shard(shift_labels(tokens, self.layout, ignore_index=ignore_index), rank)
 
-    def loss_mask(self, rank: int, device: torch.device = CPU) -> Tensor:
+    def loss_mask(self, rank: int, device: torch.device | str = CPU) -> Tensor:
         """1 for each of a rank's tokens that has a label, else 0: [1 or B, s] fp32."""
         return self.shard(has_next(self.layout, device), rank).float()
 

@@ -28,6 +28,7 @@ Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `
 """
 
 import functools
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ class AttentionPlan:
     _grouped: "dict[tuple[tuple[int, ...], ...], AttentionPlan]" = field(
         default_factory=dict, repr=False, compare=False
     )
-    _indices: dict[int, "_KeyIndex"] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[int, "_DocumentIndex"] = field(default_factory=dict, repr=False, compare=False)
     _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
     _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -144,8 +145,8 @@ class AttentionPlan:
         """
         case = query_rank, key_rank, at_gaps
         if case not in self._tiles:
-            pieces = _merged_rows(self._rows(query_rank, self._index(key_rank), at_gaps), at_gaps)
-            self._tiles[case] = tuple(piece.tile() for piece in pieces)
+            pieces = self._pieces(self._query_runs(query_rank), self._index(key_rank), at_gaps)
+            self._tiles[case] = tuple([piece.tile() for piece in pieces])
         return self._tiles[case]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
@@ -178,6 +179,17 @@ class AttentionPlan:
         """Of what it is made of; plans that say the same are one in a cache."""
         return hash((self.queries, self.keys, self.bands, tuple(sorted(self.bands_of.items()))))
 
+    @functools.cached_property
+    def words(self) -> str:
+        """In short, for messages and for comparing: ranks whose plans differ have different words.
+
+        Layouts say in their repr what they are made of.
+        """
+        made_of = repr((self.queries, self.keys, self.bands, sorted(self.bands_of.items())))
+        digest = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
+        tokens = sum(map(self.queries.num_tokens, range(self.queries.num_ranks)))
+        return f"a plan of {tokens} tokens on {self.queries.num_ranks} ranks ({digest})"
+
     def of_groups(self, groups: tuple[tuple[int, ...], ...]) -> "AttentionPlan":
         """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.
 
@@ -189,23 +201,31 @@ class AttentionPlan:
             self._grouped[groups] = AttentionPlan(queries, keys, self.bands, self.bands_of)
         return self._grouped[groups]
 
-    def _index(self, key_rank: int) -> "_KeyIndex":
+    def _query_runs(self, query_rank: int) -> "_DocumentIndex":
+        if self.queries is self.keys:
+            return self._index(query_rank)
+        return _DocumentIndex(self.queries.runs(query_rank))
+
+    def _index(self, key_rank: int) -> "_DocumentIndex":
         if key_rank not in self._indices:
-            self._indices[key_rank] = _KeyIndex(self.keys.runs(key_rank))
+            self._indices[key_rank] = _DocumentIndex(self.keys.runs(key_rank))
         return self._indices[key_rank]
 
-    def _rows(self, query_rank: int, index: "_KeyIndex", at_gaps: bool) -> "Iterator[list[_Piece]]":
-        """For each run of queries the pieces that it sees, merged along the keys."""
-        for run in joined(self.queries.runs(query_rank)):
-            pieces: list[_Piece] = []
-            for band in self.bands_in(run.document):
-                for piece in index.seen(run, band, at_gaps):
-                    merged = _merged(pieces[-1], piece, at_gaps) if pieces else None
-                    if merged is None:
-                        pieces.append(piece)
-                    else:
-                        pieces[-1] = merged
-            yield pieces
+    def _pieces(self, queries: "_DocumentIndex", keys: "_DocumentIndex", at_gaps: bool) -> "list[_Piece]":
+        """Document by document, what its queries see of its keys, as few pieces as possible."""
+        result: list[_Piece] = []
+        for of in queries.shared(keys):
+            theirs, bands = keys.runs[of], self.bands_in(of[1])
+            rows = [_seen(run, theirs, bands, at_gaps) for run in queries.runs[of]]
+            one = _as_one(rows, at_gaps)
+            pieces = _merged_rows(_merged_keys(rows, at_gaps), at_gaps) if one is None else [one]
+            # Documents of a token or two may go on where the one before them ends.
+            if result and pieces and (merged := _merged_along(result[-1], pieces[0], at_gaps)) is not None:
+                result[-1] = merged
+                result += pieces[1:]
+            else:
+                result += pieces
+        return result
 
 
 class Part(NamedTuple):
@@ -302,7 +322,7 @@ def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
     k0, k1 = max(piece.first_key, keys.start), min(piece.last_key, keys.stop - 1)
     if q0 > q1 or k0 > k1:
         return None
-    part = _Piece.of((q0, q1), (k0, k1), piece.low, piece.high, piece.offset, piece.sample)
+    part = _cropped(q0, q1, k0, k1, piece.low, piece.high, piece.offset, piece.sample)
     return None if part is None else part.tile()
 
 
@@ -419,27 +439,6 @@ class _Piece(NamedTuple):
     sample: int | None
 
     @classmethod
-    def of(
-        cls,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
-        low: int | None,
-        high: int | None,
-        offset: int | None,
-        sample: int | None,
-    ) -> "_Piece | None":
-        """The band in a rectangle, both ends of which are included, cropped; None where nothing sees anything."""
-        q0, q1, k0, k1 = *queries, *keys
-        low = k0 - q1 if low is None else low
-        high = k1 - q0 if high is None else high
-        q0, q1 = max(q0, k0 - high), min(q1, k1 - low)
-        k0, k1 = max(k0, q0 + low), min(k1, q1 + high)
-        if q0 > q1 or k0 > k1:
-            return None
-        low, high = max(low, k0 - q1), min(high, k1 - q0)
-        return cls(q0, q1, k0, k1, low, high, offset, _area(q0, q1, k0, k1, low, high), sample)
-
-    @classmethod
     def of_tile(cls, tile: Tile) -> "_Piece":
         """The inverse of `tile`."""
         q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
@@ -462,23 +461,50 @@ class _Piece(NamedTuple):
         )
 
 
-def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
-    """Pairs in the rectangle with low <= b - a <= high."""
+def _cropped(
+    q0: int, q1: int, k0: int, k1: int, low: int, high: int, offset: int | None, sample: int | None
+) -> _Piece | None:
+    """The band in a rectangle, both ends of which are included, cropped; None where nothing sees anything."""
+    # Thousands of these are made for a batch: comparisons, where min and max would say it shorter.
+    if k0 - high > q0:
+        q0 = k0 - high
+    if k1 - low < q1:
+        q1 = k1 - low
+    if q0 + low > k0:
+        k0 = q0 + low
+    if q1 + high < k1:
+        k1 = q1 + high
     rows, keys = q1 - q0 + 1, k1 - k0 + 1
+    if rows < 1 or keys < 1:
+        return None
+    # Two corners of the rectangle are cut off: since it is cropped, triangles that lie within it.
+    area = rows * keys
+    early, late = low - k0 + q1, k1 - q0 - high
+    if early > 0:
+        area -= early * (early + 1) // 2
+    else:
+        low = k0 - q1
+    if late > 0:
+        area -= late * (late + 1) // 2
+    else:
+        high = k1 - q0
+    return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
 
-    def keys_up_to(last: int) -> int:
-        """Sum over t <= last of t clamped to 0..keys."""
-        if last <= 0:
-            return 0
-        inside = min(last, keys)
-        return inside * (inside + 1) // 2 + (last - inside) * keys
 
-    def below(diagonal: int) -> int:
-        """Pairs with b - a <= diagonal."""
-        first = diagonal - (k0 - q0)
-        return keys_up_to(first + rows) - keys_up_to(first)
-
-    return below(high) - below(low - 1)
+def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
+    """Pairs in the rectangle with low <= b - a <= high: all but those in two corners."""
+    rows, keys = q1 - q0 + 1, k1 - k0 + 1
+    area = rows * keys
+    for side in (k1 - q0 - high, low - k0 + q1):
+        if side > 0:
+            area -= side * (side + 1) // 2
+            # Of the triangle that is cut off, what lies beyond the rectangle is not.
+            for beyond in (side - rows, side - keys):
+                if beyond > 0:
+                    area += beyond * (beyond + 1) // 2
+            if side > rows + keys:
+                area -= (side - rows - keys) * (side - rows - keys + 1) // 2
+    return area
 
 
 def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
@@ -493,6 +519,19 @@ def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
         return None
     offset = first.offset if first.offset == second.offset else None
     return _Piece(q0, q1, k0, k1, low, high, offset, area, first.sample)
+
+
+def _merged_keys(rows: list[list[_Piece]], at_gaps: bool) -> Iterator[list[_Piece]]:
+    """The pieces of each row; one that continues the one before it is merged with that."""
+    for row in rows:
+        result: list[_Piece] = []
+        for piece in row:
+            merged = _merged(result[-1], piece, at_gaps) if result else None
+            if merged is None:
+                result.append(piece)
+            else:
+                result[-1] = merged
+        yield result
 
 
 def _merged_rows(rows: Iterable[list[_Piece]], at_gaps: bool) -> list[_Piece]:
@@ -517,37 +556,107 @@ def _merged_rows(rows: Iterable[list[_Piece]], at_gaps: bool) -> list[_Piece]:
     return result
 
 
-class _KeyIndex:
-    """A rank's runs of keys by sample and document, each document's in the order of positions and of tokens."""
+def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
+    """All pieces of a document as one; None where they are none, or their union is no band on a rectangle."""
+    pieces = [piece for row in rows for piece in row]
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
+    q0, q1, k0, k1, low, high, offset, area, sample = pieces[0]
+    for piece in pieces[1:]:
+        q, r, k, m, lower, higher, other, more, _ = piece
+        q0, q1, k0, k1 = min(q, q0), max(r, q1), min(k, k0), max(m, k1)
+        low, high = min(lower, low), max(higher, high)
+        area += more
+        if other != offset:
+            offset = None
+    if (at_gaps and offset is None) or _area(q0, q1, k0, k1, low, high) != area:
+        return None
+    return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
+
+
+def _merged_along(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
+    """`_merged` for pieces of different documents: the later queries must not see the last of the earlier keys."""
+    low, high = min(first.low, second.low), max(first.high, second.high)
+    if low <= first.last_key - second.first_query <= high:
+        return None
+    return _merged(first, second, at_gaps)
+
+
+class _DocumentIndex:
+    """A rank's runs by sample and document, each document's in the order of positions and of tokens.
+
+    runs: as few as possible.
+    """
 
     def __init__(self, runs: Iterable[Run]) -> None:
-        self._runs: dict[tuple[int | None, int], list[Run]] = {}
-        for run in joined(runs):
-            self._runs.setdefault((run.sample, run.document), []).append(run)
-        self._positions = {of: [run.position for run in runs] for of, runs in self._runs.items()}
+        self.runs: dict[tuple[int | None, int], list[Run]] = {}
+        for run in runs:
+            of = run.sample, run.document
+            before = self.runs.get(of)
+            if before is None:
+                self.runs[of] = [run]
+            elif _continues(before[-1], run):
+                before[-1] = before[-1]._replace(stop=run.stop)
+            else:
+                before.append(run)
 
-    def seen(self, queries: Run, band: Band, at_gaps: bool) -> Iterator[_Piece]:
-        """The pieces of keys that a run of queries sees by `band`, in the order of tokens."""
-        of = queries.sample, queries.document
-        runs, positions = self._runs.get(of, []), self._positions.get(of, [])
-        first, last = queries.position, queries.position + queries.stop - queries.start - 1
-        by_any = _limits(band, first, last)
-        begin = max(0, bisect_right(positions, by_any[0]) - 1)
-        end = bisect_right(positions, by_any[1])
-        # Runs that every query sees as a whole are one piece: they lie side by side.
-        by_all = _limits(band, last, first)
-        whole = bisect_left(positions, by_all[0], begin, end)
-        whole_end = min(end, bisect_right(positions, by_all[1], begin, end))
-        if whole < whole_end and _last(runs[whole_end - 1]) > by_all[1]:
-            whole_end -= 1
-        if at_gaps or whole_end - whole < 2:
-            whole = whole_end = begin
-        for place in range(begin, end):
-            if place == whole < whole_end:
-                keys = runs[whole].start, runs[whole_end - 1].stop - 1
-                yield from _some(_Piece.of(_tokens(queries), keys, None, None, None, queries.sample))
-            if not whole <= place < whole_end:
-                yield from _some(_piece_of_runs(queries, runs[place], band))
+    def shared(self, other: "_DocumentIndex") -> Iterable[tuple[int | None, int]]:
+        """The documents that both hold something of, in the order of the stream."""
+        if self.runs.keys() == other.runs.keys():
+            return self.runs
+        return [of for of in self.runs if of in other.runs]
+
+
+def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool) -> list[_Piece]:
+    """The pieces of a document's keys that a run of its queries sees, band by band in the order of tokens."""
+    pieces: list[_Piece] = []
+    q0, stop, query, _, sample = queries
+    q1 = stop - 1
+    for band in bands:
+        behind, ahead, (first, end) = band
+        for k0, stop, key in [run[:3] for run in runs] if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
+            k1, offset = stop - 1, None
+            low, high = k0 - q1, k1 - q0
+            if key is not None:
+                offset = query - q0 - key + k0
+                if end is not None and key + k1 - k0 >= end:
+                    k1 = k0 + end - 1 - key
+                if first > key:
+                    k0 += first - key
+                if behind is not None:
+                    low = offset - behind
+                if ahead is not None:
+                    high = offset + ahead
+            piece = _cropped(q0, q1, k0, k1, low, high, offset, sample)
+            if piece is not None:
+                pieces.append(piece)
+    return pieces
+
+
+def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[tuple[int, int, int | None]]:
+    """Start, stop and position of runs of keys that a query sees something of.
+
+    Those that every query sees as a whole are one without a position: they lie side by side.
+    """
+    first, last = queries.position, _last(queries)
+    lowest, highest = _limits(band, first, last)
+    begin = max(0, bisect_right(runs, lowest, key=_position) - 1)
+    end = bisect_right(runs, highest, begin, key=_position)
+    reached: list[tuple[int, int, int | None]] = [run[:3] for run in runs[begin:end]]
+    if at_gaps:
+        return reached
+    lowest, highest = _limits(band, last, first)
+    whole = bisect_left(runs, lowest, begin, end, key=_position)
+    whole_end = bisect_right(runs, highest, whole, end, key=_position)
+    if whole < whole_end and _last(runs[whole_end - 1]) > highest:
+        whole_end -= 1
+    if whole_end - whole > 1:
+        reached[whole - begin : whole_end - begin] = [(runs[whole].start, runs[whole_end - 1].stop, None)]
+    return reached
+
+
+def _position(run: Run) -> int:
+    return run.position
 
 
 class _QueryIndex:
@@ -580,18 +689,6 @@ class _QueryIndex:
         return frozenset(ranks)
 
 
-def _piece_of_runs(queries: Run, keys: Run, band: Band) -> _Piece | None:
-    first, last = band.keys
-    start = max(keys.start, keys.start + first - keys.position)
-    stop = keys.stop if last is None else min(keys.stop, keys.start + last - keys.position)
-    offset = (queries.position - queries.start) - (keys.position - keys.start)
-    low = None if band.behind is None else offset - band.behind
-    high = None if band.ahead is None else offset + band.ahead
-    if start >= stop:
-        return None
-    return _Piece.of(_tokens(queries), (start, stop - 1), low, high, offset, queries.sample)
-
-
 def _limits(band: Band, lowest_query: int, highest_query: int) -> tuple[float, float]:
     """The first and the last key that a query sees, of the lowest and of the highest one."""
     first, stop = band.keys
@@ -600,14 +697,6 @@ def _limits(band: Band, lowest_query: int, highest_query: int) -> tuple[float, f
     return begin, end if stop is None else min(end, stop - 1)
 
 
-def _tokens(run: Run) -> tuple[int, int]:
-    return run.start, run.stop - 1
-
-
 def _last(run: Run) -> int:
     """Position of its last token."""
     return run.position + run.stop - run.start - 1
-
-
-def _some(piece: _Piece | None) -> tuple[_Piece, ...]:
-    return () if piece is None else (piece,)

@@ -1,4 +1,4 @@
-"""From one layout to another: each rank's tokens go to the ranks that hold them there, in one exchange.
+"""From one layout to another: each rank's tokens go to the ranks that hold them there, in one all-to-all.
 
 Layers with a recurrence need contiguous shards beside the balanced ones of attention, for instance.
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.comm import Communicator
+from mindspeed_cp.comm import Communicator, Sizes
 from mindspeed_cp.layouts import StreamLayout
 from mindspeed_cp.sharding import CPU, order, places, restore
 
@@ -93,14 +93,13 @@ class _Moves:
     """What a rank sends to each, and receives from each, itself included.
 
     leaving: its tokens, sample after sample, in the order of the ranks that they go to. arriving: for each token that
-    it will hold, sample after sample, its place among those that come, in the order of the ranks. sent, received: how
-    many to and from each. Between two ranks tokens go in the order of the stream.
+    it will hold, sample after sample, its place among those that come, in the order of the ranks. sizes: how many go to
+    each, and come from each. Between two ranks tokens go in the order of the stream.
     """
 
     leaving: Tensor
     arriving: Tensor
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    sizes: Sizes
 
 
 def _move(
@@ -111,34 +110,19 @@ def _move(
     dims, to = ((batch_dim, dim), (0, 1)) if by_sample else ((dim,), (0,))
     tokens = shard.movedim(dims, to)
     leaving = (tokens.flatten(0, 1) if by_sample else tokens).index_select(0, moves.leaving)
-    arrived = leaving.new_empty((sum(moves.received), *leaving.shape[1:]))
-    _exchange(leaving.split(moves.sent), arrived.split(moves.received), communicator)
+    arrived = communicator.all_to_all(leaving, moves.sizes)
     held = arrived.index_select(0, moves.arriving)
     if by_sample:
         held = held.unflatten(0, (len(target.samples), -1))
     return held.movedim(to, dims).contiguous()
 
 
-def _exchange(leaving: tuple[Tensor, ...], arriving: tuple[Tensor, ...], communicator: Communicator) -> None:
-    """Parts of any length to and from each rank, all under way at once; where there is nothing, nothing is sent."""
-    rank, size = communicator.rank, communicator.size
-    transfers = []
-    for distance in range(1, size):
-        to, source = (rank + distance) % size, (rank - distance) % size
-        send = leaving[to] if leaving[to].size(0) else None
-        receive = arriving[source] if arriving[source].size(0) else None
-        transfers.append(communicator.exchange(send, to, receive, source))
-    arriving[rank].copy_(leaving[rank])
-    for transfer in transfers:
-        transfer.wait()
-
-
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _moves(source: StreamLayout, target: StreamLayout, rank: int, device: torch.device) -> _Moves:
     leaving, sent = _by_peer(source, target, rank)
     arriving, received = _by_peer(target, source, rank)
-    return _Moves(leaving.to(device), arriving.argsort().to(device), sent, received)
+    return _Moves(leaving.to(device), arriving.argsort().to(device), Sizes(sent, received))
 
 
 def _by_peer(layout: StreamLayout, other: StreamLayout, rank: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -149,7 +133,7 @@ def _by_peer(layout: StreamLayout, other: StreamLayout, rank: int) -> tuple[Tens
     return holders.argsort(stable=True), tuple(counts.tolist())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _holders(layout: StreamLayout) -> Tensor:
     """The rank that holds each token of the stream: [1 or B, S]."""
     in_order = order(layout, CPU)

@@ -37,38 +37,36 @@ def restore(shards: Tensor | Sequence[Tensor], layout: StreamLayout, dim: int, *
     return _select(together, _inverse_order(layout, together.device), dim, batch_dim)
 
 
-def positions(layout: StreamLayout, rank: int, device: torch.device = CPU) -> Tensor:
+def positions(layout: StreamLayout, rank: int, device: torch.device | str = CPU) -> Tensor:
     """Position of each of a rank's tokens in its document: [1 or B, s] int64."""
     return _runs_spread(layout, rank, [run.position - run.start for run in layout.runs(rank)]).to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def places(layout: StreamLayout, rank: int, device: torch.device = CPU) -> Tensor:
+def places(layout: StreamLayout, rank: int, device: torch.device | str = CPU) -> Tensor:
     """Place of each of a rank's tokens in its sample's stream: [1 or B, s] int64."""
     starts = _document_starts(layout)
     offsets = [starts[run.document] + run.position - run.start for run in layout.runs(rank)]
     return _runs_spread(layout, rank, offsets).to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def order(layout: StreamLayout, device: torch.device = CPU) -> Tensor:
+def order(layout: StreamLayout, device: torch.device | str = CPU) -> Tensor:
     """Place of each token in its sample's stream, rank after rank: [1 or B, S] int64."""
     return torch.cat([places(layout, rank, device) for rank in range(layout.num_ranks)], dim=1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def has_next(layout: StreamLayout, device: torch.device = CPU) -> Tensor:
+def has_next(layout: StreamLayout, device: torch.device | str = CPU) -> Tensor:
     """Whether a token of the stream is followed by one of its own document, and is no padding: [1 or B, S] bool."""
     follows = []
     for documents in layout.samples:
-        lengths = torch.tensor(documents)
+        lengths = torch.tensor(documents, dtype=torch.int64)
         last = lengths.cumsum(0)[lengths > 0] - 1
-        is_text = (
-            torch.arange(len(documents)) % 2 == 0 if layout.padded else torch.ones(len(documents), dtype=torch.bool)
-        )
+        is_text = torch.arange(len(documents)) % (2 if layout.padded else 1) == 0
         follows.append(is_text.repeat_interleave(lengths).index_fill(0, last, False))
     return torch.stack(follows).to(device)
 
@@ -144,7 +142,7 @@ def _runs_spread(layout: StreamLayout, rank: int, offsets: list[int]) -> Tensor:
     return spread.view(len(layout.samples), -1) + torch.arange(layout.num_tokens(rank))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _inverse_order(layout: StreamLayout, device: torch.device) -> Tensor:
     """Where, rank after rank, each token of the stream is: [1 or B, S]."""

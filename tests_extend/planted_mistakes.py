@@ -73,9 +73,9 @@ MISTAKES = {
         "attention",
     ),
     "halo one token short": Mistake(
-        "program/straight.py",
-        "message(reader, self.rank, self.plan.needed(reader, self.rank), axis),",
-        "message(reader, self.rank, tuple(slice(t.start + 1, t.stop) for t in self.plan.needed(reader, self.rank)), axis),",
+        "plan.py",
+        "bisect_right(firsts, last_key + band.behind)",
+        "bisect_right(firsts, last_key + band.behind - 1)",
         "test_transports.py",
     ),
     "direct message to the wrong peer": Mistake(
@@ -107,6 +107,45 @@ MISTAKES = {
     ),
     "merge in bf16": Mistake(
         "comm/reduction.py", "return torch.promote_types(dtype, torch.float32)", "return dtype", "attention"
+    ),
+    "document boundary off by one": Mistake(
+        "layouts.py",
+        "stop = min(end, starts[number + 1])",
+        "stop = min(end, starts[number + 1] + (number == 0 and len(starts) > 2))",
+        "test_layouts.py",
+    ),
+    "window one token short": Mistake(
+        "documents.py", "None if left == -1 else left,", "None if left == -1 else max(0, left - 1),", "test_batch.py"
+    ),
+    "positions of another document": Mistake(
+        "sharding.py",
+        "[run.position - run.start for run",
+        "[run.position - run.start + run.document for run",
+        "test_sharding.py",
+    ),
+    "tokens of another document": Mistake(
+        "sharding.py",
+        "starts[run.document] + run.position",
+        "starts[run.document - 1] + run.position",
+        "test_sharding.py",
+    ),
+    "samples exchanged": Mistake(
+        "sharding.py",
+        "picked.unflatten(0, index.shape)",
+        "picked.unflatten(0, index.shape).flip(0)",
+        "test_sharding.py",
+    ),
+    "label of the next document": Mistake(
+        "sharding.py",
+        "last = lengths.cumsum(0)[lengths > 0] - 1",
+        "last = lengths.sum(0, keepdim=True) - 1",
+        "test_sharding.py",
+    ),
+    "relayout forgets the way back": Mistake(
+        "relayout.py", "ctx.arguments = target, source,", "ctx.arguments = source, target,", "test_relayout.py"
+    ),
+    "what a sample leaves uneven is forgotten": Mistake(
+        "layouts.py", "held, owed = deal(", "held, _ = deal(", "test_layouts.py"
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }

@@ -2,10 +2,10 @@
 
 from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
-from mindspeed_cp.attention.exchange import RingCommunicators
 from mindspeed_cp.attention.planned import PlannedAttention, local_attention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
+from mindspeed_cp.comm import RingCommunicators
 
 __all__ = [
     "Attention",

@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
-from mindspeed_cp.attention.exchange import RingCommunicators
 from mindspeed_cp.attention.planned import PlannedAttention
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
-from mindspeed_cp.comm import Communicator, ContextParallelGroups, ProcessGroupCommunicator, Traffic, check_size
+from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
+from mindspeed_cp.program import Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.sharding import SequenceLayout
 
@@ -23,15 +23,17 @@ def build_attention(
     *,
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
+    transport: Transport | None = None,
     traffic: Traffic | None = None,
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
 
-    group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them; None is
-        the default group of all ranks. Some configurations need groups beside it, which all ranks of the world have to
-        make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
+    group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them, or a part
+        of these; None is the default group of all ranks. Overlap needs groups beside it, which all ranks of the world
+        have to make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
+    transport: how a ring's K/V travel; by default the cheapest for the plan at hand, see `cheapest_transport`.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
         `attention.agreement.communicator.traffic`.
 
@@ -42,19 +44,17 @@ def build_attention(
         alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
         return ContextParallelAttention(alone, config, layout)
     groups = _groups(config, group)
-    communicators = None
-    if groups.ring is not None:
-        ring_groups = (groups.ring.inner, groups.ring.outer, groups.ring.gradients)
-        communicators = RingCommunicators(*(ProcessGroupCommunicator(each, traffic) for each in ring_groups))
+    ulysses, ring = groups.along(config.topology, traffic)
     attention = compose_attention(
         config,
-        rank=dist.get_rank(groups.context_parallel),
-        ulysses=None if groups.ulysses is None else ProcessGroupCommunicator(groups.ulysses, traffic),
-        ring=communicators,
+        rank=groups.rank,
+        ulysses=ulysses,
+        ring=None if ring is None else RingCommunicators(*ring),
         layout=layout,
         kernels=kernels,
+        transport=transport,
     )
-    return ContextParallelAttention(attention, config, layout, groups.agreement)
+    return ContextParallelAttention(attention, config, layout, groups.agreement, transport)
 
 
 def compose_attention(
@@ -66,6 +66,7 @@ def compose_attention(
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
+    transport: Transport | None = None,
 ) -> Attention:
     """What `build_attention` puts behind its checks, over any kind of communicators: process groups or virtual ranks.
 
@@ -85,6 +86,7 @@ def compose_attention(
         overlap=config.use_cp_send_recv_overlap,
         kernels=kernels,
         merge_kernels=merge_kernels,
+        transport=transport,
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:
@@ -110,7 +112,6 @@ def _groups(
             )
         group = group.get_group()
     if isinstance(group, ContextParallelGroups):
-        check_size(config.topology, group.context_parallel)
         return group
     group = dist.group.WORLD if group is None else group
     if group is not None and not isinstance(group, dist.ProcessGroup):

@@ -16,6 +16,8 @@ from mindspeed_cp.comm import Agreement
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import BlockCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
@@ -24,12 +26,19 @@ _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as
 class Attention(Protocol):
     """Attention over however many ranks: each gives its own tokens' queries, keys and values."""
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """Raise ValueError where this algorithm cannot take tensors of these shapes; nothing is sent or computed."""
         ...
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> Tensor:
         """Attention output of this rank's queries over the keys of all ranks.
 
@@ -38,13 +47,22 @@ class Attention(Protocol):
         visible: the mask's rows for this rank's queries, [S, T] or [1 or B, 1 or N, S, T] bool with T the tokens of the
             whole sequence in order, True where a query sees a key. Only for attention that was built without a causal
             mask; without it every query sees every key.
+        plan: who holds what and sees whom (`PackedBatch.plan`, say), in place of equal shards and of the type of mask
+            that the attention was built with; ranks may then have different numbers of tokens. The same on all ranks.
 
         Returns [B, N, S, V] in the dtype of q, differentiable in q, k and v; 0 in rows that see no key.
         """
         ...
 
     def with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output, and the log-sum-exp of each query's scaled scores.
 
@@ -63,25 +81,34 @@ class PreparedCall(NamedTuple):
     v: Tensor
     scale: float
     visible: Tensor | None
+    plan: AttentionPlan | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend with, on any rank."""
+        if self.plan is None or not self.q.size(0):
+            return not self.q.numel()
+        return not any(map(self.plan.queries.num_tokens, range(self.plan.queries.num_ranks)))
 
 
 @dataclass(frozen=True)
 class ContextParallelAttention:
     """Attention that its ranks enter with the same case, or not at all; what `build_attention` gives.
 
-    attention: what computes it. config, layout: how it was built; the same on all ranks. agreement: of these ranks;
-    None for one that is alone.
+    attention: what computes it. config, layout, transport: how it was built; the same on all ranks. agreement: of these
+    ranks; None for one that is alone.
     """
 
     attention: Attention
     config: ContextParallelConfig
     layout: SequenceLayout
     agreement: Agreement | None = None
+    transport: Transport | None = None
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
-        check_shards(q, k, v)
-        self.attention.check(q, k, v)
+        check_shards(q, k, v, same_tokens=plan is None)
+        self.attention.check(q, k, v, plan)
 
     def __call__(
         self,
@@ -91,6 +118,7 @@ class ContextParallelAttention:
         *,
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> Tensor:
         """See Attention. Under torch.autocast q, k and v may differ in dtype, and then get autocast's.
 
@@ -101,8 +129,8 @@ class ContextParallelAttention:
         if torch.compiler.is_compiling():
             # What ranks agree on and send is no part of a graph.
             enter: Callable[..., Tensor] = torch.compiler.disable(self._enter)
-            return enter(q, k, v, scale, visible)
-        return self._enter(q, k, v, scale, visible)
+            return enter(q, k, v, scale, visible, plan)
+        return self._enter(q, k, v, scale, visible, plan)
 
     def with_lse(
         self,
@@ -112,13 +140,14 @@ class ContextParallelAttention:
         *,
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        call = self.prepare(q, k, v, scale=scale, visible=visible, wanted="output and log-sum-exp")
-        if not call.q.numel():
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, wanted="output and log-sum-exp")
+        if call.is_empty:
             out = _empty(call.q, call.k, call.v)
             return out, out.sum(dim=-1, dtype=torch.promote_types(out.dtype, torch.float32))
-        return self.attention.with_lse(call.q, call.k, call.v, scale=call.scale, visible=call.visible)
+        return self.attention.with_lse(call.q, call.k, call.v, scale=call.scale, visible=call.visible, plan=call.plan)
 
     def prepare(
         self,
@@ -128,6 +157,7 @@ class ContextParallelAttention:
         *,
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
         wanted: str = "output",
     ) -> PreparedCall:
         """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does.
@@ -137,10 +167,10 @@ class ContextParallelAttention:
         words, refusal, factor = "", None, 1.0
         try:
             q, k, v = in_one_dtype(q, k, v)
-            self.check(q, k, v)
-            self._check_mask(q, visible)
+            self._check_mask(q, visible, plan)
+            self.check(q, k, v, plan)
             factor = number(scale, q)
-            words = f"{_words(q, k, v, factor, visible)}; {self._setup}"
+            words = f"{_words(q, k, v, factor, visible, plan)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != "output")
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
@@ -151,8 +181,9 @@ class ContextParallelAttention:
             raise ValueError(refusal)
         # Fused kernels take a factor above 0 for granted.
         if factor < 0:
-            return PreparedCall(-q, k, v, -factor, visible)
-        return PreparedCall(q, k, v, factor, visible) if factor else PreparedCall(q * 0.0, k, v, 1.0, visible)
+            return PreparedCall(-q, k, v, -factor, visible, plan)
+        q, factor = (q, factor) if factor else (q * 0.0, 1.0)
+        return PreparedCall(q, k, v, factor, visible, plan)
 
     def refuse(self, reason: str, q: Tensor) -> NoReturn:
         """Raise ValueError on every rank: the caller cannot attend with `q` here, and the others would wait for it."""
@@ -160,25 +191,34 @@ class ContextParallelAttention:
             self.agreement.reach("", refusal=reason, device=q.device)
         raise ValueError(reason)
 
-    def _enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, visible: Tensor | None) -> Tensor:
-        call = self.prepare(q, k, v, scale=scale, visible=visible)
-        if not call.q.numel():
+    def _enter(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor | None,
+        visible: Tensor | None,
+        plan: AttentionPlan | None,
+    ) -> Tensor:
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan)
+        if call.is_empty:
             return _empty(call.q, call.k, call.v)
-        return self.attention(call.q, call.k, call.v, scale=call.scale, visible=call.visible)
+        return self.attention(call.q, call.k, call.v, scale=call.scale, visible=call.visible, plan=call.plan)
 
-    def _check_mask(self, q: Tensor, visible: Tensor | None) -> None:
+    def _check_mask(self, q: Tensor, visible: Tensor | None, plan: AttentionPlan | None) -> None:
+        refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
         if visible is None:
             return
-        refuse_mask_of_causal(visible, self.config.attention_mask_type == "causal")
         check_mask(visible, q, self.layout.size)
 
     @functools.cached_property
     def _setup(self) -> str:
         """How it was built, in words that must be the same on all ranks."""
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
+        transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
         return (
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
-            f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}"
+            f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"
         )
 
 
@@ -198,15 +238,15 @@ def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
-def check_shards(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless these are the shards of one rank, see Attention."""
+def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -> None:
+    """Raise ValueError unless these are the shards of one rank, see Attention. same_tokens: as many of q as of k."""
     if q.dim() == k.dim() == v.dim() == 4 and not min(q.size(1), q.size(3), k.size(1), v.size(3)):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
             f"batch and tokens may be 0."
         )
     BlockCase.of(q, k, v, TileTerms(1.0))
-    if q.size(2) != k.size(2):
+    if same_tokens and q.size(2) != k.size(2):
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
 
@@ -229,8 +269,33 @@ def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
         )
 
 
-def refuse_mask_of_causal(visible: Tensor | None, causal: bool) -> None:
-    """Raise ValueError where a causal attention is given a mask."""
+def check_plan(plan: AttentionPlan, q: Tensor, k: Tensor, rank: int, num_ranks: int) -> None:
+    """Raise ValueError unless q [B, N, S, D] and k [B, G, T, D] are what a plan of these ranks has on this one."""
+    for name, x, layout in (("q", q, plan.queries), ("k", k, plan.keys)):
+        if layout.num_ranks != num_ranks:
+            raise ValueError(
+                f"the plan deals {name} to {layout.num_ranks} ranks, and the context-parallel group has {num_ranks}; "
+                f"make it for {num_ranks}."
+            )
+        if x.size(2) != layout.num_tokens(rank):
+            raise ValueError(
+                f"{name} {tuple(x.shape)} has {x.size(2)} tokens, and the plan has {layout.num_tokens(rank)} on rank "
+                f"{rank}; shard by the plan's own layout, for this rank."
+            )
+        samples = {run.sample for run in layout.runs(rank)} - {None}
+        if samples and (samples != set(range(x.size(0)))):
+            raise ValueError(
+                f"{name} {tuple(x.shape)} has {x.size(0)} samples, and the plan has documents for {len(samples)}; give "
+                f"the batch that it was made for."
+            )
+
+
+def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: bool) -> None:
+    """Raise ValueError where a causal attention is given a mask, or a call has both a mask and a plan."""
+    if visible is not None and plan is not None:
+        raise ValueError(
+            "a call with a plan takes no mask tensor: each says who sees whom; leave out `visible`, or `plan`."
+        )
     if causal and visible is not None:
         raise ValueError(
             "a causal attention takes no mask tensor: it would be one of the two; build it with "
@@ -270,12 +335,18 @@ def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_zeros((*q.shape[:3], v.size(3))) * (q.sum() + k.sum() + v.sum())
 
 
-def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> str:
+def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, plan: AttentionPlan | None) -> str:
     """What has to be the same on all ranks of a call, for messages and for comparing."""
+    shapes = [tuple(x.shape) if plan is None else (*x.shape[:2], "tokens", x.size(3)) for x in (q, k, v)]
+    of_plan = "" if plan is None else f", {plan.words}"
     mask = "no mask" if visible is None else f"a mask {tuple(visible.shape)}"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {str(q.dtype).removeprefix('torch.')} on "
-        f"{q.device.type}, {mask}, "
+        f"q {_spelled(shapes[0])}, k {_spelled(shapes[1])}, v {_spelled(shapes[2])}, "
+        f"{str(q.dtype).removeprefix('torch.')} on {q.device.type}, {mask}{of_plan}, "
         f"scale {scale:.17g}, with{'' if gradients else 'out'} gradients"
     )
+
+
+def _spelled(shape: tuple[object, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"

@@ -1,7 +1,7 @@
 """What a program's messages carry: K/V on their way from rank to rank, and gradients on theirs to the owners.
 
 Shapes: B batch, G key/value heads, S tokens of one rank, D key head size, V value head size. What travels when is data,
-see program.py; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
+see program/; here it is played: `KeyValues` has what is at hand, `Gradients` adds up what is found.
 """
 
 import functools
@@ -15,25 +15,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mindspeed_cp.attention.sums import TokenSum
-from mindspeed_cp.comm import Addressed, Communicator, Transfer
-from mindspeed_cp.kernels.calls import Place, in_all_samples, place_within
+from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
+from mindspeed_cp.kernels.calls import Place, in_all_samples, part, place_within
 from mindspeed_cp.program import Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
-
-
-class RingCommunicators(NamedTuple):
-    """The ring's ranks, in its order, once for each kind of message; with overlap they must be different groups.
-
-    inner: K/V within an inner ring. outer: K/V between inner rings. gradients: dK/dV.
-    """
-
-    inner: Communicator
-    outer: Communicator
-    gradients: Communicator
-
-    def along(self, axis: Axis) -> Communicator:
-        """The one for messages of this axis."""
-        return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -54,6 +39,10 @@ class Player:
     def name(self, owner: int) -> str:
         """How the step on the block of `owner` is called in profiles and errors."""
         return _name(self.schedule, self.program.rank, self.phase, owner)
+
+    def step(self, owner: int) -> AbstractContextManager[object]:
+        """Within it, what runs has the name of the step in a profile."""
+        return in_profiles(self.name(owner)) if torch._C._autograd._profiler_enabled() else _NOTHING
 
     def post(
         self,
@@ -107,7 +96,10 @@ def _name(schedule: RingSchedule, rank: int, phase: Phase, owner: int) -> str:
 
 def in_profiles(name: str) -> AbstractContextManager[object]:
     """Within it, what runs has this name in a profile. Without a profiler it costs one look."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 class BlockFormat(NamedTuple):
@@ -135,9 +127,18 @@ class BlockFormat(NamedTuple):
         """Views of a message as k [B, G, S, D] and v [B, G, S, V]."""
         num_tokens = message.numel() // self.numel(1)
         values_from = num_tokens * self.batch * self.num_heads * self.head_size
-        k = message[:values_from].view(num_tokens, self.batch, self.num_heads, self.head_size)
-        v = message[values_from:].view(num_tokens, self.batch, self.num_heads, self.value_head_size)
-        return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+        begin = int(message.storage_offset())
+        return (
+            self._view(message, num_tokens, self.head_size, begin),
+            self._view(message, num_tokens, self.value_head_size, begin + values_from),
+        )
+
+    def _view(self, message: Tensor, num_tokens: int, head_size: int, begin: int) -> Tensor:
+        """[B, G, S, D] of what lies as [S, B, G, D] from a place on: one operation."""
+        heads, token = self.num_heads * head_size, self.batch * self.num_heads * head_size
+        return message.as_strided(
+            (self.batch, self.num_heads, num_tokens, head_size), (heads, head_size, token, 1), begin
+        )
 
     def pack(self, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
         """A new message of tokens that lie in several tensors."""
@@ -146,8 +147,8 @@ class BlockFormat(NamedTuple):
             if len(parts) == 1:
                 place.copy_(parts[0])
                 continue
-            for target, part in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
-                target.copy_(part)
+            for target, piece in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
+                target.copy_(piece)
         return message
 
 
@@ -287,7 +288,7 @@ class KeyValues:
             return self._here[owner, piece]
         whole = self._here[owner, None]
         heads = self._player.heads(piece, whole.k.size(1))
-        return Block(whole.tokens, whole.k[:, heads], whole.v[:, heads])
+        return Block(whole.tokens, part(whole.k, 1, heads), part(whole.v, 1, heads))
 
     def _message(self, message: Message) -> Tensor:
         """Its content: what has arrived as it is, where it goes on as a whole; else a copy."""
@@ -296,7 +297,7 @@ class KeyValues:
             return block.message
         places = [block.place(tokens) for tokens in message.tokens]
         return BlockFormat.of(block.k, block.v).pack(
-            *([x[:, :, place] for place in places] for x in (block.k, block.v))
+            *([part(x, 2, place) for place in places] for x in (block.k, block.v))
         )
 
 
@@ -336,8 +337,8 @@ class _OwnerSum:
         """Add gradients of some samples, heads and tokens."""
         for partial in partials:
             here = partial.place(self._tokens)
-            for total, part in zip(self._sums, (partial.dk, partial.dv), strict=True):
-                total.add(part, here, heads)
+            for total, more in zip(self._sums, (partial.dk, partial.dv), strict=True):
+                total.add(more, here, heads)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The sums, rounded to the dtype of K/V."""
@@ -434,4 +435,4 @@ class Gradients:
 
     def _sum_of(self, tokens: tuple[slice, ...], piece: int | None) -> _OwnerSum:
         heads = self._player.heads(piece, self._k.size(1))
-        return _OwnerSum(tokens, self._k[:, heads], self._v[:, heads])
+        return _OwnerSum(tokens, part(self._k, 1, heads), part(self._v, 1, heads))

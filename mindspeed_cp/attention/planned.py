@@ -1,4 +1,4 @@
-"""Attention on equal shards: the plan of a call follows from the number of its tokens.
+"""Attention by a plan: the one that a call comes with or, on equal shards, that which follows from its tokens.
 
 Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key head size, V value head size.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.attention.call import default_scale, refuse_mask_of_causal
+from mindspeed_cp.attention.call import check_plan, default_scale, refuse_mask
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
@@ -19,19 +19,21 @@ from mindspeed_cp.sharding import SequenceLayout
 
 @dataclass(frozen=True)
 class PlannedAttention:
-    """Attention of one document that is spread over the ranks in equal shards.
+    """Attention by the plan of a call; without one, of a document that is spread over the ranks in equal shards.
 
-    attention: what computes it. layout: who holds what. causal: whether a query sees only itself and earlier keys; else
-    it sees all of them, or what `visible` says.
+    attention: what computes it. layout, causal: where a call has no plan, who holds what, and whether a query sees only
+    itself and earlier keys; else it sees all of them, or what `visible` says.
     """
 
     attention: RingAttention | UlyssesAttention
     layout: SequenceLayout
     causal: bool
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """See Attention. The chunks divide the tokens."""
-        if q.size(2) % self.layout.chunks_per_rank:
+    def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
+        """See Attention. The chunks divide the tokens where there is no plan."""
+        if plan is not None:
+            check_plan(plan, q, k, self.attention.rank, self.layout.size)
+        elif q.size(2) % self.layout.chunks_per_rank:
             raise ValueError(
                 f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
             )
@@ -39,20 +41,36 @@ class PlannedAttention:
             self.attention.check(q, k, v)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> Tensor:
-        """See Attention. Raises ValueError where a causal attention is given a mask."""
-        return self.attention(q, k, v, *self._told(q, scale, visible))
+        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        return self.attention(q, k, v, *self._told(q, scale, visible, plan))
 
     def with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See Attention. Raises ValueError where a causal attention is given a mask."""
-        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible))
+        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible, plan))
 
-    def _told(self, q: Tensor, scale: float | None, visible: Tensor | None) -> tuple[AttentionPlan, Terms]:
-        refuse_mask_of_causal(visible, self.causal)
-        plan = plan_of(self.layout, q.size(2), self.causal)
+    def _told(
+        self, q: Tensor, scale: float | None, visible: Tensor | None, plan: AttentionPlan | None
+    ) -> tuple[AttentionPlan, Terms]:
+        refuse_mask(visible, plan, causal=self.causal)
+        plan = plan_of(self.layout, q.size(2), self.causal) if plan is None else plan
         return plan, Terms(default_scale(q) if scale is None else scale, visible)
 
 

@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player, RingCommunicators, in_profiles
+from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import Terms
+from mindspeed_cp.comm import RingCommunicators
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
@@ -51,7 +52,7 @@ from mindspeed_cp.kernels import (
     TileTerms,
     Window,
 )
-from mindspeed_cp.kernels.calls import Call, calls, of_sample
+from mindspeed_cp.kernels.calls import Call, calls, of_sample, part
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.protocol import EVERYTHING
 from mindspeed_cp.kernels.wrapped import Turned
@@ -184,9 +185,9 @@ def _common(tiles: Sequence[Tile], others: Sequence[Tile]) -> Iterator[Tile]:
     """What is in a tile of both."""
     for tile in tiles:
         for other in others:
-            part = within(tile, other.queries, other.keys) if tile.sample == other.sample else None
-            if part is not None:
-                yield part
+            common = within(tile, other.queries, other.keys) if tile.sample == other.sample else None
+            if common is not None:
+                yield common
 
 
 _ROOM = 8
@@ -246,7 +247,7 @@ def _forward(
     def compute(step: Step, call: Call) -> None:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        tensors = queries.given.take(q[:, heads]), keys.given.take(block.k), keys.given.take(block.v)
+        tensors = queries.given.take(part(q, 1, heads)), keys.given.take(block.k), keys.given.take(block.v)
         output = call.kernel.forward(*tensors, _terms(plan, terms, step.owner, call, heads, q))
         states[call] = output.state
         result = BlockOutput(queries.result(output.out), queries.result(output.lse))
@@ -254,7 +255,7 @@ def _forward(
 
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
-            with in_profiles(player.name(step.owner)):
+            with player.step(step.owner):
                 for call in made.calls[number]:
                     compute(step, call)
     return merged.result(), made, states
@@ -280,7 +281,7 @@ def _backward(
     def compute(step: Step, call: Call) -> Partial:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        d_out, q_, out, lse = (queries.given.take(x[:, heads]) for x in (dout, q, merged.out, merged.lse))
+        d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged.out, merged.lse))
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
             BlockOutput(out, lse, _state(states, call)),
@@ -294,7 +295,7 @@ def _backward(
     for number, step in enumerate(key_values.steps()):
         partials: list[Partial] = []
         if step.tiles:
-            with in_profiles(player.name(step.owner)):
+            with player.step(step.owner):
                 partials = [compute(step, call) for call in made.calls[number]]
         gradients.take(step, partials)
     return BlockGradients(dq.result(), *gradients.finish())
@@ -327,8 +328,7 @@ def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
 def _terms(plan: AttentionPlan, terms: Terms, owner: int, call: Call, heads: slice, q: Tensor) -> TileTerms:
     """What a kernel is told of a call's tiles."""
     if terms.visible is None:
-        visible = call.visible(q)
-        return TileTerms(terms.scale, call.window, visible, call.segments(q))
+        return call.terms(terms.scale, q)
     return TileTerms(terms.scale, visible=_visible(plan, terms.visible, owner, call.tiles[0], heads))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
-from mindspeed_cp.kernels.calls import Place
+from mindspeed_cp.kernels.calls import Place, part
 
 _ALL = slice(None)
 
@@ -41,7 +41,7 @@ class TokenSum:
         if self._is_empty and isinstance(place.tokens, slice) and partial.shape == self._like.shape:
             self._single = partial
             return
-        total = self._accumulator()[:, heads]
+        total = part(self._accumulator(), 1, heads)
         there = place.take(total)
         add_(there, partial)
         if not isinstance(place.tokens, slice):
@@ -59,7 +59,7 @@ class TokenSum:
 
     def at(self, tokens: slice) -> Tensor:
         """The sum of some tokens, as it is kept."""
-        return (self._accumulator() if self._single is None else self._single)[:, :, tokens]
+        return part(self._accumulator() if self._single is None else self._single, 2, tokens)
 
     def _accumulator(self) -> Tensor:
         if self._total is None:
@@ -89,14 +89,14 @@ class MergedOutput:
         """For queries q [B, N, S, D] and values v [B, G, T, V]."""
         return cls(q.new_empty(()).expand(*q.shape[:3], v.size(3)), kernels)
 
-    def merge(self, part: BlockOutput, place: Place, heads: slice = _ALL) -> None:
+    def merge(self, more: BlockOutput, place: Place, heads: slice = _ALL) -> None:
         """Add the attention of some queries and heads over some more keys, as `place` takes them."""
-        if self._is_empty and isinstance(place.tokens, slice) and part.out.shape == self._like.shape:
-            self._single = part
+        if self._is_empty and isinstance(place.tokens, slice) and more.out.shape == self._like.shape:
+            self._single = more
             return
-        out, lse = (x[:, heads] for x in self._accumulator()[:2])
+        out, lse = (part(x, 1, heads) for x in self._accumulator()[:2])
         merged = place.take(out), place.take(lse)
-        self.kernel.merge_(*merged, part)
+        self.kernel.merge_(*merged, more)
         if not isinstance(place.tokens, slice):
             place.put(out, merged[0])
             place.put(lse, merged[1])

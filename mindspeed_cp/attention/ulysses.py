@@ -44,6 +44,11 @@ class UlyssesAttention:
     group: int
     ring: RingAttention
 
+    @property
+    def rank(self) -> int:
+        """This rank's place among the context-parallel ranks."""
+        return self.groups[self.group][self.communicator.rank]
+
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError unless the group divides the heads."""
         size = self.communicator.size
@@ -71,7 +76,12 @@ class UlyssesAttention:
         order = group_order(grouped.queries, self.group)
         if terms.visible is not None:
             terms = replace(terms, visible=self._gather_rows(terms.visible, order))
-        q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
+        if grouped.keys is grouped.queries:
+            q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
+            return (q, k, v), grouped, terms, order
+        assert isinstance(grouped.keys, GroupedLayout)
+        (q,) = _ScatterHeads.apply(self.communicator, order, q)
+        k, v = _ScatterHeads.apply(self.communicator, group_order(grouped.keys, self.group), k, v)
         return (q, k, v), grouped, terms, order
 
     def _back(self, part: Tensor, order: "GroupOrder") -> Tensor:

@@ -123,8 +123,7 @@ class LedgerCommunicator:
             return _LedgerTransfer(self.communicator.exchange_all(sends, receives), self.ledger)
 
     def _count(self, to: int, num_bytes: int) -> None:
-        assert self.communicator.group is not None
-        if self.network.node(dist.get_global_rank(self.communicator.group, to)) == self.network.node(dist.get_rank()):
+        if self.network.node(self.communicator.global_ranks[to]) == self.network.node(dist.get_rank()):
             self.ledger.inside += num_bytes
         else:
             self.ledger.between += num_bytes
@@ -179,21 +178,20 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
     layout = SequenceLayout(size=network.num_ranks)
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
-    def on(group: dist.ProcessGroup | None) -> LedgerCommunicator:
-        return LedgerCommunicator(ProcessGroupCommunicator(group, traffic), network, ledger)
+    def noted(communicator: ProcessGroupCommunicator) -> LedgerCommunicator:
+        return LedgerCommunicator(communicator, network, ledger)
 
     if algorithm.kind == "single device":
         layout = SequenceLayout(size=1, kind="contiguous")
         attend = local_attention(causal=True, kernels=kernels) if dist.get_rank() == 0 else None
     elif algorithm.kind == "all-gather":
-        attend = AllGatherAttention(on(None), kernel)
+        attend = AllGatherAttention(noted(ProcessGroupCommunicator(None, traffic)), kernel)
     else:
         assert dist.group.WORLD is not None
         groups = ContextParallelGroups.build(topology, dist.group.WORLD, overlap=algorithm.overlap)
-        ring = None
-        if groups.ring is not None:
-            ring = RingCommunicators(*map(on, (groups.ring.inner, groups.ring.outer, groups.ring.gradients)))
-        ulysses = None if groups.ulysses is None else on(groups.ulysses)
+        axes = groups.along(topology, traffic)
+        ring = None if axes.ring is None else RingCommunicators(*map(noted, axes.ring))
+        ulysses = None if axes.ulysses is None else noted(axes.ulysses)
         attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=kernels)
     _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.

@@ -87,21 +87,40 @@ class _Message(NamedTuple):
 
 
 class ProcessGroupCommunicator:
-    """A Communicator over a torch.distributed process group, which counts what it sends in `traffic`.
+    """A Communicator over a torch.distributed process group, or some of its ranks, which counts what it sends.
 
     group: None is the default group of all ranks. tag: of its messages; gloo gives those of one tag to receives of no
-    other.
+    other. ranks: by their numbers in the group; all of them, in order, by default. Where it is among some of them,
+    everything is made of messages: collective operations of a backend are for all.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None, *, tag: int = 0) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        traffic: Traffic | None = None,
+        *,
+        tag: int = 0,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         group = group or dist.group.WORLD
         assert group is not None, "there is no process group yet"
+        members = dist.get_process_group_ranks(group)
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._global_ranks = dist.get_process_group_ranks(group)
+        self.ranks = tuple(range(len(members)) if ranks is None else ranks)
+        self.rank = self.ranks.index(dist.get_rank(group))
+        self.size = len(self.ranks)
+        self.global_ranks = tuple(members[rank] for rank in self.ranks)
         self.traffic = traffic if traffic is not None else Traffic()
         self._tag = tag
+        self._is_whole = list(self.global_ranks) == members
+
+    def subset(self, ranks: Sequence[int], traffic: Traffic | None = None) -> "ProcessGroupCommunicator":
+        """A communicator among some of the ranks, by their numbers here and in their order, with no new process group.
+
+        This rank has to be one of them. traffic: where it counts; where this one does by default.
+        """
+        ranks = [self.ranks[rank] for rank in ranks]
+        return ProcessGroupCommunicator(self.group, traffic or self.traffic, tag=self._tag, ranks=ranks)
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
@@ -112,7 +131,7 @@ class ProcessGroupCommunicator:
             sizes = Sizes([1] * self.size, [1] * self.size)
         received = send.new_empty((sum(sizes.received), *send.shape[1:]))
         own = send.split(list(sizes.sent))[self.rank]
-        if send.device.type == "cpu":
+        if send.device.type == "cpu" or not self._is_whole:
             self._all_to_all_by_messages(received, send, sizes)
         elif len({*sizes.sent, *sizes.received}) == 1:
             dist.all_to_all_single(received, send, group=self.group)
@@ -137,7 +156,7 @@ class ProcessGroupCommunicator:
         """See Communicator.all_gather."""
         _require_contiguous(send)
         received = torch.empty((self.size, *send.shape), dtype=send.dtype, device=send.device)
-        if send.device.type == "cpu":
+        if send.device.type == "cpu" or not self._is_whole:
             self._all_gather_by_messages(received, send)
         else:
             _all_gather_single(received.view(-1), send.view(-1), group=self.group)
@@ -175,15 +194,15 @@ class ProcessGroupCommunicator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the group's name, which finds it again within the same job and nowhere else."""
-        return _communicator_by_name, (self.group.group_name, tuple(self._global_ranks), self._tag)
+        members = tuple(dist.get_process_group_ranks(self.group))
+        return _communicator_by_name, (self.group.group_name, members, self._tag, self.ranks)
 
     def _post(self, messages: list[_Message]) -> Transfer:
         """Start all of them."""
         if not messages:
             return _ProcessGroupTransfer([], [])
         operations = [
-            dist.P2POp(each.way, each.content, self._global_ranks[each.peer], self.group, self._tag)
-            for each in messages
+            dist.P2POp(each.way, each.content, self.global_ranks[each.peer], self.group, self._tag) for each in messages
         ]
         return _ProcessGroupTransfer(dist.batch_isend_irecv(operations), [each.peer for each in messages])
 
@@ -212,7 +231,9 @@ def one_each_way(
     return sends, [] if receive is None else [Addressed(source, receive)]
 
 
-def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) -> ProcessGroupCommunicator:
+def _communicator_by_name(
+    name: str, global_ranks: tuple[int, ...], tag: int, ranks: tuple[int, ...]
+) -> ProcessGroupCommunicator:
     """The communicator that was pickled. Raises RuntimeError where this process has no such group."""
     try:
         group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
@@ -224,7 +245,7 @@ def _communicator_by_name(name: str, global_ranks: tuple[int, ...], tag: int) ->
             f"a pickled attention belongs to the process group {name!r} of ranks {list(global_ranks)}, which this job "
             f"does not have; save the module's state_dict instead, and build its attention anew."
         )
-    return ProcessGroupCommunicator(group, tag=tag)
+    return ProcessGroupCommunicator(group, tag=tag, ranks=ranks)
 
 
 def _require_contiguous(send: Tensor) -> None:

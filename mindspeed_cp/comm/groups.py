@@ -1,7 +1,16 @@
-"""Process groups of each axis of the context-parallel grid."""
+"""Process groups over the context-parallel ranks, made once, and the rings and Ulysses groups that are parts of them.
 
+Note [Parents]
+    Messages of one group keep their order, and with NCCL and HCCL each waits for the one before it. So K/V within inner
+    rings, K/V between them and gradients have groups of their own where they are to overlap. Each is of all
+    context-parallel ranks, whatever the grid: a ring, or a Ulysses group, is some ranks of it, and needs no group more.
+    Grids and sizes may change from batch to batch. As messages among a part must not be the first thing that NCCL sees
+    of a group, all ranks open it by a sum over a number.
+"""
+
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from inspect import signature
 from typing import Any, NamedTuple
@@ -10,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.agreement import Agreement
-from mindspeed_cp.comm.communicator import ProcessGroupCommunicator
+from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator
+from mindspeed_cp.comm.traffic import Traffic
+from mindspeed_cp.device import accelerator
+from mindspeed_cp.program import Axis
 from mindspeed_cp.topology import CPTopology
-
-_OUTER, _GRADIENTS, _HOST = 1, 2, 3
-"""Further groups of the same ranks, for messages that must not queue behind others, or that the host sends."""
 
 _AGREEMENT_TAG = 1
 """Of the messages of agreements; tensors have 0."""
@@ -24,40 +33,43 @@ _AGREEMENT_TAG = 1
 _UNSORTED: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
 
 
-class _Planned(NamedTuple):
-    """A group to make: its ranks within the context-parallel group, which copy, and its backend if not the usual."""
-
-    ranks: tuple[int, ...]
-    copy: int = 0
-    backend: str | None = None
-
-
-@dataclass(frozen=True)
-class RingGroups:
-    """The ranks of a ring, in its order, once for each kind of message that must not queue behind another.
+class RingCommunicators(NamedTuple):
+    """The same ranks, in the same order, once for each kind of message; with overlap they must be different groups.
 
     inner: K/V within an inner ring. outer: K/V between inner rings. gradients: dK/dV.
     """
 
-    inner: dist.ProcessGroup
-    outer: dist.ProcessGroup
-    gradients: dist.ProcessGroup
+    inner: Communicator
+    outer: Communicator
+    gradients: Communicator
+
+    def along(self, axis: Axis) -> Communicator:
+        """The one for messages of this axis."""
+        return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
+
+
+Kinds = tuple[ProcessGroupCommunicator, ProcessGroupCommunicator, ProcessGroupCommunicator]
+"""What RingCommunicators are made of, in their order."""
+
+
+class Axes(NamedTuple):
+    """What a rank communicates with along the axes of a grid; None along one on which it is alone."""
+
+    ulysses: ProcessGroupCommunicator | None
+    ring: Kinds | None
 
 
 @dataclass(frozen=True)
 class ContextParallelGroups:
-    """The groups that one rank communicates in.
+    """The groups in which context-parallel ranks communicate, see Note [Parents].
 
-    context_parallel: all ranks that share a sequence.
-    agreement: of all of them; one for all attentions over these groups.
-    ulysses: this rank's neighbours along the Ulysses axis; None where it has none.
-    ring: this rank's ring; None where it is alone in it.
+    context_parallel: all ranks that share a sequence, or of which some do. agreement: of these; one for all attentions
+    over them. parents: communicators among them, for each kind of message.
     """
 
     context_parallel: dist.ProcessGroup
     agreement: Agreement
-    ulysses: dist.ProcessGroup | None
-    ring: RingGroups | None
+    parents: Kinds
     _made: tuple[dist.ProcessGroup, ...] = ()
 
     @classmethod
@@ -70,12 +82,14 @@ class ContextParallelGroups:
         host_group: bool = False,
         timeout: timedelta | None = None,
     ) -> "ContextParallelGroups":
-        """The groups of `topology` over the ranks of an existing group, in that group's own order.
+        """Groups over the ranks of an existing group, in that group's own order.
 
         Like torch.distributed.new_group, it is called by all ranks of the world, each with its own context-parallel
         group and the same arguments else; a rank that has none calls `take_part`. Only where nothing but the group
-        itself is needed (Ulysses alone, a ring without overlap) may its ranks call it by themselves.
+        itself is needed (without overlap, or for Ulysses alone) may its ranks call it by themselves.
 
+        topology: the grid that they are for. Others of any size may be laid over them too; one with more inner rings
+        has no group of its own for messages between these.
         overlap: K/V within inner rings, K/V between them and gradients get groups of their own, so that none queues
         behind another; else they share one. host_group: where the job's backend carries no tensors of the CPU, a gloo
         group is made for what ranks agree on; without it the accelerator's group is used, and each call of attention
@@ -88,26 +102,44 @@ class ContextParallelGroups:
         _agreement_over(context_parallel).reach(
             f"{topology}, overlap={overlap}, host_group={host_group}", device=_device_of(context_parallel)
         )
-        planned = _plan(topology, overlap, host_group)
-        rank, members = dist.get_rank(context_parallel), dist.get_process_group_ranks(context_parallel)
-        made = _make_groups(planned, members, timeout or _timeout_of(context_parallel))
+        members = dist.get_process_group_ranks(context_parallel)
+        made = _make_groups(_plan(topology, overlap, host_group), members, timeout or _timeout_of(context_parallel))
+        inner, outer, gradients = (made.get(kind, context_parallel) for kind in RingCommunicators._fields)
+        for group in dict.fromkeys((inner, outer, gradients)):
+            _open(group)
+        parents = ProcessGroupCommunicator(inner), ProcessGroupCommunicator(outer), ProcessGroupCommunicator(gradients)
+        agreement = _agreement_over(made.get(_HOST, context_parallel))
+        return cls(context_parallel, agreement, parents, tuple(made.values()))
 
-        def group_of(ranks: tuple[int, ...], copy: int = 0) -> dist.ProcessGroup:
-            return made.get((ranks, copy), context_parallel)
+    @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return self.parents[0].rank
 
-        agreement = _agreement_over(group_of(tuple(range(topology.size)), _HOST))
+    def along(self, topology: CPTopology, traffic: Traffic | None = None) -> Axes:
+        """What this rank communicates with along each axis of a grid. traffic: where it is counted.
 
-        ulysses = group_of(topology.ulysses_ranks(rank)) if topology.ulysses > 1 else None
-        ring = None
-        if topology.ring_size > 1:
-            ranks = topology.ring_ranks(rank)
-            inner = group_of(ranks)
-            ring = RingGroups(
-                inner=inner,
-                outer=group_of(ranks, _OUTER) if overlap and topology.outer > 1 else inner,
-                gradients=group_of(ranks, _GRADIENTS) if overlap else inner,
-            )
-        return cls(context_parallel, agreement, ulysses, ring, tuple(made.values()))
+        Raises ValueError where the grid is not one of all these ranks.
+        """
+        check_number(topology, self.parents[0].size)
+        ulysses, ring = topology.ulysses_ranks(self.rank), topology.ring_ranks(self.rank)
+        return Axes(
+            self.parents[0].subset(ulysses, traffic) if len(ulysses) > 1 else None,
+            self._among(ring, traffic) if len(ring) > 1 else None,
+        )
+
+    def part(self, ranks: Sequence[int]) -> "ContextParallelGroups":
+        """Some of the ranks, by their numbers here, which share a sequence of their own; no process group is made.
+
+        They are this part's 0, 1 and so on; this rank has to be one of them.
+        """
+        agreeing = self.agreement.communicator
+        assert isinstance(agreeing, ProcessGroupCommunicator)
+        return replace(self, agreement=_agreement(agreeing.subset(ranks)), parents=self._among(ranks), _made=())
+
+    def _among(self, ranks: Sequence[int], traffic: Traffic | None = None) -> Kinds:
+        inner, outer, gradients = self.parents
+        return inner.subset(ranks, traffic), outer.subset(ranks, traffic), gradients.subset(ranks, traffic)
 
     @staticmethod
     def take_part(topology: CPTopology, *, overlap: bool = False, host_group: bool = False) -> None:
@@ -127,13 +159,17 @@ class ContextParallelGroups:
 
 
 def check_size(topology: CPTopology, context_parallel: dist.ProcessGroup) -> None:
-    """Raise ValueError unless the group has as many ranks as the topology."""
+    """Raise ValueError unless the group has as many ranks as the topology, and this one among them."""
     if dist.get_rank(context_parallel) < 0:
         raise ValueError(
             "this rank is not in the context-parallel group that it is given; where the others build groups, it calls "
             "ContextParallelGroups.take_part."
         )
-    size = dist.get_world_size(context_parallel)
+    check_number(topology, dist.get_world_size(context_parallel))
+
+
+def check_number(topology: CPTopology, size: int) -> None:
+    """Raise ValueError unless the topology is one of `size` ranks."""
     if size != topology.size:
         raise ValueError(
             f"the context-parallel group has {size} ranks and the configured topology {topology.size}: configure "
@@ -141,29 +177,27 @@ def check_size(topology: CPTopology, context_parallel: dist.ProcessGroup) -> Non
         )
 
 
-def _plan(topology: CPTopology, overlap: bool, host_group: bool) -> list[_Planned]:
-    """Groups to make beside the context-parallel one."""
-    planned: list[_Planned] = []
-    if topology.ulysses > 1 and topology.ring_size > 1:
-        planned += [_Planned(topology.ulysses_ranks(first)) for first in range(0, topology.size, topology.ulysses)]
-    if topology.ring_size > 1:
-        for ranks in (topology.ring_ranks(first) for first in range(topology.ulysses)):
-            if topology.ulysses > 1:
-                planned.append(_Planned(ranks))
-            if overlap and topology.outer > 1:
-                planned.append(_Planned(ranks, _OUTER))
-            if overlap:
-                planned.append(_Planned(ranks, _GRADIENTS))
+_HOST = "host"
+"""The kind of message that the host sends; the others are those of RingCommunicators."""
+
+
+def _plan(topology: CPTopology, overlap: bool, host_group: bool) -> dict[str, str | None]:
+    """Kinds of messages that get a group beside the context-parallel one, and its backend if not the usual."""
+    planned: dict[str, str | None] = {}
+    if overlap and topology.outer > 1:
+        planned["outer"] = None
+    if overlap and topology.ring_size > 1:
+        planned["gradients"] = None
     # All ranks of the world have to find the same here: so it is the world's backend that is looked at.
     if host_group and topology.size > 1 and dist.group.WORLD and not _carries_cpu_tensors(dist.group.WORLD):
-        planned.append(_Planned(tuple(range(topology.size)), _HOST, "gloo"))
+        planned[_HOST] = "gloo"
     return planned
 
 
 def _make_groups(
-    plan: list[_Planned], members: list[int], timeout: timedelta | None
-) -> dict[tuple[tuple[int, ...], int], dist.ProcessGroup]:
-    """Make the planned groups in every context-parallel group of the world, in one order; those that hold this rank.
+    plan: dict[str, str | None], members: list[int], timeout: timedelta | None
+) -> dict[str, dist.ProcessGroup]:
+    """Make the planned groups over every context-parallel group of the world, in one order; those of this rank.
 
     members: global ranks of this rank's context-parallel group; empty where it has none.
     """
@@ -174,17 +208,30 @@ def _make_groups(
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, members)
     made = {}
-    for others in sorted({tuple(ranks) for ranks in everyone if ranks}):
-        for ranks, copy, backend in plan:
-            global_ranks = [others[rank] for rank in ranks]
-            group = dist.new_group(global_ranks, timeout=timeout, backend=backend, **_UNSORTED)
-            if list(others) == members and dist.get_rank() in global_ranks:
-                made[ranks, copy] = group
+    for ranks in sorted({tuple(ranks) for ranks in everyone if ranks}):
+        for kind, backend in plan.items():
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend, **_UNSORTED)
+            if list(ranks) == members:
+                made[kind] = group
     return made
 
 
+def _open(group: dist.ProcessGroup) -> None:
+    """Have all ranks meet once, see Note [Parents]; gloo's are connected when a group is made.
+
+    Not by a barrier: in a group of several backends it would be the CPU's that is opened.
+    """
+    kind = accelerator()
+    if kind is not None and any(device.type == kind for device in group._device_types):
+        dist.all_reduce(torch.zeros(1, device=kind), group=group)
+
+
 def _agreement_over(group: dist.ProcessGroup) -> Agreement:
-    return Agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG), on_host=_carries_cpu_tensors(group))
+    return _agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG))
+
+
+def _agreement(communicator: ProcessGroupCommunicator) -> Agreement:
+    return Agreement(communicator, on_host=_carries_cpu_tensors(communicator.group))
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

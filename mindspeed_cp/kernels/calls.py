@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.kernels.choose import KernelRegistry
-from mindspeed_cp.kernels.protocol import EVERYTHING, UPPER_TRIANGLE, BlockCase, BlockKernel, Segments, Window
+from mindspeed_cp.kernels.protocol import (
+    EVERYTHING,
+    UPPER_TRIANGLE,
+    BlockCase,
+    BlockKernel,
+    Segments,
+    TileTerms,
+    Window,
+)
 from mindspeed_cp.kernels.tiles import cut
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import Tile
@@ -31,6 +39,7 @@ _SMALL = 2**16
 _WORTH = 4
 """So many tiles share a call, or none."""
 
+_ALL = slice(None)
 _Made = TypeVar("_Made")
 
 
@@ -42,14 +51,22 @@ class Place(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """What is there: by slices a view [b, H, s, ...], by an index [m] or [n, s] a copy [1 or n, H, m or s, ...]."""
-        found = x[self.samples, :, self.tokens]
         if isinstance(self.tokens, slice):
-            return found
+            assert isinstance(self.samples, slice)
+            return part(part(x, 0, self.samples), 2, self.tokens)
+        found = x[self.samples, :, self.tokens]
         return found.movedim(1, 0).unsqueeze(0) if self.tokens.dim() == 1 else found.movedim(2, 1)
 
     def put(self, x: Tensor, content: Tensor) -> None:
         """Write what `take` gives by an index [m]."""
         x[self.samples, :, self.tokens] = content.squeeze(0).movedim(0, 1)
+
+
+def part(x: Tensor, dim: int, of: slice) -> Tensor:
+    """x[:, .., of] along `dim`: one operation where indexing is one for each dim, and none where it is all of it."""
+    if of == _ALL or (of.start == 0 and of.stop == x.size(dim)):
+        return x
+    return x.narrow(dim, of.start, of.stop - of.start)
 
 
 def in_all_samples(tokens: slice) -> Place:
@@ -89,11 +106,6 @@ class Call:
     tiles: tuple[Tile, ...]
     _made: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def window(self) -> Window:
-        """Who sees whom, where no mask says it."""
-        return self.case.window
-
     def queries(self, like: Tensor) -> Gathered:
         """Where the queries are in tensors like [B, N, S, ...]."""
         return self._gathered("queries", like, lambda: [tile.queries for tile in self.tiles], self.case.num_queries)
@@ -107,35 +119,37 @@ class Call:
 
         return self._gathered(what, like, tokens, self.case.num_keys)
 
-    def segments(self, like: Tensor) -> Segments | None:
+    def terms(self, scale: float, like: Tensor) -> TileTerms:
+        """What the kernel is told, but for a boolean mask of the user's. like: in the order [B, N, S, ...]."""
+
+        def make() -> TileTerms:
+            return TileTerms(scale, self.case.window, self._visible(like), self._segments(like))
+
+        return self._once(("terms", scale, like.device, like.size(0)), make)
+
+    def _segments(self, like: Tensor) -> Segments | None:
         """Where tiles begin, in the tensors that a kernel is handed; None where it is not handed them packed."""
         if not self.case.packed:
             return None
 
-        def make() -> Segments:
-            copies = like.size(0) if self.tiles[0].sample is None else 1
-            ends = [
-                torch.tensor([0, *accumulate(lengths * copies)], dtype=torch.int32, device=like.device)
-                for lengths in ([tile.num_queries for tile in self.tiles], [tile.num_keys for tile in self.tiles])
-            ]
-            return Segments(ends[0], ends[1], self.case.num_queries, self.case.num_keys)
+        copies = like.size(0) if self.tiles[0].sample is None else 1
+        ends = [
+            torch.tensor([0, *accumulate(lengths * copies)], dtype=torch.int32, device=like.device)
+            for lengths in ([tile.num_queries for tile in self.tiles], [tile.num_keys for tile in self.tiles])
+        ]
+        return Segments(ends[0], ends[1], self.case.num_queries, self.case.num_keys)
 
-        return self._once(("segments", like.device, like.size(0)), make)
-
-    def visible(self, like: Tensor) -> Tensor | None:
+    def _visible(self, like: Tensor) -> Tensor | None:
         """The mask that tells the tiles of a batch apart, [n, 1, S, T]; None where the window does."""
         if not self.case.masked or len(self.tiles) == 1:
             return None
 
-        def make() -> Tensor:
-            visible = torch.zeros(len(self.tiles), 1, self.case.num_queries, self.case.num_keys, dtype=torch.bool)
-            for tile, rows in zip(self.tiles, visible, strict=True):
-                size = tile.num_queries, tile.num_keys
-                rows[0, : size[0], : size[1]] = Window(tile.left, tile.right).visible(*size)
-            copies = like.size(0) if self.tiles[0].sample is None else 1
-            return visible.repeat(copies, 1, 1, 1).to(like.device)
-
-        return self._once(("visible", like.device, like.size(0)), make)
+        visible = torch.zeros(len(self.tiles), 1, self.case.num_queries, self.case.num_keys, dtype=torch.bool)
+        for tile, rows in zip(self.tiles, visible, strict=True):
+            size = tile.num_queries, tile.num_keys
+            rows[0, : size[0], : size[1]] = Window(tile.left, tile.right).visible(*size)
+        copies = like.size(0) if self.tiles[0].sample is None else 1
+        return visible.repeat(copies, 1, 1, 1).to(like.device)
 
     def _gathered(self, what: object, like: Tensor, tokens: Callable[[], list[slice]], padded_to: int) -> Gathered:
         def make() -> Gathered:

@@ -12,12 +12,11 @@ Note [Merge]
     The factors come from the difference of the two lse alone. exp(lse_A - lse) is the same number on paper, but has the
     rounding error of lse, which grows with its size.
     A row that has seen no key yet has lse = -inf and out = 0. Where both are such, the differences would be NaN: they
-    are taken against 0 instead, so that a = b = 0 and lse = log(0) = -inf. There a + b = 0 is no divisor; everywhere
-    else it is 1 at least, because one of the two is exp(0): the divisor is max(a + b, 1).
+    are taken against the lowest number instead, so that a = b = 0 and lse = log(0) = -inf. There a + b = 0 is no
+    divisor; everywhere else it is 1 at least, because one of the two is exp(0): the divisor is max(a + b, 1).
     Sources: FlashAttention arXiv:2205.14135; Ring Attention arXiv:2310.01889; zhuzilin/ring-flash-attention#34.
 """
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -61,18 +60,23 @@ class TorchMerge:
 
     def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
         """See MergeKernel.merge_."""
-        for tokens in _pieces(out):
-            _merge(*(x[:, :, tokens] for x in (out, lse, block.out, block.lse)))
+        tensors = out, lse, block.out, block.lse
+        if (size := _piece(out)) >= out.size(2):
+            _merge(*tensors)
+            return
+        for pieces in zip(*(x.split(size, dim=2) for x in tensors), strict=True):
+            _merge(*pieces)
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    highest = torch.maximum(lse, block_lse)
-    anchor = highest.masked_fill(highest == -torch.inf, 0.0)
-    seen, added = torch.exp(lse - anchor), torch.exp(block_lse - anchor)
+    # The lowest number does for -inf: less it, -inf stays -inf, and exp(-inf) and log(0) are right.
+    anchor = torch.maximum(lse, block_lse).clamp_min_(torch.finfo(lse.dtype).min)
+    seen, added = (lse - anchor).exp_(), (block_lse - anchor).exp_()
     both = seen + added
     divisor = both.clamp_min(1.0)
-    out.mul_((seen / divisor).unsqueeze(-1)).addcmul_(block_out.to(out.dtype), (added / divisor).unsqueeze(-1))
-    lse.copy_(anchor + both.log())
+    seen, added = seen.div_(divisor).unsqueeze_(-1), added.div_(divisor).unsqueeze_(-1)
+    out.mul_(seen).addcmul_(block_out.to(out.dtype), added)
+    torch.add(anchor, both.log_(), out=lse)
 
 
 def add_(total: Tensor, partial: Tensor) -> None:
@@ -82,22 +86,23 @@ def add_(total: Tensor, partial: Tensor) -> None:
     """
     # On an accelerator that is one operation, which casts as it reads and moves no byte too many: no kernel of our own
     # could do with fewer.
-    for tokens in _pieces(total):
-        total[:, :, tokens].add_(partial[:, :, tokens])
+    if (size := _piece(total)) >= total.size(2):
+        total.add_(partial)
+        return
+    for part, more in zip(total.split(size, dim=2), partial.split(size, dim=2), strict=True):
+        part.add_(more)
 
 
 _PIECE = 2**20
 """Numbers in a piece, 4 MiB in fp32."""
 
 
-def _pieces(x: Tensor) -> Iterator[slice]:
-    """The tokens of x [B, N, S, V], in pieces on a CPU, all at once elsewhere.
+def _piece(x: Tensor) -> int:
+    """Tokens of x [B, N, S, V] that are done at once: some on a CPU, all of them elsewhere.
 
     On CPUs torch casts bf16 and fp16 into a temporary tensor first. In pieces it stays small and in the cache: large
     blocks take a quarter of the time. Elsewhere each piece would be a launch.
     """
-    num_tokens = x.size(2)
-    fitting = _PIECE * num_tokens // x.numel() if x.device.type == "cpu" and x.numel() else num_tokens
-    size = max(1, fitting)
-    for start in range(0, num_tokens, size):
-        yield slice(start, start + size)
+    if x.device.type != "cpu" or not x.numel():
+        return x.size(2)
+    return max(1, _PIECE * x.size(2) // x.numel())

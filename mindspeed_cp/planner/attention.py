@@ -42,7 +42,7 @@ class AttentionPass:
 
     plan: who sees whom, between the ranks of the ring; None is causal attention on zigzag shards.
     flops_per_s: floating-point operations a second of the kernel. launch_s: what each tile takes beside them.
-    overlap, pieces: as the ring is set, see Note [Pieces] in program.py; pieces divide the K/V heads of a rank.
+    overlap, pieces: as the ring is set, see Note [Pieces] in program/; pieces divide the K/V heads of a rank.
     """
 
     topology: CPTopology

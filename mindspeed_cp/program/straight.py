@@ -1,7 +1,14 @@
 """Programs in which K/V go straight from their owner to each rank that needs them, and gradients straight home.
 
 A message holds what its receiver sees and nothing else: a halo for a window, nothing for documents that lie within a
-rank. Ranks meet in the order of the schedule, whatever they skip of it, and so never wait for each other in a circle.
+rank.
+
+Note [Order of messages]
+    Ranks skip steps, and not the same ones. They never wait in a circle: a message has a number, the distance between
+    its ends, which is the same for both, and each rank comes to its messages in the order of their numbers, to the
+    gradients of one number before the K/V of its next one. Whoever waits for the message that is first in this order
+    finds it posted. K/V are posted when the block before theirs is worked on; without overlap, where they are waited
+    for at once, after that and after its gradients.
 """
 
 from collections.abc import Iterator

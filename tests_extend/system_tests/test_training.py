@@ -228,5 +228,5 @@ def test_a_layer_of_megatron_core_attends_alike_and_its_groups_are_gone_with_meg
     for order in ("tp-cp-ep-dp-pp", "tp-dp-ep-cp-pp"):
         for result in training.attend_in_a_core_layer(4, order, flags | {"use_cp_send_recv_overlap": True}):
             assert result.difference < 1e-5
-            assert result.groups_made == 4  # Ulysses, inner ring, gradients, and the context-parallel one itself
+            assert result.groups_made == 2  # One for gradients, and the context-parallel one itself.
             assert result.groups_left == 0

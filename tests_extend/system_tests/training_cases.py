@@ -126,13 +126,7 @@ def attend_in_a_core_layer(world_size: int, port: int, order: str, flags: dict[s
             # The layer of CP = 1 draws from it, and no training may have run in this process.
             model_parallel_cuda_manual_seed(1)
             groups = megatron_adaptor.plugin.groups
-            made = {
-                groups.context_parallel,
-                groups.ulysses,
-                groups.ring.inner,
-                groups.ring.outer,
-                groups.ring.gradients,
-            }
+            made = {each.group for each in groups.parents}
             whole = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(1))
             rank = parallel_state.get_context_parallel_rank()
             shards = (config.layout.shard(x, rank, dim=0) for x in whole)

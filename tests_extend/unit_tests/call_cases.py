@@ -117,7 +117,7 @@ def errors_in_micro_batches(case: Case, micro_batches: Sequence[Sequence[Call]])
             return " then ".join(error_of(attention, call) for _ in range(2))
 
         assert attention.agreement is not None
-        groups = ContextParallelGroups(None, attention.agreement, None, None)  # type: ignore[arg-type]
+        groups = ContextParallelGroups(None, attention.agreement, None)  # type: ignore[arg-type]
         forward, _ = micro_batch_patches(Plugin(groups=groups))
         step = forward.function(forward_step)
         errors = [step(calls[rank]) for calls in micro_batches]

@@ -1,25 +1,15 @@
-"""Layouts at random for tests, and the mix of documents that balance is measured on."""
+"""Layouts of documents at random."""
 
-import math
 import random
 from collections.abc import Iterator
 
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
-from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
+from mindspeed_cp.plan import CAUSAL, FULL, Band
 from mindspeed_cp.relayout import relayout
 from mindspeed_cp.sharding import shard
 
 Documents = tuple[int, ...]
-
-
-def lognormal_mix(seed: int, length: int, mean: float | None = None) -> Documents:
-    """Documents that make up so many tokens, sigma 1, of length / 16 tokens on the average by default."""
-    rng, lengths = random.Random(seed), list[int]()
-    location = math.log(mean or length / 16) - 0.5
-    while (left := length - sum(lengths)) > 0:
-        lengths.append(min(left, max(1, round(rng.lognormvariate(location, 1)))))
-    return tuple(lengths)
 
 
 def cut_at_random(rng: random.Random, length: int) -> Documents:
@@ -63,24 +53,6 @@ def random_layouts(rng: random.Random) -> Iterator[PackedLayout]:
         yield Balanced(
             num_ranks, samples, tokens, padded, prefer=prefer, chunks=rng.choice([1, 8]), bands=bands, bands_of=bands_of
         )
-
-
-def areas(plan: AttentionPlan) -> list[int]:
-    """What each rank computes."""
-    ranks = range(plan.queries.num_ranks)
-    return [sum(plan.area(mine, theirs) for theirs in ranks) for mine in ranks]
-
-
-def unevenness(loads: list[int]) -> float:
-    """The largest by the mean."""
-    return max(loads) / (sum(loads) / len(loads))
-
-
-def received(plan: AttentionPlan) -> int:
-    """Tokens of others that all ranks need."""
-    ranks = range(plan.queries.num_ranks)
-    slices = (each for mine in ranks for theirs in ranks if mine != theirs for each in plan.needed(mine, theirs))
-    return sum(each.stop - each.start for each in slices)
 
 
 def relayout_and_back(group, source, target, whole):

@@ -9,11 +9,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.attention import RingAttention, RingCommunicators, UlyssesAttention
 from mindspeed_cp.attention.terms import Terms
-from mindspeed_cp.comm import Communicator, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.comm import Communicator, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
 from mindspeed_cp.program import Transport
 from mindspeed_cp.schedule import RingSchedule
@@ -181,3 +182,37 @@ def attend_virtually(
         return attend(case, rank, plan, ulysses, ring)
 
     return world.run(on_rank)
+
+
+# Over gloo.
+
+
+class OnParents(NamedTuple):
+    """What a rank got in each round, and the process groups that were made meanwhile."""
+
+    found: list[Found]
+    made: int
+
+
+def attend_on_the_same_parents(
+    group: dist.ProcessGroup, rounds: Sequence[Sequence[tuple[tuple[int, ...], PlanCase]]]
+) -> OnParents:
+    """Round after round over groups that are built once; in each the ranks share out among some attentions.
+
+    rounds: the ranks of each attention of a round, and its case.
+    """
+    parents = ContextParallelGroups.build(
+        CPTopology(outer=2, inner=dist.get_world_size(group) // 2), group, overlap=True
+    )
+    registered, found = set(dist.distributed_c10d._world.pg_map), []
+    for attentions in rounds:
+        ((ranks, case),) = ((ranks, case) for ranks, case in attentions if dist.get_rank(group) in ranks)
+        part = parents.part(ranks)
+        part.agreement.reach(str(case.topology))
+        ulysses, ring = part.along(case.topology)
+        communicators = None if ring is None else RingCommunicators(*ring)
+        found.append(attend(case, part.rank, plan_of(case), ulysses, communicators))
+    made = len(set(dist.distributed_c10d._world.pg_map) - registered)
+    dist.barrier(group)  # Nobody closes a connection over which another one still receives.
+    parents.destroy()
+    return OnParents(found, made)

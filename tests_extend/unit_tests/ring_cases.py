@@ -18,8 +18,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mindspeed_cp.attention import Attention, PlannedAttention, UlyssesAttention, build_attention, compose_attention
-from mindspeed_cp.attention.exchange import RingCommunicators
-from mindspeed_cp.comm import Addressed, ContextParallelGroups, Traffic, Transfer, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.comm import (
+    Addressed,
+    ContextParallelGroups,
+    RingCommunicators,
+    Traffic,
+    Transfer,
+    VirtualCommunicator,
+    VirtualWorld,
+)
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -345,15 +352,15 @@ def build_and_destroy(group: dist.ProcessGroup | None, topology: CPTopology, ove
             continue
         groups = ContextParallelGroups.build(topology, group, overlap=overlap)
         made = set(registered) - before
-        ring = None if groups.ring is None else {groups.ring.inner, groups.ring.outer, groups.ring.gradients}
-        if ring is not None:
-            assert len({tuple(dist.get_process_group_ranks(each)) for each in ring}) == 1
-        ulysses = None if groups.ulysses is None else dist.get_process_group_ranks(groups.ulysses)
-        ring_ranks = None if groups.ring is None else dist.get_process_group_ranks(groups.ring.inner)
+        axes = groups.along(topology)
+        ring = {each.group for each in axes.ring or ()}
+        assert len({each.global_ranks for each in axes.ring or ()}) <= 1
+        ulysses = None if axes.ulysses is None else list(axes.ulysses.global_ranks)
+        ring_ranks = None if axes.ring is None else list(axes.ring[0].global_ranks)
         dist.barrier(group)  # Nobody closes a connection that another one is still making.
         groups.destroy()
         left = set(registered) - before
-        built.append(Built(ulysses, ring_ranks, len(ring or ()), len(made), len(left)))
+        built.append(Built(ulysses, ring_ranks, len(ring), len(made), len(left)))
     return built
 
 

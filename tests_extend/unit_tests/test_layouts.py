@@ -5,9 +5,10 @@ from itertools import accumulate
 
 import pytest
 
+from mindspeed_cp.benchmark.documents import areas, lognormal_mix, received, unevenness
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, EqualChunks, Zigzag
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run, check_runs, joined, pairs_seen
-from unit_tests.layout_cases import areas, lognormal_mix, random_layouts, received, unevenness
+from unit_tests.layout_cases import random_layouts
 
 
 def tokens_by_sample(layout, rank):
