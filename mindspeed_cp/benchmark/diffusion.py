@@ -1,7 +1,8 @@
 """A step of denoising on meshes, and a ring against its kernel and its link: what scripts/bench_diffusion.py measures.
 
-Ranks that outnumber the cores cannot compute side by side, so a block of the transformer is a wait for its floating-point
-operations (EmulatedKernel for attention, `wait_until` for the rest); what travels is real, and so is everything around it.
+Ranks that outnumber the cores cannot compute side by side, so a block of the transformer is a wait for its
+floating-point operations (EmulatedKernel for attention, `wait_until` for the rest); what travels is real, and so is
+everything around it.
 """
 
 import functools
@@ -108,7 +109,7 @@ def _common_start() -> float:
 def _groups(size: int) -> dist.ProcessGroup:
     """In a rank's process: its group of so many neighbours."""
     world = range(0, dist.get_world_size(), size)
-    groups = [dist.new_group(list(range(first, first + size))) for first in world]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(range(first, first + size))) for first in world]
     return groups[dist.get_rank() // size]
 
 
@@ -158,7 +159,8 @@ def measure_ring(case: Case, kernel_s: float) -> RingTimes:
             seconds.append(_timed(lambda attention=attention: attention(q, q, q, shares=shares), _common_start()))
     slowest = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return RingTimes(*slowest.tolist(), kernel_s)
+    ring_s, link_s = slowest.tolist()
+    return RingTimes(ring_s, link_s, kernel_s)
 
 
 @functools.cache

@@ -35,8 +35,9 @@ Guidance = Literal["batch", "calls"]
 class Split(NamedTuple):
     """Where whole tokens become this rank's share.
 
-    module: its path, in which * is anything; "" is the transformer. tensor: the name of an argument of its forward, or the place of an output
-    where it is a number. dim: of the tokens; an argument with fewer dims has none, and stays as it is.
+    module: its path, in which * is anything; "" is the transformer. tensor: the name of an argument of its forward, or
+    the place of an output where it is a number. dim: of the tokens; an argument with fewer dims has none, and stays as
+    it is.
     """
 
     module: str

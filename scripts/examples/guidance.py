@@ -2,17 +2,18 @@
 
     torchrun --nproc-per-node 4 scripts/examples/guidance.py
 
-Without it a step predicts twice, with the prompt and without. Here rank i predicts branch i, one message a step gives every
-rank both, and all of them take the same step. By hand on the first two ranks; with the library three branches on all.
+Without it a step predicts twice, with the prompt and without. Here rank i predicts branch i, one message a step gives
+every rank both, and all of them take the same step. By hand on the first two ranks; with the library three branches on
+all.
 """
 
 import sys
 
 import torch
 import torch.distributed as dist
+from launch import run_as_script
 from torch import Tensor
 
-from launch import run_as_script
 from mindspeed_cp.diffusion import GuidanceParallel, ParallelMesh, guide
 from mindspeed_cp.testing.tiny_dit import TinyDiT
 

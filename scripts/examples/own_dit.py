@@ -10,8 +10,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-
 from launch import run_as_script
+
 from mindspeed_cp.diffusion import Gather, ParallelMesh, Split, TransformerPlan, parallelize
 from mindspeed_cp.testing.tiny_dit import TinyDiT
 

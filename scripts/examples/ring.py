@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 scripts/examples/ring.py
 
 Each rank keeps its queries, and keys and values go once around. A rank's outputs over the blocks are merged by their
-log-sum-exps: out = sum of exp(lse_i - lse) out_i. Adding up the outputs themselves would be wrong, since each is divided by
-the sum of its own block's weights.
+log-sum-exps: out = sum of exp(lse_i - lse) out_i. Adding up the outputs themselves would be wrong, since each is
+divided by the sum of its own block's weights.
 """
 
 import sys
@@ -12,9 +12,9 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from launch import run_as_script
 from torch import Tensor
 
-from launch import run_as_script
 from mindspeed_cp.diffusion import MeshAttention, ParallelMesh, Shares, gather
 
 BATCH, TOKENS, HEADS, HEAD_SIZE = 1, 64, 4, 16

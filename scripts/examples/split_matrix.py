@@ -2,17 +2,17 @@
 
     torchrun --nproc-per-node 4 scripts/examples/split_matrix.py
 
-By columns each rank has a part of Y, and an all-gather concatenates the parts. By rows each rank has a part of X as well,
-and an all-reduce sums the products. Both once by hand, and once with the library's layers.
+By columns each rank has a part of Y, and an all-gather concatenates the parts. By rows each rank has a part of X as
+well, and an all-reduce sums the products. Both once by hand, and once with the library's layers.
 """
 
 import sys
 
 import torch
 import torch.distributed as dist
+from launch import run_as_script
 from torch import nn
 
-from launch import run_as_script
 from mindspeed_cp.diffusion import ColumnLinear, ParallelMesh, RowLinear
 
 BATCH, TOKENS, WIDTH, OUTPUTS = 2, 16, 32, 64

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 scripts/examples/ulysses.py
 
-Each rank has a part of the tokens. An all-to-all gives it all tokens of a part of the heads, it attends, and another one
-gives it its own tokens of all heads again. By hand the ranks divide the tokens; the library takes any number.
+Each rank has a part of the tokens. An all-to-all gives it all tokens of a part of the heads, it attends, and another
+one gives it its own tokens of all heads again. By hand the ranks divide the tokens; the library takes any number.
 """
 
 import sys
@@ -11,9 +11,9 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from launch import run_as_script
 from torch import Tensor
 
-from launch import run_as_script
 from mindspeed_cp.diffusion import MeshAttention, ParallelMesh, Shares, gather, split
 
 BATCH, TOKENS, HEADS, HEAD_SIZE = 1, 64, 8, 16
