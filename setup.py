@@ -8,6 +8,7 @@ setup(
         "mindspeed_cp.attention",
         "mindspeed_cp.benchmark",
         "mindspeed_cp.comm",
+        "mindspeed_cp.diffusion",
         "mindspeed_cp.kernels",
         "mindspeed_cp.launch",
         "mindspeed_cp.patches",
