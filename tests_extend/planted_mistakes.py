@@ -59,7 +59,7 @@ MISTAKES = {
         "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
-    "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    torch.add(anchor, both.log_(), out=lse)\n", "", "attention"),
     "message to the wrong peer": Mistake(
         "program/rotation.py",
         "gives = message(self._peer(0, -inner),",
@@ -89,8 +89,8 @@ MISTAKES = {
     ),
     "scale left out": Mistake(
         "attention/ring.py",
-        "return TileTerms(terms.scale, call.window",
-        "return TileTerms(1.0, call.window",
+        "return call.terms(terms.scale, q)",
+        "return call.terms(1.0, q)",
         "attention",
     ),
     "kernel of the forward pass not kept": Mistake(

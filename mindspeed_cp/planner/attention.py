@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import Axis, Message, Phase, Program, Step, program
+from mindspeed_cp.program import Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -44,7 +44,7 @@ class AttentionPass:
 
     plan: who sees whom, between the ranks of the ring; None is causal attention on zigzag shards.
     flops_per_s: floating-point operations a second of the kernel. launch_s: what each tile takes beside them.
-    overlap, pieces: as the ring is set, see Note [Pieces] in program/; pieces divide the K/V heads of a rank.
+    overlap, pieces, transport: as the ring is set, see RingAttention.
     """
 
     topology: CPTopology
@@ -54,6 +54,7 @@ class AttentionPass:
     launch_s: float = 0.0
     overlap: bool = False
     pieces: int = 1
+    transport: Transport | None = None
     plan: AttentionPlan | None = None
 
     def events(self, rank: int) -> Iterator[Event]:
@@ -88,7 +89,7 @@ class AttentionPass:
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
-        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces)
+        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport)
 
     @property
     def _plan(self) -> AttentionPlan:
@@ -143,7 +144,7 @@ class AttentionPass:
                     yield from post(gives, gets, axis)
             if not self.overlap:
                 yield from key_values(step)
-        yield Wait(Axis.ACROSS)
+        yield from (Wait(axis) for axis in Axis)
 
     def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
@@ -158,9 +159,12 @@ def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def ring_program(plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int) -> Program:
-    """`program`, made once for all predictions that read it."""
-    return program(plan, schedule, rank, phase, pieces=pieces)
+def ring_program(
+    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, transport: Transport | None
+) -> Program:
+    """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
+    transport = transport or cheapest_transport(plan, schedule)
+    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces)
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:
