@@ -138,8 +138,8 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
     for phase in Phase:
         text.append(
             f"\n  {phase.value:29s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'link':>8s}{'/larger':>8s}{'exposed':>8s}"
-            f"{'waiting':>8s}{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}{'cards':>9s}"
-            f"{'peak MiB':>9s}  error"
+            f"{'waiting':>8s}{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}"
+            f"{'cards':>9s}{'peak MiB':>9s}  error"
         )
         for line in (line for line in lines if line["pass"] == phase.value):
             errors = line["errors"]

@@ -14,7 +14,8 @@ Kind = Literal["single device", "all-gather", "context parallel"]
 class Algorithm:
     """A way to compute attention.
 
-    topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as the ring is set, see RingAttention.
+    topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as the ring is set, see
+    RingAttention.
     """
 
     name: str
