@@ -85,7 +85,7 @@ class PreparedCall(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to attend with, on any rank."""
+        """Whether no rank has a query."""
         if self.plan is None or not self.q.size(0):
             return not self.q.numel()
         return not any(map(self.plan.queries.num_tokens, range(self.plan.queries.num_ranks)))
@@ -168,8 +168,8 @@ class ContextParallelAttention:
         words, refusal, factor = "", None, 1.0
         try:
             q, k, v = in_one_dtype(q, k, v)
-            self._check_mask(q, visible, plan)
             self.check(q, k, v, plan)
+            self._check_mask(q, visible, plan)
             factor = number(scale, q)
             words = f"{_words(q, k, v, factor, visible, plan)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != "output")
