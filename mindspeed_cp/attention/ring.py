@@ -40,6 +40,7 @@ from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Playe
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import RingCommunicators
+from mindspeed_cp.config import divisors
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
@@ -84,6 +85,18 @@ class RingAttention:
         """This rank's place in the ring."""
         return 0 if self.communicators is None else self.communicators.inner.rank
 
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless the pieces divide the K/V heads."""
+        self.check_heads(k.size(1))
+
+    def check_heads(self, num_kv_heads: int) -> None:
+        """Raise ValueError unless the pieces divide so many K/V heads."""
+        if self.pieces < 1 or num_kv_heads % self.pieces:
+            raise ValueError(
+                f"pieces={self.pieces} do not divide the {num_kv_heads} K/V heads that a rank of the ring works on; "
+                f"give one of {', '.join(map(str, divisors(num_kv_heads)))}."
+            )
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between the ranks of the ring."""
         out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)[0]
@@ -125,7 +138,7 @@ class RingPass:
         return zip(self.program.steps, self.calls, strict=True)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _forward_pass(
     plan: AttentionPlan,
     schedule: RingSchedule,
@@ -152,7 +165,7 @@ def _share(case: BlockCase, pieces: int) -> BlockCase:
     return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _backward_pass(plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase) -> RingPass:
     """The pass in which every tile is computed by the kernel that computed it in the forward pass.
 

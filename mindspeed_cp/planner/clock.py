@@ -61,6 +61,17 @@ def predicted_bytes(network: Network, events: Iterable[Event], rank: int) -> Sen
     return Sent(*sent)
 
 
+def busiest_link_seconds(network: Network, events_of: Callable[[int], Iterable[Event]]) -> float:
+    """How long the busiest link takes for all that goes over it: no pass is sooner done, whatever hides what."""
+    bytes_over: defaultdict[tuple[str, int], int] = defaultdict(int)
+    for rank in range(network.num_ranks):
+        for each in events_of(rank):
+            for to, num_bytes in each.sends.items() if isinstance(each, Post) else ():
+                for link in network.links(rank, to):
+                    bytes_over[link] += num_bytes
+    return max((num_bytes / network.rate(link) for link, num_bytes in bytes_over.items()), default=0.0)
+
+
 def predicted_seconds(network: Network, events_of: Callable[[int], Iterable[Event]]) -> float:
     """When the last rank is done, see Note [Prediction].
 
@@ -137,7 +148,7 @@ class _Play:
             self.posted[end, source, to, handle].append(num_bytes)
             return
         ends = ((source, handle), (to, handle))
-        self.flowing.append(_Message(max(num_bytes, waiting.popleft()), channel, self._links(source, to), ends))
+        self.flowing.append(_Message(max(num_bytes, waiting.popleft()), channel, self.network.links(source, to), ends))
 
     def _finish(self, message: _Message) -> None:
         self.flowing.remove(message)
@@ -147,14 +158,6 @@ class _Play:
                 del self.waits_for[rank]
                 self._advance(rank)
 
-    def _links(self, source: int, to: int) -> tuple[tuple[str, int], ...]:
-        network = self.network
-        if network.node(source) == network.node(to):
-            return ("fast out", source), ("fast in", to)
-        if network.slow_link == "rank":
-            return ("slow out", source), ("slow in", to)
-        return ("slow out", network.node(source)), ("slow in", network.node(to))
-
     def _rates(self) -> list[float]:
         """Bytes a second of each message under way."""
         load: defaultdict[tuple[str, int], int] = defaultdict(int)
@@ -162,8 +165,7 @@ class _Play:
         for message in self.flowing:
             for link in message.links if id(message) in first else ():
                 load[link] += 1
-        mbit = {"fast": self.network.fast_mbit, "slow": self.network.slow_mbit}
         return [
-            min(mbit[link[0][:4]] * 1e6 / 8 / load[link] for link in message.links) if id(message) in first else 0.0
+            min(self.network.rate(link) / load[link] for link in message.links) if id(message) in first else 0.0
             for message in self.flowing
         ]
