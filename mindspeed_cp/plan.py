@@ -39,7 +39,7 @@ _Made = TypeVar("_Made")
 
 
 class Run(NamedTuple):
-    """Tokens start..stop of one rank: they are the positions `position`.. of one document of one sample.
+    """Tokens start..stop (stop excluded) of one rank: they are the positions `position`.. of one document of one sample.
 
     document: numbered in the order of the stream. sample: its index in the batch; None where all samples are alike.
     """
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 class Band(NamedTuple):
     """Query i of a document sees its key j where -ahead <= i - j <= behind; None is without bound.
 
-    keys: the positions of the keys that it is about, from..to; the bands of one document are about different keys.
+    keys: the positions of the keys that it is about, from..to (to excluded); the bands of one document are about different keys.
     """
 
     behind: int | None
@@ -144,7 +144,8 @@ class AttentionPlan:
         at_gaps: whether tiles end where positions jump.
 
         Every pair that sees each other is in one tile, and no other pair is in any. There are never more tiles than
-        runs of queries, runs of keys and documents together, unless they end at gaps.
+        runs of queries, runs of keys and documents together where a document has one band, or the two of a prefix;
+        unless they end at gaps.
         """
         case = query_rank, key_rank, at_gaps
         if case not in self._tiles:

@@ -77,10 +77,15 @@ def compose_attention(
 
     rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
     where that has one rank. merge_kernels: what to choose from for merging a ring's blocks, the preferred first.
+    layout, kernels, transport, pieces: see build_attention.
+
+    Raises ValueError where the layout is of another size than the topology, or a configured kernel does not exist.
     """
     topology, layout = config.topology, layout or config.layout
     if layout.size != topology.size:
-        raise ValueError(f"{layout} is not one of the {topology.size} context-parallel ranks.")
+        raise ValueError(
+            f"a layout of {layout.size} ranks and a topology of {topology.size}; give SequenceLayout(size={topology.size})."
+        )
     if config.context_parallel_kernels:
         kernels = kernels.only(config.context_parallel_kernels)
     if config.megatron_cp_in_bnsd:

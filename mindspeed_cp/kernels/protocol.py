@@ -84,6 +84,8 @@ class TileTerms:
 class BlockCase(NamedTuple):
     """What a kernel must know to say whether it can compute a tile.
 
+    num_heads, num_kv_heads: of queries, and of keys and values. num_queries, num_keys: rows and columns of the tile.
+    head_size, value_head_size: of queries and keys, and of values.
     compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere. masked: whether a tensor says who sees
     whom. packed: whether there are several tiles one after another; queries and keys are then those of the longest.
     """
@@ -212,13 +214,20 @@ class BlockKernel(Protocol):
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """Attention of q over k and v."""
+        """Attention of q over k and v.
+
+        q: [B, N, S, D], k: [B, G, T, D], v: [B, G, T, V], any strides; with segments B is 1, and S and T are the tokens
+        of all tiles. Only for cases without reasons against them: nothing is checked.
+        """
         ...
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
-        """Gradients of q, k and v for the gradient `dout` of the output."""
+        """Gradients of q, k and v for the gradient `dout` [B, N, S, V] of the output.
+
+        output: of the rows over all their keys.
+        """
         ...
 
 
