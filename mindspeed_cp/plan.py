@@ -39,7 +39,7 @@ _Made = TypeVar("_Made")
 
 
 class Run(NamedTuple):
-    """Tokens start..stop (stop excluded) of one rank: they are the positions `position`.. of one document of one sample.
+    """Tokens start..stop of one rank, the last excluded: the positions `position`.. of one document of one sample.
 
     document: numbered in the order of the stream. sample: its index in the batch; None where all samples are alike.
     """
@@ -54,7 +54,8 @@ class Run(NamedTuple):
 class Band(NamedTuple):
     """Query i of a document sees its key j where -ahead <= i - j <= behind; None is without bound.
 
-    keys: the positions of the keys that it is about, from..to (to excluded); the bands of one document are about different keys.
+    keys: the positions of the keys that it is about, from..to, the last excluded; the bands of one
+    document are about different keys.
     """
 
     behind: int | None

@@ -84,7 +84,8 @@ def compose_attention(
     topology, layout = config.topology, layout or config.layout
     if layout.size != topology.size:
         raise ValueError(
-            f"a layout of {layout.size} ranks and a topology of {topology.size}; give SequenceLayout(size={topology.size})."
+            f"a layout of {layout.size} ranks and a topology of {topology.size}; give "
+            f"SequenceLayout(size={topology.size})."
         )
     if config.context_parallel_kernels:
         kernels = kernels.only(config.context_parallel_kernels)
