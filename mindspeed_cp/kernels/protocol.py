@@ -32,10 +32,15 @@ class Window(NamedTuple):
 
     def area(self, num_queries: int, num_keys: int) -> int:
         """Pairs of row and key that see each other."""
-        shift, rows = num_keys - num_queries, range(num_queries)
-        first = (0 if self.left is None else max(0, row + shift - self.left) for row in rows)
-        last = (num_keys if self.right is None else min(num_keys, row + shift + self.right + 1) for row in rows)
-        return sum(max(0, end - start) for start, end in zip(first, last, strict=True))
+        shift = num_keys - num_queries
+        ends = num_keys * num_queries if self.right is None else _clamped(shift + self.right + 1, num_queries, num_keys)
+        return ends - (0 if self.left is None else _clamped(shift - self.left, num_queries, num_keys))
+
+
+def _clamped(first: int, count: int, most: int) -> int:
+    """The sum of `count` numbers that ascend by 1 from `first` on, those below 0 taken as 0, those above `most` as that."""
+    low, high = max(0, first), min(most, first + count)
+    return (low + high - 1) * (high - low) // 2 * (low < high) + most * max(0, min(count, first + count - most))
 
 
 EVERYTHING, TRIANGLE, UPPER_TRIANGLE = Window(None, None), Window(None, 0), Window(0, None)
