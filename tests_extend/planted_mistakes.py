@@ -189,6 +189,46 @@ MISTAKES = {
         "device=x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",
     ),
+    "a round by distance": Mistake(
+        "rounds.py", "    radices = _prime_factors(size)\n", "    radices = [size]\n", "test_rounds.py"
+    ),
+    "weights' gradients not summed over depth": Mistake(
+        "tensor_parallel/products.py",
+        "        dweight = _summed(_outer(dy, x), mesh, plan.gathered_weight)\n"
+        "        return Gradients(dx, raw_reduce(dweight, mesh, plan.shared_weight))",
+        "        dweight = _summed(_outer(dy, x), mesh, plan.gathered_weight)\n        return Gradients(dx, dweight)",
+        "tensor_parallel/test_linear.py",
+    ),
+    "a bias's gradient from this rank's rows alone": Mistake(
+        "tensor_parallel/products.py",
+        "if axis in layouts.output.rows),",
+        "if axis in layouts.output.rows and axis not in layouts.input.features),",
+        "tensor_parallel/test_linear.py",
+    ),
+    "the last slice is not received": Mistake(
+        "tensor_parallel/products.py",
+        '        """Of all slices."""\n        self._receive()\n',
+        '        """Of all slices."""\n',
+        "tensor_parallel/test_linear.py",
+    ),
+    "a tied table's gradient from its own batch alone": Mistake(
+        "tensor_parallel/vocabulary.py",
+        "table = share(self.weight, mesh, plan.shared_weight)",
+        "table = self.weight",
+        "tensor_parallel/test_gated_and_tied.py",
+    ),
+    "a gate for the value": Mistake(
+        "tensor_parallel/block.py",
+        "gate, value = apply_together([self.gate, self.fc1], x)",
+        "value, gate = apply_together([self.gate, self.fc1], x)",
+        "tensor_parallel/test_gated_and_tied.py",
+    ),
+    "autocast forgotten": Mistake(
+        "tensor_parallel/linear.py",
+        "local, *cast = in_autocast(x.local, *weights, *biases)",
+        "local, *cast = x.local, *weights, *biases",
+        "tensor_parallel/test_autocast.py",
+    ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }
 

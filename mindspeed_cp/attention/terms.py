@@ -7,7 +7,6 @@ and its mathematics are in one file: sinks.py, kernels/bias.py, kernels/philox.p
 checked, and cut for tiles.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -220,7 +219,9 @@ class TermsOfTiles:
     def _place(self, rank: int, *, of_keys: bool) -> Tensor:
         """Where a rank's tokens are in the stream, [1 or B, s] int64."""
         if (of_keys, rank) not in self._places:
-            self._places[of_keys, rank] = _places(self._plan, rank, of_keys=of_keys).to(self._q.device)
+            self._places[of_keys, rank] = self._plan.once(
+                ("places", rank, of_keys), lambda: _places(self._plan, rank, of_keys=of_keys)
+            ).to(self._q.device)
         return self._places[of_keys, rank]
 
     def _positions(self, owner: int, call: Call) -> Positions:
@@ -257,7 +258,6 @@ class TermsOfTiles:
 _BY_POSITION = frozenset({Term.ALIBI, Term.DROPOUT})
 
 
-@functools.lru_cache(maxsize=256)
 def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
     """Where a rank's tokens are in the stream, [1 or B, s] int64."""
     rows: dict[int, list[Tensor]] = {}

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -53,7 +54,9 @@ class UlyssesAttention:
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError unless each rank of the group gets a head."""
-        HeadLayout(q.size(1), k.size(1), self.communicator.size)
+        heads = HeadLayout(q.size(1), k.size(1), self.communicator.size)
+        for given in set(heads.keys.given):
+            self.ring.check_heads(len(given))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between all context-parallel ranks."""
@@ -192,11 +195,15 @@ class GroupOrder:
             yield slice(None) if len(indices) == 1 else slice(sample, sample + 1), index
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # Each keeps a number for every token on the device, and packed batches have one each.
 def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
     """The order of a group's tokens, made once for all layers of a batch."""
     sizes = tuple(layout.layout.num_tokens(member) for member in layout.groups[group])
     return GroupOrder(sizes, tuple(layout.parts(group).values()))
+
+
+_THERE, _BACK = "Ulysses: exchange heads for tokens", "Ulysses: exchange tokens for heads"
+"""How all-to-alls are called in profiles."""
 
 
 class _ScatterHeads(torch.autograd.Function):
@@ -247,7 +254,8 @@ def scatter_heads(
         send = shards[0].new_empty((size, tokens, batch, _width(parts)))
         for part, place in zip(parts, _split_heads(send, parts), strict=True):
             place.copy_(part)
-        received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
+        with in_profiles(_THERE):
+            received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
         return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
     sent = [_of_member(shards, heads, member) for member in range(size)]
     widths = [_width(each) for each in sent]
@@ -256,7 +264,8 @@ def scatter_heads(
         for part, place in zip(each, _split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
             place.copy_(part)
     sizes = Sizes([tokens * batch * width for width in widths], [count * batch * widths[rank] for count in order.sizes])
-    received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
+    with in_profiles(_THERE):
+        received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
     mine = (x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), sent[rank]))
     return tuple(_repeated(x, dealt.given[rank]) for x, dealt in zip(mine, heads, strict=True))
 
@@ -282,14 +291,16 @@ def gather_heads(
         for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
             order.unsort_into(place, sequence)
     if is_even:
-        received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
+        with in_profiles(_BACK):
+            received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
         shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
         return tuple(x.permute(1, 2, 0, 3) for x in shards)
     batch = send.size(1)
     sums = [_HeadSum(x, dealt, tokens) for x, dealt in zip(sequences, heads, strict=True)]
     widths = [sum(each.width(member) for each in sums) for member in range(size)]
     sizes = Sizes([count * batch * send.size(2) for count in order.sizes], [tokens * batch * w for w in widths])
-    messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
+    with in_profiles(_BACK):
+        messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
     for member, message in enumerate(messages):
         pieces = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
         for each, piece in zip(sums, pieces, strict=True):

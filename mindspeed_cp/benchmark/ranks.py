@@ -89,16 +89,16 @@ class LedgerCommunicator:
 
     @property
     def rank(self) -> int:
-        """See Communicator.rank."""
+        """This rank's number within the group."""
         return self.communicator.rank
 
     @property
     def size(self) -> int:
-        """See Communicator.size."""
+        """Number of ranks in the group."""
         return self.communicator.size
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
-        """See Communicator.all_to_all."""
+        """The communicator's, written into the ledger."""
         for rank, part in enumerate(send if sizes is None else send.split(list(sizes.sent))):
             if rank != self.rank:
                 self._count(rank, part.nbytes)
@@ -106,17 +106,17 @@ class LedgerCommunicator:
             return self.communicator.all_to_all(send, sizes)
 
     def all_gather(self, send: Tensor) -> Tensor:
-        """See Communicator.all_gather. gloo passes blocks around a ring."""
+        """The communicator's, written into the ledger: gloo passes blocks around a ring."""
         self._count((self.rank + 1) % self.size, (self.size - 1) * send.nbytes)
         with self.ledger.timed():
             return self.communicator.all_gather(send)
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
-        """See Communicator.exchange."""
+        """The communicator's, written into the ledger; so is the time of waiting for it."""
         return self.exchange_all(*one_each_way(send, to, receive, source))
 
     def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
-        """See Communicator.exchange_all."""
+        """The communicator's, written into the ledger; so is the time of waiting for it."""
         for to, send in sends:
             self._count(to, send.nbytes)
         with self.ledger.timed():
@@ -192,7 +192,14 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
         axes = groups.along(topology, traffic)
         ring = None if axes.ring is None else RingCommunicators(*map(noted, axes.ring))
         ulysses = None if axes.ulysses is None else noted(axes.ulysses)
-        attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=kernels)
+        attend = compose_attention(
+            algorithm.config,
+            rank=dist.get_rank(),
+            ulysses=ulysses,
+            ring=ring,
+            kernels=kernels,
+            pieces=algorithm.pieces,
+        )
     _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)
