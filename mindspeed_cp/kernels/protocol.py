@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 def _clamped(first: int, count: int, most: int) -> int:
-    """The sum of `count` numbers that ascend by 1 from `first` on, those below 0 taken as 0, those above `most` as that."""
+    """The sum of `count` numbers that ascend by 1 from `first` on, each taken as 0 below that, and as `most` above."""
     low, high = max(0, first), min(most, first + count)
     return (low + high - 1) * (high - low) // 2 * (low < high) + most * max(0, min(count, first + count - most))
 
