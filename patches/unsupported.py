@@ -50,7 +50,6 @@ _REFUSALS = (
         "attention dropout is not available yet",
         "set --attention-dropout 0",
     ),
-    _Refusal("window_size", _is_set, "sliding windows are not available yet", "leave it out"),
     _Refusal(
         "softmax_type",
         lambda kind: kind not in (None, "vanilla"),
@@ -67,8 +66,6 @@ _REFUSALS = (
     _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
-    _Refusal("sft", _is_set, _PACKED, "leave it out"),
-    _Refusal("dataloader_inter_document_masking", _is_set, _PACKED, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _PACKED, "leave it out"),
     _Refusal(
         "hybrid_context_parallel",
@@ -171,25 +168,6 @@ def refuse_unsupported(
     options, defaults: see unsupported.
     """
     raise_for(unsupported(options, config.context_parallel_size, defaults))
-
-
-def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError where documents are to be masked from each other, and some layers would get no mask.
-
-    Megatron itself goes on with causal attention there, also at CP = 1.
-
-    args: Megatron's arguments; only after validate_args is it known how many virtual stages a layout makes.
-    """
-    size = config.context_parallel_size
-    # get_batch of pretrain_gpt.py, in all releases: the first and the last stage have a batch, and those that predict
-    # further tokens, which are the last.
-    stages = args.pipeline_model_parallel_size * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
-    if size > 1 and args.reset_attention_mask and stages > 2:
-        raise ConfigurationError(
-            f"--reset-attention-mask with --context-parallel-size {size} and {stages} pipeline stages, virtual ones "
-            f"included: Megatron gives the batch's mask to the first and the last alone, so documents would see each "
-            f"other in the rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
-        )
 
 
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:

@@ -28,8 +28,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from packaging.version import Version
 from torch import Tensor
 
-import mindspeed_cp.megatron_adaptor  # noqa: F401  (patches Megatron)
-from mindspeed_cp.sharding import SequenceLayout
+from mindspeed_cp import megatron_adaptor
 
 
 class Batch(NamedTuple):
@@ -50,11 +49,7 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
     if get_args().create_attention_mask_in_dataloader:
         batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
 
-    layout = SequenceLayout(size=mpu.get_context_parallel_world_size())
-    rank = mpu.get_context_parallel_rank()
-    mask = batch.pop("attention_mask", None)
-    shards = {name: layout.shard(x, rank, dim=1) for name, x in batch.items()}
-    return Batch(**shards, attention_mask=None if mask is None else layout.shard(mask, rank, dim=2))
+    return Batch(**megatron_adaptor.shard_batch({"attention_mask": None, **batch}))
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTModel) -> tuple[Tensor, partial]:

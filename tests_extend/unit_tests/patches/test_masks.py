@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.attention import LayerAttention
-from mindspeed_cp.patches.unsupported import refuse_lost_masks, refuse_unsupported
+from mindspeed_cp.patches.unsupported import refuse_unsupported
 from unit_tests.dense import causal_mask, dense_attention
 
 
@@ -73,9 +73,6 @@ def test_mask_of_another_shape_or_dtype_is_refused_as_it_was_given(shape, dtype)
     assert str(refusal.value) == message
 
 
-GENERAL = ContextParallelConfig(context_parallel_size=4, attention_mask_type="general")
-
-
 def arguments(**changes):
     """Megatron's arguments after validate_args, of a run with documents masked from each other."""
     return SimpleNamespace(
@@ -87,24 +84,6 @@ def arguments(**changes):
             **changes,
         }
     )
-
-
-@pytest.mark.parametrize(("stages", "virtual", "whole"), [(4, None, 4), (3, None, 3), (2, 2, 4)])
-def test_pipeline_stages_that_get_no_mask_are_refused_where_it_differs_from_the_causal_one(stages, virtual, whole):
-    pipeline = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": virtual}
-    with pytest.raises(ConfigurationError) as refusal:
-        refuse_lost_masks(arguments(**pipeline), GENERAL)
-    assert str(refusal.value) == (
-        f"--reset-attention-mask with --context-parallel-size 4 and {whole} pipeline stages, virtual ones included: "
-        f"Megatron gives the batch's mask to the first and the last alone, so documents would see each other in the "
-        f"rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
-    )
-    refuse_lost_masks(arguments(**pipeline, reset_attention_mask=False), GENERAL)
-    refuse_lost_masks(arguments(**pipeline), ContextParallelConfig())
-
-
-def test_two_pipeline_stages_both_get_the_mask():
-    refuse_lost_masks(arguments(pipeline_model_parallel_size=2), GENERAL)
 
 
 @pytest.mark.parametrize("mask_type", ["general", "causal"])
