@@ -40,6 +40,7 @@ from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import (
     difference_notes,
+    refuse_lost_documents,
     refuse_unloadable_optimizer,
     unsupported,
 )
@@ -84,6 +85,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 _exit_with(error)
             result = original(args, *rest, **kwargs)
             try:
+                refuse_lost_documents(args, config, _release())
                 refuse_unloadable_optimizer(args, config)
             except ConfigurationError as error:
                 _exit_with(error)
@@ -294,6 +296,12 @@ def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _release() -> str:
+    from megatron.core import __version__
+
+    return str(__version__)
+
+
 def _document_length(args: argparse.Namespace) -> int | None:
     """Tokens of each document, where the flags say how many."""
     length: int = args.fix_sub_seq_length
@@ -405,6 +413,7 @@ def _examine_arguments(
     of_model = found_by(
         lambda: _check_model(args, config),
         lambda: check_kernels(args, config),
+        lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]

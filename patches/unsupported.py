@@ -6,6 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.patches.blockers import Blocker, raise_for
 
@@ -168,6 +170,25 @@ def refuse_unsupported(
     options, defaults: see unsupported.
     """
     raise_for(unsupported(options, config.context_parallel_size, defaults))
+
+
+def refuse_lost_documents(args: argparse.Namespace, config: ContextParallelConfig, release: str) -> None:
+    """Raise ConfigurationError where packed streams are cut into pipeline stages that are not told where they end.
+
+    args: Megatron's arguments; only after validate_args is it known how many virtual stages a layout makes. release: of
+    megatron.core.
+    """
+    size = config.context_parallel_size
+    # get_batch of pretrain_gpt.py: of the stages between the first and the last only --sft has a data set, since 0.17.
+    lost = [flag("dataloader_inter_document_masking")] * getattr(args, "dataloader_inter_document_masking", False)
+    lost += [flag("sft")] * (getattr(args, "sft", False) and Version(release) < Version("0.17"))
+    stages = args.pipeline_model_parallel_size * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
+    if size > 1 and lost and stages > 2:
+        raise ConfigurationError(
+            f"{lost[0]} with --context-parallel-size {size} and {stages} pipeline stages, virtual ones included: "
+            f"Megatron {release} tells the first and the last alone where documents end; use "
+            f"--pipeline-model-parallel-size 1, or 2 without virtual stages, or --reset-attention-mask."
+        )
 
 
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:

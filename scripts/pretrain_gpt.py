@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
@@ -32,13 +33,17 @@ from mindspeed_cp import megatron_adaptor
 
 
 class Batch(NamedTuple):
-    """This rank's tokens of a micro-batch: [B, S], and [B, 1, S, T] for the mask, with T the tokens of all ranks."""
+    """This rank's tokens of a micro-batch: [B, S], and [B, 1, S, T] for the mask, with T the tokens of all ranks.
+
+    packed_seq_params: where documents end, of samples that are one stream: [1, S].
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
+    packed_seq_params: PackedSeqParams | None
 
 
 def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
@@ -49,7 +54,17 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
     if get_args().create_attention_mask_in_dataloader:
         batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
 
-    return Batch(**megatron_adaptor.shard_batch({"attention_mask": None, **batch}))
+    packed = None
+    if getattr(get_args(), "dataloader_inter_document_masking", False):
+        batch |= tensor_parallel.broadcast_data(["cu_seqlens", "max_seqlen"], data, torch.int32)
+        from megatron.core.utils import flatten_batch_for_packed_sequences  # Of those releases that have the flag.
+
+        batch = flatten_batch_for_packed_sequences(batch)
+        ends, longest = batch["cu_seqlens"][0], int(batch.pop("max_seqlen"))
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    shards = megatron_adaptor.shard_batch({"attention_mask": None, **batch})
+    shards.pop("cu_seqlens", None)
+    return Batch(**shards, packed_seq_params=packed)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTModel) -> tuple[Tensor, partial]:
@@ -58,7 +73,12 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTMo
         return model(None, None, None), partial(sum_losses, None)
     batch = load_batch(data_iterator)
     losses = model(
-        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=batch.packed_seq_params,
     )
     return losses, partial(sum_losses, batch.loss_mask)
 
@@ -86,6 +106,8 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        # Of those releases that have the flag.
+        **({"inter_document_masking": True} if getattr(args, "dataloader_inter_document_masking", False) else {}),
     )
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()

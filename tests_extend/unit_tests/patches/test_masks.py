@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.attention import LayerAttention
-from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patches.unsupported import refuse_lost_documents, refuse_unsupported
 from unit_tests.dense import causal_mask, dense_attention
 
 
@@ -84,6 +84,29 @@ def arguments(**changes):
             **changes,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "release", "stages", "virtual", "whole"),
+    [
+        ("dataloader_inter_document_masking", "0.19.2", 4, None, 4),
+        ("dataloader_inter_document_masking", "0.19.2", 2, 2, 4),
+        ("sft", "0.16.1", 3, None, 3),
+    ],
+)
+def test_packed_streams_are_refused_in_stages_that_are_not_told_where_they_end(option, release, stages, virtual, whole):
+    config, pipeline = ContextParallelConfig(context_parallel_size=4), {"virtual_pipeline_model_parallel_size": virtual}
+    args = arguments(**pipeline, **{option: True}, pipeline_model_parallel_size=stages)
+    with pytest.raises(ConfigurationError) as refusal:
+        refuse_lost_documents(args, config, release)
+    assert str(refusal.value) == (
+        f"--{option.replace('_', '-')} with --context-parallel-size 4 and {whole} pipeline stages, virtual ones "
+        f"included: Megatron {release} tells the first and the last alone where documents end; use "
+        f"--pipeline-model-parallel-size 1, or 2 without virtual stages, or --reset-attention-mask."
+    )
+    refuse_lost_documents(arguments(**pipeline, pipeline_model_parallel_size=stages), config, release)
+    refuse_lost_documents(arguments(sft=True, pipeline_model_parallel_size=4), config, "0.17.1")
+    refuse_lost_documents(arguments(**{option: True}, pipeline_model_parallel_size=2), config, release)
 
 
 @pytest.mark.parametrize("mask_type", ["general", "causal"])
