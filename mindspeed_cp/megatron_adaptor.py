@@ -24,6 +24,7 @@ from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchRegistry
 
@@ -113,6 +114,7 @@ registry = PatchRegistry(
         *document_patches(plugin),
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),
+        *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),
     ),

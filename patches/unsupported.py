@@ -149,6 +149,15 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
             f"no mask is made, so documents would see each other; leave out one of the two."
         )
         blockers.append(Blocker("--reset-attention-mask", sentence))
+    packed = [option for option in ("sft", "dataloader_inter_document_masking") if getattr(options, option, False)]
+    if packed and getattr(options, "apply_rope_fusion", False):
+        blockers.append(
+            Blocker(
+                flag(packed[0]),
+                f"{flag(packed[0])} with --context-parallel-size {size} and fused rotary embeddings: these take all "
+                f"documents to be cut in lengths that 2 x CP divides; add --no-rope-fusion.",
+            )
+        )
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)

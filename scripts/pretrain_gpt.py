@@ -55,7 +55,7 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
         batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
 
     packed = None
-    if getattr(get_args(), "dataloader_inter_document_masking", False):
+    if is_packed():
         batch |= tensor_parallel.broadcast_data(["cu_seqlens", "max_seqlen"], data, torch.int32)
         from megatron.core.utils import flatten_batch_for_packed_sequences  # Of those releases that have the flag.
 
@@ -65,6 +65,11 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
     shards = megatron_adaptor.shard_batch({"attention_mask": None, **batch})
     shards.pop("cu_seqlens", None)
     return Batch(**shards, packed_seq_params=packed)
+
+
+def is_packed() -> bool:
+    """Whether samples are streams of documents, by a flag that Megatron has since 0.19."""
+    return getattr(get_args(), "dataloader_inter_document_masking", False)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTModel) -> tuple[Tensor, partial]:
@@ -107,7 +112,7 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         # Of those releases that have the flag.
-        **({"inter_document_masking": True} if getattr(args, "dataloader_inter_document_masking", False) else {}),
+        **({"inter_document_masking": True} if is_packed() else {}),
     )
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()

@@ -109,6 +109,14 @@ def test_packed_streams_are_refused_in_stages_that_are_not_told_where_they_end(o
     refuse_lost_documents(arguments(**{option: True}, pipeline_model_parallel_size=2), config, release)
 
 
+def test_packed_streams_are_refused_beside_fused_rotary_embeddings():
+    config = ContextParallelConfig(context_parallel_size=4)
+    fused = {"reset_attention_mask": False, "apply_rope_fusion": True}
+    with pytest.raises(ConfigurationError, match=r"--sft with --context-parallel-size 4 and fused.*--no-rope-fusion"):
+        refuse_unsupported(arguments(**fused, sft=True), config)
+    refuse_unsupported(arguments(**fused), config)
+
+
 @pytest.mark.parametrize("mask_type", ["general", "causal"])
 def test_documents_are_not_masked_by_a_mask_that_is_not_made(mask_type):
     config = ContextParallelConfig(context_parallel_size=4, attention_mask_type=mask_type)

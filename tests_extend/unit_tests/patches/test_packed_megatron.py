@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from mindspeed_cp.patches.losses import _roll_stream
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patching import PatchRegistry
 from mindspeed_cp.sharding import shard
 
@@ -88,3 +90,33 @@ def test_next_token_is_the_documents_own_wherever_it_is_held(monkeypatch):
         mine, total = _roll_stream(Packing(), shards[rank], params, group(rank, 3))
         assert torch.equal(mine, shard(rolled, layout(3), rank, 1))
         assert total * 3 == rolled.sum()
+
+
+class WordByWord:
+    """A tokenizer of conversations: a word is its length."""
+
+    eod, pad, unique_identifiers = 0, 0, ()
+
+    def tokenize_conversation(self, conversation, return_target, add_generation_prompt):
+        words = [len(word) for message in conversation for word in message["content"].split()]
+        return np.array(words), np.array(words)
+
+
+def test_packs_of_conversations_are_the_same_whatever_the_size(adaptor):
+    module = pytest.importorskip("megatron.training.datasets.sft_dataset")
+    conversations = [{"role": "system", "content": "a bb ccc dddd eeeee"}, {"role": "system", "content": "f gg hhh"}]
+
+    def pack(size):
+        config = SimpleNamespace(sequence_length=16, context_parallel_size=size, tokenizer=WordByWord())
+        config.create_attention_mask = config.reset_attention_mask = config.reset_position_ids = False
+        config.random_seed, config.split, config.split_matrix = 1, "100,0,0", None
+        dataset = module.SFTDataset([conversations], "none", np.arange(1), 1, SimpleNamespace(name="train"), config)
+        assert config.context_parallel_size == size, "the others' configuration is left alone"
+        return dataset[0]
+
+    alone = pack(1)
+    with PatchRegistry(sft_data_patches()).applied():
+        packed = pack(4)
+    assert packed["cu_seqlens"].unique().tolist() == [0, 5, 16]
+    for name, whole in alone.items():
+        assert torch.equal(packed[name], whole), name

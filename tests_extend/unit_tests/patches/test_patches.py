@@ -25,6 +25,7 @@ from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchError, PatchRegistry
 
@@ -45,6 +46,7 @@ PATCHES = (
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
     *rotary_patches(Plugin()),
+    *sft_data_patches(),
     *torch_norm_patches(),
     *dataset_helper_patches(),
     *cpu_device_patches(),
