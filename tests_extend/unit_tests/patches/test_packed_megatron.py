@@ -109,7 +109,7 @@ def test_packs_of_conversations_are_the_same_whatever_the_size(adaptor):
     def pack(size):
         config = SimpleNamespace(sequence_length=16, context_parallel_size=size, tokenizer=WordByWord())
         config.create_attention_mask = config.reset_attention_mask = config.reset_position_ids = False
-        config.random_seed, config.split, config.split_matrix = 1, "100,0,0", None
+        config.random_seed, config.split, config.split_matrix, config.allow_ambiguous_pad_tokens = 1, "", None, False
         dataset = module.SFTDataset([conversations], "none", np.arange(1), 1, SimpleNamespace(name="train"), config)
         assert config.context_parallel_size == size, "the others' configuration is left alone"
         return dataset[0]
