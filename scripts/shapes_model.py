@@ -1,8 +1,8 @@
 """Small diffusion models of coloured shapes, trained here in minutes: pictures (SD3's kind) and clips (Wan's kind).
 
 They are transformers and pipelines of diffusers as they are, on pixels in the place of latents. What a prompt says is
-its words: a colour and a shape, each a fixed vector. Trained as rectified flows (arXiv:2209.03003), with the prompt left
-out at times, so that guidance has something to guide away from.
+its words: a colour and a shape, each a fixed vector. Trained as rectified flows (arXiv:2209.03003), with the prompt
+left out at times, so that guidance has something to guide away from.
 """
 
 import hashlib
