@@ -21,8 +21,8 @@ Kind = Literal["picture", "clip"]
 
 COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.8, 0.1)}
 SHAPES = ("circle", "square", "triangle")
-SIZE, FRAMES, WORDS, WORD_WIDTH = 32, 4, 2, 32
-HEADS, HEAD_SIZE, LAYERS = 8, 12, 4
+SIZE, FRAMES, WORDS, WORD_WIDTH = 24, 4, 2, 32
+HEADS, HEAD_SIZE, LAYERS = 8, 12, 3
 
 
 class PixelSpace(nn.Module):
@@ -34,7 +34,7 @@ class PixelSpace(nn.Module):
             block_out_channels=(1,), scaling_factor=1.0, shift_factor=0.0, latent_channels=3, z_dim=3,
             latents_mean=[0.0] * 3, latents_std=[1.0] * 3, scale_factor_temporal=1, scale_factor_spatial=1,
         )  # fmt: skip
-        self.dtype = torch.float32
+        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """The pixels."""
@@ -67,16 +67,13 @@ def _vector(word: str) -> Tensor:
 
 
 def drawn(prompts: list[str], frames: int, generator: torch.Generator) -> Tensor:
-    """What prompts say, at random places and sizes: [B, 3, frames, H, W], from -1 to 1; clips move to the right."""
-    count = len(prompts)
-    radius = 6 + 5 * torch.rand(count, generator=generator)
-    margin = radius + 1
-    y = margin + (SIZE - 2 * margin) * torch.rand(count, generator=generator)
-    start = torch.rand(count, generator=generator)
+    """What prompts say, in several sizes: [B, 3, frames, H, W], from -1 to 1; in clips it moves to the right."""
+    count, middle = len(prompts), (SIZE - 1) / 2
+    radius = 6 + 2 * torch.rand(count, generator=generator)
+    x_first, y = middle + 3 * (torch.rand(2, count, generator=generator) - 0.5)
     pictures = []
     for frame in range(frames):
-        along = (start + 0.5 * frame / max(frames - 1, 1)) % 1 if frames > 1 else start
-        x = margin + (SIZE - 2 * margin) * along
+        x = x_first + 2.0 * (frame - (frames - 1) / 2)
         rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
         dy, dx = rows - y[:, None, None], columns - x[:, None, None]
         r = radius[:, None, None]
