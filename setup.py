@@ -14,6 +14,7 @@ setup(
         "mindspeed_cp.patches",
         "mindspeed_cp.patches.mindspeed",
         "mindspeed_cp.planner",
+        "mindspeed_cp.program",
         "mindspeed_cp.tensor_parallel",
         "mindspeed_cp.testing",
     ],

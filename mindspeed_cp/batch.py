@@ -4,6 +4,7 @@ Shapes: B samples, S tokens of a whole sample, s tokens of one rank.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -65,8 +66,8 @@ class PackedBatch:
         """
         samples, padded = lengths_of(cu_seqlens, cu_seqlens_padded), cu_seqlens_padded is not None
         bands, bands_of = bands_of_documents(samples, padded, mask_type, window_size, prefix_lengths)
-        of_ranks = None if tokens is None else tuple(tokens)
-        dealt = _deal(layout, num_ranks, samples, padded, of_ranks, prefer, bands, bands_of)
+        of_ranks = None if tokens is None else tuple(map(operator.index, tokens))
+        dealt = _deal(layout, operator.index(num_ranks), samples, padded, of_ranks, prefer, bands, bands_of)
         return cls(dealt, bands, bands_of)
 
     def with_mask(
@@ -101,7 +102,7 @@ class PackedBatch:
         return restore(shards, self.layout, dim, batch_dim=batch_dim)
 
     def position_ids(self, rank: int, device: torch.device | str = CPU) -> Tensor:
-        """Position of each of a rank's tokens in its document: [1 or B, s] int64."""
+        """Position of each of a rank's tokens in its document, of padding from 0 anew: [1 or B, s] int64."""
         return positions(self.layout, rank, device)
 
     def labels(self, tokens: Tensor, rank: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:

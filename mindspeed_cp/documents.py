@@ -6,7 +6,7 @@ Shapes: B samples, S tokens of a whole sample.
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
@@ -87,7 +87,9 @@ def _ends(cu_seqlens: Numbers | Sequence[Numbers], name: str) -> list[list[int]]
     """Where each sample's documents begin and end; what fills up the rows of a matrix is left out."""
     rows = _rows(cu_seqlens, name)
     if len(getattr(cu_seqlens, "shape", ())) == 2:
-        rows = [row[: row.index(row[-1]) + 1] if row else row for row in rows]
+        for row in rows:
+            while len(row) > 1 and row[-2] == row[-1]:
+                row.pop()
     return rows
 
 
@@ -139,9 +141,9 @@ def bands_of_documents(
     every = 2 if padded else 1
     lengths = [length for documents in samples for length in documents[::every]]
     masks = _of_each(mask_type, len(lengths), "mask_type", mask_type is None or isinstance(mask_type, str))
-    one_window = window_size is None or (len(window_size) == 2 and all(isinstance(each, int) for each in window_size))
+    one_window = not isinstance(window_size, Sequence) or all(isinstance(each, Real) for each in window_size)
     windows = _of_each(window_size, len(lengths), "window_size", one_window)
-    one_prefix = prefix_lengths is None or isinstance(prefix_lengths, int)
+    one_prefix = prefix_lengths is None or isinstance(prefix_lengths, Real)
     prefixes = _of_each(prefix_lengths, len(lengths), "prefix_lengths", one_prefix)
     if prefix_lengths is not None and "prefix" not in masks:
         raise ValueError(
@@ -164,23 +166,28 @@ def _bands_of(
                 f"document {number} has mask_type={mask!r} beside window_size={window}, and each says what a query "
                 f"sees; give one of them: 'causal' is the window (-1, 0)."
             )
-        if min(window) < -1:
+        if not _is_window(window):
             raise ValueError(
-                f"document {number} has window_size={window}; a bound is the number of further tokens that are seen on "
-                f"that side, or -1 for all: a causal window of W tokens is (W - 1, 0)."
+                f"document {number} has window_size={window}; give (left, right), on each side the number of further "
+                f"tokens that are seen, or -1 for all: a causal window of W tokens is (W - 1, 0)."
             )
-        left, right = window
+        left, right = map(int, window)
         return (Band(None if left == -1 else left, None if right == -1 else right),)
     if mask == "prefix":
-        if prefix is None or not 0 <= prefix <= length:
+        if not isinstance(prefix, Integral) or not 0 <= prefix <= length:
             raise ValueError(
                 f"document {number} of {length} tokens has mask_type='prefix' and a prefix of {prefix}; give 0 to "
                 f"{length} in prefix_lengths."
             )
-        return (Band(None, None, (0, prefix)), Band(None, 0, (prefix, None)))
+        return (Band(None, None, (0, int(prefix))), Band(None, 0, (int(prefix), None)))
     if mask not in (None, "causal", "full"):
         raise ValueError(f"mask_type={mask!r} is unknown; give {or_list(get_args(MaskType))}, or a window_size.")
     return FULL if mask == "full" else CAUSAL
+
+
+def _is_window(window: Any) -> bool:
+    whole = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(each, Integral) for each in window)
+    return whole and min(window) >= -1
 
 
 def _of_each(value: Any, count: int, name: str, for_all: bool) -> list[Any]:

@@ -6,7 +6,19 @@ sample to sample; a rank holds as many tokens of each sample. Four rules:
     Contiguous      a rank holds one stretch of the stream
     Zigzag          an early and a late stretch of the stream, see Note [Zigzag]
     DocumentZigzag  an early and a late stretch of each document
-    Balanced        documents and pieces of them, dealt out by what their queries see, see
+    Balanced        documents, whole or in pieces, so that all compute as much: Note [Balance] in balance.py
+
+Note [Zigzag]
+    Under a causal mask the last tokens see the most keys. A sequence is therefore cut into 2P chunks for P ranks, and
+    rank r holds chunks r and 2P-1-r; every rank then has the same work. For P = 4:
+
+        chunk   0  1  2  3  4  5  6  7
+        rank    0  1  2  3  3  2  1  0
+
+    This is Megatron's own sharding (PyTorch calls it head-tail, TransformerEngine DualChunkSwap), and every algorithm
+    here works on it, so that neither the data loader nor the rotary embedding has to know which algorithm runs. Over
+    packed documents the work is the same only where each document is cut so.
+    Source: Llama 3, arXiv:2407.21783, section 3.3.2; zhuzilin/ring-flash-attention.
 """
 
 import functools
@@ -200,7 +212,7 @@ class DocumentZigzag(PackedLayout):
 
 @dataclass(frozen=True)
 class Balanced(PackedLayout):
-    """Documents, whole or in pieces, so that each rank computes as much, see Note [Balance].
+    """Documents, whole or in pieces, so that each rank computes as much, see Note [Balance] in balance.py.
 
     prefer: "balance" cuts all documents that are long; "locality" only those that must be. chunks: a piece of one that
     is cut is at most this part of a rank's tokens, and of its area. bands, bands_of: what a query sees, as in

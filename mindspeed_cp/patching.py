@@ -1,6 +1,6 @@
 """Changes to other people's modules that can be listed, checked, applied once and undone exactly.
 
-A patch is a record: what it replaces or wraps, why, for which versions, and when it can go. It fails loudly: a target
+A patch is a record: what it replaces or wraps, why, for which versions, and when to remove it. It fails early: a target
 that is not there, or whose parameters are no longer those that the patch was written against, is an error before
 anything is changed. Nothing is found by sweeping `sys.modules`; where a function is bound under several names, the
 patch lists them.
@@ -36,7 +36,7 @@ class Patch:
     target: "package.module:attribute" or "package.module:Class.attribute".
     kind: "replace" puts `function` in the target's place; "wrap" puts `function(original)` there.
     why: what would not work without it.
-    remove_when: what has to happen elsewhere before it can go.
+    remove_when: what has to happen elsewhere before it is removed.
     parameters: names that the live target must have among its parameters, or the patch refuses.
     aliases: other names that modules may have bound to the same function by importing it, written like `target`.
     package, versions: module whose `__version__` decides whether the patch is needed, and the versions (PEP 440) that
@@ -63,7 +63,7 @@ class Patch:
             if path.count(":") != 1 or not all(path.split(":")):
                 raise ValueError(f"patch target {path!r} is not written 'module:attribute'.")
         if not self.why or not self.remove_when:
-            raise ValueError(f"the patch of {self.target} has to say why it is there and when it can go.")
+            raise ValueError(f"the patch of {self.target} has to say why it is there and when to remove it.")
 
     def skip_reason(self) -> str | None:
         """Why there is nothing to patch on this machine; None where there is."""

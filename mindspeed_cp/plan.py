@@ -449,15 +449,15 @@ class _Piece(NamedTuple):
 
     def tile(self) -> Tile:
         """As kernels know it."""
-        q0, q1, k0, k1 = self[:4]
+        q0, q1, k0, k1, low, high, offset, area, sample = self
         return Tile(
             slice(q0, q1 + 1),
             slice(k0, k1 + 1),
-            left=k1 - q1 - self.low if self.low > k0 - q1 else None,
-            right=self.high + q1 - k1 if self.high < k1 - q0 else None,
-            distance=None if self.offset is None else self.offset + q0 - k0,
-            area=self.area,
-            sample=self.sample,
+            k1 - q1 - low if low > k0 - q1 else None,
+            high + q1 - k1 if high < k1 - q0 else None,
+            None if offset is None else offset + q0 - k0,
+            area,
+            sample,
         )
 
 
@@ -494,17 +494,19 @@ def _cropped(
 def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
     """Pairs in the rectangle with low <= b - a <= high: all but those in two corners."""
     rows, keys = q1 - q0 + 1, k1 - k0 + 1
-    area = rows * keys
-    for side in (k1 - q0 - high, low - k0 + q1):
-        if side > 0:
-            area -= side * (side + 1) // 2
-            # Of the triangle that is cut off, what lies beyond the rectangle is not.
-            for beyond in (side - rows, side - keys):
-                if beyond > 0:
-                    area += beyond * (beyond + 1) // 2
-            if side > rows + keys:
-                area -= (side - rows - keys) * (side - rows - keys + 1) // 2
-    return area
+    area, early, late = rows * keys, low - k0 + q1, k1 - q0 - high
+    if early > 0:
+        area -= _corner(early, rows, keys)
+    return area - _corner(late, rows, keys) if late > 0 else area
+
+
+def _corner(side: int, rows: int, keys: int) -> int:
+    """Pairs of a rectangle within a triangle on one of its corners, with so many on its legs."""
+    if side <= rows and side <= keys:
+        return side * (side + 1) // 2
+    beyond = (max(0, side - each) for each in (rows, keys))
+    twice = max(0, side - rows - keys)
+    return (side * (side + 1) - sum(each * (each + 1) for each in beyond) + twice * (twice + 1)) // 2
 
 
 def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
@@ -562,13 +564,22 @@ def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
     if len(pieces) < 2:
         return pieces[0] if pieces else None
     q0, q1, k0, k1, low, high, offset, area, sample = pieces[0]
-    for piece in pieces[1:]:
-        q, r, k, m, lower, higher, other, more, _ = piece
-        q0, q1, k0, k1 = min(q, q0), max(r, q1), min(k, k0), max(m, k1)
-        low, high = min(lower, low), max(higher, high)
-        area += more
-        if other != offset:
+    for first_query, last_query, first_key, last_key, lower, higher, distance, more, _ in pieces[1:]:
+        if first_query < q0:
+            q0 = first_query
+        if last_query > q1:
+            q1 = last_query
+        if first_key < k0:
+            k0 = first_key
+        if last_key > k1:
+            k1 = last_key
+        if lower < low:
+            low = lower
+        if higher > high:
+            high = higher
+        if distance != offset:
             offset = None
+        area += more
     if (at_gaps and offset is None) or _area(q0, q1, k0, k1, low, high) != area:
         return None
     return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
@@ -614,10 +625,10 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool)
     q1 = stop - 1
     for band in bands:
         behind, ahead, (first, end) = band
-        for k0, stop, key in [run[:3] for run in runs] if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
+        for k0, stop, key, _, _ in runs if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
             k1, offset = stop - 1, None
             low, high = k0 - q1, k1 - q0
-            if key is not None:
+            if key != _MANY:
                 offset = query - q0 - key + k0
                 if end is not None and key + k1 - k0 >= end:
                     k1 = k0 + end - 1 - key
@@ -633,8 +644,12 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool)
     return pieces
 
 
-def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[tuple[int, int, int | None]]:
-    """Start, stop and position of runs of keys that a query sees something of.
+_MANY = -1
+"""The position of a run that is many, each of them seen by all."""
+
+
+def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[Run]:
+    """The runs of keys that a query sees something of.
 
     Those that every query sees as a whole are one without a position: they lie side by side.
     """
@@ -642,7 +657,7 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[t
     lowest, highest = _limits(band, first, last)
     begin = max(0, bisect_right(runs, lowest, key=_position) - 1)
     end = bisect_right(runs, highest, begin, key=_position)
-    reached: list[tuple[int, int, int | None]] = [run[:3] for run in runs[begin:end]]
+    reached = runs[begin:end]
     if at_gaps:
         return reached
     lowest, highest = _limits(band, last, first)
@@ -651,7 +666,8 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[t
     if whole < whole_end and _last(runs[whole_end - 1]) > highest:
         whole_end -= 1
     if whole_end - whole > 1:
-        reached[whole - begin : whole_end - begin] = [(runs[whole].start, runs[whole_end - 1].stop, None)]
+        side_by_side = Run(runs[whole].start, runs[whole_end - 1].stop, _MANY)
+        reached[whole - begin : whole_end - begin] = [side_by_side]
     return reached
 
 

@@ -33,14 +33,16 @@ def relayout(
     of its own. communicator: of the ranks of both layouts, in their order; all of them call. A token is sent only where
     another rank holds it, and once. Returns t tokens along `dim`.
 
-    Raises ValueError where the layouts are of other documents or ranks, or the shard is none of `source`.
+    Raises ValueError where the layouts are of other streams or ranks, or the shard is none of `source`.
     """
-    if source.samples != target.samples or {source.num_ranks, target.num_ranks} != {communicator.size}:
+    lengths, samples = {sum(each.samples[0]) for each in (source, target)}, _num_samples(source, target)
+    one_each = {len(source.samples), len(target.samples)} <= {1, samples}
+    if len(lengths) > 1 or not one_each or {source.num_ranks, target.num_ranks} != {communicator.size}:
         raise ValueError(
-            f"layouts of {source.num_ranks} and {target.num_ranks} ranks over {communicator.size} do not hold the same "
-            f"documents, or not on these ranks; give two layouts of one batch, and the group that both are over."
+            f"{_said(source)} and {_said(target)} over a group of {communicator.size} are no two layouts of one batch; "
+            f"give those, and the group that both are over."
         )
-    tokens, samples = source.num_tokens(communicator.rank), len(source.samples)
+    tokens = source.num_tokens(communicator.rank)
     if shard.size(dim) != tokens or (samples > 1 and shard.size(batch_dim) != samples):
         raise ValueError(
             f"rank {communicator.rank} has a shard of {tuple(shard.shape)}, and the source layout gives it {tokens} "
@@ -64,6 +66,15 @@ def gather(shard: Tensor, layout: StreamLayout, communicator: Communicator, dim:
     shards = communicator.all_gather(filled)
     whole = torch.cat([part[:length] for part, length in zip(shards, tokens, strict=True)])
     return restore(whole.movedim(0, dim), layout, dim, batch_dim=batch_dim)
+
+
+def _num_samples(first: StreamLayout, second: StreamLayout) -> int:
+    """Samples that are cut each in its own way; 1 where all are cut alike."""
+    return max(len(first.samples), len(second.samples))
+
+
+def _said(layout: StreamLayout) -> str:
+    return f"{sum(layout.samples[0])} tokens of {len(layout.samples)} samples on {layout.num_ranks} ranks"
 
 
 class _Relayout(torch.autograd.Function):
@@ -106,14 +117,14 @@ def _move(
     shard: Tensor, source: StreamLayout, target: StreamLayout, communicator: Communicator, dim: int, batch_dim: int
 ) -> Tensor:
     moves = _moves(source, target, communicator.rank, shard.device)
-    by_sample = len(source.samples) > 1
+    by_sample = _num_samples(source, target) > 1
     dims, to = ((batch_dim, dim), (0, 1)) if by_sample else ((dim,), (0,))
     tokens = shard.movedim(dims, to)
     leaving = (tokens.flatten(0, 1) if by_sample else tokens).index_select(0, moves.leaving)
     arrived = communicator.all_to_all(leaving, moves.sizes)
     held = arrived.index_select(0, moves.arriving)
     if by_sample:
-        held = held.unflatten(0, (len(target.samples), -1))
+        held = held.unflatten(0, (_num_samples(source, target), -1))
     return held.movedim(to, dims).contiguous()
 
 
@@ -127,8 +138,9 @@ def _moves(source: StreamLayout, target: StreamLayout, rank: int, device: torch.
 
 def _by_peer(layout: StreamLayout, other: StreamLayout, rank: int) -> tuple[Tensor, tuple[int, ...]]:
     """A rank's tokens by `layout` in the order of the ranks that hold them in `other`, and how many each holds."""
-    held = places(layout, rank)
-    holders = _holders(other).expand(held.size(0), -1).gather(1, held).flatten()
+    samples = _num_samples(layout, other)
+    held = places(layout, rank).expand(samples, -1)
+    holders = _holders(other).expand(samples, -1).gather(1, held).flatten()
     counts = torch.bincount(holders, minlength=other.num_ranks)
     return holders.argsort(stable=True), tuple(counts.tolist())
 

@@ -61,10 +61,12 @@ def main() -> int:
     parser.add_argument("--mode", choices=tuple(MESHES), nargs="+", default=list(MESHES))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--gated", action="store_true", help="SwiGLU instead of GELU")
+    parser.add_argument("--tied", action="store_true", help="the head's weight is the embedding's table")
     parser.add_argument("--tolerance", type=float, help="1e-6, in bfloat16 0.05")
     parser.add_argument("--plot", type=Path, help="where to draw the losses")
     args = parser.parse_args()
-    dtype, sizes = getattr(torch, args.dtype), Sizes()
+    dtype, sizes = getattr(torch, args.dtype), Sizes(gated=args.gated, tied=args.tied)
     tolerance = args.tolerance or (0.05 if dtype is torch.bfloat16 else 1e-6)
     whole = GPT(sizes).to(dtype)
     curves = {"one rank": train(whole, sizes, range(args.steps))}

@@ -35,7 +35,7 @@ def build_model(context_parallel_size: int) -> DistributedDataParallel:
         num_attention_heads=8,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        init_method_std=0.2,  # So small a model hardly feels its attention at the usual one.
+        init_method_std=0.2,  # At the usual one so small a model is not sensitive to attention errors.
         context_parallel_size=context_parallel_size,
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,

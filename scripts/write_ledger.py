@@ -1,4 +1,4 @@
-"""Write the ledger of patches from their records: what is changed, why, and when each change can go.
+"""Write the ledger of patches from their records: what is changed, why, and when to remove each change.
 
 python scripts/write_ledger.py            # writes patches/LEDGER.md anew
 python scripts/write_ledger.py --check    # only says whether it is as the records have it
@@ -18,7 +18,7 @@ from mindspeed_cp.patching import Patch, targets_by_module
 PAGE = Path(__file__).resolve().parents[1] / "patches" / "LEDGER.md"
 HEAD = """# Ledger of patches
 
-What mindspeed_cp changes in Megatron and torch, why, and when each change can go. `python scripts/write_ledger.py`
+What mindspeed_cp changes in Megatron and torch, why, and when to remove each change. `python scripts/write_ledger.py`
 writes it from the records in this folder: edit those. `python -m mindspeed_cp` says which are in force on a machine.
 """
 SECTIONS = (
@@ -43,7 +43,7 @@ def write_ledger() -> str:
 def _facts(patch: Patch) -> tuple[str, ...]:
     """All that a record says beside its target, a line each."""
     versions = f"{patch.package} {patch.versions}" if patch.versions else "all that are supported"
-    facts = [f"why: {patch.why}", f"can go when: {patch.remove_when}", f"versions: {versions}"]
+    facts = [f"why: {patch.why}", f"remove when: {patch.remove_when}", f"versions: {versions}"]
     if patch.needs:
         facts.append(f"only where there is: {', '.join(patch.needs)}")
     if patch.upstream:

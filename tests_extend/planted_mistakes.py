@@ -59,7 +59,7 @@ MISTAKES = {
         "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
-    "lse not merged": Mistake("kernels/merge.py", "    lse.copy_(anchor + both.log())\n", "", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    torch.add(anchor, both.log_(), out=lse)\n", "", "attention"),
     "message to the wrong peer": Mistake(
         "program/rotation.py",
         "gives = message(self._peer(0, -inner),",
@@ -89,8 +89,8 @@ MISTAKES = {
     ),
     "scale left out": Mistake(
         "attention/ring.py",
-        "return TileTerms(terms.scale, call.window",
-        "return TileTerms(1.0, call.window",
+        "return call.terms(terms.scale, q)",
+        "return call.terms(1.0, q)",
         "attention",
     ),
     "kernel of the forward pass not kept": Mistake(
@@ -146,6 +146,46 @@ MISTAKES = {
     ),
     "what a sample leaves uneven is forgotten": Mistake(
         "layouts.py", "held, owed = deal(", "held, _ = deal(", "test_layouts.py"
+    ),
+    "a round by distance": Mistake(
+        "rounds.py", "    radices = _prime_factors(size)\n", "    radices = [size]\n", "test_rounds.py"
+    ),
+    "weights' gradients not summed over depth": Mistake(
+        "tensor_parallel/products.py",
+        "        dweight = _summed(_outer(dy, x), mesh, plan.gathered_weight)\n"
+        "        return Gradients(dx, raw_reduce(dweight, mesh, plan.shared_weight))",
+        "        dweight = _summed(_outer(dy, x), mesh, plan.gathered_weight)\n        return Gradients(dx, dweight)",
+        "tensor_parallel/test_linear.py",
+    ),
+    "a bias's gradient from this rank's rows alone": Mistake(
+        "tensor_parallel/products.py",
+        "if axis in layouts.output.rows),",
+        "if axis in layouts.output.rows and axis not in layouts.input.features),",
+        "tensor_parallel/test_linear.py",
+    ),
+    "the last slice is not received": Mistake(
+        "tensor_parallel/products.py",
+        '        """Of all slices."""\n        self._receive()\n',
+        '        """Of all slices."""\n',
+        "tensor_parallel/test_linear.py",
+    ),
+    "a tied table's gradient from its own batch alone": Mistake(
+        "tensor_parallel/vocabulary.py",
+        "table = share(self.weight, mesh, plan.shared_weight)",
+        "table = self.weight",
+        "tensor_parallel/test_gated_and_tied.py",
+    ),
+    "a gate for the value": Mistake(
+        "tensor_parallel/block.py",
+        "gate, value = apply_together([self.gate, self.fc1], x)",
+        "value, gate = apply_together([self.gate, self.fc1], x)",
+        "tensor_parallel/test_gated_and_tied.py",
+    ),
+    "autocast forgotten": Mistake(
+        "tensor_parallel/linear.py",
+        "local, *cast = in_autocast(x.local, *weights, *biases)",
+        "local, *cast = x.local, *weights, *biases",
+        "tensor_parallel/test_autocast.py",
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
 }

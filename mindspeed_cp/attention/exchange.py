@@ -170,24 +170,19 @@ class Block(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How messages of a kind are called while they leave and are waited for; what is said of the step that lost one."""
+    """How messages of a kind are called: while they leave, while they are waited for, and where they are lost."""
 
     leaving: str
     waiting: str
-    lost: Callable[[str, str, str, RuntimeError], str]
+    exchange: str
+
+    def lost(self, step: str, to: str, source: str, error: RuntimeError) -> str:
+        """What is said of the step that lost one."""
+        return f"{step}: {self.exchange} failed (from ring rank {source}, to {to}): {error}"
 
 
-def _kv_lost(step: str, to: str, source: str, error: RuntimeError) -> str:
-    return f"{step}: the K/V block did not come from ring rank {source}, or not get to {to}: {error}"
-
-
-def _gradients_lost(step: str, to: str, source: str, error: RuntimeError) -> str:
-    way = f"{step}: send dK/dV home"
-    return f"{way}: no gradients from ring rank {source}, or none got to {to}: {error}"
-
-
-_KV = _Kind("send K/V on", "ring: wait for K/V", _kv_lost)
-_GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", _gradients_lost)
+_KV = _Kind("send K/V on", "ring: wait for K/V", "K/V exchange")
+_GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", "dK/dV exchange")
 
 
 class _Posted(NamedTuple):

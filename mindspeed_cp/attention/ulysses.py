@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -150,7 +151,7 @@ class GroupOrder:
             yield slice(None) if len(indices) == 1 else slice(sample, sample + 1), index
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # Each keeps a number for every token on the device, and packed batches have one each.
 def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
     """The order of a group's tokens, made once for all layers of a batch."""
     sizes = tuple(layout.layout.num_tokens(member) for member in layout.groups[group])
@@ -197,7 +198,8 @@ def scatter_heads(shards: Sequence[Tensor], communicator: Communicator, order: G
     send = shards[0].new_empty((size, tokens, batch, _width(parts)))
     for part, place in zip(parts, _split_heads(send, parts), strict=True):
         place.copy_(part)
-    received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
+    with in_profiles("Ulysses: exchange heads for tokens"):
+        received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
     return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
 
 
@@ -215,7 +217,8 @@ def gather_heads(parts: Sequence[Tensor], communicator: Communicator, order: Gro
         send = parts[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
         for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
             order.unsort_into(place, sequence)
-    received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
+    with in_profiles("Ulysses: exchange tokens for heads"):
+        received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
     shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
     return tuple(x.permute(1, 2, 0, 3) for x in shards)
 

@@ -36,7 +36,7 @@ class EmulatedKernel:
         return reasons + cut_window_reasons(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+        """Zeros, after as long as that accelerator would take."""
         start = time.perf_counter()
         out = q.new_zeros(*q.shape[:3], v.size(3))
         lse = torch.zeros(q.shape[:3], device=q.device)
@@ -46,7 +46,7 @@ class EmulatedKernel:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        """Zeros, after as long as that accelerator would take."""
         start = time.perf_counter()
         gradients = BlockGradients(*(x.new_zeros(x.shape) for x in (q, k, v)))
         self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
@@ -81,7 +81,7 @@ class TimedKernel:
         return self.kernel.unsupported_reasons(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+        """What the kernel gives; its time and work are added up."""
         start = time.perf_counter()
         output = self.kernel.forward(q, k, v, terms)
         self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
@@ -90,7 +90,7 @@ class TimedKernel:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        """What the kernel gives; its time and work are added up."""
         start = time.perf_counter()
         gradients = self.kernel.backward(dout, q, k, v, output, terms)
         self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))

@@ -100,11 +100,11 @@ class ImmediateCommunicator:
         self.rank, self.size, self.stand_in = rank, size, stand_in
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> "ImmediateCommunicator":
-        """See Communicator.exchange."""
+        """Nothing leaves, and what is received has arrived; so the transfer that is returned is over."""
         return self.exchange_all(*one_each_way(send, to, receive, source))
 
     def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> "ImmediateCommunicator":
-        """See Communicator.exchange_all; the transfer that is returned is over."""
+        """The same of several messages."""
         if self.stand_in is None:
             return self
         for _, receive in receives:
@@ -121,7 +121,7 @@ class ImmediateCommunicator:
         raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")
 
     def wait(self) -> None:
-        """See Transfer.wait."""
+        """Return at once: the transfer is over."""
 
 
 @dataclass(frozen=True)

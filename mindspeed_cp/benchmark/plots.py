@@ -1,4 +1,4 @@
-"""Pictures of the results: time over sequence length, time over the slow link's rate, bytes."""
+"""Pictures of the results: time over sequence length and over the slow link's rate, bytes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +11,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Line = dict[str, Any]
+Times = dict[str, dict[float, float]]
+"""Seconds of an algorithm, by its name, at each place of an axis."""
+
+BASELINES = ("single device", "all-gather K/V")
 
 
 def plot_all(lines: Sequence[Line], output: Path) -> Iterator[Path]:
@@ -37,24 +41,48 @@ def plot_all(lines: Sequence[Line], output: Path) -> Iterator[Path]:
 
 
 def _plot_times(lines: Sequence[Line], key: str, label: str, title: str, path: Path) -> Path:
-    """Forward and backward time together, with the prediction as a thin line."""
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for number, algorithm in enumerate(dict.fromkeys(line["algorithm"] for line in lines)):
-        own = [line for line in lines if line["algorithm"] == algorithm]
-        places = sorted({line[key] for line in own})
+    """Forward and backward time together."""
+    places = sorted({line[key] for line in lines})
+    seconds: Times = {}
+    for line in lines:
+        seconds.setdefault(line["algorithm"], dict.fromkeys(places, 0.0))[line[key]] += line["seconds"]
+    return plot_times(seconds, label, title, path)
 
-        def total(what: str, own: list[Line] = own, places: list[float] = places) -> list[float]:
-            return [sum(line[what] for line in own if line[key] == place) for place in places]
 
-        color, marker = f"C{number % 10}", "os^vDP*X"[number // 2 % 8]
-        axes.plot(places, total("predicted_seconds"), color=color, linewidth=0.8, linestyle=":")
-        axes.plot(places, total("seconds"), color=color, marker=marker, label=algorithm)
-    axes.set(xlabel=label, ylabel="forward and backward, seconds", title=f"{title} (dotted: predicted)")
+def plot_times(seconds: Times, label: str, title: str, path: Path) -> Path:
+    """Draw how many times as long as the fastest each algorithm takes, at each place; which those are is the title.
+
+    label: of the places. An algorithm that was measured with overlap is left out without it.
+    """
+    shown = {name: times for name, times in seconds.items() if f"{name}, overlap" not in seconds}
+    parallel = {name: times for name, times in shown.items() if name not in BASELINES}
+    places = sorted(next(iter(seconds.values())))
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    best = [min(times[place] for times in parallel.values()) for place in places]
+    for number, (name, times) in enumerate(shown.items()):
+        ratios = [times[place] / least for place, least in zip(places, best, strict=True)]
+        color, linestyle = ("grey", "--") if name in BASELINES else (f"C{number}", "-")
+        axes.plot(places, ratios, color=color, linestyle=linestyle, marker="os^vDP*X"[number % 8], label=name)
+    fastest = [min(parallel, key=lambda name: parallel[name][place]) for place in places]
+    axes.set(xlabel=label, ylabel="times the fastest (1)", title=f"{_winners(places, fastest)}\n{title}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_ylim(0.9, 4.0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small")
     return _save(figure, path)
+
+
+def _winners(places: Sequence[float], fastest: Sequence[str]) -> str:
+    """Who is fastest where, in a sentence."""
+    runs: list[tuple[str, list[float]]] = []
+    for place, name in zip(places, fastest, strict=True):
+        if runs and runs[-1][0] == name:
+            runs[-1][1].append(place)
+        else:
+            runs.append((name, [place]))
+    parts = [f"{name} at {held[0]:g}{f' to {held[-1]:g}' if len(held) > 1 else ''}" for name, held in runs]
+    return f"Fastest: {'; '.join(parts)}"
 
 
 def _plot_bytes(lines: Sequence[Line], title: str, path: Path) -> Path:

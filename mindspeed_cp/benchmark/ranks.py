@@ -89,16 +89,16 @@ class LedgerCommunicator:
 
     @property
     def rank(self) -> int:
-        """See Communicator.rank."""
+        """This rank's number within the group."""
         return self.communicator.rank
 
     @property
     def size(self) -> int:
-        """See Communicator.size."""
+        """Number of ranks in the group."""
         return self.communicator.size
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
-        """See Communicator.all_to_all."""
+        """The communicator's, written into the ledger."""
         for rank, part in enumerate(send if sizes is None else send.split(list(sizes.sent))):
             if rank != self.rank:
                 self._count(rank, part.nbytes)
@@ -106,17 +106,17 @@ class LedgerCommunicator:
             return self.communicator.all_to_all(send, sizes)
 
     def all_gather(self, send: Tensor) -> Tensor:
-        """See Communicator.all_gather. gloo passes blocks around a ring."""
+        """The communicator's, written into the ledger: gloo passes blocks around a ring."""
         self._count((self.rank + 1) % self.size, (self.size - 1) * send.nbytes)
         with self.ledger.timed():
             return self.communicator.all_gather(send)
 
     def exchange(self, send: Tensor | None, to: int, receive: Tensor | None, source: int) -> Transfer:
-        """See Communicator.exchange."""
+        """The communicator's, written into the ledger; so is the time of waiting for it."""
         return self.exchange_all(*one_each_way(send, to, receive, source))
 
     def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
-        """See Communicator.exchange_all."""
+        """The communicator's, written into the ledger; so is the time of waiting for it."""
         for to, send in sends:
             self._count(to, send.nbytes)
         with self.ledger.timed():

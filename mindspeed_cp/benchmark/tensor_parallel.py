@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mindspeed_cp.benchmark.kernels import wait_until
 from mindspeed_cp.comm import Addressed, Communicator, Sizes, Transfer
 from mindspeed_cp.comm.communicator import one_each_way
-from mindspeed_cp.planner import Compute, Event, Network, Post, Wait, predicted_seconds
+from mindspeed_cp.planner import Compute, Event, Network, Post, Wait, predicted_seconds, unequal_all_to_all
 from mindspeed_cp.tensor_parallel import MLP, KindName, TensorMesh, on_virtual_ranks, plan_mesh, shard
 from mindspeed_cp.tensor_parallel.linear import Gathering
 from mindspeed_cp.testing.emulated_cluster import Cluster
@@ -64,8 +64,15 @@ SETTINGS = {
         Setting("xy", {"x": 4}),
     ],
 }
-_OVERLAPPED_KINDS: tuple[tuple[KindName, dict[str, int]], ...] = (("2d", {}), ("1d-sp", {}), ("xy", {"x": 4}))
-OVERLAPPED = [Setting(kind, sizes, "panels", overlap) for kind, sizes in _OVERLAPPED_KINDS for overlap in (False, True)]
+OVERLAPPED: dict[int, list[tuple[KindName, dict[str, int]]]] = {
+    4: [("2d", {}), ("1d-sp", {}), ("xy", {"x": 2})],
+    8: [("2.5d", {"depth": 2}), ("1d-sp", {}), ("3d", {}), ("xy", {"x": 4})],
+}
+
+
+def overlapped(ranks: int) -> list[Setting]:
+    """Each kind in panels without overlap, and with."""
+    return [Setting(*each, "panels", overlap) for each in OVERLAPPED[ranks] for overlap in (False, True)]
 
 
 @dataclass
@@ -92,12 +99,11 @@ class Recorder:
         return self.communicator.size
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
-        """See Communicator. Everything is posted at once."""
+        """See Communicator."""
         parts = send if sizes is None else send.split(list(sizes.sent))
-        sends = {
-            rank: part.nbytes for rank, part in zip(self.ranks, parts, strict=True) if rank != self.ranks[self.rank]
-        }
-        self._write(sends, list(sends))
+        self.calls += 1
+        handle, num_bytes = f"{self.name} {self.calls}", [part.nbytes for part in parts]
+        self.program += unequal_all_to_all(handle, self.ranks[self.rank], self.ranks, num_bytes)
         return self.communicator.all_to_all(send, sizes)
 
     def all_gather(self, send: Tensor) -> Tensor:
@@ -223,8 +229,8 @@ def measure(setting: Setting, case: Case) -> Measured:
     return Measured(time.perf_counter() - start.item(), sum(mesh.traffic.bytes_sent.values()))
 
 
-def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) -> dict[str, float]:
-    """Print a table; median seconds of the slowest rank, by setting. Settings take turns."""
+def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) -> dict[str, list[float]]:
+    """Print a table of medians; seconds of the slowest rank in each reading, by setting. Settings take turns."""
     for setting in settings:
         cluster.call(prepare, setting, case)
     runs: dict[str, list[list[Measured]]] = {str(setting): [] for setting in settings}
@@ -232,25 +238,37 @@ def report(cluster: Cluster, settings: list[Setting], case: Case, repeats: int) 
         for setting in settings:
             runs[str(setting)].append(cluster.call(measure, setting, case))
     print("| | MiB a rank | ms | of predicted |\n|---|---|---|---|")
-    medians = {}
+    readings = {}
     for setting in settings:
-        seconds = statistics.median(max(each.seconds for each in run) for run in runs[str(setting)])
-        medians[str(setting)] = seconds
+        seconds = [max(each.seconds for each in run) for run in runs[str(setting)]]
         sent, predicted = runs[str(setting)][0][0].bytes_sent / 2**20, predict(cluster.network, setting, case)
-        print(f"| {setting} | {sent:.2f} | {1e3 * seconds:.0f} | {seconds / predicted:.2f} |", flush=True)
-    return medians
+        median = statistics.median(seconds)
+        print(f"| {setting} | {sent:.2f} | {1e3 * median:.0f} | {median / predicted:.2f} |", flush=True)
+        readings[str(setting)] = seconds
+    return readings
 
 
-class Hidden(NamedTuple):
-    """Parts that are hidden: of the shorter one of products and transfers, and of what the order of panels allows."""
+class Hideable(NamedTuple):
+    """Seconds that overlap saves where nothing but products and transfers takes time, and those of the shorter one."""
 
-    of_shorter: float
-    of_allowed: float
+    saved: float
+    shorter: float
 
 
-def hidden(seconds: float, network: Network, setting: Setting, case: Case) -> Hidden:
-    """What a measured time says of overlap. The first product and the last transfer have nothing to hide behind."""
+def hideable(network: Network, setting: Setting, case: Case) -> Hideable:
+    """What can be hidden in a setting. The first product and the last transfer have nothing beside them."""
+    without, overlapping = (predict(network, setting._replace(overlap=overlap), case) for overlap in (False, True))
     products = predict(replace(network, fast_mbit=1e9, slow_mbit=1e9), setting, case)
     transfers = predict(network, setting, case._replace(flops_per_s=1e18))
-    saved, allowed = products + transfers - seconds, products + transfers - predict(network, setting, case)
-    return Hidden(saved / min(products, transfers), saved / allowed)
+    return Hideable(without - overlapping, min(products, transfers))
+
+
+def report_hidden(readings: dict[str, list[float]], network: Network, settings: list[Setting], case: Case) -> None:
+    """Print what overlap has saved in each reading, of what can be hidden and of the shorter one."""
+    print("\n| | hidden of what can be, by reading | of the shorter of products and transfers |\n|---|---|---|")
+    for setting in [setting for setting in settings if setting.overlap]:
+        without = readings[str(setting._replace(overlap=False))]
+        saved = [a - b for a, b in zip(without, readings[str(setting)], strict=True)]
+        most = hideable(network, setting, case)
+        by_reading = ", ".join(f"{each / most.saved:.0%}" for each in saved)
+        print(f"| {setting} | {by_reading} | {statistics.median(saved) / most.shorter:.0%} |", flush=True)

@@ -103,7 +103,12 @@ def plot(measurements: list[Measurement], baseline_mib: dict[str, float], mib: f
         lengths = [one.tokens for one in found]
         memory.loglog(lengths, [max(one.peak_mib - baseline_mib[name], 1) for one in found], marker="o", label=name)
         speed.loglog(lengths, [one.tokens_per_second for one in found], marker="o", label=name)
-    memory.axhline(mib, color="gray", linestyle="--", linewidth=1)
+    memory.axhline(mib, color="gray", linestyle="--", linewidth=1, label=f"limit of {mib:.0f} MiB")
+    longest = longest_that_fit(measurements, baseline_mib, mib)
+    most = max(longest.values())
+    first = "; ".join(name for name, tokens in longest.items() if tokens == most)
+    memory.set_title(f"longest within the limit: {most} tokens ({first})")
+    speed.set_title("all ranks on this machine's cores")
     memory.set_ylabel("MiB of the largest rank above its start")
     speed.set_ylabel("tokens per second")
     for axes in (memory, speed):

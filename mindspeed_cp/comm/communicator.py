@@ -1,5 +1,6 @@
 """Collective operations of one group of ranks."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
+from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 
 # The name since torch 2.13, which warns at each call by the earlier one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -141,16 +143,20 @@ class ProcessGroupCommunicator:
         return received
 
     def _all_to_all_by_messages(self, received: Tensor, send: Tensor, sizes: Sizes) -> None:
-        """What gloo's own all-to-all does, with every receive posted first: that one sends first, see `exchange`.
+        """In rounds, see Note [Rounds], every receive before its send: gloo's own sends first, see `exchange`.
 
         Gloo's loses up to half of a link's rate between two ranks, and a third among eight.
         """
         arriving, leaving = received.split(list(sizes.received)), send.split(list(sizes.sent))
         arriving[self.rank].copy_(leaving[self.rank])
-        others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
-        messages = [_Message(dist.irecv, arriving[rank], rank) for rank in reversed(others)]
-        messages += [_Message(dist.isend, leaving[rank], rank) for rank in others]
-        self._post([each for each in messages if each.content.numel()]).wait()
+        under_way: deque[Transfer] = deque()
+        for to, source in rounds(self.rank, self.size):
+            if len(under_way) == ROUNDS_UNDER_WAY:
+                under_way.popleft().wait()
+            messages = [_Message(dist.irecv, arriving[source], source), _Message(dist.isend, leaving[to], to)]
+            under_way.append(self._post([each for each in messages if each.content.numel()]))
+        for transfer in under_way:
+            transfer.wait()
 
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""

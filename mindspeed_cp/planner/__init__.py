@@ -1,6 +1,12 @@
 """Predictions: what each rank sends and how long a pass takes, read off the programs that the ranks play. No torch."""
 
-from mindspeed_cp.planner.attention import AttentionPass, AttentionShape, all_to_all, causal_zigzag
+from mindspeed_cp.planner.attention import (
+    AttentionPass,
+    AttentionShape,
+    all_to_all,
+    causal_zigzag,
+    unequal_all_to_all,
+)
 from mindspeed_cp.planner.clock import Compute, Event, Post, Sent, Wait, predicted_bytes, predicted_seconds
 from mindspeed_cp.planner.network import Network
 from mindspeed_cp.planner.pieces import best_pieces
@@ -19,4 +25,5 @@ __all__ = [
     "causal_zigzag",
     "predicted_bytes",
     "predicted_seconds",
+    "unequal_all_to_all",
 ]

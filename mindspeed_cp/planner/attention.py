@@ -1,13 +1,15 @@
 """Attention on a grid of ranks, as the events of each: read off the program that the ranks themselves play."""
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import Axis, Message, Phase, Program, Step, program
+from mindspeed_cp.program import Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 
@@ -42,7 +44,7 @@ class AttentionPass:
 
     plan: who sees whom, between the ranks of the ring; None is causal attention on zigzag shards.
     flops_per_s: floating-point operations a second of the kernel. launch_s: what each tile takes beside them.
-    overlap, pieces: as the ring is set, see Note [Pieces] in program/; pieces divide the K/V heads of a rank.
+    overlap, pieces, transport: as the ring is set, see RingAttention.
     """
 
     topology: CPTopology
@@ -52,6 +54,7 @@ class AttentionPass:
     launch_s: float = 0.0
     overlap: bool = False
     pieces: int = 1
+    transport: Transport | None = None
     plan: AttentionPlan | None = None
 
     def events(self, rank: int) -> Iterator[Event]:
@@ -86,7 +89,7 @@ class AttentionPass:
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
-        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces)
+        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport)
 
     @property
     def _plan(self) -> AttentionPlan:
@@ -141,7 +144,7 @@ class AttentionPass:
                     yield from post(gives, gets, axis)
             if not self.overlap:
                 yield from key_values(step)
-        yield Wait(Axis.ACROSS)
+        yield from (Wait(axis) for axis in Axis)
 
     def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
@@ -156,14 +159,26 @@ def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def ring_program(plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int) -> Program:
-    """`program`, made once for all predictions that read it."""
-    return program(plan, schedule, rank, phase, pieces=pieces)
+def ring_program(
+    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, transport: Transport | None
+) -> Program:
+    """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
+    transport = transport or cheapest_transport(plan, schedule)
+    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces)
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:
-    """So many bytes from each of the peers to each other, this rank among them."""
-    others = tuple(peer for peer in peers if peer != rank)
-    if others:
-        yield Post(handle, dict.fromkeys(others, num_bytes), others)
-        yield Wait(handle)
+    """The rounds of an exchange of so many bytes from each of the peers to each other, this rank among them."""
+    return unequal_all_to_all(handle, rank, peers, [num_bytes] * len(peers))
+
+
+def unequal_all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: Sequence[int]) -> Iterator[Event]:
+    """The same with so many bytes to each of the peers."""
+    under_way: deque[object] = deque()
+    for number, (to, source) in enumerate(rounds(peers.index(rank), len(peers))):
+        if len(under_way) == ROUNDS_UNDER_WAY:
+            yield Wait(under_way.popleft())
+        under_way.append((handle, number))
+        yield Post(under_way[-1], {peers[to]: num_bytes[to]}, (peers[source],))
+    for each in under_way:
+        yield Wait(each)

@@ -42,13 +42,13 @@ class Needs:
         return needed[place] if place < len(numbers) else ()
 
     def _from_the_far_end(self, owner: int, stop: int) -> tuple[list[int], list[Tokens]]:
-        """Numbers below `stop` of ranks that need some of the block; and what is needed from each of them on."""
+        """Numbers below `stop` of others that need some of the block; and what is needed from each of them on."""
         whole = self.plan.keys.num_tokens(owner)
         readers = ((self.schedule.number(rank, owner), rank) for rank in self.plan.readers(owner))
         numbers: list[int] = []
         needed: list[Tokens] = []
         from_here: Tokens = ()
-        for number, rank in sorted(reader for reader in readers if reader[0] < stop)[::-1]:
+        for number, rank in sorted(reader for reader in readers if 0 < reader[0] < stop)[::-1]:
             if from_here != (slice(0, whole),):  # More than all is not to be had.
                 from_here = union((*from_here, *self.plan.needed(rank, owner)))
             numbers.append(number)

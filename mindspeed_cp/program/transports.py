@@ -16,6 +16,9 @@ from mindspeed_cp.program.steps import Phase, Program, Step, live, num_tokens
 from mindspeed_cp.program.straight import Straight
 from mindspeed_cp.schedule import Hop, RingSchedule
 
+_MOST_RUNS = 50_000
+"""Runs of keys, times the ranks that may see them, that are looked at for a choice: some microseconds each."""
+
 
 class Transport(Enum):
     """How K/V get to the ranks that need them."""
@@ -52,16 +55,20 @@ def program(
     return Program(rank, (*maker.steps(first), *live(Step(rank, last))), pieces)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # A plan keeps its tiles, and packed batches have one each.
 def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
 
     Gradients are left out: in a ring they go straight home either way. All ranks find the same, as all have the plan.
+    Where tokens lie in so many runs that it would take long to find out, it is rotation.
     """
+    owners, readers = range(schedule.size), plan.readers
+    if sum(len(plan.keys.runs(owner)) * len(readers(owner)) for owner in owners) > _MOST_RUNS:
+        return Transport.ROTATION
     needs = Needs(plan, schedule)
-    most, readers = max(_rotated(needs).values(), default=0), plan.readers
+    most = max(_rotated(needs).values(), default=0)
     # Those that most others need come first: where all need all, the first of them already sends as many.
-    for owner in sorted(range(schedule.size), key=lambda owner: (len(readers(owner)), owner), reverse=True):
+    for owner in sorted(owners, key=lambda owner: (len(readers(owner)), owner), reverse=True):
         if sum(num_tokens(plan.needed(reader, owner)) for reader in readers(owner) if reader != owner) >= most:
             return Transport.ROTATION
     return Transport.DIRECT
@@ -71,7 +78,8 @@ def _rotated(needs: Needs) -> Counter[int]:
     """Tokens of K/V that each rank sends in a rotation."""
     schedule, sent = needs.schedule, Counter[int]()
     for owner in range(schedule.size):
-        for number in range(1, schedule.size):
+        last = max((schedule.number(reader, owner) for reader in needs.plan.readers(owner)), default=0)
+        for number in range(1, last + 1):
             outer, inner = divmod(number, schedule.inner)
             sender = schedule.peer(owner, Hop(outer, inner - 1) if inner else Hop(outer - 1, 0))
             sent[sender] += num_tokens(needs.onwards(owner, number))

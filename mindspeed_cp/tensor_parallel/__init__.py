@@ -11,7 +11,7 @@ from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
 from mindspeed_cp.tensor_parallel.linear import Linear
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh, on_virtual_ranks, plan_mesh
 from mindspeed_cp.tensor_parallel.norms import LayerNorm, RMSNorm
-from mindspeed_cp.tensor_parallel.vocabulary import Embedding, cross_entropy, shard_tokens
+from mindspeed_cp.tensor_parallel.vocabulary import Embedding, TiedEmbedding, cross_entropy, shard_tokens
 
 __all__ = [
     "KINDS",
@@ -29,6 +29,7 @@ __all__ = [
     "SelfAttention",
     "Sharded",
     "TensorMesh",
+    "TiedEmbedding",
     "TransformerBlock",
     "best",
     "block_shapes",

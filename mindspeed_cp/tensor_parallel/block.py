@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mindspeed_cp.tensor_parallel.dropout import Dropout
 from mindspeed_cp.tensor_parallel.layout import Sharded
-from mindspeed_cp.tensor_parallel.linear import Gathering, Linear
+from mindspeed_cp.tensor_parallel.linear import Gathering, Linear, apply_together
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.norms import LayerNorm, RMSNorm
 
@@ -20,7 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x))): 1D column and row, or whatever these are in another kind."""
+    """fc2(activation(fc1(x))), or gated, fc2(activation(gate(x)) * fc1(x)): SwiGLU where the activation is silu."""
 
     def __init__(
         self,
@@ -28,22 +28,47 @@ class MLP(nn.Module):
         fc2: nn.Linear,
         mesh: TensorMesh,
         *,
+        gate: nn.Linear | None = None,
         activation: Callable[[Tensor], Tensor] = F.gelu,
         gathering: Gathering = "keep",
         overlap: bool = True,
     ) -> None:
-        """fc1, fc2: whole. activation: elementwise. gathering, overlap: see Linear."""
+        """fc1, fc2, gate: whole. activation: elementwise. gathering, overlap: see Linear.
+
+        Raises ValueError where fc2 does not take what fc1 gives, gate has other sizes than fc1, or one of these two has
+        a bias and the other has none.
+        """
         super().__init__()
+        if gate is not None and (gate.weight.shape != fc1.weight.shape or (gate.bias is None) != (fc1.bias is None)):
+            raise ValueError(
+                f"a gate {_in_words(gate)} does not go with fc1 {_in_words(fc1)}; give both the same sizes, and both "
+                f"a bias or none."
+            )
+        if fc2.in_features != fc1.out_features:
+            raise ValueError(
+                f"fc1 gives {fc1.out_features} features, and fc2 takes {fc2.in_features}; make one for the other."
+            )
         self.fc1 = Linear.from_linear(fc1, mesh, gathering=gathering, overlap=overlap)
+        self.gate = None if gate is None else Linear.from_linear(gate, mesh, gathering=gathering, overlap=overlap)
         self.activation = activation
         inner = self.fc1.layouts.output
         self.fc2 = Linear.from_linear(fc2, mesh, input=inner, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] or [B, H] as activations lie between blocks; the output lies so too."""
-        hidden: Sharded = self.fc1(x)
-        y: Sharded = self.fc2(hidden.map(self.activation))
+        if self.gate is None:
+            hidden: Sharded = self.fc1(x)
+            hidden = hidden.map(self.activation)
+        else:
+            gate, value = apply_together([self.gate, self.fc1], x)
+            hidden = gate.map(lambda local: self.activation(local) * value.local)
+        y: Sharded = self.fc2(hidden)
         return y
+
+
+def _in_words(linear: nn.Linear) -> str:
+    bias = "with" if linear.bias is not None else "without"
+    return f"{linear.in_features} -> {linear.out_features} {bias} bias"
 
 
 class SelfAttention(nn.Module):
@@ -63,21 +88,23 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         attend: Attend | None = None,
         gathering: Gathering = "keep",
+        overlap: bool = True,
     ) -> None:
-        """qkv, proj: whole. num_heads, num_kv_heads: of all ranks, as many of both by default.
+        """qkv, proj: whole. num_heads, num_kv_heads: of all ranks, as many of both by default. gathering, overlap: see
+        Linear.
 
         attend: torch's causal attention by default. Where axes shard the sequence within a block (y of x*y, context),
         it is attention over their ranks: build_attention over the group of `mesh.within_attention`, say, with the
         tokens in the order in which it has them.
 
-        Raises ValueError where heads do not fit qkv or the mesh, or attention over several ranks is not given.
+        Raises ValueError where heads do not fit qkv, proj or the mesh, or attention over several ranks is not given.
         """
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         axes = mesh.kind.inner.features
         ranks = mesh.size_of(axes)
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}.")
+            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
         if num_kv_heads % ranks:
             raise ValueError(
                 f"num_kv_heads={num_kv_heads} heads are cut in {ranks} parts along {' and '.join(axes)}, which do not "
@@ -85,7 +112,14 @@ class SelfAttention(nn.Module):
             )
         if qkv.out_features % (num_heads + 2 * num_kv_heads):
             raise ValueError(
-                f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads."
+                f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads; use "
+                f"one."
+            )
+        head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
+        if proj.in_features != num_heads * head_size:
+            raise ValueError(
+                f"proj takes {proj.in_features} features, and {num_heads} heads of {head_size} give "
+                f"{num_heads * head_size}; make it for those."
             )
         if attend is None and mesh.size_of(mesh.kind.inner.sequence) > 1:
             raise ValueError(
@@ -93,10 +127,11 @@ class SelfAttention(nn.Module):
                 f"attention over their ranks, for instance of build_attention."
             )
         self.heads_per_group = num_heads // num_kv_heads
-        self.head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
+        self.head_size = head_size
         self.attend = attend or causal_attention
-        self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering)
-        self.proj = Linear.from_linear(proj, mesh, input=self.qkv.layouts.output, gathering=gathering)
+        self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering, overlap=overlap)
+        inner = self.qkv.layouts.output
+        self.proj = Linear.from_linear(proj, mesh, input=inner, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] as activations lie between blocks; the output lies so too."""

@@ -12,7 +12,7 @@ from mindspeed_cp.tensor_parallel.collectives import check_even
 from mindspeed_cp.tensor_parallel.grid import Axes, Grid
 from mindspeed_cp.tensor_parallel.kinds import KINDS, Kind, KindName, LinearLayouts, Role, grids
 from mindspeed_cp.tensor_parallel.layout import Layout
-from mindspeed_cp.tensor_parallel.linear import Gathering
+from mindspeed_cp.tensor_parallel.linear import Gathering, check_gathering
 
 
 class LinearShape(NamedTuple):
@@ -59,19 +59,21 @@ class Memory(NamedTuple):
     saved: int
 
 
-def mlp_shapes(batch: int, sequence: int, hidden: int, ffn: int) -> tuple[Shape, ...]:
-    """The linear layers of an MLP hidden -> ffn -> hidden."""
-    return LinearShape(batch, sequence, hidden, ffn), LinearShape(batch, sequence, ffn, hidden)
+def mlp_shapes(batch: int, sequence: int, hidden: int, ffn: int, *, gated: bool = False) -> tuple[Shape, ...]:
+    """The linear layers of an MLP hidden -> ffn -> hidden; a gate goes with the first, as one of twice its outputs."""
+    return LinearShape(batch, sequence, hidden, ffn * (1 + gated)), LinearShape(batch, sequence, ffn, hidden)
 
 
-def block_shapes(batch: int, sequence: int, hidden: int, ffn: int, *, keys: int | None = None) -> tuple[Shape, ...]:
+def block_shapes(
+    batch: int, sequence: int, hidden: int, ffn: int, *, keys: int | None = None, gated: bool = False
+) -> tuple[Shape, ...]:
     """The linear layers and the attention of a transformer block. keys: features of K and V together, 2 * hidden."""
     keys = 2 * hidden if keys is None else keys
     return (
         LinearShape(batch, sequence, hidden, hidden + keys),
         AttentionShape(batch, sequence, keys),
         LinearShape(batch, sequence, hidden, hidden),
-        *mlp_shapes(batch, sequence, hidden, ffn),
+        *mlp_shapes(batch, sequence, hidden, ffn, gated=gated),
     )
 
 
@@ -83,9 +85,10 @@ def comm_volume(
     kind, grid: of a mesh, see plan_mesh. itemsize: bytes of a number. Norms, losses and embeddings are not in it: they
     send a few numbers a token (see docs/tensor_parallel.md).
 
-    Raises ValueError where the grid does not divide a shape: the parts would not be equal.
+    Raises ValueError where the grid does not divide a shape: the parts would not be equal; or is of another kind.
     """
     forward = backward = 0
+    _check(kind, grid, gathering)
     for shape, layouts in _layouts_of(kind, shapes):
         if isinstance(shape, AttentionShape):
             sent = _attention_numbers(shape, layouts.output, grid)
@@ -100,6 +103,7 @@ def memory(
 ) -> Memory:
     """What one rank holds for linear layers in a row, see comm_volume. What attention keeps is not in it."""
     parameters = saved = 0
+    _check(kind, grid, gathering)
     for shape, layouts in _layouts_of(kind, shapes):
         if isinstance(shape, LinearShape):
             x, weight, _, bias = _part_sizes(shape, layouts, grid)
@@ -166,6 +170,16 @@ def best(
             f"{sum(least.memory):,} bytes; use more ranks, or gathering='again'."
         )
     return fitting[0]
+
+
+def _check(kind: Kind, grid: Grid, gathering: Gathering) -> None:
+    """Raise ValueError for a grid of another kind, or no such gathering."""
+    check_gathering(gathering)
+    if kind.axes != grid.axes:
+        raise ValueError(
+            f"{kind.name} has the axes {', '.join(kind.axes)}, and the grid has {', '.join(grid.axes)}; take both from "
+            f"plan_mesh."
+        )
 
 
 class _Numbers(NamedTuple):

@@ -233,7 +233,9 @@ KINDS: dict[KindName, Kind] = {
 
 
 def grids(kind: KindName, ranks: int) -> list[Grid]:
-    """All grids of a kind that so many ranks form."""
+    """All grids of a kind that so many ranks form. Raises ValueError for none."""
+    if ranks < 1:
+        raise ValueError(f"a mesh of {ranks} ranks; use 1 or more.")
     return [Grid(KINDS[kind].axes, sizes) for sizes in KINDS[kind].shapes(ranks)]
 
 

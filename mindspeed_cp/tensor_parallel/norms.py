@@ -69,7 +69,7 @@ class LayerNorm(_Norm):
     def from_norm(cls, norm: nn.LayerNorm, mesh: TensorMesh, *, input: Layout | None = None) -> "LayerNorm":
         """The same norm as a whole one, which all ranks have alike. Raises ValueError for one over several dims."""
         if len(norm.normalized_shape) != 1:
-            raise ValueError(f"a LayerNorm over {tuple(norm.normalized_shape)} is not one over the last dim alone.")
+            raise ValueError(f"a LayerNorm over the dims {tuple(norm.normalized_shape)}; flatten them into one.")
         return cls(norm.weight, norm.bias, mesh, features=norm.normalized_shape[0], eps=norm.eps, input=input)
 
     def forward(self, x: Sharded) -> Sharded:
@@ -87,7 +87,7 @@ class RMSNorm(_Norm):
     def from_norm(cls, norm: nn.RMSNorm, mesh: TensorMesh, *, input: Layout | None = None) -> "RMSNorm":
         """The same norm as a whole one, which all ranks have alike. Raises ValueError for one over several dims."""
         if len(norm.normalized_shape) != 1:
-            raise ValueError(f"an RMSNorm over {tuple(norm.normalized_shape)} is not one over the last dim alone.")
+            raise ValueError(f"an RMSNorm over the dims {tuple(norm.normalized_shape)}; flatten them into one.")
         return cls(norm.weight, None, mesh, features=norm.normalized_shape[0], eps=norm.eps, input=input)
 
     def forward(self, x: Sharded) -> Sharded:

@@ -17,8 +17,15 @@ Note [Panels]
     Backward, the same panels travel once more, and what a rank finds of dX_it and dW_tj goes straight home to the
     owner, which adds in the order of the steps, in fp32. Parts may differ in size: a message is as long as its panel.
 
-    Where rows of X are gathered (1D, 3D, x*y), panel t is the rows of rank t, taken in the order t = r + s; where rows
-    of Y are scattered, the part of rank t is computed when its turn comes, and leaves while the next one is.
+    Where rows of X are gathered (1D), panel t is the rows of rank t, taken in the order t = r + s; where rows of Y are
+    scattered, the part of rank t is computed when its turn comes, its own one last, and leaves while the next one is.
+
+Note [Slices]
+    In x*y and 3D one product both gathers rows and scatters them, along two axes. Panel by panel the ranks of one axis
+    would find parts for the same rank of the other at the same time, and links would stand idle. So X is cut along a
+    dim along which nothing travels, the batch in x*y and the sequence in 3D: a slice is gathered from all ranks and its
+    results go to all while the next slice is multiplied, with all links in use. What stays is the first slice's gather
+    and the last one's scatter, 1/n of each with n slices. Where that dim is of one, panels of X hide the gather alone.
 
 Sources: SUMMA, van de Geijn and Watts 1997; Cannon 1969; 2D tensor parallelism arXiv:2104.05343.
 """
@@ -49,30 +56,30 @@ class Route:
     sizes: tuple[int, ...]
     dim: int
 
-    def start(self, step: int, own: Tensor) -> "_Arrival":
+    def start(self, step: int, own: Tensor) -> "Arrival":
         """Start fetching the panel of a step from its owner, and sending this rank's own to its user."""
         return self._exchange(own, self.users[step], self.panels[step], self.sizes[self.panels[step]])
 
-    def start_home(self, step: int, found: Tensor) -> "_Arrival":
+    def start_home(self, step: int, found: Tensor) -> "Arrival":
         """Start sending what has been found for the panel of a step to its owner, and fetching what its user has found
         for this rank's own."""
         return self._exchange(found, self.panels[step], self.users[step], self.sizes[self.communicator.rank])
 
-    def _exchange(self, send: Tensor, to: int, source: int, size: int) -> "_Arrival":
+    def _exchange(self, send: Tensor, to: int, source: int, size: int) -> "Arrival":
         """Empty panels, which uneven parts leave, are not sent."""
         if to == self.communicator.rank:
             assert source == to, (source, to)
-            return _Arrival(send, None)
+            return Arrival(send, None)
         shape = list(send.shape)
         shape[self.dim] = size
         send, receive = send.contiguous(), send.new_empty(shape)
         transfer = self.communicator.exchange(
             send if send.numel() else None, to, receive if receive.numel() else None, source
         )
-        return _Arrival(receive, transfer)
+        return Arrival(receive, transfer)
 
 
-class _Arrival(NamedTuple):
+class Arrival(NamedTuple):
     """A tensor, to be read when the transfer has been waited for; None where it is this rank's own."""
 
     tensor: Tensor
@@ -99,11 +106,52 @@ def square_routes(input: Communicator, weight: Communicator, features: int) -> t
     )
 
 
-def row_route(communicator: Communicator, rows: int, dim: int) -> Route:
-    """Route of panels that are equally many rows along a dim, of each rank in turn."""
+def row_route(communicator: Communicator, rows: int, dim: int, *, own_last: bool = False) -> Route:
+    """Route of panels that are equally many rows along a dim, of each rank in turn, its own one first or last."""
     rank, size = communicator.rank, communicator.size
-    panels = tuple((rank + step) % size for step in range(size))
-    return Route(communicator, panels, tuple((rank - step) % size for step in range(size)), (rows,) * size, dim)
+    distances = [*range(own_last, size), *range(own_last)]
+    panels, users = (tuple((rank + sign * each) % size for each in distances) for sign in (1, -1))
+    return Route(communicator, panels, users, (rows,) * size, dim)
+
+
+@dataclass(frozen=True)
+class SliceRoute:
+    """How slices of rows are gathered from all ranks of a group, or scattered to them, see Note [Slices].
+
+    dim: of the rows that travel.
+    """
+
+    communicator: Communicator
+    dim: int
+
+    def gather(self, own: Tensor) -> "Slice":
+        """Start fetching the others' rows of a slice."""
+        route = row_route(self.communicator, own.size(self.dim), self.dim)
+        arrivals = {panel: route.start(step, own) for step, panel in enumerate(route.panels)}
+        return Slice([arrivals[panel] for panel in sorted(arrivals)], self.dim)
+
+    def scatter(self, found: Tensor) -> "Slice":
+        """Start sending each rank its rows of what was found of a slice, and fetching what others have found."""
+        parts = found.chunk(self.communicator.size, self.dim)
+        route = row_route(self.communicator, parts[0].size(self.dim), self.dim)
+        arrivals = {user: route.start_home(step, parts[route.panels[step]]) for step, user in enumerate(route.users)}
+        return Slice([arrivals[user] for user in sorted(arrivals)], self.dim)
+
+
+class Slice(NamedTuple):
+    """What comes from each rank, by rank."""
+
+    arrivals: list["Arrival"]
+    dim: int
+
+    def joined(self) -> Tensor:
+        """The rows of all ranks."""
+        return torch.cat([each.wait() for each in self.arrivals], self.dim)
+
+    def summed(self) -> Tensor:
+        """What all ranks have found, added in their order, in fp32, and rounded once."""
+        rows = [each.wait() for each in self.arrivals]
+        return torch.stack(rows).sum(dim=0, dtype=accumulation_dtype(rows[0].dtype)).to(rows[0].dtype)
 
 
 def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool) -> Iterator[tuple[int, list[Tensor]]]:
@@ -113,7 +161,7 @@ def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool
     """
     last = len(routes[0].panels) - 1
 
-    def start(step: int) -> list[_Arrival]:
+    def start(step: int) -> list[Arrival]:
         return [route.start(step, own) for route, own in zip(routes, owns, strict=True)]
 
     arriving = start(0)
@@ -127,36 +175,37 @@ def travelling(routes: Sequence[Route], owns: Sequence[Tensor], *, overlap: bool
 
 
 class Homecoming:
-    """Sums of what all ranks find for this rank's own panels, which come home step by step.
+    """Sum of what all ranks find for this rank's own panel, which comes home step by step.
 
     overlap: whether what is found at a step travels during the next one. Additions are in the order of the steps, in
     fp32, either way.
     """
 
-    def __init__(self, routes: Sequence[Route], *, overlap: bool) -> None:
-        self._routes, self._overlap = routes, overlap
-        self._totals: list[Tensor] = []
-        self._dtypes: list[torch.dtype] = []
-        self._arriving: list[_Arrival] = []
+    def __init__(self, route: Route, *, overlap: bool) -> None:
+        self._route, self._overlap = route, overlap
+        self._total: Tensor | None = None
+        self._arriving: Arrival | None = None
 
-    def send(self, step: int, found: Sequence[Tensor]) -> None:
-        """Send what has been found for the panels of a step."""
+    def send(self, step: int, found: Tensor) -> None:
+        """Send what has been found for the panel of a step."""
         self._add()
-        self._arriving = [route.start_home(step, each) for route, each in zip(self._routes, found, strict=True)]
+        self._dtype = found.dtype
+        self._arriving = self._route.start_home(step, found)
         if not self._overlap:
             self._add()
 
-    def sums(self) -> list[Tensor]:
-        """When everything has been sent: the sums, in the dtype of what was found."""
+    def sum(self) -> Tensor:
+        """When everything has been sent: the sum, in the dtype of what was found."""
         self._add()
-        return [total.to(dtype) for total, dtype in zip(self._totals, self._dtypes, strict=True)]
+        assert self._total is not None
+        return self._total.to(self._dtype)
 
     def _add(self) -> None:
-        arrived = [each.wait() for each in self._arriving]
-        if arrived and not self._totals:
-            self._dtypes = [each.dtype for each in arrived]
-            self._totals = [each.to(accumulation_dtype(each.dtype), copy=True) for each in arrived]
-        elif arrived:
-            for total, each in zip(self._totals, arrived, strict=True):
-                total += each
-        self._arriving = []
+        if self._arriving is None:
+            return
+        arrived = self._arriving.wait()
+        if self._total is None:
+            self._total = arrived.to(accumulation_dtype(arrived.dtype), copy=True)
+        else:
+            self._total += arrived
+        self._arriving = None

@@ -3,6 +3,7 @@
 Shapes: X [..., I], W [O, I], Y [..., O], each this rank's part; the product is X W^T over all parts.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,10 @@ from mindspeed_cp.tensor_parallel.collectives import Along, raw_gather, raw_redu
 from mindspeed_cp.tensor_parallel.grid import Axes
 from mindspeed_cp.tensor_parallel.kinds import LinearLayouts, Role
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
-from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, row_route, travelling
+from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, Slice, SliceRoute, row_route, travelling
+
+_SLICES = 8
+"""At most: the first one's gather and the last one's scatter have no product beside them; small ones are slow."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +81,30 @@ class Product(Protocol):
         ...
 
 
-def multiply(x: Tensor, weight: Tensor, product: Product) -> Tensor:
-    """Y, differentiable in X and W."""
-    y: Tensor = _Multiply.apply(x, weight, product)
+def multiply(x: Tensor, weights: Sequence[Tensor], product: Product) -> Tensor:
+    """Y of all weights, one after the other in its features, differentiable in X and in each of them."""
+    y: Tensor = _Multiply.apply(x, product, *weights)
     return y
 
 
 class _Multiply(torch.autograd.Function):
+    """Several weights travel and are multiplied as one, and are kept as they are where that one is not sent."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
-        y, kept = product.forward(x, weight)
-        ctx.save_for_backward(*kept)
-        ctx.product = product
+    def forward(ctx: Any, x: Tensor, product: Product, *weights: Tensor) -> Tensor:
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        y, (kept_x, kept_weight) = product.forward(x, joined)
+        ctx.product, ctx.sizes = product, [weight.size(0) for weight in weights]
+        ctx.save_for_backward(kept_x, *(weights if kept_weight is joined else (kept_weight,)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.product.backward(grads[0], *ctx.saved_tensors, needs_dx=ctx.needs_input_grad[0]), None
+        x, *weights = ctx.saved_tensors
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        dx, dweight = ctx.product.backward(grads[0], x, joined, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, *dweight.split(ctx.sizes)
 
 
 @dataclass(frozen=True)
@@ -146,10 +156,11 @@ class SquareProduct:
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
-        home = Homecoming(self.routes, overlap=self.overlap)
+        home_x, home_weight = (Homecoming(route, overlap=self.overlap) for route in self.routes)
         for step, (panel_x, panel_weight) in travelling(self.routes, (x, weight), overlap=self.overlap):
-            home.send(step, (dy @ panel_weight, _outer(dy, panel_x)))
-        dx, dweight = home.sums()
+            home_x.send(step, dy @ panel_weight)
+            home_weight.send(step, _outer(dy, panel_x))
+        dx, dweight = home_x.sum(), home_weight.sum()
         return Gradients(dx, raw_reduce(dweight, self.mesh, self.plan.shared_weight))
 
 
@@ -177,13 +188,13 @@ class RowGatheringProduct:
         whole_weight = _gathered(weight, mesh, plan.gathered_weight)
         rows = _gathered(dy, mesh, plan.scattered_output).chunk(len(route.panels), route.dim)
         dweight = _zeros(whole_weight, whole_weight.shape)
-        home = Homecoming([route], overlap=self.overlap)
+        home = Homecoming(route, overlap=self.overlap)
         for step, (panel,) in travelling([route], [x], overlap=self.overlap):
             dy_panel = rows[route.panels[step]]
-            home.send(step, [dy_panel @ whole_weight])
+            home.send(step, dy_panel @ whole_weight)
             dweight += _outer(dy_panel, panel)
         dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
-        return Gradients(home.sums()[0], raw_reduce(dweight, mesh, plan.shared_weight))
+        return Gradients(home.sum(), raw_reduce(dweight, mesh, plan.shared_weight))
 
     def _route(self, x: Tensor) -> Route:
         (along,) = self.plan.gathered_input
@@ -202,12 +213,12 @@ class RowScatteringProduct:
         """See Product."""
         (along,) = self.plan.scattered_output
         communicator = self.mesh.communicators[along.axis,]
-        route = row_route(communicator, x.size(along.dim) // communicator.size, along.dim)
+        route = row_route(communicator, x.size(along.dim) // communicator.size, along.dim, own_last=True)
         rows = x.chunk(communicator.size, along.dim)
-        home = Homecoming([route], overlap=self.overlap)
+        home = Homecoming(route, overlap=self.overlap)
         for step, panel in enumerate(route.panels):
-            home.send(step, [F.linear(rows[panel], weight)])
-        return home.sums()[0], (x, weight)
+            home.send(step, F.linear(rows[panel], weight))
+        return home.sum(), (x, weight)
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
         """See Product."""
@@ -221,6 +232,99 @@ class RowScatteringProduct:
             dweight += _outer(panel, rows[owner])
         dx = torch.cat([found[owner] for owner in sorted(found)], along.dim)
         return Gradients(dx, raw_reduce(dweight.to(weight.dtype), self.mesh, self.plan.shared_weight))
+
+
+@dataclass(frozen=True)
+class SlicedProduct:
+    """Rows of X gathered along one axis and rows of Y scattered along another, slice by slice; see Note [Slices].
+
+    W, where it is gathered too, is whole. by_panels: what takes activations of which there is one slice.
+    """
+
+    plan: LinearPlan
+    mesh: TensorMesh
+    overlap: bool
+    by_panels: RowGatheringProduct
+
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See Product."""
+        slices, dim = self._slices(x)
+        if len(slices) == 1:
+            return self.by_panels.forward(x, weight)
+        whole_weight, (gather, scatter) = _gathered(weight, self.mesh, self.plan.gathered_weight), self._routes()
+        under_way = _UnderWay(self.overlap)
+        for (rows,) in self._arriving([gather], [slices]):
+            under_way.add(scatter.scatter(F.linear(rows, whole_weight)))
+        return torch.cat(under_way.sums(), dim), (x, weight)
+
+    def backward(self, dy: Tensor, x: Tensor, weight: Tensor, *, needs_dx: bool) -> Gradients:
+        """See Product."""
+        plan, mesh, (slices, dim) = self.plan, self.mesh, self._slices(x)
+        if len(slices) == 1:
+            return self.by_panels.backward(dy, x, weight, needs_dx=needs_dx)
+        whole_weight, (of_x, of_y) = _gathered(weight, mesh, plan.gathered_weight), self._routes()
+        dweight, under_way = _zeros(whole_weight, whole_weight.shape), _UnderWay(self.overlap)
+        for dy_rows, x_rows in self._arriving([of_y, of_x], [dy.chunk(len(slices), dim), slices]):
+            under_way.add(of_x.scatter(dy_rows @ whole_weight))
+            dweight += _outer(dy_rows, x_rows)
+        dweight = _summed(dweight.to(weight.dtype), mesh, plan.gathered_weight)
+        return Gradients(torch.cat(under_way.sums(), dim), raw_reduce(dweight, mesh, plan.shared_weight))
+
+    def _slices(self, x: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Of activations, along the dim of rows that nothing travels along, which [B, H] has not."""
+        (along,) = self.plan.gathered_input
+        if x.dim() == 2:
+            return [x], 0
+        dim = 1 if along.dim == 0 else 0
+        count = max(count for count in range(1, _SLICES + 1) if x.size(dim) % count == 0)
+        return x.chunk(count, dim), dim
+
+    def _routes(self) -> tuple[SliceRoute, SliceRoute]:
+        """Of rows of X and of Y."""
+        (of_x,), (of_y,) = self.plan.gathered_input, self.plan.scattered_output
+        on_x, on_y = (SliceRoute(self.mesh.communicators[each.axis,], each.dim) for each in (of_x, of_y))
+        return on_x, on_y
+
+    def _arriving(self, routes: list[SliceRoute], slices: list[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+        """Each slice of all ranks, by operand, while the next one travels."""
+        last = len(slices[0]) - 1
+
+        def start(number: int) -> list[Slice]:
+            return [route.gather(each[number]) for route, each in zip(routes, slices, strict=True)]
+
+        coming = start(0)
+        for number in range(last + 1):
+            rows = [each.joined() for each in coming]
+            if self.overlap and number < last:
+                coming = start(number + 1)
+            yield rows
+            if not self.overlap and number < last:
+                coming = start(number + 1)
+
+
+class _UnderWay:
+    """Slices that are scattered, each while the next one is multiplied, or at once."""
+
+    def __init__(self, overlap: bool) -> None:
+        self._overlap, self._sums = overlap, list[Tensor]()
+        self._last: Slice | None = None
+
+    def add(self, scattered: Slice) -> None:
+        """When a slice has been sent: receive the one before, or this one."""
+        self._receive()
+        self._last = scattered
+        if not self._overlap:
+            self._receive()
+
+    def sums(self) -> list[Tensor]:
+        """Of all slices."""
+        self._receive()
+        return self._sums
+
+    def _receive(self) -> None:
+        if self._last is not None:
+            self._sums.append(self._last.summed())
+        self._last = None
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:

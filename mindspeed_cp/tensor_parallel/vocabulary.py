@@ -14,6 +14,7 @@ from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.tensor_parallel.collectives import (
     Along,
     check_even,
+    gather,
     own_part,
     raw_gather,
     raw_reduce,
@@ -22,8 +23,9 @@ from mindspeed_cp.tensor_parallel.collectives import (
     shard_tensor,
     share,
 )
-from mindspeed_cp.tensor_parallel.grid import Axes
+from mindspeed_cp.tensor_parallel.grid import Axes, Part
 from mindspeed_cp.tensor_parallel.layout import Layout, Sharded
+from mindspeed_cp.tensor_parallel.linear import Linear
 from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.module import ShardedModule
 
@@ -82,14 +84,58 @@ class Embedding(ShardedModule):
         for along in self._gathered:
             tokens = raw_gather(tokens, self.mesh, along)
         replicas = tuple(axis for axis in self.layout.rows if axis not in self.vocabulary)
-        table = share(self.weight, self.mesh, replicas)
-        place = tokens - self.own.start
-        elsewhere = (place < 0) | (place >= self.own.size)
-        found = F.embedding(place.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        found = _look_up(tokens, share(self.weight, self.mesh, replicas), self.own)
         for along in reversed(self._gathered):
             found = scatter_sum(found, self.mesh, along)
         whole = tuple(axis for axis in self.vocabulary if axis not in self.layout.rows)
         return Sharded(reduce(found, self.mesh, whole), self.layout)
+
+
+class TiedEmbedding(ShardedModule):
+    """An embedding whose table is the weight of the model's head, the one parameter of both.
+
+    It lies as the head's weight does, so that what the head does along an axis is done here the other way round: where
+    its input is gathered, what is found goes home in parts of sums; its weight is gathered where the head's is.
+    """
+
+    weight: Tensor
+
+    def __init__(self, head: Linear) -> None:
+        """head: features to vocabulary, of activations as they lie between blocks.
+
+        Raises ValueError where it is for others.
+        """
+        super().__init__(head.mesh)
+        if head.layouts.input != self.mesh.kind.outer:
+            raise ValueError(
+                f"a head of activations with {head.layouts.input} shares no table with an embedding, which gives them "
+                f"with {self.mesh.kind.outer}; make it without input=."
+            )
+        self.plan = head.plan
+        self.wholes["weight"] = head.wholes["weight"]
+        self.weight = head.weight
+        self.own = own_part(self.wholes["weight"].shape[0], head.layouts.weight[0], self.mesh)
+
+    def forward(self, tokens: Tensor) -> Sharded:
+        """See Embedding.forward."""
+        plan, mesh = self.plan, self.mesh
+        rows = [along for along in plan.gathered_input if along.dim != -1]
+        for axis, dim in rows:
+            tokens = raw_gather(tokens, mesh, Along(axis, 0 if dim == 0 else 1))
+        table = share(self.weight, mesh, plan.shared_weight)
+        for along in plan.gathered_weight:
+            table = gather(table, mesh, along)
+        found = _look_up(tokens, table, self.own)
+        for along in reversed(plan.gathered_input):
+            found = scatter_sum(found, mesh, along)
+        return Sharded(reduce(found, mesh, plan.shared_input), mesh.kind.outer)
+
+
+def _look_up(tokens: Tensor, table: Tensor, own: Part) -> Tensor:
+    """The rows of tokens in this rank's part of the table, and zeros for those that are elsewhere."""
+    place = tokens - own.start
+    elsewhere = (place < 0) | (place >= own.size)
+    return F.embedding(place.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
 
 
 def cross_entropy(logits: Sharded, labels: Tensor, mesh: TensorMesh) -> Tensor:

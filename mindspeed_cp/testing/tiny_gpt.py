@@ -20,6 +20,7 @@ from mindspeed_cp.tensor_parallel import (
     Linear,
     SelfAttention,
     TensorMesh,
+    TiedEmbedding,
     TransformerBlock,
     cross_entropy,
     shard_tokens,
@@ -30,7 +31,7 @@ from mindspeed_cp.tensor_parallel.linear import Gathering
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model and of its batches."""
+    """Of the model and of its batches. gated: its MLPs are SwiGLU. tied: the head's weight is the embedding's table."""
 
     batch: int = 8
     sequence: int = 16
@@ -39,6 +40,8 @@ class Sizes:
     kv_heads: int = 4
     layers: int = 2
     vocabulary: int = 64
+    gated: bool = False
+    tied: bool = False
 
 
 class Attention(nn.Module):
@@ -62,15 +65,17 @@ class Attention(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """H -> 4H -> H."""
+    """H -> 4H -> H, with a gate or without."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, gated: bool) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.gate = nn.Linear(hidden, 4 * hidden) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., H]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        hidden = F.gelu(self.fc1(x)) if self.gate is None else F.silu(self.gate(x)) * self.fc1(x)
+        out: Tensor = self.fc2(hidden)
         return out
 
 
@@ -80,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(sizes.hidden), nn.LayerNorm(sizes.hidden)
-        self.attention, self.mlp = Attention(sizes), PlainMLP(sizes.hidden)
+        self.attention, self.mlp = Attention(sizes), PlainMLP(sizes.hidden, sizes.gated)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, S, H]."""
@@ -100,6 +105,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(sizes) for _ in range(sizes.layers)])
         self.norm = nn.LayerNorm(sizes.hidden)
         self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
+        if sizes.tied:
+            self.tokens.weight = self.head.weight
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -155,7 +162,8 @@ class ShardedGPT(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh, sizes = mesh, whole.sizes
-        self.tokens = Embedding.from_embedding(whole.tokens, mesh)
+        head = Linear.from_linear(whole.head, mesh, gathering=gathering)
+        self.tokens = TiedEmbedding(head) if sizes.tied else Embedding.from_embedding(whole.tokens, mesh)
         self.positions = Embedding.from_embedding(whole.positions, mesh, vocabulary=())
         self.blocks = nn.ModuleList()
         for block in whole.blocks:
@@ -170,12 +178,13 @@ class ShardedGPT(nn.Module):
                 gathering=gathering,
             )
             norms = (LayerNorm.from_norm(norm, mesh) for norm in (block.norm_1, block.norm_2))
-            mlp = MLP(block.mlp.fc1, block.mlp.fc2, mesh, gathering=gathering)
+            gate, activation = (block.mlp.gate, F.silu) if sizes.gated else (None, F.gelu)
+            mlp = MLP(block.mlp.fc1, block.mlp.fc2, mesh, gate=gate, activation=activation, gathering=gathering)
             norm_1, norm_2 = norms
             drop = Dropout(dropout, mesh) if dropout else None
             self.blocks.append(TransformerBlock(norm_1, attention, norm_2, mlp, drop))
         self.norm = LayerNorm.from_norm(whole.norm, mesh)
-        self.head = Linear.from_linear(whole.head, mesh, gathering=gathering)
+        self.head = head
         places = torch.arange(sizes.sequence)
         if layout is not None:
             places = torch.cat([layout.shard(places, rank, dim=0) for rank in range(layout.size)])

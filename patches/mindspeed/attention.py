@@ -193,6 +193,12 @@ ATTENTION = (
         --use-fused-ring-attention-update
         --context-parallel-kv-cache-policy {full,half}
         --context-parallel-cache-interval N
+        """,
+    ),
+    *noted(
+        "Ulysses of a larger degree than there are K/V heads",
+        "K/V heads that the degree divides are exchanged as they are; others need hybrid_cp_algo or megatron_cp_algo",
+        """
         --use-ulysses-allgather-kv
         --kv-head-repeat-before-uly-alltoall
         """,

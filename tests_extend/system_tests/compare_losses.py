@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*?lm loss: ([-+.\dEeNnAaIiFf]+)")
+PRINTED = 1e-7
+"""The last digit of a loss in a log, relative to it, or a part of that."""
 VALIDATION = re.compile(r"validation loss at iteration\s+(\d+) \| lm loss value: ([-+.\dEeNnAaIiFf]+)")
 
 
@@ -52,8 +54,15 @@ def plot(curves: dict[str, dict[int, float]], image: Path) -> None:
     for (name, losses), style in zip(curves.items(), styles, strict=True):
         above.plot(list(losses), list(losses.values()), label=name, **style)
     reference, candidate = curves.values()
-    differences = [relative_difference(reference[i], candidate[i]) for i in reference]
-    below.semilogy(list(reference), [max(d, 1e-9) for d in differences], linewidth=1.2, color="tab:red")
+    differences = {i: relative_difference(reference[i], candidate[i]) for i in reference}
+    # A log has seven digits of a loss: a smaller difference is none there.
+    equal, unequal = [i for i, d in differences.items() if d == 0], {i: d for i, d in differences.items() if d > 0}
+    below.set_yscale("log")
+    below.plot(list(unequal), list(unequal.values()), ".", color="tab:red")
+    below.plot(equal, [PRINTED] * len(equal), "|", color="tab:green", label="none in the digits that are printed")
+    below.set_ylim(bottom=PRINTED / 2, top=max(1e-5, 2 * max(differences.values())))
+    if equal:
+        below.legend(fontsize="small")
     above.set_ylabel("lm loss")
     above.legend()
     below.set_ylabel("relative\ndifference")

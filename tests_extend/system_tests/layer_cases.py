@@ -102,7 +102,7 @@ def _build_layer(tensor_parallel: int, context_parallel: int, dtype: torch.dtype
         attention_dropout=0.0,
         hidden_dropout=0.0,
         masked_softmax_fusion=False,
-        # At the usual initialisation the layer hardly feels its attention.
+        # At the usual initialisation the layer is not sensitive to attention errors.
         init_method_std=0.2,
         params_dtype=dtype,
     )

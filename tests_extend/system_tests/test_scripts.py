@@ -33,10 +33,15 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checkout):
     script = str(FEATURE_TESTS / "ulysses.sh")
-    done = run(["bash", script], checkout, CP="2", ITERS="3", SEQ_LENGTH="64", PYTHONPATH=str(REPOSITORY))
+    sizes = {"CP": "2", "ITERS": "3", "SEQ_LENGTH": "64"}
+    profile = "--profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2"
+    done = run(["bash", script], checkout, **sizes, FLAGS=profile, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "over 3 iterations: within 1e-05" in done.stdout
-    assert (checkout / "runs" / "ulysses" / "ulysses-cp2.log").exists()
+    runs = checkout / "runs" / "ulysses"
+    assert (runs / "ulysses-cp2.log").exists()
+    traces = {str(path.relative_to(runs)) for path in runs.rglob("*.json.gz")}
+    assert {f"ulysses-cp{size}/torch_profile/rank-0.json.gz" for size in (1, 2)} <= traces
 
 
 @pytest.mark.slow
@@ -154,6 +159,14 @@ def test_training_on_megatron_core_alone_has_the_losses_of_cp_1_beside_data_para
     assert len(set(reference)) == 10, "it learns"
 
 
+def test_setup_names_every_package():
+    named = set(re.findall(r'^ +"(mindspeed_cp[\w.]*)",$', (REPOSITORY / "setup.py").read_text(), re.MULTILINE))
+    folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "mindspeed_cp").rglob("*.py")}
+    folders |= {"mindspeed_cp" / path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "patches").rglob("*.py")}
+    assert named == {".".join(folder.parts) for folder in folders}
+
+
+@pytest.mark.slow
 def test_wheel_holds_the_named_packages_and_no_tests(tmp_path):
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")

@@ -51,10 +51,11 @@ QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
     (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
-    (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
 ]
 SLOW = [
+    (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
     ("", 1, 4, ULYSSES),
     ("", 1, 4, f"{RING} {OVERLAP}"),
     ("", 1, 4, hybrid(2)),
@@ -171,16 +172,18 @@ def test_training_refuses_in_one_line(training, flags, message):
     assert message in training.refusal(2, flags)
 
 
+LONGER = 8
+"""Iterations of what is stopped and resumed twice."""
 CHANGED_ALGORITHM = (
     (3, 4, f"--context-parallel-size 4 {ULYSSES}"),
     (6, 2, f"--context-parallel-size 2 {RING}"),
-    (8, 1, ""),
+    (LONGER, 1, ""),
 )
 # Only after a resume do runs with and without tensor parallelism have the same weights.
 CHANGED_TENSOR_PARALLELISM = (
     (3, 1, ""),
     (6, 2, TENSOR_PARALLEL),
-    (8, 4, f"{TENSOR_PARALLEL} --sequence-parallel --context-parallel-size 2 {RING}"),
+    (LONGER, 4, f"{TENSOR_PARALLEL} --sequence-parallel --context-parallel-size 2 {RING}"),
 )
 # Padded to 384 on one tensor-parallel rank and on two.
 SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
@@ -195,10 +198,10 @@ SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
     ],
 )
 def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model, stages):
-    pieces = {}
+    model, pieces = f"{model} --train-iters {LONGER}", {}
     for last, ranks, flags in stages:
         checkpoint = f"--load {tmp_path} --exit-interval {last}"
-        if last < ITERATIONS:
+        if last < LONGER:
             checkpoint += f" --save {tmp_path} --save-interval 1000"
         losses = training.losses(ranks, f"{model} {flags} {checkpoint}")
         first, second = sorted(losses)[:2]
@@ -206,15 +209,15 @@ def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model
             # After a resume Megatron logs the mean of the first two iterations at the second.
             losses[second] = 2 * losses[second] - losses[first]
         pieces |= losses
-    assert list(pieces) == list(range(1, ITERATIONS + 1))
+    assert list(pieces) == list(range(1, LONGER + 1))
     assert largest_difference(training.losses(1, model), pieces) <= 1e-5
 
 
 @pytest.mark.slow
 def test_a_checkpoint_says_the_model_and_its_heads_are_checked(training, tmp_path):
-    model = "--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5"
+    model = f"--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5 --train-iters {LONGER}"
     pieces = training.losses(1, f"{model} --save {tmp_path} --save-interval 1000 --exit-interval 3")
-    of_checkpoint = f"--use-checkpoint-args --load {tmp_path}"
+    of_checkpoint = f"--use-checkpoint-args --load {tmp_path} --train-iters {LONGER}"
     message = training.refusal(4, f"{of_checkpoint} --context-parallel-size 4 {ULYSSES}")
     assert "--num-query-groups 2 is not a multiple of the Ulysses degree 4" in message
     resumed = training.losses(2, f"{of_checkpoint} --context-parallel-size 2 {RING}")

@@ -40,7 +40,7 @@ MODEL_FLAGS = (
     --global-batch-size 2 --distributed-backend gloo --distributed-timeout-minutes 4
     """),
 )
-ITERATIONS = 8
+ITERATIONS = 4
 """Enough for a fault to show: a gradient that is wrong in the first changes the losses of all others."""
 
 

@@ -30,8 +30,8 @@ def communicate(group: dist.ProcessGroup, operation: str, sends: Tensor) -> Rece
     return Received(result, communicator.rank, communicator.size, dict(traffic.calls), dict(traffic.bytes_sent))
 
 
-def posted(group: dist.ProcessGroup, operation: str = "all_to_all") -> list[str]:
-    """The point-to-point operations that a collective one posts, at its last step if it has several, in their order."""
+def posted(group: dist.ProcessGroup, operation: str) -> list[str]:
+    """The point-to-point operations that a collective one posts, at its last step, in their order."""
     with mock.patch.object(dist, "batch_isend_irecv", return_value=[]) as post:
         getattr(ProcessGroupCommunicator(group), operation)(torch.zeros(dist.get_world_size(group), 1))
     return [operation.op.__name__ for operation in post.call_args.args[0]]

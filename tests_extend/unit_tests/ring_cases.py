@@ -396,7 +396,9 @@ def profiled_names(group: dist.ProcessGroup | None, case: Case) -> list[str]:
         attention = build_attention(case.config, groups, layout=case.sequence_layout)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             forward_and_backward(dist.get_rank(group), case, attention)
-    return sorted(event.name for event in profiler.events() if "ring" in event.name.split(":")[0].split())
+    return sorted(
+        event.name for event in profiler.events() if {"ring", "Ulysses"} & {*event.name.split(":")[0].split()}
+    )
 
 
 def die_in_mid_ring(group: dist.ProcessGroup | None, case: Case, culprit: int, folder: str) -> None:

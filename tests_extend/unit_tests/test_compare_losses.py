@@ -92,3 +92,13 @@ def test_a_run_that_stopped_early_fails(tmp_path, compare):
     run = compare({1: 2.0})
     assert run.returncode == 1
     assert "a.log has 2 iterations with a loss, b.log has 1." in run.stdout
+
+
+def test_losses_that_are_printed_alike_are_marked_as_such(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    compare_losses.plot({"a": {1: 2.0, 2: 1.0}, "b": {1: 2.0, 2: 1.00001}}, tmp_path / "losses.png")
+    _, below = pyplot.gcf().axes
+    different, alike = below.lines
+    assert (list(different.get_xdata()), list(alike.get_xdata())) == ([2], [1])
+    assert alike.get_label() == "none in the digits that are printed"
+    pyplot.close("all")

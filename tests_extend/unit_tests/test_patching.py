@@ -270,7 +270,7 @@ def test_path_that_is_not_module_and_attribute_is_refused(target, place):
 def test_patch_without_reason_or_end_is_refused(silent):
     with pytest.raises(ValueError) as refusal:
         dataclasses.replace(patch_of("toy:double"), **{silent: ""})
-    assert str(refusal.value) == "the patch of toy:double has to say why it is there and when it can go."
+    assert str(refusal.value) == "the patch of toy:double has to say why it is there and when to remove it."
 
 
 def test_patch_is_frozen():

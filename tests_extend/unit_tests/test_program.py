@@ -112,7 +112,7 @@ def grids() -> list[RingSchedule]:
 
 
 @pytest.mark.parametrize("schedule", grids(), ids=str)
-def test_every_pair_is_computed_once_and_every_gradient_comes_home_once(schedule):
+def test_every_pair_is_computed_once_and_every_gradient_reaches_its_owner_once(schedule):
     rng = random.Random(schedule.size)
     zigzag = EqualChunks(schedule.size, 4)
     plans = [AttentionPlan(zigzag, zigzag, bands) for bands in (CAUSAL, FULL, (Band(3, 0),))]

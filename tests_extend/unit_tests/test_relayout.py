@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
-from mindspeed_cp.layouts import Contiguous, DocumentZigzag, Zigzag
+from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, EqualChunks, Zigzag
 from mindspeed_cp.relayout import gather, relayout
 from mindspeed_cp.sharding import order, shard
 from unit_tests.layout_cases import random_layouts, relayout_and_back
@@ -25,6 +25,10 @@ def pairs(seed, count):
     for _ in range(count):
         source, target = rng.sample(list(random_layouts(rng)), 2)
         yield source, target, len(source.samples) if len(source.samples) > 1 else rng.randrange(1, 3)
+    # One side knows documents, and the other none.
+    packed = Balanced(3, ((5, 7), (12,)))
+    yield packed, EqualChunks(3, 4), 2
+    yield EqualChunks(3, 4), packed, 2
 
 
 def holders(layout):
@@ -108,8 +112,19 @@ def test_relayout_over_processes(gloo):
 @pytest.mark.parametrize(
     ("source", "target", "tokens", "message"),
     [
-        (Zigzag(2, ((8,),)), Zigzag(2, ((9,),)), 4, "do not hold the same documents, or not on these ranks; give two"),
-        (Zigzag(3, ((8,),)), Zigzag(2, ((8,),)), 4, "layouts of 3 and 2 ranks over 2 do not hold"),
+        (
+            Zigzag(2, ((8,),)),
+            Zigzag(2, ((9,),)),
+            4,
+            "8 tokens of 1 samples on 2 ranks and 9 tokens .* are no two",
+        ),
+        (
+            Zigzag(3, ((8,),)),
+            Zigzag(2, ((8,),)),
+            4,
+            "on 3 ranks and .* on 2 ranks over a group of 2 are no two",
+        ),
+        (Zigzag(2, ((4,),) * 2), Zigzag(2, ((4,),) * 3), 2, "2 samples .* 3 samples .*; give those, and the group"),
         (
             Zigzag(2, ((8,),)),
             DocumentZigzag(2, ((8,),)),

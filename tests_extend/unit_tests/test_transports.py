@@ -8,7 +8,7 @@ import pytest
 
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
-from mindspeed_cp.program import Phase, Transport, cheapest_transport, program
+from mindspeed_cp.program import Phase, Transport, cheapest_transport, program, transports
 from mindspeed_cp.schedule import RingSchedule
 from unit_tests.dealt import at_random, contiguous, zigzag
 from unit_tests.test_plan import random_bands, seen_by_definition
@@ -130,6 +130,17 @@ BY_BYTES = {
 @pytest.mark.parametrize(("shards", "bands", "chosen"), BY_BYTES.values(), ids=BY_BYTES)
 def test_where_no_transport_is_named_the_one_whose_busiest_rank_sends_fewer_keys_is_taken(shards, bands, chosen):
     assert cheapest_transport(AttentionPlan(shards, shards, bands), RingSchedule(1, 4)) is chosen
+
+
+def test_where_tokens_lie_in_very_many_runs_nothing_is_looked_at_for_a_choice(monkeypatch):
+    shards, bands, direct = BY_BYTES["documents of ranks far apart"]
+    assert direct is Transport.DIRECT
+    monkeypatch.setattr(transports, "_MOST_RUNS", 8)
+    cheapest_transport.cache_clear()
+    plan = AttentionPlan(shards, shards, bands)
+    assert cheapest_transport(plan, RingSchedule(1, 4)) is Transport.ROTATION
+    assert not plan._tiles
+    cheapest_transport.cache_clear()
 
 
 def busiest(plan: AttentionPlan, schedule: RingSchedule, transport: Transport) -> int:

@@ -12,7 +12,7 @@
 #   BACKEND           torch.distributed's backend (nccl where there is a GPU, hccl where there is an NPU, else gloo)
 #   OUTPUT            folder of the logs (runs/<feature>)
 #   PYTHON            the Python to run (this repository's .venv, else python3)
-#   FLAGS             further flags for both runs
+#   FLAGS             further flags for both runs; with --profile --use-pytorch-profiler traces are in $OUTPUT/*/torch_profile
 
 feature_tests=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$feature_tests/../../.." && pwd)
@@ -65,6 +65,10 @@ train() {
     shift 2
     local command=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m mindspeed_cp "$TRAIN_SCRIPT"
         "${model_flags[@]}" "${further_flags[@]}" "$@")
+    # Megatron names a trace by its rank alone: those of the two runs need folders of their own.
+    if [[ " ${further_flags[*]} " == *" --profile "* ]]; then
+        command+=(--tensorboard-dir "$OUTPUT/$name/tensorboard")
+    fi
     mkdir -p "$OUTPUT"
     echo "$name: training on $ranks ranks, $ITERS iterations"
     local start=$SECONDS

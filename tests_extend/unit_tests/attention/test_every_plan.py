@@ -1,10 +1,14 @@
 """Every algorithm and transport over every plan, against dense attention in fp64."""
 
 import random
+import weakref
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from mindspeed_cp.comm import Addressed, Transfer, VirtualCommunicator
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 from mindspeed_cp.program import Transport
 from mindspeed_cp.topology import CPTopology
@@ -112,3 +116,32 @@ def test_attention_over_any_plan_equals_dense_attention(row):
 def test_attention_over_any_plan_equals_dense_attention_on_more_grids(row):
     case = case_of(row)
     assert_equal_to(dense(case), restored(case, attend_virtually(case)))
+
+
+class Held(VirtualCommunicator):
+    """Notes the most bytes of messages, coming and going, that a rank has had in memory at once."""
+
+    now: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+
+    def exchange_all(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Transfer:
+        for _, content in (*sends, *receives):
+            self.now[self.rank] += content.nbytes
+            weakref.finalize(content, self.now.subtract, {self.rank: content.nbytes})
+        self.most[self.rank] = max(self.most[self.rank], self.now[self.rank])
+        return super().exchange_all(sends, receives)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("transport", "grows"), [(Transport.DIRECT, False), (Transport.ALL_GATHER, True)])
+def test_messages_in_memory_do_not_grow_with_the_ranks_but_for_an_all_gather(transport, grows, overlap):
+    most = []
+    for size in (4, 8):
+        Held.most.clear()
+        ring = CPTopology(inner=size)
+        case = PlanCase(contiguous([6] * size), ring, FULL, transport=transport, overlap=overlap)
+        attend_virtually(case, Held)
+        most.append(max(Held.most.values()))
+    # With room for the gradient of lse. Direct: the block at hand, the next one, the own one, and gradients both ways.
+    block = 6 * (8 + 12 + 8) * 8
+    assert most[0] < most[1] if grows else most == [5 * block] * 2

@@ -396,15 +396,15 @@ def test_a_rank_that_dies_in_mid_ring_fails_the_others_with_the_step_and_the_pee
     }
     for rank, step in steps.items():
         explanation = (
-            rf"{step} of 4, block of ring rank \d: the K/V block did not come from ring rank {(rank - 1) % 4}, "
-            rf"or not get to {(rank + 1) % 4}: .+"
+            rf"{step} of 4, block of ring rank \d: K/V exchange failed "
+            rf"\(from ring rank {(rank - 1) % 4}, to {(rank + 1) % 4}\): .+"
         )
         assert re.fullmatch(explanation, (tmp_path / str(rank)).read_text(), re.DOTALL)
 
 
 WAITED = "virtual rank {} waited 3.0 s for rank {} in ring"
-KV_LOST = "the K/V block did not come from ring rank {}, or not get to {}: " + WAITED
-GRADIENTS_LOST = "send dK/dV home: no gradients from ring rank {}, or none got to {}: " + WAITED
+KV_LOST = "K/V exchange failed (from ring rank {}, to {}): " + WAITED
+GRADIENTS_LOST = "dK/dV exchange failed (from ring rank {}, to {}): " + WAITED
 
 
 @pytest.mark.parametrize(
@@ -442,14 +442,15 @@ def test_a_rank_that_leaves_while_it_computes_step_1_is_missed_where_its_next_me
     [
         (CPTopology(inner=3), False, "ring", [1, 0, 2], [1, 2]),
         (DOUBLE_2X2, True, "double ring", [1, 0, 3, 2], [1, 2, 3]),
+        (HYBRID_4, False, "ring", [0, 1], [1]),
     ],
-    ids=["ring", "double ring"],
+    ids=["ring", "double ring", "hybrid"],
 )
 def test_profile_names_each_step_its_owner_and_what_travels(
     gloo, topology, overlap, kind, owners_of_rank_1, gradients_leave_at
 ):
-    case, size = case_on(topology, overlap=overlap), topology.size
-    names = gloo.run_on_all(size, cases.profiled_names, case)[1]
+    case, size = case_on(topology, overlap=overlap), topology.ring_size
+    names = gloo.run_on_all(topology.size, cases.profiled_names, case)[1]
     steps = {
         phase: [f"{kind} {phase} step {n} of {size}, block of ring rank {o}" for n, o in enumerate(owners_of_rank_1)]
         for phase in ("forward", "backward")
@@ -457,6 +458,8 @@ def test_profile_names_each_step_its_owner_and_what_travels(
     expected = steps["forward"] + steps["backward"] + steps["backward"][:1]  # The own block's second part.
     expected += [f"{step}: send K/V on" for phase in steps.values() for step in phase[1:]]
     expected += [f"{steps['backward'][n]}: send dK/dV home" for n in gradients_leave_at]
+    if topology.ulysses > 1:
+        expected += [f"Ulysses: exchange {way}" for way in ("heads for tokens", "tokens for heads")] * 2
     expected += ["ring: wait for K/V"] * 2 * (size - 1) + ["ring: wait for dK/dV"] * (size - 1)
     assert names == sorted(expected)
 

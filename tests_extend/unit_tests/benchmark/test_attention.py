@@ -128,3 +128,26 @@ def test_benchmark_refuses_sizes_that_do_not_fit(arguments, message, run_script)
     ended = run_script("bench_attention.py", "--seq-lengths", "4080", *arguments.split())
     assert ended.status == 2
     assert message in ended.err.splitlines()[-1]
+
+
+def test_picture_says_who_is_fastest_where_and_shows_all_but_what_overlap_replaces(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from mindspeed_cp.benchmark import plots
+
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    seconds = {
+        "single device": {1: 0.5, 2: 9.0, 4: 9.0},
+        "ring": {1: 5.0, 2: 5.0, 4: 5.0},
+        "ring, overlap": {1: 4.0, 2: 3.0, 4: 1.0},
+        "Ulysses": {1: 1.0, 2: 1.5, 4: 2.0},
+    }
+    plots.plot_times(seconds, "tokens", "a title", tmp_path / "times.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == "Fastest: Ulysses at 1 to 2; ring, overlap at 4\na title"
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+        "single device": [0.5, 6.0, 9.0],
+        "ring, overlap": [4.0, 2.0, 1.0],
+        "Ulysses": [1.0, 1.0, 2.0],
+    }
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]

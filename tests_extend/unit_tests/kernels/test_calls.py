@@ -155,7 +155,7 @@ def test_packed_documents_that_follow_each_other_are_handed_over_as_views():
     (call,) = calls(AttentionPlan(layout, layout).tiles(0, 0), BASE, KernelRegistry((TakesPacked(),)))
     q = torch.randn(1, 2, 48, 16)
     assert call.queries(q).given.take(q).data_ptr() == q.data_ptr()
-    segments = call.segments(q)
+    segments = call.terms(1.0, q).segments
     assert segments is not None
     assert (segments.queries.tolist(), segments.max_queries) == ([0, 8, 16, 32, 48], 16)
 

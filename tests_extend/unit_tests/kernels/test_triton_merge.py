@@ -43,7 +43,7 @@ CASES = {
     "one query": Case(queries=1),
     "one value": Case(head_size=1, batch=1),
     "one head": Case(heads=1, queries=33, head_size=128),
-    "odd sizes": Case(batch=3, heads=5, queries=7, head_size=5),
+    "uneven sizes": Case(batch=3, heads=5, queries=7, head_size=5),
     "values that are more than a tile": Case(queries=3, head_size=5000, batch=1),
     "later queries": Case(skipped=35, queries=35),
     "in memory as SBND, later queries": Case(memory="SBNV", skipped=35, queries=35),

@@ -32,7 +32,7 @@ def test_the_ledger_has_every_target_with_its_reasons(adaptor):
         module, attribute = patch.target.split(":")
         assert f"**{module}**:" in words
         assert f"`{attribute}`" in words
-        assert f"why: {patch.why} - can go when: {patch.remove_when} " in words
+        assert f"why: {patch.why} - remove when: {patch.remove_when} " in words
         assert patch.upstream in words
 
 

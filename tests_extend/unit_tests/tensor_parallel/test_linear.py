@@ -62,7 +62,13 @@ def assert_as_whole(case, shape, widths=(IN, MIDDLE, OUT), **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "micro_batch"), [(case, size) for case in MESHES for size in (1, 2) if case.ranks * size < 54], ids=str
+    ("case", "micro_batch"),
+    [
+        pytest.param(case, size, marks=pytest.mark.slow if case.ranks * size == 54 else ())
+        for case in MESHES
+        for size in (1, 2)
+    ],
+    ids=str,
 )
 def test_two_linears_give_the_outputs_and_gradients_of_one_rank(case, micro_batch):
     assert_as_whole(case, (case.batch(micro_batch), SEQUENCE, IN))
@@ -78,12 +84,17 @@ def test_panels_give_the_outputs_and_gradients_of_one_rank(case):
     assert_as_whole(case, (case.batch(2), SEQUENCE, IN), gathering="panels")
 
 
+@pytest.mark.parametrize(("case", "shape"), [(xy(3, 2), (1, SEQUENCE, IN)), (MeshCase("3d", 8), (8, IN))], ids=str)
+def test_panels_of_activations_that_are_one_slice_give_them_too(case, shape):
+    assert_as_whole(case, shape, gathering="panels")
+
+
 @pytest.mark.parametrize("case", SQUARE, ids=str)
 def test_panels_of_uneven_widths_and_batches_give_them_too(case):
     assert_as_whole(case, (1, 5, IN), widths=(IN, 10, 7), gathering="panels")
 
 
-@pytest.mark.parametrize("case", [MeshCase("2.5d", 8), MeshCase("1d-sp", 4), xy(2, 2)], ids=str)
+@pytest.mark.parametrize("case", [MeshCase("2.5d", 8), MeshCase("1d-sp", 4), xy(2, 2), MeshCase("3d", 8)], ids=str)
 def test_panels_give_the_same_bits_with_overlap_and_without(case):
     shape, dtype = (case.batch(2), SEQUENCE, IN), torch.bfloat16
     runs = [

@@ -167,12 +167,12 @@ def test_dropout_does_nothing_outside_training_and_refuses_what_is_no_part():
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads=4 does not divide num_heads=6."),
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads=4 does not divide num_heads=6; use a divisor of it."),
         (
             {"num_heads": 6, "num_kv_heads": 3},
             "num_kv_heads=3 heads are cut in 2 parts along j, which do not",
         ),
-        ({"num_heads": 10}, "qkv gives 108 features, not a multiple of 10 + 2 * 10 heads."),
+        ({"num_heads": 10}, "qkv gives 108 features, not a multiple of 10 + 2 * 10 heads; use one."),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(heads, message):

@@ -8,7 +8,7 @@ from mindspeed_cp.tensor_parallel.costs import LinearShape, comm_volume
 from mindspeed_cp.testing.tiny_gpt import GPT, Sizes, train_with
 from unit_tests.tensor_parallel import process_cases as cases
 
-SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16)
+SIZES = Sizes(batch=4, sequence=8, hidden=16, heads=8, kv_heads=8, layers=1, vocabulary=16, gated=True, tied=True)
 
 
 @pytest.mark.parametrize(("kind", "sizes", "gathering"), [("2d", {}, "panels"), ("xy", {"x": 2}, "keep")])
@@ -30,14 +30,18 @@ def test_groups_that_do_not_part_the_world_are_refused_on_every_rank(gloo):
         )
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_3d_goes_on_as_one_rank_would_in_2_5d_and_in_x_times_y_with_context(gloo, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("xy", {"x": 2, "y": 2, "context": 2}),
+        pytest.param("2.5d", {"depth": 2}, marks=pytest.mark.slow),
+        pytest.param("1d-sp", {"data": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_3d_goes_on_as_one_rank_would_on_another_mesh(gloo, tmp_path, kind, sizes):
     whole = GPT(SIZES).double()
-    optimizer = torch.optim.Adam(whole.parameters(), lr=1e-2)
-    expected = train_with(optimizer, whole.loss, SIZES, range(4))
-    saved = gloo.run(8, cases.train_and_save, "3d", {}, SIZES, 2, tmp_path)
-    for losses, _ in saved:
-        assert losses == pytest.approx(expected[:2], rel=0, abs=1e-9)
-    for kind, sizes in (("2.5d", {"depth": 2}), ("xy", {"x": 2, "y": 2, "context": 2})):
-        for losses in gloo.run(8, cases.load_and_train, kind, sizes, SIZES, range(2, 4), tmp_path):
-            assert losses == pytest.approx(expected[2:], rel=0, abs=1e-9)
+    expected = train_with(torch.optim.Adam(whole.parameters(), lr=1e-2), whole.loss, SIZES, range(3))
+    for losses, _ in gloo.run(8, cases.train_and_save, "3d", {}, SIZES, 1, tmp_path):
+        assert losses == pytest.approx(expected[:1], rel=0, abs=1e-9)
+    for losses in gloo.run(8, cases.load_and_train, kind, sizes, SIZES, range(1, 3), tmp_path):
+        assert losses == pytest.approx(expected[1:], rel=0, abs=1e-9)
