@@ -2,6 +2,11 @@
 
 import copy
 import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,3 +174,22 @@ def test_families_are_classes_of_diffusers():
     import diffusers
 
     assert all(hasattr(diffusers, name) for name in FAMILIES)
+
+
+@pytest.mark.slow
+def test_script_paints_on_two_ranks_what_it_paints_on_one(tmp_path):
+    """As a user starts it; two steps of training make no picture, but the same one on each mesh."""
+    script = Path(__file__).resolve().parents[3] / "scripts" / "generate_image.py"
+    options = ["--cfg", "2", "--kind", "clip", "--compare", "--steps", "2", "--train-steps", "2"]
+    files = ["--models", tmp_path / "models", "--output", tmp_path / "clip.png"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, *options, *files],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"cfg=2: .*clip.png; rank 0 has sent cfg \d+ KiB", ended.stdout)
+    assert re.search(r"largest difference from one rank: \d\.\de[-+]\d+ of 1", ended.stdout)
+    assert (tmp_path / "clip.png").stat().st_size > 1000
