@@ -85,7 +85,7 @@ class PreparedCall(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to attend with, on any rank."""
+        """Whether no rank has a query."""
         if self.plan is None or not self.q.size(0):
             return not self.q.numel()
         return not any(map(self.plan.queries.num_tokens, range(self.plan.queries.num_ranks)))
@@ -95,8 +95,8 @@ class PreparedCall(NamedTuple):
 class ContextParallelAttention:
     """Attention that its ranks enter with the same case, or not at all; what `build_attention` gives.
 
-    attention: what computes it. config, layout, transport: how it was built; the same on all ranks. agreement: of these
-    ranks; None for one that is alone.
+    attention: what computes it. config, layout, transport, pieces: how it was built; the same on all ranks. agreement:
+    of these ranks; None for one that is alone.
     """
 
     attention: Attention
@@ -104,6 +104,7 @@ class ContextParallelAttention:
     layout: SequenceLayout
     agreement: Agreement | None = None
     transport: Transport | None = None
+    pieces: int = 1
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
@@ -167,8 +168,8 @@ class ContextParallelAttention:
         words, refusal, factor = "", None, 1.0
         try:
             q, k, v = in_one_dtype(q, k, v)
-            self._check_mask(q, visible, plan)
             self.check(q, k, v, plan)
+            self._check_mask(q, visible, plan)
             factor = number(scale, q)
             words = f"{_words(q, k, v, factor, visible, plan)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != "output")
@@ -216,6 +217,7 @@ class ContextParallelAttention:
         """How it was built, in words that must be the same on all ranks."""
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
         transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
+        transport += f" in {self.pieces} pieces" * (self.pieces > 1)
         return (
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
             f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"

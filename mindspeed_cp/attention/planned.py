@@ -37,8 +37,7 @@ class PlannedAttention:
             raise ValueError(
                 f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
             )
-        if isinstance(self.attention, UlyssesAttention):
-            self.attention.check(q, k, v)
+        self.attention.check(q, k, v)
 
     def __call__(
         self,

@@ -26,7 +26,6 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key h
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +39,7 @@ from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Playe
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import RingCommunicators
+from mindspeed_cp.config import divisors
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
@@ -84,6 +84,18 @@ class RingAttention:
         """This rank's place in the ring."""
         return 0 if self.communicators is None else self.communicators.inner.rank
 
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless the pieces divide the K/V heads."""
+        self.check_heads(k.size(1))
+
+    def check_heads(self, num_kv_heads: int) -> None:
+        """Raise ValueError unless the pieces divide so many K/V heads."""
+        if self.pieces < 1 or num_kv_heads % self.pieces:
+            raise ValueError(
+                f"pieces={self.pieces} do not divide the {num_kv_heads} K/V heads that a rank of the ring works on; "
+                f"give one of {', '.join(map(str, divisors(num_kv_heads)))}."
+            )
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between the ranks of the ring."""
         out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)[0]
@@ -104,7 +116,8 @@ class RingAttention:
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
         transport = self.transport or cheapest_transport(plan, self.schedule)
-        return _forward_pass(plan, self.schedule, self.rank, transport, self.pieces, self.kernels, case, deterministic)
+        made_for = self.schedule, self.rank, transport, self.pieces, self.kernels, case
+        return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 
     def player(self, made: "RingPass") -> Player:
         """What plays a pass."""
@@ -125,7 +138,6 @@ class RingPass:
         return zip(self.program.steps, self.calls, strict=True)
 
 
-@functools.lru_cache(maxsize=256)
 def _forward_pass(
     plan: AttentionPlan,
     schedule: RingSchedule,
@@ -134,9 +146,7 @@ def _forward_pass(
     pieces: int,
     kernels: KernelRegistry,
     case: BlockCase,
-    deterministic: bool,
 ) -> RingPass:
-    """Made once for all layers of a batch."""
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces)
     share = _share(case, pieces)
     return RingPass(
@@ -152,8 +162,9 @@ def _share(case: BlockCase, pieces: int) -> BlockCase:
     return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
 
 
-@functools.lru_cache(maxsize=256)
-def _backward_pass(plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase) -> RingPass:
+def _backward_pass(
+    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase, kernels: KernelRegistry
+) -> RingPass:
     """The pass in which every tile is computed by the kernel that computed it in the forward pass.
 
     Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts.
@@ -163,14 +174,16 @@ def _backward_pass(plan: AttentionPlan, schedule: RingSchedule, forward: RingPas
     for in_two in (True, False):
         made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
         try:
-            each = tuple(_kept(step, *of_block.get((step.owner, step.piece), (step, ())), case) for step in made.steps)
+            each = tuple(
+                _kept(step, *of_block.get((step.owner, step.piece), (step, ())), case, kernels) for step in made.steps
+            )
         except NotImplementedError:
             continue
         return RingPass(transport, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
-def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase) -> tuple[Call, ...]:
+def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase, kernels: KernelRegistry) -> tuple[Call, ...]:
     """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
     if not step.tiles or step.tiles == before.tiles:
         return tuple(done) if step.tiles else ()
@@ -178,12 +191,19 @@ def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase) -> tu
     for call in done:
         kernel = call.kernel.kernel if isinstance(call.kernel, Turned) else call.kernel
         parts.setdefault(kernel.name, (kernel, []))[1].extend(_common(call.tiles, step.tiles))
-    return tuple(call for kernel, tiles in parts.values() for call in calls(tiles, case, KernelRegistry((kernel,))))
+    return tuple(call for kernel, tiles in parts.values() for call in calls(tiles, case, kernels.alone(kernel)))
+
+
+def _corners(tile: Tile) -> tuple[object, ...]:
+    return tile.queries.start, tile.queries.stop, tile.keys.start, tile.keys.stop, tile.left, tile.right, tile.sample
 
 
 def _common(tiles: Sequence[Tile], others: Sequence[Tile]) -> Iterator[Tile]:
-    """What is in a tile of both."""
-    for tile in tiles:
+    """What is in a tile of both. Most of many tiles are the same in both."""
+    known = {_corners(tile) for tile in tiles} & {_corners(other) for other in others}
+    yield from (tile for tile in tiles if _corners(tile) in known)
+    others = [other for other in others if _corners(other) not in known]
+    for tile in (tile for tile in tiles if _corners(tile) not in known):
         for other in others:
             common = within(tile, other.queries, other.keys) if tile.sample == other.sample else None
             if common is not None:
@@ -274,7 +294,8 @@ def _backward(
     merged: BlockOutput,
 ) -> BlockGradients:
     """Gradients of this rank's q, k and v, each rounded once."""
-    made = _backward_pass(plan, ring.schedule, forward_pass, _case(terms, q, k, v))
+    case = _case(terms, q, k, v)
+    made = plan.once(forward_pass, lambda: _backward_pass(plan, ring.schedule, forward_pass, case, ring.kernels))
     player = ring.player(made)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
 

@@ -56,6 +56,7 @@ class UlyssesAttention:
         for name, x in (("q", q), ("k", k)):
             if x.size(1) % size:
                 raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
+        self.ring.check_heads(k.size(1) // size)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between all context-parallel ranks."""

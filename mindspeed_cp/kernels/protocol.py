@@ -32,10 +32,15 @@ class Window(NamedTuple):
 
     def area(self, num_queries: int, num_keys: int) -> int:
         """Pairs of row and key that see each other."""
-        shift, rows = num_keys - num_queries, range(num_queries)
-        first = (0 if self.left is None else max(0, row + shift - self.left) for row in rows)
-        last = (num_keys if self.right is None else min(num_keys, row + shift + self.right + 1) for row in rows)
-        return sum(max(0, end - start) for start, end in zip(first, last, strict=True))
+        shift = num_keys - num_queries
+        ends = num_keys * num_queries if self.right is None else _clamped(shift + self.right + 1, num_queries, num_keys)
+        return ends - (0 if self.left is None else _clamped(shift - self.left, num_queries, num_keys))
+
+
+def _clamped(first: int, count: int, most: int) -> int:
+    """The sum of `count` numbers that ascend by 1 from `first` on, those below 0 taken as 0, those above `most` as that."""
+    low, high = max(0, first), min(most, first + count)
+    return (low + high - 1) * (high - low) // 2 * (low < high) + most * max(0, min(count, first + count - most))
 
 
 EVERYTHING, TRIANGLE, UPPER_TRIANGLE = Window(None, None), Window(None, 0), Window(0, None)
@@ -84,6 +89,8 @@ class TileTerms:
 class BlockCase(NamedTuple):
     """What a kernel must know to say whether it can compute a tile.
 
+    num_heads, num_kv_heads: of queries, and of keys and values. num_queries, num_keys: rows and columns of the tile.
+    head_size, value_head_size: of queries and keys, and of values.
     compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere. masked: whether a tensor says who sees
     whom. packed: whether there are several tiles one after another; queries and keys are then those of the longest.
     """
@@ -212,13 +219,20 @@ class BlockKernel(Protocol):
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """Attention of q over k and v."""
+        """Attention of q over k and v.
+
+        q: [B, N, S, D], k: [B, G, T, D], v: [B, G, T, V], any strides; with segments B is 1, and S and T are the tokens
+        of all tiles. Only for cases without reasons against them: nothing is checked.
+        """
         ...
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
-        """Gradients of q, k and v for the gradient `dout` of the output."""
+        """Gradients of q, k and v for the gradient `dout` [B, N, S, V] of the output.
+
+        output: of the rows over all their keys.
+        """
         ...
 
 
