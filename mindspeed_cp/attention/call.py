@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, Protocol, TypedDict
+from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _outside_graphs(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The method, left out of the graphs of torch.compile: what ranks agree on and send is no part of one."""
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            outside: Callable[_P, _R] = torch.compiler.disable(method)
+            return outside(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return run
 
 
 class Attention(Protocol):
@@ -155,6 +172,7 @@ class ContextParallelAttention:
         check_shards(q, k, v, same_tokens=plan is None)
         self.attention.check(q, k, v, plan)
 
+    @_outside_graphs
     def __call__(
         self,
         q: Tensor,
@@ -172,12 +190,12 @@ class ContextParallelAttention:
 
         Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
         """
-        if torch.compiler.is_compiling():
-            # What ranks agree on and send is no part of a graph.
-            enter: Callable[..., Tensor] = torch.compiler.disable(self._enter)
-            return enter(q, k, v, scale, visible, plan, terms)
-        return self._enter(q, k, v, scale, visible, plan, terms)
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
+        if call.is_empty:
+            return _empty(call.q, call.k, call.v)
+        return self.attention(*call.tensors, **call.told)
 
+    @_outside_graphs
     def with_lse(
         self,
         q: Tensor,
@@ -197,6 +215,7 @@ class ContextParallelAttention:
             return out, out.sum(dim=-1, dtype=accumulation_dtype(out.dtype))
         return self.attention.with_lse(*call.tensors, **call.told)
 
+    @_outside_graphs
     def with_largest(
         self,
         q: Tensor,
@@ -234,6 +253,7 @@ class ContextParallelAttention:
         """
         words, refusal, factor = "", None, 1.0
         try:
+            refuse_other_plans(plan)
             q, k, v = in_one_dtype(q, k, v)
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
@@ -259,21 +279,6 @@ class ContextParallelAttention:
         if self.agreement is not None:
             self.agreement.reach("", refusal=reason, device=q.device)
         raise ValueError(reason)
-
-    def _enter(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | Tensor | None,
-        visible: Tensor | None,
-        plan: AttentionPlan | None,
-        terms: AttentionTerms | None,
-    ) -> Tensor:
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
-        if call.is_empty:
-            return _empty(call.q, call.k, call.v)
-        return self.attention(*call.tensors, **call.told)
 
     def _check_mask(self, q: Tensor, visible: Tensor | None, plan: AttentionPlan | None) -> None:
         refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
@@ -359,6 +364,14 @@ def check_plan(plan: AttentionPlan, q: Tensor, k: Tensor, rank: int, num_ranks: 
                 f"{name} {tuple(x.shape)} has {x.size(0)} samples, and the plan has documents for {len(samples)}; give "
                 f"the batch that it was made for."
             )
+
+
+def refuse_other_plans(plan: object) -> None:
+    """Raise ValueError for what is no plan."""
+    if plan is None or isinstance(plan, AttentionPlan):
+        return
+    way_out = "plan=batch.plan" if isinstance(getattr(plan, "plan", None), AttentionPlan) else "an AttentionPlan"
+    raise ValueError(f"plan is a {type(plan).__name__}; give {way_out}.")
 
 
 def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: bool) -> None:

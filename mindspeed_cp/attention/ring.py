@@ -26,7 +26,7 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key h
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,6 +229,23 @@ _States = dict[Call, tuple[Tensor, ...]]
 """What kernels keep of the calls of the forward pass."""
 
 
+def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that refuses to be part of a graph: once_differentiable alone drops a second derivative where the
+    gradient that comes does not require one.
+    """
+    once = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
+                "torch.nn.functional.scaled_dot_product_attention with its math backend."
+            )
+        return once(ctx, *grads)
+
+    return run
+
+
 class _Ring(torch.autograd.Function):
     """Forward and backward pass over the ring; q, k, v, out and lse are saved once."""
 
@@ -255,7 +272,7 @@ class _Ring(torch.autograd.Function):
         return out, lse, largest
 
     @staticmethod
-    @once_differentiable
+    @_never_twice
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
