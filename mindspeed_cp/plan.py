@@ -30,14 +30,16 @@ Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `
 import functools
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple, Protocol
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Protocol, TypeVar, cast
+
+_Made = TypeVar("_Made")
 
 
 class Run(NamedTuple):
-    """Tokens start..stop of one rank: they are the positions `position`.. of one document of one sample.
+    """Tokens start..stop of one rank, the last excluded: the positions `position`.. of one document of one sample.
 
     document: numbered in the order of the stream. sample: its index in the batch; None where all samples are alike.
     """
@@ -52,7 +54,8 @@ class Run(NamedTuple):
 class Band(NamedTuple):
     """Query i of a document sees its key j where -ahead <= i - j <= behind; None is without bound.
 
-    keys: the positions of the keys that it is about, from..to; the bands of one document are about different keys.
+    keys: the positions of the keys that it is about, from..to, the last excluded; the bands of one
+    document are about different keys.
     """
 
     behind: int | None
@@ -130,6 +133,7 @@ class AttentionPlan:
     _indices: dict[int, "_DocumentIndex"] = field(default_factory=dict, repr=False, compare=False)
     _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
     _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bands in (self.bands, *self.bands_of.values()):
@@ -141,7 +145,8 @@ class AttentionPlan:
         at_gaps: whether tiles end where positions jump.
 
         Every pair that sees each other is in one tile, and no other pair is in any. There are never more tiles than
-        runs of queries, runs of keys and documents together, unless they end at gaps.
+        runs of queries, runs of keys and documents together where a document has one band, or the two of a prefix;
+        unless they end at gaps.
         """
         case = query_rank, key_rank, at_gaps
         if case not in self._tiles:
@@ -164,6 +169,21 @@ class AttentionPlan:
         return self._readers[key_rank]
 
     @functools.cached_property
+    def starts(self) -> "dict[tuple[int | None, int], int]":
+        """Where in the stream of its sample each document begins, counted in keys."""
+        lengths: dict[tuple[int | None, int], int] = {}
+        for rank in range(self.keys.num_ranks):
+            for run in self.keys.runs(rank):
+                of = run.sample, run.document
+                lengths[of] = max(lengths.get(of, 0), _last(run) + 1)
+        starts, sample, start = {}, None, 0
+        for of in sorted(lengths, key=lambda of: (of[0] or 0, of[1])):
+            sample, start = of[0], start if of[0] == sample else 0
+            starts[of] = start
+            start += lengths[of]
+        return starts
+
+    @functools.cached_property
     def _query_index(self) -> "_QueryIndex":
         return _QueryIndex(self.queries)
 
@@ -175,8 +195,18 @@ class AttentionPlan:
         """What a query of a document sees of it."""
         return self.bands_of.get(document, self.bands)
 
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What others make of this plan: made once, and kept for as long as the plan is, which may be a batch."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast("_Made", self._made[key])
+
     def __hash__(self) -> int:
         """Of what it is made of; plans that say the same are one in a cache."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((self.queries, self.keys, self.bands, tuple(sorted(self.bands_of.items()))))
 
     @functools.cached_property
@@ -193,7 +223,7 @@ class AttentionPlan:
     def of_groups(self, groups: tuple[tuple[int, ...], ...]) -> "AttentionPlan":
         """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.
 
-        How a group's tokens are put in order is `GroupedLayout.pieces` of its `queries` and `keys`.
+        How a group's tokens are put in order is said by `GroupedLayout.parts`, of `queries` and of `keys`.
         """
         if groups not in self._grouped:
             queries = GroupedLayout(self.queries, groups)
@@ -204,7 +234,7 @@ class AttentionPlan:
     def _query_runs(self, query_rank: int) -> "_DocumentIndex":
         if self.queries is self.keys:
             return self._index(query_rank)
-        return _DocumentIndex(self.queries.runs(query_rank))
+        return self.once(("queries", query_rank), lambda: _DocumentIndex(self.queries.runs(query_rank)))
 
     def _index(self, key_rank: int) -> "_DocumentIndex":
         if key_rank not in self._indices:
@@ -245,6 +275,7 @@ class GroupedLayout:
 
     layout: Layout
     groups: tuple[tuple[int, ...], ...]
+    _placed: dict[int, tuple[tuple[Run, Part], ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_ranks(self) -> int:
@@ -257,36 +288,36 @@ class GroupedLayout:
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """See Layout."""
-        return joined(run for run, _ in _in_order(self, rank))
+        return joined(run for run, _ in self._in_order(rank))
 
     def parts(self, rank: int) -> dict[int | None, tuple[Part, ...]]:
         """For each sample the parts of its members' shards that give the group's tokens when put one after another."""
         parts: dict[int | None, list[Part]] = {}
-        for run, part in _in_order(self, rank):
+        for run, part in self._in_order(rank):
             before = parts.setdefault(run.sample, [])
             if before and before[-1].member == part.member and before[-1].stop == part.start:
                 part = before.pop()._replace(stop=part.stop)
             before.append(part)
         return {sample: tuple(each) for sample, each in parts.items()}
 
-
-@functools.cache
-def _in_order(grouped: GroupedLayout, rank: int) -> tuple[tuple[Run, Part], ...]:
-    """A group's runs in the order of the stream, by the tokens that they will be, and where each comes from."""
-    held = [
-        (run, Part(place, run.start, run.stop))
-        for place, member in enumerate(grouped.groups[rank])
-        for run in grouped.layout.runs(member)
-    ]
-    held.sort(key=lambda item: (item[0].sample or 0, item[0].document, item[0].position))
-    placed, sample, start = [], None, 0
-    for run, part in held:
-        if run.sample != sample:
-            sample, start = run.sample, 0
-        stop = start + run.stop - run.start
-        placed.append((run._replace(start=start, stop=stop), part))
-        start = stop
-    return tuple(placed)
+    def _in_order(self, rank: int) -> tuple[tuple[Run, Part], ...]:
+        """A group's runs in the order of the stream, by the tokens that they will be, and where each comes from."""
+        if rank not in self._placed:
+            held = [
+                (run, Part(place, run.start, run.stop))
+                for place, member in enumerate(self.groups[rank])
+                for run in self.layout.runs(member)
+            ]
+            held.sort(key=lambda item: (item[0].sample or 0, item[0].document, item[0].position))
+            placed, sample, start = [], None, 0
+            for run, part in held:
+                if run.sample != sample:
+                    sample, start = run.sample, 0
+                stop = start + run.stop - run.start
+                placed.append((run._replace(start=start, stop=stop), part))
+                start = stop
+            self._placed[rank] = tuple(placed)
+        return self._placed[rank]
 
 
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
@@ -326,20 +357,26 @@ def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
     return None if part is None else part.tile()
 
 
+_MANY_TILES = 8
+
+
 def halves(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
     """The tiles in two parts of about the same area.
 
     A causal block's late queries see its early keys as a rectangle, which is half of it: kernels know that, and the two
     triangles that are left, better than what a cut across all keys would leave. Where that is no fair half (within a
-    quarter of the area), the queries are cut.
+    quarter of the area), the queries are cut. Many tiles, of documents, need not be cut: some are the one half.
     """
     if not tiles:
         return (), ()
+    area = sum(tile.area for tile in tiles)
     queries = slice(min(t.queries.start for t in tiles), max(t.queries.stop for t in tiles))
     keys = slice(min(t.keys.start for t in tiles), max(t.keys.stop for t in tiles))
+    for number, before in enumerate(accumulate((tile.area for tile in tiles), initial=0)):
+        if abs(2 * before - area) * 4 <= area and len(tiles) >= _MANY_TILES:
+            return tiles[:number], tiles[number:]
     early, late = _cut(queries, (queries.start + queries.stop) // 2)
     early_keys, late_keys = _cut(keys, (keys.start + keys.stop) // 2)
-    area = sum(tile.area for tile in tiles)
     first = _parts(tiles, [(late, early_keys)])
     if abs(2 * sum(tile.area for tile in first) - area) * 4 <= area:
         return first, _parts(tiles, [(early, early_keys), (early, late_keys), (late, late_keys)])

@@ -8,10 +8,11 @@ algorithms and overlap are measured and not this machine's few cores; its result
 kernel, and checks the results.
 
 All algorithms take turns within one run. A time is the median over --iterations of the slowest rank's, from a start
-that all ranks agree on. Shown beside it: the kernel's part; what is exposed, which is all the rest; how much of that
-was waiting in communication calls, as opposed to packing, merging and adding. Memory is the process's highest resident
-set (VmHWM) above what it held when the inputs were there. Written to --output: results.jsonl, a line for each algorithm
-and pass, and plots.
+that all ranks agree on. Shown beside it: the kernel's part; how long the busiest link takes for all that goes over it,
+and the time over the larger of the two, which it cannot be below; what is exposed, which is all but the kernel's part;
+how much of that was waiting in communication calls, as opposed to packing, merging and adding. Memory is the process's
+highest resident set (VmHWM) above what it held when the inputs were there. Written to --output: results.jsonl, a line
+for each algorithm and pass, and plots.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mindspeed_cp.benchmark import ranks
 from mindspeed_cp.benchmark.cases import Algorithm, algorithms_for
 from mindspeed_cp.benchmark.expected import ExpectedPass
 from mindspeed_cp.benchmark.ranks import PassOfRank, RunOfRank
-from mindspeed_cp.planner import AttentionShape, Network, Sent, predicted_bytes, predicted_seconds
+from mindspeed_cp.planner import AttentionShape, Network, Sent, busiest_link_seconds, predicted_bytes, predicted_seconds
 from mindspeed_cp.program import Phase
 from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, why_not_here
 
@@ -93,6 +94,7 @@ def _record(setting: Setting, algorithm: Algorithm, phase: Phase, runs: list[lis
         "kernel_seconds": statistics.median(rank.kernel_seconds for rank in slowest),
         "exposed_seconds": statistics.median(rank.seconds - rank.kernel_seconds for rank in slowest),
         "waiting_seconds": statistics.median(rank.waiting_seconds for rank in slowest),
+        "link_seconds": busiest_link_seconds(network, expected.events),
         "predicted_seconds": predicted,
         "measured_over_predicted": seconds / predicted,
         "bytes_sent": sum(rank.counted for rank in first),
@@ -135,16 +137,18 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
     mib = 2**20
     for phase in Phase:
         text.append(
-            f"\n  {phase.value:21s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'exposed':>8s}{'waiting':>8s}"
-            f"{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}{'cards':>9s}"
-            f"{'peak MiB':>9s}  error"
+            f"\n  {phase.value:29s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'link':>8s}{'/larger':>8s}{'exposed':>8s}"
+            f"{'waiting':>8s}{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}"
+            f"{'cards':>9s}{'peak MiB':>9s}  error"
         )
         for line in (line for line in lines if line["pass"] == phase.value):
             errors = line["errors"]
             cards = line["card_bytes_inside"] + line["card_bytes_between"]
             text.append(
-                f"  {line['algorithm']:21s}{line['seconds'] * 1e3:8.0f}{line['ratio_to_best']:7.2f}"
-                f"{line['kernel_seconds'] * 1e3:8.0f}{line['exposed_seconds'] * 1e3:8.0f}"
+                f"  {line['algorithm']:29s}{line['seconds'] * 1e3:8.0f}{line['ratio_to_best']:7.2f}"
+                f"{line['kernel_seconds'] * 1e3:8.0f}{line['link_seconds'] * 1e3:8.0f}"
+                f"{line['seconds'] / max(line['kernel_seconds'], line['link_seconds']):8.2f}"
+                f"{line['exposed_seconds'] * 1e3:8.0f}"
                 f"{line['waiting_seconds'] * 1e3:8.0f}"
                 f"{line['predicted_seconds'] * 1e3:10.0f}{line['measured_over_predicted']:10.3f}"
                 f"{line['bytes_inside'] / mib:11.2f}{line['bytes_between'] / mib:9.2f}"
@@ -180,6 +184,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check-up-to", type=int, default=8192, help="tokens up to which a real kernel's results are checked"
     )
     parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, for double rings with overlap")
     parser.add_argument("--algorithms", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args(arguments)
@@ -242,7 +247,7 @@ def _settings(
                 head_size=args.head_size,
                 element_size=args.dtype_bytes,
             )
-            algorithms = algorithms_for(case, cluster.network.num_ranks)
+            algorithms = algorithms_for(case, cluster.network.num_ranks, args.pieces)
             if args.algorithms:
                 algorithms = [each for each in algorithms if any(part in each.name for part in args.algorithms)]
             for algorithm in algorithms:

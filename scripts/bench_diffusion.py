@@ -39,11 +39,11 @@ def draw(speeds: dict[str, float], ratios: dict[float, float], path: Path) -> No
 def main() -> int:
     """Read the command line, measure, print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--fast-mbit", type=float, default=2000.0, help="of each rank's link, for the steps")
-    parser.add_argument("--ring-mbit", type=float, default=100.0, help="of each rank's link, for the ring")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fast-mbit", type=float, default=4000.0, help="of each rank's link, for the steps")
+    parser.add_argument("--ring-mbit", type=float, default=12.5, help="of each rank's link, for the ring")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--gflops", type=float, default=20.0, help="of the emulated accelerator")
+    parser.add_argument("--gflops", type=float, default=2.5, help="of the emulated accelerator")
     parser.add_argument("--picture", type=Path, help="where to draw the results")
     args = parser.parse_args()
     if reason := why_not_here():

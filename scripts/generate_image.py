@@ -40,7 +40,7 @@ def main() -> int:
     for axis, what in (("cfg", "branches"), ("ring", "tokens"), ("ulysses", "tokens and heads"), ("tp", "weights")):
         parser.add_argument(f"--{axis}", type=int, default=1, help=f"ranks that share {what}")
     parser.add_argument("--kind", choices=("picture", "clip"), default="picture")
-    parser.add_argument("--prompt", default="red circle", help="a colour and a shape")
+    parser.add_argument("--prompt", nargs="+", default=["red circle"], help="a colour and a shape; a row for each")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -63,13 +63,14 @@ def main() -> int:
         alone = pipeline(args.kind, copy.deepcopy(model))
         shared = pipeline(args.kind, model)
         parallelize_pipeline(shared, mesh)
-        found = paint(args.kind, shared, args.prompt, **options)
-        difference = 0.0
-        frames = [found]
-        if args.compare and rank == 0:
-            expected = paint(args.kind, alone, args.prompt, **options)
-            difference = (found - expected).abs().max().item()
-            frames = [expected, found] if args.kind == "clip" else [torch.cat([expected, found])]
+        frames, difference = [], 0.0
+        for prompt in args.prompt:
+            found = paint(args.kind, shared, prompt, **options)
+            expected = paint(args.kind, alone, prompt, **options) if args.compare and rank == 0 else found
+            difference = max(difference, (found - expected).abs().max().item())
+            # A clip below that of one rank, a picture beside it.
+            pair = [expected, found] if args.compare else [found]
+            frames += pair if args.kind == "clip" else [torch.cat(pair)]
     except ValueError as error:
         parser.error(str(error))
     if rank == 0:

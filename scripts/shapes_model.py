@@ -21,8 +21,11 @@ Kind = Literal["picture", "clip"]
 
 COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.8, 0.1)}
 SHAPES = ("circle", "square", "triangle")
-SIZE, FRAMES, WORDS, WORD_WIDTH = 32, 4, 2, 32
-HEADS, HEAD_SIZE, LAYERS = 8, 12, 4
+SIZES: dict[Kind, int] = {"picture": 24, "clip": 32}
+"""Height and width; Wan's pipeline takes multiples of 16."""
+
+FRAMES, WORDS, WORD_WIDTH = 4, 2, 32
+HEADS, HEAD_SIZE, LAYERS = 8, 12, 3
 
 
 class PixelSpace(nn.Module):
@@ -34,7 +37,7 @@ class PixelSpace(nn.Module):
             block_out_channels=(1,), scaling_factor=1.0, shift_factor=0.0, latent_channels=3, z_dim=3,
             latents_mean=[0.0] * 3, latents_std=[1.0] * 3, scale_factor_temporal=1, scale_factor_spatial=1,
         )  # fmt: skip
-        self.dtype = torch.float32
+        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """The pixels."""
@@ -66,18 +69,16 @@ def _vector(word: str) -> Tensor:
     return torch.randn(WORD_WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(prompts: list[str], frames: int, generator: torch.Generator) -> Tensor:
-    """What prompts say, at random places and sizes: [B, 3, frames, H, W], from -1 to 1; clips move to the right."""
-    count = len(prompts)
-    radius = 6 + 5 * torch.rand(count, generator=generator)
-    margin = radius + 1
-    y = margin + (SIZE - 2 * margin) * torch.rand(count, generator=generator)
-    start = torch.rand(count, generator=generator)
+def drawn(prompts: list[str], kind: Kind, generator: torch.Generator) -> Tensor:
+    """What prompts say, in several sizes: [B, 3, frames, H, W], from -1 to 1; in clips it moves to the right."""
+    count, size, frames = len(prompts), SIZES[kind], FRAMES if kind == "clip" else 1
+    middle = (size - 1) / 2
+    radius = (6 + 2 * torch.rand(count, generator=generator)) * size / 24
+    x_first, y = middle + 3 * (torch.rand(2, count, generator=generator) - 0.5)
     pictures = []
     for frame in range(frames):
-        along = (start + 0.5 * frame / max(frames - 1, 1)) % 1 if frames > 1 else start
-        x = margin + (SIZE - 2 * margin) * along
-        rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+        x = x_first + 2.0 * (frame - (frames - 1) / 2)
+        rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
         dy, dx = rows - y[:, None, None], columns - x[:, None, None]
         r = radius[:, None, None]
         distances = {
@@ -98,9 +99,9 @@ def transformer(kind: Kind) -> nn.Module:
     width = HEADS * HEAD_SIZE
     if kind == "picture":
         return diffusers.SD3Transformer2DModel(
-            sample_size=SIZE, patch_size=4, in_channels=3, out_channels=3, num_layers=LAYERS,
+            sample_size=SIZES[kind], patch_size=4, in_channels=3, out_channels=3, num_layers=LAYERS,
             attention_head_dim=HEAD_SIZE, num_attention_heads=HEADS, joint_attention_dim=WORD_WIDTH,
-            caption_projection_dim=width, pooled_projection_dim=WORD_WIDTH, pos_embed_max_size=SIZE,
+            caption_projection_dim=width, pooled_projection_dim=WORD_WIDTH, pos_embed_max_size=SIZES[kind],
         )  # fmt: skip
     return diffusers.WanTransformer3DModel(
         patch_size=(1, 4, 4), num_attention_heads=HEADS, attention_head_dim=HEAD_SIZE, in_channels=3, out_channels=3,
@@ -130,7 +131,9 @@ def paint(kind: Kind, pipe: Any, prompt: str, *, guidance: float, steps: int, se
     else:
         given |= {"num_frames": FRAMES}
     generator = torch.Generator().manual_seed(seed)
-    output = pipe(**given, height=SIZE, width=SIZE, num_inference_steps=steps, generator=generator, output_type="pt")
+    output = pipe(
+        **given, height=SIZES[kind], width=SIZES[kind], num_inference_steps=steps, generator=generator, output_type="pt"
+    )
     return output.images if kind == "picture" else output.frames[0]
 
 
@@ -145,10 +148,10 @@ def train(kind: Kind, path: Path, steps: int, report: Callable[[str], None]) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     prompts = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    began, frames, average = time.monotonic(), FRAMES if kind == "clip" else 1, math.nan
+    began, average = time.monotonic(), math.nan
     for step in range(steps):
         batch = [prompts[number] for number in torch.randint(len(prompts), (24,), generator=generator)]
-        pixels = drawn(batch, frames, generator)
+        pixels = drawn(batch, kind, generator)
         told = ["" if torch.rand((), generator=generator) < 0.15 else prompt for prompt in batch]
         # As a rank's pipeline calls it.
         loss = _loss(kind, model, pixels if kind == "clip" else pixels[:, :, 0], encode(told), generator)

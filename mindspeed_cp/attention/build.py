@@ -24,6 +24,7 @@ def build_attention(
     layout: SequenceLayout | None = None,
     kernels: KernelRegistry = KERNELS,
     transport: Transport | None = None,
+    pieces: int = 1,
     traffic: Traffic | None = None,
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
@@ -34,6 +35,8 @@ def build_attention(
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
     transport: how a ring's K/V travel; by default the cheapest for the plan at hand, see `cheapest_transport`.
+    pieces: of the K/V heads that a double ring works on one after another, so that they cross between inner rings one
+        by one; `planner.best_pieces` finds how many are worth it. They divide the K/V heads of a rank.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
         `attention.agreement.communicator.traffic`.
 
@@ -43,6 +46,8 @@ def build_attention(
     if config.context_parallel_size == 1 and group is None:
         alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
         return ContextParallelAttention(alone, config, layout)
+    if transport is not None and not isinstance(transport, Transport):
+        raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
     groups = _groups(config, group)
     ulysses, ring = groups.along(config.topology, traffic)
     attention = compose_attention(
@@ -53,8 +58,9 @@ def build_attention(
         layout=layout,
         kernels=kernels,
         transport=transport,
+        pieces=pieces,
     )
-    return ContextParallelAttention(attention, config, layout, groups.agreement, transport)
+    return ContextParallelAttention(attention, config, layout, groups.agreement, transport, pieces)
 
 
 def compose_attention(
@@ -67,15 +73,22 @@ def compose_attention(
     kernels: KernelRegistry = KERNELS,
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
     transport: Transport | None = None,
+    pieces: int = 1,
 ) -> Attention:
     """What `build_attention` puts behind its checks, over any kind of communicators: process groups or virtual ranks.
 
     rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
     where that has one rank. merge_kernels: what to choose from for merging a ring's blocks, the preferred first.
+    layout, kernels, transport, pieces: see build_attention.
+
+    Raises ValueError where the layout is of another size than the topology, or a configured kernel does not exist.
     """
     topology, layout = config.topology, layout or config.layout
     if layout.size != topology.size:
-        raise ValueError(f"{layout} is not one of the {topology.size} context-parallel ranks.")
+        raise ValueError(
+            f"a layout of {layout.size} ranks and a topology of {topology.size}; give "
+            f"SequenceLayout(size={topology.size})."
+        )
     if config.context_parallel_kernels:
         kernels = kernels.only(config.context_parallel_kernels)
     if config.megatron_cp_in_bnsd:
@@ -87,6 +100,7 @@ def compose_attention(
         kernels=kernels,
         merge_kernels=merge_kernels,
         transport=transport,
+        pieces=pieces,
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:

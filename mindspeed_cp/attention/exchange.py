@@ -215,7 +215,7 @@ class KeyValues:
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
         self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
-        self._coming: dict[Axis, _Posted] = {}
+        self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
         self._last_use = player.program.last_uses()
 
     def steps(self) -> Iterator[Step]:
@@ -231,8 +231,8 @@ class KeyValues:
             for block in [block for block in self._here if self._last_use.get(block, number) <= number]:
                 if block != own:
                     del self._here[block]
-        for axis in list(self._coming):
-            self._settle(axis)
+        for axis, piece in list(self._coming):
+            self._settle(axis, piece)
 
     def block(self, step: Step) -> "Block":
         """K/V of the step's owner, waited for where they have not arrived; of its piece of the heads.
@@ -242,30 +242,38 @@ class KeyValues:
         return self._block(step.owner, step.piece)
 
     def _post(self, step: Step) -> None:
-        """Start what travels at a step; what comes and goes along an axis is one exchange."""
+        """Start what travels at a step: what comes and goes along an axis is one exchange, or one for each piece.
+
+        Pieces travel one after another, and each is waited for by itself: the first is worked on while the next comes.
+        """
         packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
         for axis in (Axis.OUTER, Axis.INNER):
             receives = [message for message in step.receives if message.axis is axis]
             sends = [message for message in step.sends if message.axis is axis]
-            if not sends and not receives:
-                continue
-            for message in sends:
-                content = next((each for other, each in packed if _same_content(message, other)), None)
-                packed.append((message, self._message(message) if content is None else content))
-            self._settle(axis)
-            leaving = [each for each in packed if each[0].axis is axis]
-            self._coming[axis] = self._player.post(_KV, self._told_by(step, receives), leaving, receives, self._whole)
-            if not self._player.overlap:
-                self._settle(axis)
+            for piece in dict.fromkeys(message.piece for message in (*sends, *receives)):
+                coming = [message for message in receives if message.piece == piece]
+                leaving = [self._packed(message, packed) for message in sends if message.piece == piece]
+                self._settle(axis, None)
+                self._settle(axis, piece)
+                told_by = self._told_by(step, coming)
+                self._coming[axis, piece] = self._player.post(_KV, told_by, leaving, coming, self._whole)
+                if not self._player.overlap:
+                    self._settle(axis, piece)
+
+    def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> tuple[Message, Tensor]:
+        """A message with its content, which is that of one already packed where it is the same."""
+        content = next((each for other, each in packed if _same_content(message, other)), None)
+        packed.append((message, self._message(message) if content is None else content))
+        return packed[-1]
 
     @staticmethod
     def _told_by(step: Step, receives: Sequence[Message]) -> int:
         """The owner by whose step an exchange is called: the one that comes, if it is one."""
         return receives[0].owner if len(receives) == 1 else step.owner
 
-    def _settle(self, axis: Axis) -> None:
-        """Wait for what is under way along an axis."""
-        posted = self._coming.pop(axis, None)
+    def _settle(self, axis: Axis, piece: int | None) -> None:
+        """Wait for what is under way of a piece along an axis."""
+        posted = self._coming.pop((axis, piece), None)
         if posted is None:
             return
         posted.wait()
@@ -276,9 +284,9 @@ class KeyValues:
     def _block(self, owner: int, piece: int | None) -> Block:
         """A block that is at hand, or is waited for; the piece of a whole one where only that is here."""
         if (owner, piece) not in self._here and (owner, None) not in self._here:
-            for axis, posted in list(self._coming.items()):
+            for (axis, of_piece), posted in list(self._coming.items()):
                 if any((message.owner, message.piece) == (owner, piece) for message, _ in posted.receives):
-                    self._settle(axis)
+                    self._settle(axis, of_piece)
         if (owner, piece) in self._here:
             return self._here[owner, piece]
         whole = self._here[owner, None]

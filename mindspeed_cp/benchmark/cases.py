@@ -12,12 +12,17 @@ Kind = Literal["single device", "all-gather", "context parallel"]
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A way to compute attention. topology: of the ranks; a baseline has a single axis of them."""
+    """A way to compute attention.
+
+    topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as the ring is set, see
+    RingAttention.
+    """
 
     name: str
     kind: Kind = "context parallel"
     topology: CPTopology
     overlap: bool = False
+    pieces: int = 1
 
     @property
     def config(self) -> ContextParallelConfig:
@@ -34,8 +39,8 @@ class Algorithm:
         )
 
 
-def algorithms_for(shape: AttentionShape, num_ranks: int) -> list[Algorithm]:
-    """All that can compute `shape` on so many ranks, the baselines first."""
+def algorithms_for(shape: AttentionShape, num_ranks: int, pieces: int = 1) -> list[Algorithm]:
+    """All that can compute `shape` on so many ranks, the baselines first; double rings also in so many pieces."""
     everyone = CPTopology(inner=num_ranks)
     found = [
         Algorithm(name="single device", kind="single device", topology=everyone),
@@ -55,4 +60,7 @@ def algorithms_for(shape: AttentionShape, num_ranks: int) -> list[Algorithm]:
         for name, grid in grids.items():
             found.append(Algorithm(name=name, topology=grid))
             found.append(Algorithm(name=f"{name}, overlap", topology=grid, overlap=True))
+            if pieces > 1 and grid.outer > 1 and shape.num_kv_heads % pieces == 0:
+                in_pieces = f"{name}, overlap, {pieces} pieces"
+                found.append(Algorithm(name=in_pieces, topology=grid, overlap=True, pieces=pieces))
     return found

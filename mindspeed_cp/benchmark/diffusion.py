@@ -66,7 +66,7 @@ class _Block(nn.Module):
             start = time.perf_counter()
             wait_until(start + 4 * case.width * x.size(1) ** 2 / case.flops_per_s)
             return x
-        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        return x + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
 
 
 class _Transformer(nn.Module):
@@ -127,7 +127,9 @@ def _prepared(sizes: tuple[tuple[str, int], ...], case: Case) -> tuple[nn.Module
 def measure_step(sizes: tuple[tuple[str, int], ...], case: Case) -> float:
     """In a rank's process: seconds of a guided step of two branches on a mesh; other groups of ranks do the same."""
     model, guidance = _prepared(sizes, case)
-    branches = [{"x": torch.full((1, case.tokens, case.width), float(number))} for number in range(2)]
+    # Random, so that ranks do not find the same keys everywhere, which need no messages.
+    generator = torch.Generator().manual_seed(0)
+    branches = [{"x": torch.randn(1, case.tokens, case.width, generator=generator)} for _ in range(2)]
 
     def step() -> None:
         guidance(model, branches, lambda negative, positive: guide(positive, negative, 3.0))
@@ -186,7 +188,10 @@ def name_of(sizes: Sizes) -> str:
 
 def rings(cluster: Cluster, case: Case, ratios: list[float], repeats: int) -> dict[float, RingTimes]:
     """Of a ring over all ranks, for several ratios of link to kernel; the median by the ring's time."""
-    link = statistics.median(cluster.call(measure_ring, case, 1e-3)[0].link for _ in range(repeats))
+    ranks, network = cluster.network.num_ranks, cluster.network
+    # K and V of a share in fp32, to the next rank, one time less than there are ranks.
+    bits = (ranks - 1) * 2 * case.tokens // ranks * case.width * 32
+    link = bits / (network.fast_mbit * 1e6)
     found: dict[float, list[RingTimes]] = {ratio: [] for ratio in ratios}
     for _ in range(repeats):
         for ratio in ratios:

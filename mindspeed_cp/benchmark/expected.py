@@ -44,6 +44,7 @@ class ExpectedPass:
             phase=self.phase,
             flops_per_s=self.flops_per_s,
             overlap=algorithm.overlap,
+            pieces=algorithm.pieces,
         )
 
     def _whole_s(self) -> float:

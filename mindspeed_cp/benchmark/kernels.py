@@ -6,21 +6,35 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
-from mindspeed_cp.kernels.protocol import cut_window_reasons
 
 _SPIN_S = 0.0005
 """A sleep ends late by less than this."""
 
 
 def block_flops(case: BlockCase, batch: int, backward: bool = False) -> float:
-    """Floating-point operations of a block: two matrix products, five in the backward pass, of what is seen."""
-    scores = batch * case.num_heads * case.window.area(case.num_queries, case.num_keys)
+    """Floating-point operations of a tile: two matrix products, five in the backward pass, of what is seen."""
+    return _of_area(case, batch * case.window.area(case.num_queries, case.num_keys), backward)
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, terms: TileTerms, backward: bool = False) -> float:
+    """Those of a call, of one tile or of several."""
+    case = BlockCase.of(q, k, v, terms)
+    if terms.segments is None:
+        return block_flops(case, q.size(0), backward)
+    sizes = zip(terms.segments.queries.diff().tolist(), terms.segments.keys.diff().tolist(), strict=True)
+    return _of_area(case, sum(terms.window.area(*size) for size in sizes), backward)
+
+
+def _of_area(case: BlockCase, area: int, backward: bool) -> float:
+    scores = case.num_heads * area
     keys, values = 2 * scores * case.head_size, 2 * scores * case.value_head_size
     return 3 * keys + 2 * values if backward else keys + values
 
 
 class EmulatedKernel:
     """An accelerator of so many floating-point operations a second: it waits for as long as that one would compute.
+
+    It takes what FlashAttention 2 takes: windows, and several tiles in one call.
 
     Results are zeros, without a meaning; shapes, dtypes and memory are those of a real kernel.
     """
@@ -32,15 +46,14 @@ class EmulatedKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot tell how long `case` takes."""
-        reasons = ["does not know how much of an arbitrary mask is work"] if case.masked else []
-        return reasons + cut_window_reasons(case)
+        return ["does not know how much of an arbitrary mask is work"] if case.masked else []
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """Zeros, after as long as that accelerator would take."""
         start = time.perf_counter()
         out = q.new_zeros(*q.shape[:3], v.size(3))
         lse = torch.zeros(q.shape[:3], device=q.device)
-        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
+        self._wait(start, _flops(q, k, v, terms))
         return BlockOutput(out, lse)
 
     def backward(
@@ -49,7 +62,7 @@ class EmulatedKernel:
         """Zeros, after as long as that accelerator would take."""
         start = time.perf_counter()
         gradients = BlockGradients(*(x.new_zeros(x.shape) for x in (q, k, v)))
-        self._wait(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
+        self._wait(start, _flops(q, k, v, terms, backward=True))
         return gradients
 
     def _wait(self, start: float, flops: float) -> None:
@@ -84,7 +97,7 @@ class TimedKernel:
         """What the kernel gives; its time and work are added up."""
         start = time.perf_counter()
         output = self.kernel.forward(q, k, v, terms)
-        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0)))
+        self._add(start, _flops(q, k, v, terms))
         return output
 
     def backward(
@@ -93,7 +106,7 @@ class TimedKernel:
         """What the kernel gives; its time and work are added up."""
         start = time.perf_counter()
         gradients = self.kernel.backward(dout, q, k, v, output, terms)
-        self._add(start, block_flops(BlockCase.of(q, k, v, terms), q.size(0), backward=True))
+        self._add(start, _flops(q, k, v, terms, backward=True))
         return gradients
 
     def _add(self, start: float, flops: float) -> None:

@@ -192,7 +192,14 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
         axes = groups.along(topology, traffic)
         ring = None if axes.ring is None else RingCommunicators(*map(noted, axes.ring))
         ulysses = None if axes.ulysses is None else noted(axes.ulysses)
-        attend = compose_attention(algorithm.config, rank=dist.get_rank(), ulysses=ulysses, ring=ring, kernels=kernels)
+        attend = compose_attention(
+            algorithm.config,
+            rank=dist.get_rank(),
+            ulysses=ulysses,
+            ring=ring,
+            kernels=kernels,
+            pieces=algorithm.pieces,
+        )
     _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)

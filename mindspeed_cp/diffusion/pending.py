@@ -9,6 +9,7 @@ tiles of a decoder in tiles.py.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class PendingBranches:
     def __init__(self, guidance: GuidanceParallel) -> None:
         self._guidance = guidance
         self._open: _Step | None = None
+        self._promise: Callable[[], Tensor | None] = lambda: None
 
     def ask(self, predict: Callable[[], Tensor], like: Tensor) -> Tensor:
         """A promise of the next branch of this step, which one rank computes now.
@@ -57,19 +59,23 @@ class PendingBranches:
         predict: computes it. like: see GuidanceParallel.share. Using the result raises ValueError where no other branch
         has been asked for by then.
         """
-        if self._open is None or self._open.outputs is not None:
+        # A promise that nobody has any more is of a step that was given up, say by an interrupt.
+        if self._open is None or self._open.closed or self._promise() is None:
             self._open = _Step(self._guidance, like)
-        return PendingTensor.promised(functools.partial(self._open.output, self._open.add(predict)))
+        promise = PendingTensor.promised(functools.partial(self._open.output, self._open.add(predict)))
+        self._promise = weakref.ref(promise)
+        return promise
 
 
 class _Step:
-    """The branches of a step. outputs: all of them, from their first use on."""
+    """The branches of a step. closed: whether one has been used, and no more can be added."""
 
     def __init__(self, guidance: GuidanceParallel, like: Tensor) -> None:
         self._guidance, self._like = guidance, like
         self._count = 0
         self._mine: dict[int, Tensor] = {}
-        self.outputs: list[Tensor] | None = None
+        self._outputs: list[Tensor] = []
+        self.closed = False
 
     def add(self, predict: Callable[[], Tensor]) -> int:
         """The number of one more branch, computed where it is this rank's."""
@@ -80,6 +86,7 @@ class _Step:
 
     def output(self, number: int) -> Tensor:
         """Of one branch, shared with that of all the others."""
-        if self.outputs is None:
-            self.outputs = self._guidance.share(self._mine, self._count, self._like)
-        return self.outputs[number]
+        if not self.closed:
+            self.closed = True
+            self._outputs = self._guidance.share(self._mine, self._count, self._like)
+        return self._outputs[number]

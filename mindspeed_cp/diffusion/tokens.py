@@ -1,7 +1,6 @@
 """Tokens of a sequence in parts of any length: who holds how many, and tensors cut and put together along them."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,10 +38,6 @@ class Shares:
     def start(self, rank: int) -> int:
         """Tokens that ranks before this one hold."""
         return sum(self.lengths[:rank])
-
-    def slice_of(self, rank: int) -> slice:
-        """What `rank` holds of the whole sequence."""
-        return slice(self.start(rank), self.start(rank) + self.lengths[rank])
 
 
 def split(x: Tensor, mesh: ParallelMesh, dim: int) -> Tensor:
@@ -83,11 +78,6 @@ def exchange_parts(x: Tensor, lengths: tuple[int, ...], communicator: Communicat
     for transfer in transfers:
         transfer.wait()
     return parts
-
-
-def starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Where each part begins."""
-    return tuple(accumulate(lengths, initial=0))[:-1]
 
 
 def _some(x: Tensor) -> Tensor | None:

@@ -62,7 +62,8 @@ class TransformerPlan:
     q, k and v in one). rows: those that are split by rows, and the layers beside them whose outputs they take, by their
     paths from the parent, where these are several. norms: RMS norms over all heads. heads: the attribute in which the
     parent of a column-split layer keeps its number of heads.
-    guidance: how the transformer's caller computes branches; None where it shares them itself (GuidanceParallel).
+    guidance: how the transformer's caller computes branches; None where it shares them itself (GuidanceParallel). With
+    "batch" every argument whose first dim is as long as the batch is dealt out by rows.
     optional: whether patterns may match nothing, as in a plan for several versions of a model.
     """
 

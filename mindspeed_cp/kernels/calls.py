@@ -9,7 +9,8 @@ Note [Calls]
     as the batch of a call, padded at the end to one of a few sizes. Where that, or windows, make them differ, a mask
     says who sees whom. Such a mask is as large as the tiles are, and only small tiles get one.
 
-    Large tiles stay views of the tensors: a copy to pack them would cost more than a call.
+    Tiles that share no call stay views of the tensors. Packed ones do where they follow one another and the batch is 1;
+    else they are copied.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockKernel,
     Segments,
+    Term,
     TileTerms,
     Window,
 )
@@ -207,14 +209,17 @@ def of_sample(sample: int | None) -> slice:
 def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> tuple[Call, ...]:
     """The calls that compute these tiles, see Note [Calls].
 
-    base: the case of the whole tensors, its lengths and window for any; masked where a tensor says who sees whom: then
-    each tile is a call of its own, whose mask is made of that tensor.
+    base: the case of the whole tensors; num_queries, num_keys and window in it are not read, each tile's take their
+    place. masked in it: a tensor of the user's says who sees whom; each tile is then a call of its own. So it is, or
+    each of its parts, where a bias is added. registry: what to choose from.
 
     Raises NotImplementedError with every kernel's reasons where none can compute a part of a tile.
     """
     if base.masked:
         cases = [(tile, _case(base, tile, EVERYTHING)) for tile in tiles]
         return tuple(Call(registry.choose(case), case, (tile,)) for tile, case in cases)
+    if Term.BIAS in base.terms:
+        return tuple(call for tile in tiles for call in _each(tile, base, registry))
     made: list[Call] = []
     small: list[Tile] = []
     rest: list[Tile] = []
@@ -244,7 +249,8 @@ def _is_small(tile: Tile) -> bool:
 def _each(tile: Tile, base: BlockCase, registry: KernelRegistry) -> list[Call]:
     """A tile by itself, or its parts: by the first kernel that can."""
     for kernel in registry.in_order(base):
-        for parts in ((tile,), cut(tile)):
+        for ways in (lambda tile: (tile,), cut):
+            parts = ways(tile)
             made = [call for part in parts if (call := _single(kernel, part, base, registry)) is not None]
             if len(made) == len(parts):
                 return made

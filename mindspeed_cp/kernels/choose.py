@@ -35,7 +35,8 @@ class KernelRegistry:
 
     kernels: tuple[BlockKernel, ...]
     first_on: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
-    _announced: set[BlockCase] = field(default_factory=set, init=False, repr=False, compare=False)
+    _announced: set[BlockCase] = field(default_factory=set, repr=False)
+    _derived: "dict[tuple[str, ...] | None, KernelRegistry]" = field(default_factory=dict, init=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,11 +77,17 @@ class KernelRegistry:
         for name in names:
             if name not in by_name:
                 raise ValueError(f"there is no attention kernel {name!r}; there are {', '.join(self.names)}.")
-        return KernelRegistry(tuple(by_name[name] for name in names))
+        # The same registry for each layer that asks: what is made of a plan is made once for a registry.
+        return self._derived.setdefault(names, KernelRegistry(tuple(by_name[name] for name in names)))
 
     def in_bnsd(self) -> "KernelRegistry":
         """The same kernels, each handed contiguous BNSD tensors."""
-        return KernelRegistry(tuple(in_bnsd(kernel) for kernel in self.kernels), self.first_on)
+        made = KernelRegistry(tuple(in_bnsd(kernel) for kernel in self.kernels), self.first_on)
+        return self._derived.setdefault(None, made)
+
+    def alone(self, kernel: BlockKernel) -> "KernelRegistry":
+        """One of them, or one that stands around it, as the only choice; the log has said why."""
+        return KernelRegistry((kernel,), _announced=self._announced)
 
     def in_order(self, case: BlockCase) -> tuple[BlockKernel, ...]:
         """The kernels, the preferred first, on the device of `case`."""

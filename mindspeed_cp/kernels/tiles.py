@@ -9,8 +9,8 @@ def cut(tile: Tile) -> tuple[Tile, ...]:
     """The tile in rectangles and triangles: squares with right == 0, or left == 0 and nothing else.
 
     A bound that is not a diagonal of the rectangle leaves a square under its slanting edge, and rectangles beside it. A
-    band with both bounds is cut into strips as high as it is wide: to the right of the first row's last key only one
-    bound is in effect, to the left of it only the other.
+    band with both bounds is cut into strips as high as it is wide: up to the first row's last key only left cuts, after
+    it only right.
     """
     rows, keys = tile.num_queries, tile.num_keys
     if tile.left is None and tile.right is None:

@@ -7,7 +7,16 @@ from mindspeed_cp.planner.attention import (
     causal_zigzag,
     unequal_all_to_all,
 )
-from mindspeed_cp.planner.clock import Compute, Event, Post, Sent, Wait, predicted_bytes, predicted_seconds
+from mindspeed_cp.planner.clock import (
+    Compute,
+    Event,
+    Post,
+    Sent,
+    Wait,
+    busiest_link_seconds,
+    predicted_bytes,
+    predicted_seconds,
+)
 from mindspeed_cp.planner.network import Network
 from mindspeed_cp.planner.pieces import best_pieces
 
@@ -22,6 +31,7 @@ __all__ = [
     "Wait",
     "all_to_all",
     "best_pieces",
+    "busiest_link_seconds",
     "causal_zigzag",
     "predicted_bytes",
     "predicted_seconds",

@@ -101,33 +101,39 @@ class AttentionPass:
         steps = self.program(ranks.index(rank)).steps
         token_bytes = self.shape.kv_bytes(1) / self.topology.ulysses
 
-        def post(sends: Sequence[Message], receives: Sequence[Message], axis: Axis) -> Iterator[Event]:
+        def post(
+            sends: Sequence[Message], receives: Sequence[Message], axis: Axis, piece: int | None
+        ) -> Iterator[Event]:
             to: dict[int, int] = {}
             for message in sends:
                 share = 1 if message.piece is None else self.pieces
                 peer = ranks[message.peer]
                 to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
-            yield Post(axis, to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)))
+            yield Post((axis, piece), to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)), axis)
             if not self.overlap:
-                yield Wait(axis)
+                yield Wait((axis, piece))
 
-        coming: dict[Axis, list[tuple[int, int | None]]] = {}
+        coming: dict[tuple[Axis, int | None], list[tuple[int, int | None]]] = {}
 
         def arrived(owner: int, piece: int | None) -> Iterator[Event]:
-            for axis in [axis for axis, blocks in coming.items() if (owner, piece) in blocks]:
-                yield Wait(axis)
-                del coming[axis]
+            for handle in [handle for handle, blocks in coming.items() if (owner, piece) in blocks]:
+                yield Wait(handle)
+                del coming[handle]
 
         def key_values(step: Step) -> Iterator[Event]:
             for axis in (Axis.OUTER, Axis.INNER):
-                sends = [message for message in step.sends if message.axis is axis]
-                receives = [message for message in step.receives if message.axis is axis]
-                for message in sends:
-                    yield from arrived(message.owner, message.piece)
-                if sends or receives:
-                    yield Wait(axis)
-                    yield from post(sends, receives, axis)
-                    coming[axis] = [(message.owner, message.piece) for message in receives]
+                along = [message for message in (*step.sends, *step.receives) if message.axis is axis]
+                for piece in dict.fromkeys(message.piece for message in along):
+                    sends, receives = (
+                        [message for message in way if message.axis is axis and message.piece == piece]
+                        for way in (step.sends, step.receives)
+                    )
+                    for message in sends:
+                        yield from arrived(message.owner, message.piece)
+                    yield Wait((axis, None))
+                    yield Wait((axis, piece))
+                    yield from post(sends, receives, axis, piece)
+                    coming[axis, piece] = [(message.owner, message.piece) for message in receives]
 
         for step in steps:
             if self.overlap:
@@ -136,15 +142,16 @@ class AttentionPass:
                 yield from arrived(step.owner, step.piece)
                 yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
             if self.phase is Phase.BACKWARD:
-                yield Wait(Axis.HOME)
+                yield Wait((Axis.HOME, None))
                 if step.gives or step.gets:
                     gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
                     axis = (gives + gets)[0].axis
-                    yield Wait(axis)
-                    yield from post(gives, gets, axis)
+                    yield Wait((axis, None))
+                    yield from post(gives, gets, axis, None)
             if not self.overlap:
                 yield from key_values(step)
-        yield from (Wait(axis) for axis in Axis)
+        pieces = (None, *range(self.pieces))
+        yield from (Wait((axis, piece)) for axis in Axis for piece in pieces)
 
     def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""

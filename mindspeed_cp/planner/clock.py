@@ -3,11 +3,13 @@
 Note [Prediction]
     Each rank is a sequence of events: compute for so long, start sending to one peer and receiving from another, wait
     for what was started. All ranks are played together: a message flows from when both of its ends have been posted, at
-    the rate of its slowest link, and the messages on a link share it equally. A step of a ring thus takes
+    the rate of its slowest link, and the messages on a link share it equally, but for those of one channel between two
+    ranks, of which the first goes first. A step of a ring thus takes
     max(kernel, transfer) with overlap and their sum without, and a rank waits for a late one. Left out is whatever has
     no rate: packing, merging and adding, latencies, headers (under 1 %).
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,11 +25,15 @@ class Compute(NamedTuple):
 
 
 class Post(NamedTuple):
-    """Start messages: bytes by the rank they go to, and the ranks that one comes from. Named by `handle`."""
+    """Start messages: bytes by the rank they go to, and the ranks that one comes from. Named by `handle`.
+
+    channel: messages of one channel between two ranks travel one after another; None is one of its own.
+    """
 
     handle: object
     sends: dict[int, int]
     sources: tuple[int, ...]
+    channel: object = None
 
 
 class Wait(NamedTuple):
@@ -55,6 +61,17 @@ def predicted_bytes(network: Network, events: Iterable[Event], rank: int) -> Sen
     return Sent(*sent)
 
 
+def busiest_link_seconds(network: Network, events_of: Callable[[int], Iterable[Event]]) -> float:
+    """How long the busiest link takes for all that goes over it: no pass is sooner done, whatever hides what."""
+    bytes_over: defaultdict[tuple[str, int], int] = defaultdict(int)
+    for rank in range(network.num_ranks):
+        for each in events_of(rank):
+            for to, num_bytes in each.sends.items() if isinstance(each, Post) else ():
+                for link in network.links(rank, to):
+                    bytes_over[link] += num_bytes
+    return max((num_bytes / network.rate(link) for link, num_bytes in bytes_over.items()), default=0.0)
+
+
 def predicted_seconds(network: Network, events_of: Callable[[int], Iterable[Event]]) -> float:
     """When the last rank is done, see Note [Prediction].
 
@@ -66,6 +83,7 @@ def predicted_seconds(network: Network, events_of: Callable[[int], Iterable[Even
 @dataclass(eq=False)
 class _Message:
     left: float
+    channel: object
     links: tuple[tuple[str, int], ...]
     ends: tuple[tuple[int, object], tuple[int, object]]
 
@@ -89,7 +107,8 @@ class _Play:
             self._advance(rank)
         while self.busy_until or self.flowing:
             rates = self._rates()
-            ends = [message.left / rate for message, rate in zip(self.flowing, rates, strict=True)]
+            flowing = zip(self.flowing, rates, strict=True)
+            ends = [message.left / rate if rate else math.inf for message, rate in flowing]
             elapsed = min([*ends, *(moment - self.now for moment in self.busy_until.values())])
             self.now += elapsed
             for message, rate, end in zip(list(self.flowing), rates, ends, strict=True):
@@ -116,19 +135,20 @@ class _Play:
                 continue
             for source in each.sources:
                 self.unfinished[rank, each.handle] += 1
-                self._match("receive", source, rank, each.handle, 0)
+                self._match("receive", source, rank, each, 0)
             for to, num_bytes in each.sends.items():
                 self.unfinished[rank, each.handle] += 1
-                self._match("send", rank, to, each.handle, num_bytes)
+                self._match("send", rank, to, each, num_bytes)
 
-    def _match(self, end: str, source: int, to: int, handle: object, num_bytes: int) -> None:
+    def _match(self, end: str, source: int, to: int, post: Post, num_bytes: int) -> None:
         """Let a message flow if its other end has been posted."""
-        other = "send" if end == "receive" else "receive"
+        other, handle = "send" if end == "receive" else "receive", post.handle
+        channel = (source, to, handle if post.channel is None else post.channel)
         if not (waiting := self.posted[other, source, to, handle]):
             self.posted[end, source, to, handle].append(num_bytes)
             return
         ends = ((source, handle), (to, handle))
-        self.flowing.append(_Message(max(num_bytes, waiting.popleft()), self._links(source, to), ends))
+        self.flowing.append(_Message(max(num_bytes, waiting.popleft()), channel, self.network.links(source, to), ends))
 
     def _finish(self, message: _Message) -> None:
         self.flowing.remove(message)
@@ -138,19 +158,14 @@ class _Play:
                 del self.waits_for[rank]
                 self._advance(rank)
 
-    def _links(self, source: int, to: int) -> tuple[tuple[str, int], ...]:
-        network = self.network
-        if network.node(source) == network.node(to):
-            return ("fast out", source), ("fast in", to)
-        if network.slow_link == "rank":
-            return ("slow out", source), ("slow in", to)
-        return ("slow out", network.node(source)), ("slow in", network.node(to))
-
     def _rates(self) -> list[float]:
         """Bytes a second of each message under way."""
         load: defaultdict[tuple[str, int], int] = defaultdict(int)
+        first = {id(message) for message in {each.channel: each for each in reversed(self.flowing)}.values()}
         for message in self.flowing:
-            for link in message.links:
+            for link in message.links if id(message) in first else ():
                 load[link] += 1
-        mbit = {"fast": self.network.fast_mbit, "slow": self.network.slow_mbit}
-        return [min(mbit[link[0][:4]] * 1e6 / 8 / load[link] for link in message.links) for message in self.flowing]
+        return [
+            min(self.network.rate(link) / load[link] for link in message.links) if id(message) in first else 0.0
+            for message in self.flowing
+        ]

@@ -34,3 +34,15 @@ class Network:
     def node(self, rank: int) -> int:
         """The node that a rank is on."""
         return rank // self.ranks_per_node
+
+    def links(self, source: int, to: int) -> tuple[tuple[str, int], ...]:
+        """What a message from one rank to another goes over: the link out of one end and the link into the other."""
+        if self.node(source) == self.node(to):
+            return ("fast out", source), ("fast in", to)
+        if self.slow_link == "rank":
+            return ("slow out", source), ("slow in", to)
+        return ("slow out", self.node(source)), ("slow in", self.node(to))
+
+    def rate(self, link: tuple[str, int]) -> float:
+        """Bytes a second over one of `links`."""
+        return (self.fast_mbit if link[0].startswith("fast") else self.slow_mbit) * 1e6 / 8

@@ -83,7 +83,7 @@ class Program:
     pieces: int = 1
 
     def sent(self) -> Counter[Axis]:
-        """Tokens that leave this rank along each axis; a piece counts as its share of a token, in all of 1 / pieces."""
+        """Tokens that leave this rank along each axis; a token of one piece of the heads counts 1 / pieces."""
         sent: Counter[Axis] = Counter()
         for step in self.steps:
             for message in (*step.sends, *some(step.gives)):
@@ -99,7 +99,10 @@ class Program:
         return last_use
 
     def held(self) -> int:
-        """The most tokens of others' K/V that are in memory at once; one that is received counts from its posting."""
+        """The most tokens of others' K/V that steps have at hand or are receiving, from the posting on.
+
+        A block that is only still being sent is not counted.
+        """
         last_use = self.last_uses()
         alive: dict[tuple[int, int | None], int] = {}
         most = 0
@@ -129,4 +132,4 @@ def num_tokens(tokens: Iterable[slice]) -> int:
 
 def live(step: Step) -> tuple[Step, ...]:
     """The step, unless nothing happens at it."""
-    return (step,) if any(step[1:6]) else ()
+    return (step,) if any((step.tiles, step.receives, step.sends, step.gives, step.gets)) else ()

@@ -5,7 +5,6 @@ Note [Two parts of the own block]
     the last one the last gradients. Other steps have their neighbours' work to hide behind.
 """
 
-import functools
 from collections import Counter
 from enum import Enum
 
@@ -55,14 +54,22 @@ def program(
     return Program(rank, (*maker.steps(first), *live(Step(rank, last))), pieces)
 
 
-@functools.lru_cache(maxsize=16)  # A plan keeps its tiles, and packed batches have one each.
 def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
 
-    Gradients are left out: in a ring they go straight home either way. All ranks find the same, as all have the plan.
-    Where tokens lie in so many runs that it would take long to find out, it is rotation.
+    Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
+    between inner rings are the slow ones: it is rotation, unless no key is seen in another inner ring than its own. All
+    ranks find the same, as all have the plan. Where tokens lie in so many runs that it would take long to find out, it
+    is rotation.
     """
+    return plan.once(("cheapest transport", schedule), lambda: _cheapest(plan, schedule))
+
+
+def _cheapest(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
     owners, readers = range(schedule.size), plan.readers
+    met = ((reader // schedule.inner, owner // schedule.inner) for owner in owners for reader in readers(owner))
+    if schedule.outer > 1 and any(mine != theirs for mine, theirs in met):
+        return Transport.ROTATION
     if sum(len(plan.keys.runs(owner)) * len(readers(owner)) for owner in owners) > _MOST_RUNS:
         return Transport.ROTATION
     needs = Needs(plan, schedule)

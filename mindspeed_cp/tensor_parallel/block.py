@@ -88,8 +88,10 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         attend: Attend | None = None,
         gathering: Gathering = "keep",
+        overlap: bool = True,
     ) -> None:
-        """qkv, proj: whole. num_heads, num_kv_heads: of all ranks, as many of both by default.
+        """qkv, proj: whole. num_heads, num_kv_heads: of all ranks, as many of both by default. gathering, overlap: see
+        Linear.
 
         attend: torch's causal attention by default. Where axes shard the sequence within a block (y of x*y, context),
         it is attention over their ranks: build_attention over the group of `mesh.within_attention`, say, with the
@@ -127,8 +129,9 @@ class SelfAttention(nn.Module):
         self.heads_per_group = num_heads // num_kv_heads
         self.head_size = head_size
         self.attend = attend or causal_attention
-        self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering)
-        self.proj = Linear.from_linear(proj, mesh, input=self.qkv.layouts.output, gathering=gathering)
+        self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering, overlap=overlap)
+        inner = self.qkv.layouts.output
+        self.proj = Linear.from_linear(proj, mesh, input=inner, gathering=gathering, overlap=overlap)
 
     def forward(self, x: Sharded) -> Sharded:
         """x: [B, S, H] as activations lie between blocks; the output lies so too."""

@@ -20,7 +20,7 @@ from mindspeed_cp.tensor_parallel.mesh import TensorMesh
 from mindspeed_cp.tensor_parallel.panels import Homecoming, Route, Slice, SliceRoute, row_route, travelling
 
 _SLICES = 8
-"""At most: the first one's gather and the last one's scatter have no product beside them; small ones are slow."""
+"""At most. Of n slices 1/n of what travels has no product beside it; but products of small slices are slow."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ FIELDS = {
     *("algorithm", "kind", "pass", "num_ranks", "ranks_per_node", "fast_mbit", "slow_mbit", "slow_link"),
     *("emulated_network", "num_tokens", "num_heads", "num_kv_heads", "head_size", "element_size", "kernel"),
     *("flops_per_s", "iterations", "seconds", "all_seconds", "ratio_to_best", "kernel_seconds", "exposed_seconds"),
-    "waiting_seconds",
+    *("waiting_seconds", "link_seconds"),
     *("predicted_seconds", "measured_over_predicted", "bytes_sent", "bytes_by_formula", "bytes_inside"),
     *("bytes_between", "bytes_as_predicted", "card_bytes_inside", "card_bytes_between"),
     *("most_bytes_between_of_a_rank", "peak_bytes", "errors"),

@@ -22,9 +22,8 @@ def test_recorded_programs_hold_the_bytes_of_the_formula_and_every_product(ranks
         assert sum(each.seconds for each in program if isinstance(each, Compute)) == flops
 
 
-@pytest.mark.parametrize(("setting", "part"), [(Setting("xy", {"x": 4}), 0.8), (Setting("3d"), 0.8)], ids=str)
-def test_panels_of_x_times_y_and_3d_hide_most_of_both_what_is_gathered_and_what_is_scattered(setting, part):
-    case = Case(batch=16, sequence=16, hidden=32, ffn=128, flops_per_s=1.4e6)
-    network = Network(num_ranks=8, ranks_per_node=1, fast_mbit=1000, slow_mbit=1)
-    saved, shorter = hideable(network, setting._replace(gathering="panels"), case)
-    assert saved > part * shorter
+def test_panels_of_x_times_y_hide_most_of_both_what_is_gathered_and_what_is_scattered():
+    case = Case(batch=8, sequence=8, hidden=16, ffn=64, flops_per_s=4e5)
+    network = Network(num_ranks=4, ranks_per_node=1, fast_mbit=1000, slow_mbit=1)
+    most = hideable(network, Setting("xy", {"x": 2}, "panels"), case)
+    assert most.saved > 0.8 * most.shorter

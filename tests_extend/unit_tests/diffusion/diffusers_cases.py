@@ -1,10 +1,16 @@
 """Small transformers of diffusers with random weights, and a step of denoising for each, as its pipeline does it."""
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from mindspeed_cp.diffusion import MeshShape, ParallelMesh, on_virtual_ranks, parallelize
+from mindspeed_cp.diffusion.families import plan_for
 
 HEADS, HEAD_SIZE, TEXT, LAYERS = 8, 8, 7, 2
 WIDTH = HEADS * HEAD_SIZE
@@ -145,3 +151,26 @@ def denoised(name: str, model: Any, dtype: torch.dtype, steps: int = 4) -> Tenso
         time = torch.tensor(1000.0 * (1 - step / steps), dtype=dtype)
         latents = latents - family.step(model, latents, time) / steps
     return latents
+
+
+def differences(name: str, meshes: Iterable[MeshShape], dtype: torch.dtype) -> Iterator[tuple[MeshShape, float]]:
+    """The largest difference from one rank of all ranks' latents, on each mesh.
+
+    What models cast to fp32 stays fp64 where it is: an island of fp32 makes 1e-16 a step of 1e-7.
+    """
+    whole = made(name, dtype)
+    with mock.patch.object(torch.Tensor, "float", _float_at_least):
+        expected = denoised(name, whole, dtype)
+        for shape in meshes:
+            found = on_virtual_ranks(functools.partial(_denoised_on, name, whole, dtype), shape)
+            yield shape, max((each - expected).abs().max().item() for each in found)
+
+
+def _float_at_least(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _denoised_on(name: str, whole: nn.Module, dtype: torch.dtype, mesh: ParallelMesh) -> Tensor:
+    model = copy.deepcopy(whole)
+    parallelize(model, mesh, plan_for(model))
+    return denoised(name, model, dtype)

@@ -84,6 +84,25 @@ def test_branches_asked_for_one_after_another_are_shared_at_the_first_use():
                 torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("how", ["refused", "forgotten"])
+def test_step_that_was_given_up_leaves_nothing_to_the_next(how):
+    def run(mesh):
+        guidance = PendingBranches(GuidanceParallel(mesh))
+        promise = guidance.ask(lambda: predictions(7), torch.zeros(3))
+        if how == "refused":
+            with pytest.raises(ValueError, match="guidance is off"):
+                promise + 1
+        else:
+            del promise
+        positive, negative = (
+            guidance.ask(lambda number=number: predictions(number), torch.zeros(3)) for number in (1, 0)
+        )
+        return guide(positive, negative, 3.0)
+
+    for found in on_virtual_ranks(run, MeshShape(cfg=2)):
+        torch.testing.assert_close(found, guide(predictions(1), predictions(0), 3.0), rtol=0, atol=0)
+
+
 def test_one_branch_for_several_ranks_is_refused():
     def run(mesh):
         GuidanceParallel(mesh)(lambda x: x, [{"x": torch.zeros(1)}], lambda x: x)

@@ -273,7 +273,9 @@ def test_import_of_the_adaptor_applies_its_patches_and_not_those_for_the_cpu(ada
         reason = patch.skip_reason()
         if "transformer_engine" in patch.needs and not TE_IS_INSTALLED:  # The programs have no stand-in for it.
             reason = "transformer_engine is not installed"
-        assert found == [patch.target, state if reason is None else f"skipped: {reason}"]
+        # Megatron's version ends in the commit of the repository around it, which may move meanwhile.
+        expected_state = state if reason is None else f"skipped: {reason}"
+        assert [each.partition("+")[0] for each in found] == [patch.target, expected_state.partition("+")[0]]
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
