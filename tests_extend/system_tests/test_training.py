@@ -30,6 +30,7 @@ MTP = "--mtp-num-layers 1"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 STREAM = "--dataloader-inter-document-masking"
 WINDOW = "--window-size 8,0 --window-attn-skip-freq 2"
+SINKS = "--softmax-type learnable"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
@@ -74,6 +75,10 @@ SLOW = [
     (f"{STREAM} {YARN}", 1, 2, RING),
     (f"{STREAM} {WINDOW} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
     (WINDOW, 1, 4, ULYSSES),
+    (f"{SINKS} {WINDOW} --global-batch-size 4", 2, 2, RING),
+    (f"{SINKS} {TENSOR_PARALLEL}", 2, 2, ULYSSES),
+    (f"{SINKS} {RECOMPUTE}", 1, 4, hybrid(2)),
+    ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
     (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
