@@ -161,8 +161,8 @@ MISTAKES = {
     ),
     "rotary positions run on": Mistake(
         "patches/packing.py",
-        "(places(layout, rank) if over_stream else positions(layout, rank))[0]",
-        "places(layout, rank)[0] % 8",
+        "(places(layout, rank, device) if over_stream else positions(layout, rank, device))[0]",
+        "places(layout, rank, device)[0] % 8",
         "patches/test_packed_megatron.py",
     ),
     "the next token is another document's": Mistake(

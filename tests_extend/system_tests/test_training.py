@@ -219,6 +219,12 @@ CHANGED_TENSOR_PARALLELISM = (
     (6, 2, TENSOR_PARALLEL),
     (LONGER, 4, f"{TENSOR_PARALLEL} --sequence-parallel --context-parallel-size 2 {RING}"),
 )
+# At CP = 1 Megatron gives the stages between the first and the last no mask: they are held to one stage.
+MIDDLE_STAGES = (
+    (3, 1, ""),
+    (6, 8, f"--pipeline-model-parallel-size 4 --context-parallel-size 2 {RING}"),
+    (LONGER, 4, f"{PIPELINE_PARALLEL} --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {ULYSSES}"),
+)
 # Padded to 384 on one tensor-parallel rank and on two.
 SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
 
@@ -229,6 +235,7 @@ SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
     [
         pytest.param("", CHANGED_ALGORITHM, id="another algorithm and size"),
         pytest.param(f"{LATENT} {SAME_VOCABULARY}", CHANGED_TENSOR_PARALLELISM, id="latent attention, TP and CP"),
+        pytest.param(f"{DOCUMENTS} --num-layers 4", MIDDLE_STAGES, id="documents in middle and virtual stages"),
     ],
 )
 def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model, stages):
