@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.patches import batches
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
@@ -22,6 +23,8 @@ from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchRegistry
 
@@ -80,6 +83,14 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
     return config
 
 
+def shard_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a batch, for training scripts that do not call Megatron's get_batch_on_this_cp_rank.
+
+    See mindspeed_cp.patches.batches.shard_batch.
+    """
+    return batches.shard_batch(plugin, batch)
+
+
 def use_cpu() -> None:
     """Let Megatron train on the CPU, see mindspeed_cp.patches.cpu_device."""
     import torch
@@ -101,6 +112,9 @@ registry = PatchRegistry(
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
         *document_patches(plugin),
+        *batches.batch_patches(plugin),
+        *rotary_patches(plugin),
+        *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),
     ),

@@ -169,6 +169,21 @@ class AttentionPlan:
         return self._readers[key_rank]
 
     @functools.cached_property
+    def starts(self) -> "dict[tuple[int | None, int], int]":
+        """Where in the stream of its sample each document begins, counted in keys."""
+        lengths: dict[tuple[int | None, int], int] = {}
+        for rank in range(self.keys.num_ranks):
+            for run in self.keys.runs(rank):
+                of = run.sample, run.document
+                lengths[of] = max(lengths.get(of, 0), _last(run) + 1)
+        starts, sample, start = {}, None, 0
+        for of in sorted(lengths, key=lambda of: (of[0] or 0, of[1])):
+            sample, start = of[0], start if of[0] == sample else 0
+            starts[of] = start
+            start += lengths[of]
+        return starts
+
+    @functools.cached_property
     def _query_index(self) -> "_QueryIndex":
         return _QueryIndex(self.queries)
 

@@ -33,12 +33,14 @@ from mindspeed_cp.patches.blockers import (
 )
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
+from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
+from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import (
     difference_notes,
-    refuse_lost_masks,
+    refuse_lost_documents,
     refuse_unloadable_optimizer,
     unsupported,
 )
@@ -83,12 +85,17 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 _exit_with(error)
             result = original(args, *rest, **kwargs)
             try:
-                refuse_lost_masks(args, config)
+                refuse_lost_documents(args, config, _release())
                 refuse_unloadable_optimizer(args, config)
             except ConfigurationError as error:
                 _exit_with(error)
             plugin.config = config
-            plugin.document_length = _document_length(args)
+            plugin.documents = _document_rule(args)
+            plugin.apart_by = _apart_by(args)
+            plugin.packing = Packing(args.packed_sequence_layout)
+            if config.context_parallel_size > 1 and plugin.documents is not None:
+                # Found in the tokens, and not in a mask.
+                args.create_attention_mask_in_dataloader = False
             if int(os.environ.get("RANK", "0")) == 0:
                 if config.context_parallel_size > 1:
                     print(start_line(config, choice, _kernel_names(args, config)), flush=True)
@@ -280,12 +287,38 @@ def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
         help="With --reset-attention-mask: every document has so many tokens, whatever the data says, the last of a "
         "sequence what remains. 0 or less, or above --seq-length: documents are those of the data.",
     )
+    group.add_argument(
+        "--packed-sequence-layout",
+        choices=["zigzag_by_document", "balanced"],
+        default="zigzag_by_document",
+        help="How packed streams (--sft, --dataloader-inter-document-masking) are dealt to the context-parallel ranks: "
+        "an early and a late stretch of each document, or documents whole or in pieces, so that all compute as much.",
+    )
+
+
+def _release() -> str:
+    from megatron.core import __version__
+
+    return str(__version__)
 
 
 def _document_length(args: argparse.Namespace) -> int | None:
     """Tokens of each document, where the flags say how many."""
     length: int = args.fix_sub_seq_length
     return length if args.reset_attention_mask and 0 < length <= (args.seq_length or 0) else None
+
+
+def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
+    """How documents are found in the data; None where it is nothing to attention."""
+    if not args.reset_attention_mask:
+        return None
+    return DocumentRule(positions_restart=args.reset_position_ids, length=_document_length(args))
+
+
+def _apart_by(args: argparse.Namespace) -> str | None:
+    """The flag that keeps documents apart."""
+    flags = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")
+    return next((flag(name) for name in flags if getattr(args, name, False)), None)
 
 
 def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
@@ -380,7 +413,7 @@ def _examine_arguments(
     of_model = found_by(
         lambda: _check_model(args, config),
         lambda: check_kernels(args, config),
-        lambda: refuse_lost_masks(args, config),
+        lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
@@ -398,9 +431,6 @@ def _configured(args: argparse.Namespace) -> dict[str, Any]:
         names.remove("cp_window_size")
     values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values["context_parallel_kernels"] = tuple(values["context_parallel_kernels"])
-    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
-        # Documents are kept apart by the batch's mask; at CP = 1 it is in force whatever the layer's kind of mask.
-        values["attention_mask_type"] = "general"
     return values
 
 

@@ -8,8 +8,8 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -17,11 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.attention import ContextParallelAttention, build_attention
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
+from mindspeed_cp.documents import Window
 from mindspeed_cp.patches.latent_attention import take_head_sizes
+from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.plan import AttentionPlan, Band
+from mindspeed_cp.sharding import SequenceLayout
 
 LOCAL_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 TE_ATTENTION = "megatron.core.extensions.transformer_engine:TEDotProductAttention"
@@ -30,28 +34,51 @@ WITHOUT_MASK: dict[str, MaskType] = {"causal": "causal", "no_mask": "general", "
 """What a layer's mask type, by Megatron's name, means where no mask comes: what the local spec's own attention computes
 at CP = 1. The others (arbitrary, padding_causal, causal_bottom_right) say nothing without one there."""
 
+WINDOWED: dict[str, Window] = {
+    "causal": CAUSAL_WINDOW,
+    "padding_causal": CAUSAL_WINDOW,
+    "no_mask": FULL_WINDOW,
+    "padding": FULL_WINDOW,
+}
+"""What a query sees of its document, by the layer's mask type; where that is causal, the layer may have a window."""
+
 
 def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of the local layer spec's attention, and of the TransformerEngine spec's where that is installed."""
     return (
-        *_class_patches(LOCAL_ATTENTION, functools.partial(_wrap_init, plugin)),
+        *_class_patches(
+            LOCAL_ATTENTION,
+            functools.partial(_wrap_init, plugin),
+            functools.partial(_wrap_forward, alone=functools.partial(_attention_alone, plugin)),
+        ),
         *_class_patches(
             TE_ATTENTION,
             functools.partial(_wrap_init, plugin, adjust=_agree_with_environment),
+            _wrap_forward,
             needs=("transformer_engine",),
         ),
     )
 
 
 def _class_patches(
-    target: str, wrap_init: Callable[[Callable[..., None]], Callable[..., None]], needs: tuple[str, ...] = ()
+    target: str,
+    wrap_init: Callable[[Callable[..., None]], Callable[..., None]],
+    wrap_forward: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    needs: tuple[str, ...] = (),
 ) -> tuple[Patch, Patch]:
     return (
         Patch(
             target=f"{target}.__init__",
             kind="wrap",
             function=wrap_init,
-            parameters=("config", "attn_mask_type", "attention_type", "attention_dropout", "softmax_scale"),
+            parameters=(
+                "config",
+                "layer_number",
+                "attn_mask_type",
+                "attention_type",
+                "attention_dropout",
+                "softmax_scale",
+            ),
             why="The local class refuses context parallelism and the two head sizes of latent attention; "
             "TransformerEngine's needs an NVIDIA GPU.",
             remove_when="Megatron's layer specs take the class of the core attention as an option.",
@@ -61,7 +88,7 @@ def _class_patches(
         Patch(
             target=f"{target}.forward",
             kind="wrap",
-            function=_wrap_forward,
+            function=wrap_forward,
             parameters=("query", "key", "value", "attention_mask", "attention_bias", "packed_seq_params"),
             why="Attention has to reach the keys that other ranks hold.",
             remove_when="The patch of __init__ is gone.",
@@ -81,6 +108,8 @@ class LayerAttention:
         stages that have a batch, which are the first and the last.
     scale: factor on the scores.
     size: context-parallel ranks.
+    window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
+    packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
     """
 
     causal: ContextParallelAttention
@@ -88,6 +117,9 @@ class LayerAttention:
     mask_type: str
     scale: float
     size: int
+    window: Window = CAUSAL_WINDOW
+    packing: Packing = field(default_factory=Packing)
+    apart_by: str | None = None
 
     def __call__(
         self,
@@ -96,14 +128,17 @@ class LayerAttention:
         value: Tensor,
         attention_mask: Tensor | None,
         mask_type: str | None = None,
+        packed: Any = None,
     ) -> Tensor:
         """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
 
         query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
-        where masked (as Megatron has it), with T the tokens of all ranks. mask_type: overrides the layer's own.
+        where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
+        mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
+        and [S, G, V], and the result is [S, N * V].
 
-        Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, and for
-        inference.
+        Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
+        documents that do not fit the tokens, and for inference.
         """
         if query.size(0) != key.size(0):
             self.refuse(
@@ -111,9 +146,30 @@ class LayerAttention:
                 f"available; use --context-parallel-size 1.",
                 query,
             )
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask_type = mask_type or self.mask_type
-        if self.general is None:
+        if packed is not None:
+            q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
+            out = self.causal(q, k, v, scale=self.scale, plan=self._plan_of_stream(query, packed, mask_type))
+            return out[0].transpose(0, 1).flatten(1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
+            out = self.causal(q, k, v, scale=self.scale, plan=plan)
+        elif self.apart_by is not None and (attention_mask is None or self.general is None):
+            self.refuse(
+                f"{self.apart_by}, and this layer was not told where documents end; import "
+                f"mindspeed_cp.megatron_adaptor before megatron, and let Megatron's get_batch_on_this_cp_rank or "
+                f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch.",
+                query,
+            )
+        elif self.window != CAUSAL_WINDOW:
+            if attention_mask is not None and self.general is not None:
+                self.refuse(
+                    "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
+                )
+            plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
+            out = self.causal(q, k, v, scale=self.scale, plan=plan)
+        elif self.general is None:
             if mask_type != "causal":
                 self.refuse(_other_mask_type(mask_type), query)
             out = self.causal(q, k, v, scale=self.scale)
@@ -135,6 +191,23 @@ class LayerAttention:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.causal.refuse(reason, query)
 
+    def _plan_of_stream(self, query: Tensor, packed: Any, mask_type: str) -> AttentionPlan:
+        tokens = query.size(0) * self.size
+        return self._planned(query, mask_type, lambda window: self.packing.plan(packed, tokens, self.size, window))
+
+    def _planned(self, query: Tensor, mask_type: str, plan: Callable[[Window], AttentionPlan]) -> AttentionPlan:
+        """The plan under this layer's window. Raises ValueError on all ranks where it cannot be made."""
+        if mask_type not in WINDOWED:
+            self.refuse(
+                f"a layer with the mask type {mask_type} and documents or a window: only {or_list([*WINDOWED])} say "
+                f"who sees whom in them; build it with one of these.",
+                query,
+            )
+        try:
+            return plan(self.window if WINDOWED[mask_type] == CAUSAL_WINDOW else WINDOWED[mask_type])
+        except ValueError as error:
+            self.refuse(str(error), query)
+
     def _check_mask(self, query: Tensor, mask: Tensor) -> None:
         tokens, batch, heads, _ = query.shape
         keys = tokens * self.size
@@ -146,6 +219,14 @@ class LayerAttention:
                 f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
                 query,
             )
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_of_window(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+    """Who sees whom in samples without documents. num_tokens: of a sample on each rank."""
+    shards = SequenceLayout(size=num_ranks).of(num_tokens)
+    behind, ahead = (None if each == -1 else each for each in window)
+    return AttentionPlan(shards, shards, (Band(behind, ahead),))
 
 
 def _agree_with_environment(config: Any) -> None:
@@ -189,20 +270,31 @@ def _wrap_init(
     return __init__
 
 
-def _wrap_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _wrap_forward(
+    original: Callable[..., Tensor], *, alone: Callable[[Any], LayerAttention] | None = None
+) -> Callable[..., Tensor]:
+    """The forward pass `original`, which is ours where the layer is context-parallel.
+
+    alone: makes what is to compute a packed stream without context parallelism, where the class itself cannot.
+    """
+
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         attention: LayerAttention | None = getattr(self, "context_parallel_attention", None)
-        if attention is None:
+        if attention is None and alone is None:
             return original(self, *args, **kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
-        for argument, what in (("packed_seq_params", "packed sequences"), ("attention_bias", "attention biases")):
-            if named[argument] is not None:
-                attention.refuse(
-                    f"{argument} with context parallelism: {what} are not available yet; "
-                    f"use --context-parallel-size 1.",
-                    named["query"],
-                )
+        packed = named["packed_seq_params"]
+        if attention is None:
+            if alone is None or packed is None:
+                return original(self, *args, **kwargs)
+            attention = alone(self)
+        if named["attention_bias"] is not None:
+            attention.refuse(
+                "attention_bias with context parallelism: attention biases are not available yet; use "
+                "--context-parallel-size 1.",
+                named["query"],
+            )
         mask_type = named.get("attn_mask_type")
         return attention(
             named["query"],
@@ -210,6 +302,7 @@ def _wrap_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             named["value"],
             named["attention_mask"],
             mask_type=None if mask_type is None else mask_type.name,
+            packed=packed,
         )
 
     return forward
@@ -239,7 +332,48 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=1.0 / math.sqrt(head_size) if scale is None else scale,
         size=config.context_parallel_size,
+        window=_window(layer_config, named),
+        packing=plugin.packing,
+        apart_by=plugin.apart_by,
     )
+
+
+def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
+    """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
+    dropout, scale = layer.attention_dropout.p, layer.softmax_scale
+    if dropout or layer.softmax_offset is not None:
+        raise ConfigurationError(
+            f"packed streams in a layer of Megatron's local attention with attention_dropout {dropout} and "
+            f"softmax_type {layer.config.softmax_type}: neither is available there; set --attention-dropout 0, and use "
+            f"vanilla."
+        )
+    kernels = () if plugin.config is None else plugin.config.context_parallel_kernels
+    return LayerAttention(
+        causal=build_attention(ContextParallelConfig(context_parallel_kernels=kernels)),
+        general=None,
+        mask_type=layer.attn_mask_type.name,
+        scale=scale * layer.layer_number if layer.config.apply_query_key_layer_scaling else scale,
+        size=1,
+        window=_window(layer.config, vars(layer)),
+        packing=plugin.packing,
+    )
+
+
+def _window(layer_config: Any, named: Mapping[str, Any]) -> Window:
+    """What a query of a causal layer sees: all that came before it, or --window-size.
+
+    named: holds the layer's number, which --window-attn-skip-freq goes by.
+    """
+    if getattr(layer_config, "window_size", None) is None:
+        return CAUSAL_WINDOW
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    if not is_layer_window_attention(
+        layer_config.window_size, layer_config.window_attn_skip_freq, named["layer_number"]
+    ):
+        return CAUSAL_WINDOW
+    behind, ahead = layer_config.window_size
+    return behind, ahead
 
 
 def _field_defaults(layer_config: Any) -> dict[str, object]:

@@ -1,4 +1,8 @@
-"""Documents of one length, whatever the tokens say: --fix-sub-seq-length with --reset-attention-mask."""
+"""Documents that --reset-attention-mask keeps apart: found in the data, where it is whole, and known in every layer.
+
+No mask is made of them with context parallelism; see packing for the form that they have instead, and stages for their
+way to pipeline stages without tokens.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +16,30 @@ from mindspeed_cp.patching import Patch, bind_by_name
 
 
 def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
-    """Patches of the masks that Megatron's GPT data sets make."""
+    """Patches of Megatron's tokenizer, of the masks that its GPT data sets make, and of the model that is given one."""
+
+    def wrap_build(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _build_tokenizer(*args: Any, **kwargs: Any) -> Any:
+            tokenizer = original(*args, **kwargs)
+            plugin.end_of_document = _end_of_document(tokenizer)
+            return tokenizer
+
+        return _build_tokenizer
+
+    def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if plugin.stages.at_hand is None:
+                return original(*args, **kwargs)
+            named = bind_by_name(original, args, kwargs)
+            if named["attention_mask"] is None:
+                # A tensor among the others: a layer that is recomputed gets it again.
+                named["attention_mask"] = plugin.stages.at_hand
+            return original(**named)
+
+        return forward
+
     return (
         Patch(
             target="megatron.core.datasets.gpt_dataset:_get_ltor_masks_and_position_ids",
@@ -20,20 +47,51 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
             function=functools.partial(_wrap_masks, plugin),
             parameters=("data", "reset_attention_mask"),
             why="--fix-sub-seq-length makes documents of one length, which Megatron's data sets do not know.",
-            remove_when="Documents reach the attention as lengths, and not as a mask.",
+            remove_when="Documents reach the attention as lengths, and not as a mask, at CP = 1 too.",
+        ),
+        Patch(
+            target="megatron.training.global_vars:_build_tokenizer",
+            kind="wrap",
+            function=wrap_build,
+            needs=("megatron.training",),
+            why="Where documents end is read in the tokens, and the tokenizer says which token that is.",
+            remove_when="Megatron's data sets give the documents of --reset-attention-mask as lengths.",
+        ),
+        Patch(
+            target="megatron.core.models.gpt.gpt_model:GPTModel.forward",
+            kind="wrap",
+            function=wrap_forward,
+            parameters=("attention_mask",),
+            why="Layers are given the documents in the place of a mask of S x S.",
+            remove_when="Megatron's data sets give the documents of --reset-attention-mask as lengths.",
         ),
     )
+
+
+def note_documents(plugin: Plugin, batch: dict[str, Any]) -> None:
+    """Find the documents of a batch that has not been cut yet; a later stage's has no tokens."""
+    if plugin.documents is not None and batch.get("tokens") is not None:
+        plugin.stages.at_hand = plugin.documents.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
+
+
+def _end_of_document(tokenizer: Any) -> int | None:
+    try:
+        token: int | None = tokenizer.eod
+    except (AttributeError, NotImplementedError):
+        return None
+    return token
 
 
 def _wrap_masks(plugin: Plugin, original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     @functools.wraps(original)
     def _get_ltor_masks_and_position_ids(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         named = bind_by_name(original, args, kwargs)
-        if plugin.document_length is None or not named["reset_attention_mask"]:
+        length = None if plugin.documents is None else plugin.documents.length
+        if length is None or not named["reset_attention_mask"]:
             return original(*args, **kwargs)
         # These documents are in place of those between the tokens that end one; positions still follow the latter.
         mask, *others = original(**{**named, "reset_attention_mask": False})
-        return (mask if mask is None else mask | _apart(mask.size(-1), plugin.document_length), *others)
+        return (mask if mask is None else mask | _apart(mask.size(-1), length), *others)
 
     return _get_ltor_masks_and_position_ids
 

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_cp.patches.packing import Packing, ends_with_padding
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.sharding import has_next, restore, shard
 
 _ROLL_TENSOR = "megatron.core.transformer.multi_token_prediction:roll_tensor"
 
@@ -47,7 +49,7 @@ def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
             Patch(
                 target=_ROLL_TENSOR,
                 kind="wrap",
-                function=_wrap_roll_tensor,
+                function=functools.partial(_wrap_roll_tensor, plugin),
                 parameters=("tensor", "cp_group", "packed_seq_params"),
                 aliases=aliases,
                 versions=versions,
@@ -79,17 +81,34 @@ def _divide_by_all_tokens(
     return loss * (group.size() / all_tokens.clamp(min=1)), torch.ones_like(num_tokens), report
 
 
-def _wrap_roll_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_roll_tensor(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def roll_tensor(*args: Any, **kwargs: Any) -> Any:
         named = bind_by_name(original, args, kwargs)
+        tensor, group, packed = named["tensor"], named["cp_group"], named["packed_seq_params"]
+        if tensor is None or group is None or group.size() == 1:
+            return original(**named)
+        if packed is not None:
+            return _roll_stream(plugin.packing, tensor, packed, group)
         rolled, total = original(**named)
-        group = named["cp_group"]
         # Tokens are rolled as well as the loss mask, and it may hold integers: one number too many travels for those.
-        if rolled is not None and group is not None and group.size() > 1 and named["packed_seq_params"] is None:
-            total = total.clone()
-            dist.all_reduce(total, group=group)
-            total = total / group.size()
-        return rolled, total
+        total = total.clone()
+        dist.all_reduce(total, group=group)
+        return rolled, total / group.size()
 
     return roll_tensor
+
+
+def _roll_stream(packing: Packing, tensor: Tensor, packed: Any, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Each token's successor in its document, 0 for the last, and the mean of a rank's sum.
+
+    tensor: [..., t], what this rank holds of a packed stream. Megatron's rule at CP = 1; with more ranks it takes every
+    document to be cut as a zigzag of its own, in lengths that 2 x CP divides.
+    """
+    size = group.size()
+    layout = packing.stream(ends_with_padding(packed), size, tensor.size(-1) * size).layout
+    shards = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(shards, tensor.contiguous(), group=group)
+    whole = restore(shards, layout, -1)
+    rolled = whole.roll(-1, dims=-1) * has_next(layout, whole.device)[0]
+    return shard(rolled, layout, group.rank(), -1), rolled.sum() / size

@@ -1,11 +1,12 @@
-"""Ranks agree on the shapes of a micro-batch once, in the first layer that it reaches, and not again in every layer."""
+"""What goes with one micro-batch through a pipeline stage: its documents, and that its ranks agree on it once."""
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, bind_by_name
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
@@ -18,22 +19,50 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     in every layer.
     """
 
-    def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def forward_step(*args: Any, **kwargs: Any) -> Any:
+            named = bind_by_name(original, args, kwargs)
+            parts = named["config"].virtual_pipeline_model_parallel_size or 1
+            is_first = not named["current_microbatch"]
+            with plugin.one_micro_batch(), _documents(plugin, named["vp_stage"] or 0, parts, is_first):
+                return original(**named)
+
+        return forward_step
+
+    def wrap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def backward_step(*args: Any, **kwargs: Any) -> Any:
             with plugin.one_micro_batch():
                 return original(*args, **kwargs)
 
-        return step
+        return backward_step
 
-    return tuple(
-        Patch(
-            target=f"{_SCHEDULES}:{name}",
-            kind="wrap",
-            function=wrap_step,
-            why="All layers of a stage get the tensors of one micro-batch: ranks compare what they have come with once "
-            "for all of them (once more where layers differ among themselves, and for a recomputation).",
-            remove_when="Megatron tells its layers which micro-batch they compute.",
-        )
-        for name in ("forward_step", "backward_step")
+    why = (
+        "All layers of a stage get the tensors of one micro-batch: ranks compare what they have come with once for all "
+        "of them (once more where layers differ among themselves, and for a recomputation)."
     )
+    remove_when = "Megatron tells its layers which micro-batch they compute."
+    return (
+        Patch(
+            target=f"{_SCHEDULES}:forward_step",
+            kind="wrap",
+            function=wrap_forward,
+            parameters=("config", "current_microbatch", "vp_stage"),
+            why=f"{why} And the documents of a micro-batch are known in the first stage alone.",
+            remove_when=remove_when,
+        ),
+        Patch(
+            target=f"{_SCHEDULES}:backward_step",
+            kind="wrap",
+            function=wrap_backward,
+            why=why,
+            remove_when=remove_when,
+        ),
+    )
+
+
+def _documents(plugin: Plugin, part: int, num_parts: int, is_first: bool) -> AbstractContextManager[None]:
+    if plugin.documents is None:
+        return nullcontext()
+    return plugin.stages.one_micro_batch(part, num_parts, is_first=is_first)

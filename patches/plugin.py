@@ -8,7 +8,11 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mindspeed_cp.comm import ContextParallelGroups
+from mindspeed_cp.comm.groups import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 
 
 @dataclass
@@ -17,12 +21,19 @@ class Plugin:
 
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
     groups: set while Megatron's model-parallel groups exist; None else.
-    document_length: tokens of each document of a sequence, set by the arguments patch; None where the data says.
+    documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
+        patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
+    apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
+    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks.
     """
 
     config: ContextParallelConfig | None = None
     groups: ContextParallelGroups | None = None
-    document_length: int | None = None
+    documents: DocumentRule | None = None
+    end_of_document: int | None = None
+    apart_by: str | None = None
+    stages: StageDocuments = field(default_factory=StageDocuments)
+    packing: Packing = field(default_factory=Packing)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
@@ -37,6 +48,24 @@ class Plugin:
                 groups.destroy()
         self.groups = None
         self._over_others.clear()
+        self.stages = StageDocuments()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank among those that share its sequences, and how many these are."""
+        if self.groups is None:
+            return 0, 1
+        return dist.get_rank(self.groups.context_parallel), dist.get_world_size(self.groups.context_parallel)
+
+    def join_pipeline(self, stages: dist.ProcessGroup) -> None:
+        """Let the documents that are found in the first of these stages reach the others. All ranks call it."""
+        if self.documents is None or dist.get_world_size(stages) == 1:
+            return
+        # Tensors of the CPU: which documents there are is read there, and no message of Megatron's is in the way.
+        world = dist.group.WORLD
+        assert world is not None, "Megatron has made groups"
+        host = world if carries_cpu_tensors(world) else dist.new_group(backend="gloo")
+        self.stages.pipeline = Pipeline(dist.get_process_group_ranks(stages), host)
 
     def reason_to_stay(self) -> str | None:
         """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""

@@ -26,6 +26,7 @@ def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
             timeout = timedelta(minutes=named["distributed_timeout_minutes"])
             plugin.build_groups(parallel_state.get_context_parallel_group(), timeout)
+            plugin.join_pipeline(parallel_state.get_pipeline_model_parallel_group())
 
         return initialize_model_parallel
 

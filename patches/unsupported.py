@@ -6,6 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.patches.blockers import Blocker, raise_for
 
@@ -50,7 +52,6 @@ _REFUSALS = (
         "attention dropout is not available yet",
         "set --attention-dropout 0",
     ),
-    _Refusal("window_size", _is_set, "sliding windows are not available yet", "leave it out"),
     _Refusal(
         "softmax_type",
         lambda kind: kind not in (None, "vanilla"),
@@ -67,8 +68,6 @@ _REFUSALS = (
     _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
-    _Refusal("sft", _is_set, _PACKED, "leave it out"),
-    _Refusal("dataloader_inter_document_masking", _is_set, _PACKED, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _PACKED, "leave it out"),
     _Refusal(
         "hybrid_context_parallel",
@@ -150,6 +149,15 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
             f"no mask is made, so documents would see each other; leave out one of the two."
         )
         blockers.append(Blocker("--reset-attention-mask", sentence))
+    packed = [option for option in ("sft", "dataloader_inter_document_masking") if getattr(options, option, False)]
+    if packed and getattr(options, "apply_rope_fusion", False):
+        blockers.append(
+            Blocker(
+                flag(packed[0]),
+                f"{flag(packed[0])} with --context-parallel-size {size} and fused rotary embeddings: these take all "
+                f"documents to be cut in lengths that 2 x CP divides; add --no-rope-fusion.",
+            )
+        )
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")
     if all(getattr(options, option, None) for option in masked_mtp):
         spelled = " ".join(_spell(option, getattr(options, option)) for option in masked_mtp)
@@ -173,22 +181,22 @@ def refuse_unsupported(
     raise_for(unsupported(options, config.context_parallel_size, defaults))
 
 
-def refuse_lost_masks(args: argparse.Namespace, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError where documents are to be masked from each other, and some layers would get no mask.
+def refuse_lost_documents(args: argparse.Namespace, config: ContextParallelConfig, release: str) -> None:
+    """Raise ConfigurationError where packed streams are cut into pipeline stages that are not told where they end.
 
-    Megatron itself goes on with causal attention there, also at CP = 1.
-
-    args: Megatron's arguments; only after validate_args is it known how many virtual stages a layout makes.
+    args: Megatron's arguments; only after validate_args is it known how many virtual stages a layout makes. release: of
+    megatron.core.
     """
     size = config.context_parallel_size
-    # get_batch of pretrain_gpt.py, in all releases: the first and the last stage have a batch, and those that predict
-    # further tokens, which are the last.
+    # get_batch of pretrain_gpt.py: of the stages between the first and the last only --sft has a data set, since 0.17.
+    lost = [flag("dataloader_inter_document_masking")] * getattr(args, "dataloader_inter_document_masking", False)
+    lost += [flag("sft")] * (getattr(args, "sft", False) and Version(release) < Version("0.17"))
     stages = args.pipeline_model_parallel_size * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
-    if size > 1 and args.reset_attention_mask and stages > 2:
+    if size > 1 and lost and stages > 2:
         raise ConfigurationError(
-            f"--reset-attention-mask with --context-parallel-size {size} and {stages} pipeline stages, virtual ones "
-            f"included: Megatron gives the batch's mask to the first and the last alone, so documents would see each "
-            f"other in the rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
+            f"{lost[0]} with --context-parallel-size {size} and {stages} pipeline stages, virtual ones included: "
+            f"Megatron {release} tells the first and the last alone where documents end; use "
+            f"--pipeline-model-parallel-size 1, or 2 without virtual stages, or --reset-attention-mask."
         )
 
 

@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
@@ -28,18 +29,21 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from packaging.version import Version
 from torch import Tensor
 
-import mindspeed_cp.megatron_adaptor  # noqa: F401  (patches Megatron)
-from mindspeed_cp.sharding import SequenceLayout
+from mindspeed_cp import megatron_adaptor
 
 
 class Batch(NamedTuple):
-    """This rank's tokens of a micro-batch: [B, S], and [B, 1, S, T] for the mask, with T the tokens of all ranks."""
+    """This rank's tokens of a micro-batch: [B, S], and [B, 1, S, T] for the mask, with T the tokens of all ranks.
+
+    packed_seq_params: where documents end, of samples that are one stream: [1, S].
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
+    packed_seq_params: PackedSeqParams | None
 
 
 def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
@@ -50,11 +54,22 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
     if get_args().create_attention_mask_in_dataloader:
         batch |= tensor_parallel.broadcast_data(["attention_mask"], data, torch.bool)
 
-    layout = SequenceLayout(size=mpu.get_context_parallel_world_size())
-    rank = mpu.get_context_parallel_rank()
-    mask = batch.pop("attention_mask", None)
-    shards = {name: layout.shard(x, rank, dim=1) for name, x in batch.items()}
-    return Batch(**shards, attention_mask=None if mask is None else layout.shard(mask, rank, dim=2))
+    packed = None
+    if is_packed():
+        batch |= tensor_parallel.broadcast_data(["cu_seqlens", "max_seqlen"], data, torch.int32)
+        from megatron.core.utils import flatten_batch_for_packed_sequences  # Of those releases that have the flag.
+
+        batch = flatten_batch_for_packed_sequences(batch)
+        ends, longest = batch["cu_seqlens"][0], int(batch.pop("max_seqlen"))
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+    shards = megatron_adaptor.shard_batch({"attention_mask": None, **batch})
+    shards.pop("cu_seqlens", None)
+    return Batch(**shards, packed_seq_params=packed)
+
+
+def is_packed() -> bool:
+    """Whether samples are streams of documents, by a flag that Megatron has since 0.19."""
+    return getattr(get_args(), "dataloader_inter_document_masking", False)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTModel) -> tuple[Tensor, partial]:
@@ -63,7 +78,12 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: GPTMo
         return model(None, None, None), partial(sum_losses, None)
     batch = load_batch(data_iterator)
     losses = model(
-        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=batch.packed_seq_params,
     )
     return losses, partial(sum_losses, batch.loss_mask)
 
@@ -91,6 +111,8 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        # Of those releases that have the flag.
+        **({"inter_document_masking": True} if is_packed() else {}),
     )
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()

@@ -88,9 +88,9 @@ MISTAKES = {
         "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
     ),
     "scale left out": Mistake(
-        "attention/ring.py",
-        "return call.terms(terms.scale, q)",
-        "return call.terms(1.0, q)",
+        "attention/terms.py",
+        "told = call.terms(terms.scale, self._q)",
+        "told = call.terms(1.0, self._q)",
         "attention",
     ),
     "kernel of the forward pass not kept": Mistake(
@@ -100,9 +100,9 @@ MISTAKES = {
         "attention",
     ),
     "mask columns of another owner": Mistake(
-        "attention/ring.py",
-        "for run in joined(plan.keys.runs(owner)):",
-        "for run in joined(plan.keys.runs(0)):",
+        "attention/terms.py",
+        "return self._place(owner, of_keys=True)[tile.sample or 0, tile.keys]",
+        "return self._place(0, of_keys=True)[tile.sample or 0, tile.keys]",
         "attention",
     ),
     "merge in bf16": Mistake(
@@ -146,6 +146,48 @@ MISTAKES = {
     ),
     "what a sample leaves uneven is forgotten": Mistake(
         "layouts.py", "held, owed = deal(", "held, _ = deal(", "test_layouts.py"
+    ),
+    "sink added once a step": Mistake(
+        "attention/ring.py",
+        "merged.merge(result, queries.back, heads)",
+        "merged.merge(with_sinks(result, terms.sinks), queries.back, heads)",
+        "attention/test_terms.py",
+    ),
+    "bias rows of another rank": Mistake(
+        "attention/ulysses.py",
+        "_ScatterHeads.apply(self.communicator, order, (heads,), bias)",
+        "_ScatterHeads.apply(self.communicator, order, (heads,), bias.flip(2))",
+        "attention/test_terms.py",
+    ),
+    "ALiBi without the distance": Mistake(
+        "kernels/bias.py",
+        "(queries[:, None, :, None] - keys[:, None, None, :]).abs()",
+        "((queries - queries[:, :1])[:, None, :, None] - (keys - keys[:, :1])[:, None, None, :]).abs()",
+        "attention/test_terms.py",
+    ),
+    "dropout by local position": Mistake(
+        "attention/terms.py",
+        "first = plan.starts[run.sample, run.document] + run.position",
+        "first = run.start",
+        "attention/test_terms.py",
+    ),
+    "dropout scaled twice": Mistake(
+        "kernels/reference.py",
+        "/ (1.0 - terms.dropout.rate)",
+        "/ (1.0 - terms.dropout.rate) ** 2",
+        "attention/test_terms.py",
+    ),
+    "softcap after the mask": Mistake(
+        "kernels/reference.py",
+        "scores.masked_fill(~visible, -torch.inf), softcapped)",
+        "scores.masked_fill(~visible, -(terms.softcap or torch.inf)), softcapped)",
+        "attention/test_terms.py",
+    ),
+    "a repeated head's gradient counted twice": Mistake(
+        "attention/ulysses.py",
+        "device=x.device), x.to(total.dtype))",
+        "device=x.device), 2 * x.to(total.dtype))",
+        "attention/test_terms.py",
     ),
     "a round by distance": Mistake(
         "rounds.py", "    radices = _prime_factors(size)\n", "    radices = [size]\n", "test_rounds.py"

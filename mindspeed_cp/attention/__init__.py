@@ -4,12 +4,16 @@ from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
 from mindspeed_cp.attention.planned import PlannedAttention, local_attention
 from mindspeed_cp.attention.ring import RingAttention
+from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import RingCommunicators
+from mindspeed_cp.kernels import Dropout
 
 __all__ = [
     "Attention",
+    "AttentionTerms",
     "ContextParallelAttention",
+    "Dropout",
     "PlannedAttention",
     "RingAttention",
     "RingCommunicators",

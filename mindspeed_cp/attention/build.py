@@ -46,6 +46,8 @@ def build_attention(
     if config.context_parallel_size == 1 and group is None:
         alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
         return ContextParallelAttention(alone, config, layout)
+    if transport is not None and not isinstance(transport, Transport):
+        raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
     groups = _groups(config, group)
     ulysses, ring = groups.along(config.topology, traffic)
     attention = compose_attention(

@@ -7,12 +7,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
+from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
 from mindspeed_cp.comm import Agreement
+from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import BlockCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
@@ -21,6 +23,23 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _outside_graphs(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The method, left out of the graphs of torch.compile: what ranks agree on and send is no part of one."""
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            outside: Callable[_P, _R] = torch.compiler.disable(method)
+            return outside(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return run
 
 
 class Attention(Protocol):
@@ -39,6 +58,7 @@ class Attention(Protocol):
         scale: float | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> Tensor:
         """Attention output of this rank's queries over the keys of all ranks.
 
@@ -49,8 +69,10 @@ class Attention(Protocol):
             mask; without it every query sees every key.
         plan: who holds what and sees whom (`PackedBatch.plan`, say), in place of equal shards and of the type of mask
             that the attention was built with; ranks may then have different numbers of tokens. The same on all ranks.
+        terms: sinks, softcap, ALiBi, bias, dropout.
 
-        Returns [B, N, S, V] in the dtype of q, differentiable in q, k and v; 0 in rows that see no key.
+        Returns [B, N, S, V] in the dtype of q, differentiable in q, k, v and the terms that are learnable; 0 in rows
+        that see no key.
         """
         ...
 
@@ -63,14 +85,42 @@ class Attention(Protocol):
         scale: float | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The output, and the log-sum-exp of each query's scaled scores.
+        """The output, and the log-sum-exp of each query's scores, a sink's among them.
 
         The latter is [B, N, S] in fp32 (fp64 for fp64 inputs), natural logarithm, -inf in rows that see no key, and
         differentiable too. Where gradients are wanted, eight more numbers travel with each token and head of v, and of
         k where it is as large.
         """
         ...
+
+    def with_largest(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and the largest score of each head among those that this rank has computed.
+
+        The latter is [N] in fp32 (fp64 for fp64 inputs), without a gradient: scores as the softmax takes them, sinks
+        left out; -inf for heads that this rank has not computed. QK-clip takes the largest over all ranks.
+        """
+        ...
+
+
+class _Told(TypedDict):
+    """Arguments of `Attention` by name."""
+
+    scale: float
+    visible: Tensor | None
+    plan: AttentionPlan | None
+    terms: AttentionTerms | None
 
 
 class PreparedCall(NamedTuple):
@@ -82,6 +132,17 @@ class PreparedCall(NamedTuple):
     scale: float
     visible: Tensor | None
     plan: AttentionPlan | None
+    terms: AttentionTerms | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        return self.q, self.k, self.v
+
+    @property
+    def told(self) -> "_Told":
+        """What attention is told beside them."""
+        return {"scale": self.scale, "visible": self.visible, "plan": self.plan, "terms": self.terms}
 
     @property
     def is_empty(self) -> bool:
@@ -111,6 +172,7 @@ class ContextParallelAttention:
         check_shards(q, k, v, same_tokens=plan is None)
         self.attention.check(q, k, v, plan)
 
+    @_outside_graphs
     def __call__(
         self,
         q: Tensor,
@@ -120,6 +182,7 @@ class ContextParallelAttention:
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> Tensor:
         """See Attention. Under torch.autocast q, k and v may differ in dtype, and then get autocast's.
 
@@ -127,12 +190,12 @@ class ContextParallelAttention:
 
         Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
         """
-        if torch.compiler.is_compiling():
-            # What ranks agree on and send is no part of a graph.
-            enter: Callable[..., Tensor] = torch.compiler.disable(self._enter)
-            return enter(q, k, v, scale, visible, plan)
-        return self._enter(q, k, v, scale, visible, plan)
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
+        if call.is_empty:
+            return _empty(call.q, call.k, call.v)
+        return self.attention(*call.tensors, **call.told)
 
+    @_outside_graphs
     def with_lse(
         self,
         q: Tensor,
@@ -142,13 +205,35 @@ class ContextParallelAttention:
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, wanted="output and log-sum-exp")
+        wanted = "output and log-sum-exp"
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
         if call.is_empty:
             out = _empty(call.q, call.k, call.v)
-            return out, out.sum(dim=-1, dtype=torch.promote_types(out.dtype, torch.float32))
-        return self.attention.with_lse(call.q, call.k, call.v, scale=call.scale, visible=call.visible, plan=call.plan)
+            return out, out.sum(dim=-1, dtype=accumulation_dtype(out.dtype))
+        return self.attention.with_lse(*call.tensors, **call.told)
+
+    @_outside_graphs
+    def with_largest(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See Attention; else as the call."""
+        wanted = "output and largest scores"
+        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
+        if call.is_empty:
+            nothing = call.q.new_full((call.q.size(1),), -torch.inf, dtype=accumulation_dtype(call.q.dtype))
+            return _empty(call.q, call.k, call.v), nothing
+        return self.attention.with_largest(*call.tensors, **call.told)
 
     def prepare(
         self,
@@ -159,6 +244,7 @@ class ContextParallelAttention:
         scale: float | Tensor | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
         wanted: str = "output",
     ) -> PreparedCall:
         """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does.
@@ -167,11 +253,13 @@ class ContextParallelAttention:
         """
         words, refusal, factor = "", None, 1.0
         try:
+            refuse_other_plans(plan)
             q, k, v = in_one_dtype(q, k, v)
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
             factor = number(scale, q)
-            words = f"{_words(q, k, v, factor, visible, plan)}; {self._setup}"
+            check_terms(terms, q, k, plan, self.layout.size)
+            words = f"{_words(q, k, v, factor, visible, plan)}{terms_words(terms)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != "output")
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
@@ -182,29 +270,15 @@ class ContextParallelAttention:
             raise ValueError(refusal)
         # Fused kernels take a factor above 0 for granted.
         if factor < 0:
-            return PreparedCall(-q, k, v, -factor, visible, plan)
+            return PreparedCall(-q, k, v, -factor, visible, plan, terms)
         q, factor = (q, factor) if factor else (q * 0.0, 1.0)
-        return PreparedCall(q, k, v, factor, visible, plan)
+        return PreparedCall(q, k, v, factor, visible, plan, terms)
 
     def refuse(self, reason: str, q: Tensor) -> NoReturn:
         """Raise ValueError on every rank: the caller cannot attend with `q` here, and the others would wait for it."""
         if self.agreement is not None:
             self.agreement.reach("", refusal=reason, device=q.device)
         raise ValueError(reason)
-
-    def _enter(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | Tensor | None,
-        visible: Tensor | None,
-        plan: AttentionPlan | None,
-    ) -> Tensor:
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan)
-        if call.is_empty:
-            return _empty(call.q, call.k, call.v)
-        return self.attention(call.q, call.k, call.v, scale=call.scale, visible=call.visible, plan=call.plan)
 
     def _check_mask(self, q: Tensor, visible: Tensor | None, plan: AttentionPlan | None) -> None:
         refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
@@ -290,6 +364,14 @@ def check_plan(plan: AttentionPlan, q: Tensor, k: Tensor, rank: int, num_ranks: 
                 f"{name} {tuple(x.shape)} has {x.size(0)} samples, and the plan has documents for {len(samples)}; give "
                 f"the batch that it was made for."
             )
+
+
+def refuse_other_plans(plan: object) -> None:
+    """Raise ValueError for what is no plan."""
+    if plan is None or isinstance(plan, AttentionPlan):
+        return
+    way_out = "plan=batch.plan" if isinstance(getattr(plan, "plan", None), AttentionPlan) else "an AttentionPlan"
+    raise ValueError(f"plan is a {type(plan).__name__}; give {way_out}.")
 
 
 def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.call import check_plan, default_scale, refuse_mask
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.terms import Terms
+from mindspeed_cp.attention.terms import AttentionTerms, Terms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
@@ -48,9 +48,10 @@ class PlannedAttention:
         scale: float | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> Tensor:
         """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
-        return self.attention(q, k, v, *self._told(q, scale, visible, plan))
+        return self.attention(q, k, v, *self._told(q, scale, visible, plan, terms))
 
     def with_lse(
         self,
@@ -61,16 +62,36 @@ class PlannedAttention:
         scale: float | None = None,
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
-        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible, plan))
+        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible, plan, terms))
+
+    def with_largest(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        return self.attention.with_largest(q, k, v, *self._told(q, scale, visible, plan, terms))
 
     def _told(
-        self, q: Tensor, scale: float | None, visible: Tensor | None, plan: AttentionPlan | None
+        self,
+        q: Tensor,
+        scale: float | None,
+        visible: Tensor | None,
+        plan: AttentionPlan | None,
+        terms: AttentionTerms | None,
     ) -> tuple[AttentionPlan, Terms]:
         refuse_mask(visible, plan, causal=self.causal)
         plan = plan_of(self.layout, q.size(2), self.causal) if plan is None else plan
-        return plan, Terms(default_scale(q) if scale is None else scale, visible)
+        return plan, Terms.of(terms, default_scale(q) if scale is None else scale, visible)
 
 
 def local_attention(*, causal: bool, kernels: KernelRegistry = KERNELS) -> PlannedAttention:

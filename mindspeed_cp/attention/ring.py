@@ -26,8 +26,8 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key h
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,27 +36,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
-from mindspeed_cp.attention.terms import Terms
+from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
 from mindspeed_cp.comm import RingCommunicators
+from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import divisors
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
     BlockCase,
-    BlockGradients,
     BlockKernel,
     BlockOutput,
     KernelRegistry,
     MergeKernel,
     TileTerms,
-    Window,
 )
-from mindspeed_cp.kernels.calls import Call, calls, of_sample, part
+from mindspeed_cp.kernels.calls import Call, calls, part
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.kernels.protocol import EVERYTHING
 from mindspeed_cp.kernels.wrapped import Turned
-from mindspeed_cp.plan import AttentionPlan, Tile, joined, within
+from mindspeed_cp.plan import AttentionPlan, Tile, within
 from mindspeed_cp.program import Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
@@ -98,19 +97,31 @@ class RingAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between the ranks of the ring."""
-        out: Tensor = _Ring.apply(self, plan, terms, q, k, v, terms.visible)[0]
-        return out
+        return self._apply(q, k, v, plan, terms)[0]
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between the ranks of the ring."""
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
-            out, lse = _Ring.apply(self, plan, terms, q, k, v, terms.visible)
+        parameters = (x for x in terms.tensors if x is not None)
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, *parameters)):
+            out, lse, _ = self._apply(q, k, v, plan, terms)
             return out, lse
         # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
         one_size = q.size(3) == v.size(3)
         q, k = (F.pad(x, (0, _ROOM)) for x in (q, k)) if one_size else (q, k)
-        out, lse = _Ring.apply(self, plan, terms, q, k, F.pad(v, (0, _ROOM)), terms.visible)
+        out, lse, _ = self._apply(q, k, F.pad(v, (0, _ROOM)), plan, terms)
         return out[..., : v.size(3)], lse
+
+    def with_largest(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
+        """See Attention. plan: between the ranks of the ring."""
+        out, _, largest = self._apply(q, k, v, plan, replace(terms, largest=True))
+        return out, largest
+
+    def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
+        """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
+        case = BlockCase.of(q, k, v, TileTerms(terms.scale))
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs)
+        result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
+        return result
 
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
@@ -218,6 +229,23 @@ _States = dict[Call, tuple[Tensor, ...]]
 """What kernels keep of the calls of the forward pass."""
 
 
+def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that refuses to be part of a graph: once_differentiable alone drops a second derivative where the
+    gradient that comes does not require one.
+    """
+    once = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
+                "torch.nn.functional.scaled_dot_product_attention with its math backend."
+            )
+        return once(ctx, *grads)
+
+    return run
+
+
 class _Ring(torch.autograd.Function):
     """Forward and backward pass over the ring; q, k, v, out and lse are saved once."""
 
@@ -227,86 +255,86 @@ class _Ring(torch.autograd.Function):
         ring: RingAttention,
         plan: AttentionPlan,
         terms: Terms,
+        case: BlockCase,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        visible: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         with autocast_off(q.device.type):
-            (out, lse, _), made, states = _forward(ring, plan, terms, q, k, v)
-        ctx.save_for_backward(q, k, v, visible, out, lse)
-        ctx.ring, ctx.plan, ctx.scale, ctx.forward_pass, ctx.states = ring, plan, terms.scale, made, states
+            (out, lse, _), largest, made, states = _forward(ring, plan, terms, case, q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
+        ctx.terms = terms.with_tensors([None] * len(tensors))
         ctx.set_materialize_grads(False)
-        return out, lse
+        if largest is not None:
+            ctx.mark_non_differentiable(largest)
+        return out, lse, largest
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, visible, out, lse = ctx.saved_tensors
-        terms = Terms(ctx.scale, visible)
-        dout, dlse = grad_outputs
+    @_never_twice
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:
             dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients = _backward(
-                ctx.ring, ctx.plan, terms, ctx.forward_pass, ctx.states, dout, q, k, v, BlockOutput(out, lse)
-            )
-        return None, None, None, *gradients, None
+            gradients, parameters = _backward(ctx, ctx.terms.with_tensors(tensors), dout, q, k, v, out, lse)
+        return None, None, None, None, *gradients, *parameters
 
 
 def _forward(
-    ring: RingAttention, plan: AttentionPlan, terms: Terms, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[BlockOutput, RingPass, _States]:
-    """The merged output over all steps, and what the backward pass needs of each call."""
-    made = ring.forward_pass(plan, _case(terms, q, k, v))
+    ring: RingAttention, plan: AttentionPlan, terms: Terms, case: BlockCase, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[BlockOutput, Tensor | None, RingPass, _States]:
+    """The merged output over all steps, the largest scores, and what the backward pass needs of each call."""
+    made = ring.forward_pass(plan, case)
     player = ring.player(made)
     merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
+    told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
     key_values = KeyValues(player, k, v)
 
     def compute(step: Step, call: Call) -> None:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
         tensors = queries.given.take(part(q, 1, heads)), keys.given.take(block.k), keys.given.take(block.v)
-        output = call.kernel.forward(*tensors, _terms(plan, terms, step.owner, call, heads, q))
+        tile_terms = told.of(step.owner, call, heads)
+        output = call.kernel.forward(*tensors, tile_terms)
         states[call] = output.state
         result = BlockOutput(queries.result(output.out), queries.result(output.lse))
         merged.merge(result, queries.back, heads)
+        largest.add(*tensors[:2], tile_terms, heads)
 
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
             with player.step(step.owner):
                 for call in made.calls[number]:
                     compute(step, call)
-    return merged.result(), made, states
+    if terms.sinks is None:
+        return merged.result(), largest.result, made, states
+    result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
+    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states
 
 
 def _backward(
-    ring: RingAttention,
-    plan: AttentionPlan,
-    terms: Terms,
-    forward_pass: RingPass,
-    states: _States,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    merged: BlockOutput,
-) -> BlockGradients:
-    """Gradients of this rank's q, k and v, each rounded once."""
-    case = _case(terms, q, k, v)
+    ctx: Any, terms: Terms, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged_out: Tensor, merged_lse: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors]:
+    """Gradients of this rank's q, k and v, each rounded once, and its part of those of parameters."""
+    ring, plan, case, states = ctx.ring, ctx.plan, ctx.case, ctx.states
+    forward_pass: RingPass = ctx.forward_pass
     made = plan.once(forward_pass, lambda: _backward_pass(plan, ring.schedule, forward_pass, case, ring.kernels))
     player = ring.player(made)
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
+    parameters = ParameterGradients(terms, case.terms)
+    told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
 
     def compute(step: Step, call: Call) -> Partial:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged.out, merged.lse))
+        d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged_out, merged_lse))
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
             BlockOutput(out, lse, _state(states, call)),
-            _terms(plan, terms, step.owner, call, heads, q),
+            told.of(step.owner, call, heads),
         )
         dq.add(queries.result(grads.dq), queries.back, heads)
         tile = call.tiles[0]
@@ -319,7 +347,8 @@ def _backward(
             with player.step(step.owner):
                 partials = [compute(step, call) for call in made.calls[number]]
         gradients.take(step, partials)
-    return BlockGradients(dq.result(), *gradients.finish())
+    sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
+    return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)
 
 
 def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,10 +360,6 @@ def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tens
     return dout, out
 
 
-def _case(terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> BlockCase:
-    return BlockCase.of(q, k, v, TileTerms(terms.scale))._replace(masked=terms.visible is not None)
-
-
 def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
     """What the kernel has kept of this call; of another of its calls where only parts of that one are computed again.
 
@@ -344,27 +369,3 @@ def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
         return states[call]
     name = call.kernel.name
     return next(state for done, state in states.items() if done.kernel.name == name)
-
-
-def _terms(plan: AttentionPlan, terms: Terms, owner: int, call: Call, heads: slice, q: Tensor) -> TileTerms:
-    """What a kernel is told of a call's tiles."""
-    if terms.visible is None:
-        return call.terms(terms.scale, q)
-    return TileTerms(terms.scale, visible=_visible(plan, terms.visible, owner, call.tiles[0], heads))
-
-
-def _visible(plan: AttentionPlan, visible: Tensor, owner: int, tile: Tile, heads: slice) -> Tensor:
-    """The part of a boolean mask that is about a tile, within its window."""
-    columns: list[slice] = []
-    for run in joined(plan.keys.runs(owner)):
-        first, last = max(tile.keys.start, run.start), min(tile.keys.stop, run.stop)
-        if first < last:
-            columns.append(slice(run.position + first - run.start, run.position + last - run.start))
-    rows = visible[..., tile.queries, :]
-    if rows.dim() == 4 and rows.size(1) > 1:
-        rows = rows[:, heads]
-    if rows.dim() == 4 and rows.size(0) > 1:
-        rows = rows[of_sample(tile.sample)]
-    seen = torch.cat([rows[..., each] for each in columns], dim=-1)
-    window = Window(tile.left, tile.right)
-    return seen if window == EVERYTHING else seen & window.visible(tile.num_queries, tile.num_keys, seen.device)

@@ -19,7 +19,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
+from mindspeed_cp.comm.reduction import accumulation_dtype
+from mindspeed_cp.heads import Dealt, HeadLayout
 from mindspeed_cp.plan import AttentionPlan, GroupedLayout, Part
 
 
@@ -51,47 +53,64 @@ class UlyssesAttention:
         return self.groups[self.group][self.communicator.rank]
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError unless the group divides the heads."""
-        size = self.communicator.size
-        for name, x in (("q", q), ("k", k)):
-            if x.size(1) % size:
-                raise ValueError(f"{name} has {x.size(1)} heads, not a multiple of the Ulysses degree {size}.")
-        self.ring.check_heads(k.size(1) // size)
+        """Raise ValueError unless each rank of the group gets a head."""
+        heads = HeadLayout(q.size(1), k.size(1), self.communicator.size)
+        for given in set(heads.keys.given):
+            self.ring.check_heads(len(given))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between all context-parallel ranks."""
-        (q, k, v), grouped, terms, order = self._exchanged(q, k, v, plan, terms)
-        return self._back(self.ring(q, k, v, grouped, terms), order)
+        part = self._exchanged(q, k, v, plan, terms)
+        return self._back(self.ring(*part.tensors, part.plan, part.terms), part)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between all context-parallel ranks."""
-        (q, k, v), grouped, terms, order = self._exchanged(q, k, v, plan, terms)
-        out, lse = self.ring.with_lse(q, k, v, grouped, terms)
-        return self._back(out, order), self._back(lse.unsqueeze(-1), order).squeeze(-1)
+        part = self._exchanged(q, k, v, plan, terms)
+        out, lse = self.ring.with_lse(*part.tensors, part.plan, part.terms)
+        return self._back(out, part), self._back(lse.unsqueeze(-1), part).squeeze(-1)
 
-    def _exchanged(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionPlan, Terms, "GroupOrder"]:
+    def with_largest(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
+        """See Attention. plan: between all context-parallel ranks."""
+        part = self._exchanged(q, k, v, plan, terms)
+        out, mine = self.ring.with_largest(*part.tensors, part.plan, part.terms)
+        largest = mine.new_full((q.size(1),), -torch.inf)
+        largest[part.heads.queries.parts[self.communicator.rank]] = mine
+        return self._back(out, part), largest
+
+    def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> "_Part":
         """What this rank attends with: all tokens of its group for its part of the heads."""
-        grouped = plan.of_groups(self.groups)
+        communicator, grouped = self.communicator, plan.of_groups(self.groups)
+        heads = head_layout(q.size(1), k.size(1), communicator.size)
         assert isinstance(grouped.queries, GroupedLayout)
         order = group_order(grouped.queries, self.group)
+        terms = terms.of_heads(heads.queries.parts[communicator.rank])
         if terms.visible is not None:
-            terms = replace(terms, visible=self._gather_rows(terms.visible, order))
+            terms = replace(terms, visible=self._gather_rows(terms.visible, order, heads.queries))
+        if terms.bias is not None:
+            terms = replace(terms, bias=self._rows_of_bias(terms.bias, order, heads.queries))
         if grouped.keys is grouped.queries:
-            q, k, v = _ScatterHeads.apply(self.communicator, order, q, k, v)
-            return (q, k, v), grouped, terms, order
+            tensors = _ScatterHeads.apply(communicator, order, (heads.queries, heads.keys, heads.keys), q, k, v)
+            return _Part(tensors, grouped, terms, order, heads)
         assert isinstance(grouped.keys, GroupedLayout)
-        (q,) = _ScatterHeads.apply(self.communicator, order, q)
-        k, v = _ScatterHeads.apply(self.communicator, group_order(grouped.keys, self.group), k, v)
-        return (q, k, v), grouped, terms, order
+        (q,) = _ScatterHeads.apply(communicator, order, (heads.queries,), q)
+        order_of_keys = group_order(grouped.keys, self.group)
+        k, v = _ScatterHeads.apply(communicator, order_of_keys, (heads.keys, heads.keys), k, v)
+        return _Part((q, k, v), grouped, terms, order, heads)
 
-    def _back(self, part: Tensor, order: "GroupOrder") -> Tensor:
+    def _back(self, x: Tensor, part: "_Part") -> Tensor:
         """This rank's own tokens of all heads."""
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, part)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, part.order, (part.heads.queries,), x)
         return gathered[0]
 
-    def _gather_rows(self, visible: Tensor, order: "GroupOrder") -> Tensor:
+    def _rows_of_bias(self, bias: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
+        """The bias of all queries in the group, for this rank's heads: [.., S, T]. Heads alike are sent once a rank."""
+        if bias.size(1) == 1:
+            size = self.communicator.size
+            bias, heads = bias.expand(-1, size, -1, -1), head_layout(size, size, size).queries
+        rows: tuple[Tensor] = _ScatterHeads.apply(self.communicator, order, (heads,), bias)
+        return rows[0]
+
+    def _gather_rows(self, visible: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
         """The mask's rows of all queries in the group, for this rank's heads: [..., S, T]."""
         mine = visible.movedim(-2, 0)
         padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
@@ -100,8 +119,32 @@ class UlyssesAttention:
         rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
         rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
-            rows = rows.chunk(self.communicator.size, dim=1)[self.communicator.rank]
+            rows = rows[:, heads.parts[self.communicator.rank]]
         return rows
+
+
+class _Part(NamedTuple):
+    """What a rank attends with: q, k and v of its heads, and all of its group that goes with them."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    plan: AttentionPlan
+    terms: Terms
+    order: "GroupOrder"
+    heads: "_Heads"
+
+
+class _Heads(NamedTuple):
+    """How the heads of queries, and of keys and values, are dealt to the members of a group."""
+
+    queries: Dealt
+    keys: Dealt
+
+
+@functools.lru_cache(maxsize=256)
+def head_layout(num_heads: int, num_kv_heads: int, degree: int) -> _Heads:
+    """Made once for all layers and batches."""
+    layout = HeadLayout(num_heads, num_kv_heads, degree)
+    return _Heads(layout.queries, layout.keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,69 +202,155 @@ def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
     return GroupOrder(sizes, tuple(layout.parts(group).values()))
 
 
+_THERE, _BACK = "Ulysses: exchange heads for tokens", "Ulysses: exchange tokens for heads"
+"""How all-to-alls are called in profiles."""
+
+
 class _ScatterHeads(torch.autograd.Function):
     """`scatter_heads`, whose gradient is `gather_heads`."""
 
     @staticmethod
-    def forward(ctx: Any, communicator: Communicator, order: GroupOrder, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order = communicator, order
-        return scatter_heads(shards, communicator, order)
+    def forward(
+        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *shards: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
+        return scatter_heads(shards, communicator, order, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *gather_heads(grads, ctx.communicator, ctx.order)
+        return None, None, None, *gather_heads(grads, ctx.communicator, ctx.order, ctx.heads)
 
 
 class _GatherHeads(torch.autograd.Function):
     """`gather_heads`, whose gradient is `scatter_heads`."""
 
     @staticmethod
-    def forward(ctx: Any, communicator: Communicator, order: GroupOrder, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order = communicator, order
-        return gather_heads(parts, communicator, order)
+    def forward(
+        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
+        return gather_heads(parts, communicator, order, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *scatter_heads(grads, ctx.communicator, ctx.order)
+        return None, None, None, *scatter_heads(grads, ctx.communicator, ctx.order, ctx.heads)
 
 
-def scatter_heads(shards: Sequence[Tensor], communicator: Communicator, order: GroupOrder) -> tuple[Tensor, ...]:
+def scatter_heads(
+    shards: Sequence[Tensor], communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt]
+) -> tuple[Tensor, ...]:
     """All tokens of the group, in order, for this rank's part of the heads, from its own tokens of all heads.
 
-    shards: tensors [B, H, s, D] of one dtype, whose H and D may differ. Returns [B, H/P, S, D] for each, views of one
-    buffer. One all-to-all for all of them, see Note [One message, one copy].
+    shards: tensors [B, H, s, D] of one dtype, whose H and D may differ. heads: how those of each are dealt. Returns
+    [B, h, S, D] for each, h heads as they are given to kernels; views of one buffer but for heads that are given more
+    than once. One all-to-all for all of them, see Note [One message, one copy].
     """
-    size = communicator.size
+    size, rank = communicator.size, communicator.rank
     batch, _, tokens, _ = shards[0].shape
-    parts = [x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in shards]  # [P, s, B, H/P, D]
-    send = shards[0].new_empty((size, tokens, batch, _width(parts)))
-    for part, place in zip(parts, _split_heads(send, parts), strict=True):
-        place.copy_(part)
-    with in_profiles("Ulysses: exchange heads for tokens"):
-        received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
-    return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
+    if all(dealt.is_even for dealt in heads):
+        parts = [x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in shards]  # [P, s, B, H/P, D]
+        send = shards[0].new_empty((size, tokens, batch, _width(parts)))
+        for part, place in zip(parts, _split_heads(send, parts), strict=True):
+            place.copy_(part)
+        with in_profiles(_THERE):
+            received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
+        return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
+    sent = [_of_member(shards, heads, member) for member in range(size)]
+    widths = [_width(each) for each in sent]
+    send = shards[0].new_empty(tokens * batch * sum(widths))
+    for message, each in zip(send.split([tokens * batch * width for width in widths]), sent, strict=True):
+        for part, place in zip(each, _split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
+            place.copy_(part)
+    sizes = Sizes([tokens * batch * width for width in widths], [count * batch * widths[rank] for count in order.sizes])
+    with in_profiles(_THERE):
+        received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
+    mine = (x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), sent[rank]))
+    return tuple(_repeated(x, dealt.given[rank]) for x, dealt in zip(mine, heads, strict=True))
 
 
-def gather_heads(parts: Sequence[Tensor], communicator: Communicator, order: GroupOrder) -> tuple[Tensor, ...]:
+def gather_heads(
+    parts: Sequence[Tensor], communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt]
+) -> tuple[Tensor, ...]:
     """This rank's own tokens of all heads, from all tokens of the group for its part of the heads.
 
-    parts: tensors [B, H/P, S, D] of one dtype. Returns [B, H, s, D] for each, in memory [s, B, H, D] as Megatron wants
-    them. The inverse of `scatter_heads`, likewise with one all-to-all.
+    parts: tensors [B, h, S, D] of one dtype. Returns [B, H, s, D] for each, in memory [s, B, H, D] as Megatron wants
+    them; the sum of a head that several members have, or one has repeated. The inverse of `scatter_heads`, likewise
+    with one all-to-all.
     """
-    size, tokens = communicator.size, order.sizes[communicator.rank]
-    sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, H/P, D]
+    size, rank, tokens = communicator.size, communicator.rank, order.sizes[communicator.rank]
+    is_even = all(dealt.is_even for dealt in heads)
+    if not is_even:
+        parts = [_added(x, dealt.given[rank]) for x, dealt in zip(parts, heads, strict=True)]
+    sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, h, D]
     if order.is_sorted and len(parts) == 1 and sequences[0].is_contiguous():
         send = sequences[0].flatten(2)
     else:
         send = parts[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
         for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
             order.unsort_into(place, sequence)
-    with in_profiles("Ulysses: exchange tokens for heads"):
-        received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
-    shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
-    return tuple(x.permute(1, 2, 0, 3) for x in shards)
+    if is_even:
+        with in_profiles(_BACK):
+            received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
+        shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
+        return tuple(x.permute(1, 2, 0, 3) for x in shards)
+    batch = send.size(1)
+    sums = [_HeadSum(x, dealt, tokens) for x, dealt in zip(sequences, heads, strict=True)]
+    widths = [sum(each.width(member) for each in sums) for member in range(size)]
+    sizes = Sizes([count * batch * send.size(2) for count in order.sizes], [tokens * batch * w for w in widths])
+    with in_profiles(_BACK):
+        messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
+    for member, message in enumerate(messages):
+        pieces = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
+        for each, piece in zip(sums, pieces, strict=True):
+            each.add(member, piece)
+    return tuple(each.result() for each in sums)
+
+
+def _of_member(shards: Sequence[Tensor], heads: Sequence[Dealt], member: int) -> list[Tensor]:
+    """What a member is sent of each tensor [B, H, s, D]: [s, B, h, D]."""
+    return [x[:, dealt.parts[member]].permute(2, 0, 1, 3) for x, dealt in zip(shards, heads, strict=True)]
+
+
+def _repeated(x: Tensor, given: tuple[int, ...]) -> Tensor:
+    """The heads of x [B, h, S, D] as they are given to kernels."""
+    if given == tuple(range(x.size(1))):
+        return x
+    return x.index_select(1, torch.tensor(given, device=x.device))
+
+
+def _added(x: Tensor, given: tuple[int, ...]) -> Tensor:
+    """The inverse of `_repeated` for gradients: those of one head are added in fp32, and rounded once."""
+    count = given[-1] + 1
+    if count == len(given):
+        return x
+    total = x.new_zeros((x.size(0), count, *x.shape[2:]), dtype=accumulation_dtype(x.dtype))
+    return total.index_add_(1, torch.tensor(given, device=x.device), x.to(total.dtype)).to(x.dtype)
+
+
+class _HeadSum:
+    """Heads [s, B, H, D] of this rank's tokens, of which members have parts; added where several have one."""
+
+    def __init__(self, like: Tensor, heads: Dealt, tokens: int) -> None:
+        self._like, self._parts = like, heads.parts
+        count = max(part.stop for part in heads.parts)
+        overlap = sum(part.stop - part.start for part in heads.parts) > count
+        dtype = accumulation_dtype(like.dtype) if overlap else like.dtype
+        self._total = like.new_zeros((tokens, like.size(1), count, like.size(3)), dtype=dtype)
+
+    def width(self, member: int) -> int:
+        """Numbers of a token that a member sends."""
+        part = self._parts[member]
+        return int((part.stop - part.start) * self._like.size(3))
+
+    def add(self, member: int, piece: Tensor) -> None:
+        """Add what a member has sent, [s, B, width]."""
+        self._total[:, :, self._parts[member]] += piece.unflatten(-1, (-1, self._like.size(3)))
+
+    def result(self) -> Tensor:
+        """[B, H, s, D], rounded once."""
+        return self._total.to(self._like.dtype).permute(1, 2, 0, 3)
 
 
 def _width(tensors: Sequence[Tensor]) -> int:

@@ -137,7 +137,8 @@ def _difference(words: Sequence[str]) -> str:
     listed = "; ".join(f"{_ranks(ranks)}: {case}" for case, ranks in cases.items())
     return (
         f"the ranks of a context-parallel group call attention differently: {listed}; all of them must come to the "
-        f"same call alike: pad to equal shards, cast, give one scale and kind of mask, and gradients on all or none."
+        f"same call alike: pad to equal shards or give one plan, cast, give one scale and kind of mask, and gradients "
+        f"on all or none."
     )
 
 

@@ -189,7 +189,7 @@ def _plan(topology: CPTopology, overlap: bool, host_group: bool) -> dict[str, st
     if overlap and topology.ring_size > 1:
         planned["gradients"] = None
     # All ranks of the world have to find the same here: so it is the world's backend that is looked at.
-    if host_group and topology.size > 1 and dist.group.WORLD and not _carries_cpu_tensors(dist.group.WORLD):
+    if host_group and topology.size > 1 and dist.group.WORLD and not carries_cpu_tensors(dist.group.WORLD):
         planned[_HOST] = "gloo"
     return planned
 
@@ -231,16 +231,16 @@ def _agreement_over(group: dist.ProcessGroup) -> Agreement:
 
 
 def _agreement(communicator: ProcessGroupCommunicator) -> Agreement:
-    return Agreement(communicator, on_host=_carries_cpu_tensors(communicator.group))
+    return Agreement(communicator, on_host=carries_cpu_tensors(communicator.group))
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """A device whose tensors the group carries."""
-    kind = "cpu" if _carries_cpu_tensors(group) else group._device_types[0].type
+    kind = "cpu" if carries_cpu_tensors(group) else group._device_types[0].type
     return torch.device(kind, 0 if kind == "cpu" else getattr(torch, kind).current_device())
 
 
-def _carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
+def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
     """Whether the group's backend for tensors of the CPU is there: it is not in a job of NCCL or HCCL alone."""
     try:
         group._get_backend(torch.device("cpu"))

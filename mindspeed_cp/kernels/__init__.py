@@ -2,11 +2,13 @@
 
 from mindspeed_cp.kernels.choose import KERNELS, MERGE_KERNELS, KernelRegistry, choose_merge_kernel
 from mindspeed_cp.kernels.merge import MergeKernel, add_
+from mindspeed_cp.kernels.philox import Dropout
 from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
     BlockKernel,
     BlockOutput,
+    Term,
     TileTerms,
     Window,
 )
@@ -18,8 +20,10 @@ __all__ = [
     "BlockGradients",
     "BlockKernel",
     "BlockOutput",
+    "Dropout",
     "KernelRegistry",
     "MergeKernel",
+    "Term",
     "TileTerms",
     "Window",
     "add_",

@@ -28,6 +28,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockKernel,
     Segments,
+    Term,
     TileTerms,
     Window,
 )
@@ -209,14 +210,16 @@ def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> t
     """The calls that compute these tiles, see Note [Calls].
 
     base: the case of the whole tensors; num_queries, num_keys and window in it are not read, each tile's take their
-    place. masked in it: a tensor of the user's says who sees whom; each tile is then a call of its own. registry: what
-    to choose from.
+    place. masked in it: a tensor of the user's says who sees whom; each tile is then a call of its own. So it is, or
+    each of its parts, where a bias is added. registry: what to choose from.
 
     Raises NotImplementedError with every kernel's reasons where none can compute a part of a tile.
     """
     if base.masked:
         cases = [(tile, _case(base, tile, EVERYTHING)) for tile in tiles]
         return tuple(Call(registry.choose(case), case, (tile,)) for tile, case in cases)
+    if Term.BIAS in base.terms:
+        return tuple(call for tile in tiles for call in _each(tile, base, registry))
     made: list[Call] = []
     small: list[Tile] = []
     rest: list[Tile] = []

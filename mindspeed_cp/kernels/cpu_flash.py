@@ -4,13 +4,16 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from mindspeed_cp.kernels.bias import added_to_scores
 from mindspeed_cp.kernels.protocol import (
     TRIANGLE,
     BlockCase,
     BlockGradients,
     BlockOutput,
+    Term,
     TileTerms,
     cut_window_reasons,
+    term_reasons,
 )
 
 _TORCH = Version(torch.__version__)
@@ -31,13 +34,13 @@ class CpuFlashKernel:
         # Seen with torch 2.6: it writes outside its buffers.
         if case.num_heads != case.num_kv_heads and Version("2.13") > _TORCH:
             reasons.append("takes no grouped queries before torch 2.13")
-        return reasons + cut_window_reasons(case)
+        return reasons + cut_window_reasons(case) + term_reasons(case, Term.ALIBI, Term.BIAS)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, terms.window == TRIANGLE, attn_mask=_bias(terms, q), scale=terms.scale
+            q, k, v, 0.0, _is_causal(terms), attn_mask=_bias(terms, q), scale=terms.scale
         )
         if terms.visible is not None:  # Rows that see no key have a log-sum-exp of 0 here.
             lse = lse.masked_fill(~terms.visible.any(dim=-1), -torch.inf)
@@ -52,19 +55,39 @@ class CpuFlashKernel:
         lse = output.lse if terms.visible is None else output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         return BlockGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(dout, q, k, v, output.out.to(q.dtype), lse, 0.0, terms.window == TRIANGLE),
+                *(dout, q, k, v, output.out.to(q.dtype), lse, 0.0, _is_causal(terms)),
                 attn_mask=_bias(terms, q),
                 scale=terms.scale,
             )
         )
 
 
+def _is_added(terms: TileTerms) -> bool:
+    """Whether something is added to the scores, but for a mask."""
+    return terms.bias is not None or terms.alibi_slopes is not None
+
+
+def _is_causal(terms: TileTerms) -> bool:
+    """Whether the operator is to mask by itself: not beside a tensor that is added."""
+    return terms.window == TRIANGLE and not _is_added(terms)
+
+
 def _bias(terms: TileTerms, q: Tensor) -> Tensor | None:
-    """The mask as the operator takes it: added to the scores, in the dtype of q, with four dims."""
-    if terms.visible is None:
-        return None
-    visible = terms.visible.expand(q.size(0), 1 if terms.visible.dim() == 2 else -1, -1, -1)
-    return q.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    """What the operator adds to the scores, with four dims: the mask, in the dtype of q, and what else is added.
+
+    The latter in fp32, as the scores are: distances of a long sequence have more digits than bfloat16.
+    """
+    if not _is_added(terms):
+        if terms.visible is None:
+            return None
+        visible = terms.visible.expand(q.size(0), 1 if terms.visible.dim() == 2 else -1, -1, -1)
+        return q.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    added = added_to_scores(terms, torch.promote_types(q.dtype, torch.float32))
+    seen = terms.visible
+    if terms.window == TRIANGLE:
+        seen = terms.window.visible(added.size(2), added.size(3), q.device)
+    added = added if seen is None else added.where(seen, -torch.inf)
+    return added.expand(q.size(0), -1, -1, -1)
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockOutput,
     TileTerms,
     cut_window_reasons,
+    term_reasons,
 )
 
 _ALIGNMENT = 16
@@ -43,7 +44,7 @@ class CudaFlashKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = flash_reasons(case) + cut_window_reasons(case)
+        reasons = flash_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without it")
         return reasons
@@ -87,7 +88,7 @@ class CudnnKernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = fused_reasons(case) + cut_window_reasons(case)
+        reasons = fused_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         largest = max(case.head_size, case.value_head_size)
         if largest > 128:
             reasons.append(f"takes head sizes up to 128, not {largest}")
@@ -148,7 +149,7 @@ class EfficientKernel:
             dtypes += (torch.bfloat16,)
         if case.dtype not in dtypes:
             reasons.append(f"takes {_names(dtypes)} here, not {_names([case.dtype])}")
-        return reasons + _head_size_reasons(case) + cut_window_reasons(case)
+        return reasons + _head_size_reasons(case) + cut_window_reasons(case) + term_reasons(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""

@@ -23,8 +23,10 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
     BlockOutput,
+    Term,
     TileTerms,
     cut_window_reasons,
+    term_reasons,
 )
 
 _OLDEST = "2.7"
@@ -46,7 +48,7 @@ class FlashAttnKernel:
             version = import_module("flash_attn").__version__
             if Version(version) < Version(_OLDEST):
                 missing = [f"needs flash_attn {_OLDEST} or newer, not {version}"]
-        return flash_reasons(case) + _window_reasons(case) + missing
+        return flash_reasons(case) + _window_reasons(case) + term_reasons(case, Term.SOFTCAP) + missing
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
@@ -54,12 +56,12 @@ class FlashAttnKernel:
             out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
                 *(_packed(x) for x in (q, k, v)),
                 *terms.segments,
-                *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, False),
+                *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
             )
             return BlockOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0))
         out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
             *(_tokens_first(x) for x in (q, k, v)),
-            *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, False),
+            *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
         )
         return BlockOutput(out.transpose(1, 2), lse)
 
@@ -76,7 +78,7 @@ class FlashAttnKernel:
                 output.lse.squeeze(0).contiguous(),
                 *gradients,
                 *terms.segments,
-                *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, deterministic),
+                *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, deterministic),
             )
             return BlockGradients(*(x.transpose(0, 1).unsqueeze(0) for x in gradients))
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
@@ -84,7 +86,7 @@ class FlashAttnKernel:
             *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
             output.lse.contiguous(),  # Its strides are never looked at.
             *gradients,
-            *(_NO_DROPOUT, terms.scale, *_window(terms), _NO_SOFTCAP, _NO_ALIBI, deterministic),
+            *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, deterministic),
         )
         return BlockGradients(*(x.transpose(1, 2) for x in gradients))
 
@@ -99,7 +101,7 @@ class FlashAttn3Kernel:
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
         """Why it cannot compute `case`."""
-        reasons = flash_reasons(case) + cut_window_reasons(case)
+        reasons = flash_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         if case.compute_capability is not None and case.compute_capability != (9, 0):
             reasons.append("is for compute capability 9.0 only")
         if case.head_size > 192 and torch.are_deterministic_algorithms_enabled():

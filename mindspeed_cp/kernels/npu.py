@@ -32,6 +32,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockOutput,
     TileTerms,
     one_at_a_time_reasons,
+    term_reasons,
 )
 
 _DEAD_BELOW = -1e38
@@ -61,7 +62,7 @@ class NpuKernel:
         """Why it cannot compute `case`."""
         if case.device_type != "npu":
             return [f"runs on the NPU, not on {case.device_type}"]
-        reasons = _missing("npu_fusion_attention") + one_at_a_time_reasons(case)
+        reasons = _missing("npu_fusion_attention") + one_at_a_time_reasons(case) + term_reasons(case)
         if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             reasons.append(f"takes no {str(case.dtype).removeprefix('torch.')}")
         if case.value_head_size > case.head_size:

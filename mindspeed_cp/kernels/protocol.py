@@ -5,7 +5,8 @@ head size. Tensors are indexed in this order and may have any strides.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class Window(NamedTuple):
 
 
 def _clamped(first: int, count: int, most: int) -> int:
-    """The sum of `count` numbers that ascend by 1 from `first` on, those below 0 taken as 0, those above `most` as that."""
+    """The sum of `count` numbers that ascend by 1 from `first` on, each taken as 0 or as `most` where it is beyond."""
     low, high = max(0, first), min(most, first + count)
     return (low + high - 1) * (high - low) // 2 * (low < high) + most * max(0, min(count, first + count - most))
 
@@ -60,7 +61,54 @@ class Segments(NamedTuple):
     max_keys: int
 
 
-@dataclass(frozen=True)
+class Term(Enum):
+    """What a kernel may be told to do to the scores beside scale and mask, and the gradients that may be wanted of it.
+
+    `BlockCase.terms` names what is; a kernel refuses what it does not know, see `term_reasons`.
+    """
+
+    SOFTCAP = "softcap"
+    ALIBI = "ALiBi"
+    SLOPE_GRADIENT = "gradient of ALiBi's slopes"
+    BIAS = "bias"
+    BIAS_GRADIENT = "gradient of a bias"
+    DROPOUT = "dropout by position"
+
+
+class Positions(NamedTuple):
+    """Where a tile's tokens are: int64, one row for each in the batch of the call, or one for all.
+
+    queries [1 or B, S], keys [1 or B, T]: in the stream of their sample. samples: [1 or B, S], which sample that is.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    samples: Tensor
+
+
+class DropoutTerms(NamedTuple):
+    """rate: of the probabilities that are dropped. key: of the generator, see philox.py. heads: [N] int64, by which
+    numbers the generator knows the tile's heads.
+    """
+
+    rate: float
+    key: tuple[int, int]
+    heads: Tensor
+
+
+class TermGradients(Protocol):
+    """Takes in what a kernel's backward pass has found for terms, in the dtype of sums."""
+
+    def add_slopes(self, gradient: Tensor) -> None:
+        """Add to the gradient of `alibi_slopes`, [N]."""
+        ...
+
+    def add_bias(self, gradient: Tensor) -> None:
+        """Add to the gradient of `bias`, in its shape."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
 class TileTerms:
     """What a kernel is told of a tile beside its queries, keys and values.
 
@@ -70,12 +118,27 @@ class TileTerms:
     visible: [S, T], [1 or B, 1 or N, S, T] bool, True where the query sees the key; then it says all of it, and the
         window is EVERYTHING.
     segments: the tiles in tensors [1, N, S, D], if there are several.
+
+    Beside these the terms that `BlockCase.terms` names; the score of query i and key j, in this order, is
+
+        s = scale * (q_i . k_j);  s = softcap * tanh(s / softcap);  s += bias_ij - slope * |position_i - position_j|
+
+    positions: where the tokens are, for what depends on it. softcap: above 0. alibi_slopes: [N]. bias: floating,
+    [1 or B, 1 or N, S, T]. dropout: of the probabilities; the log-sum-exp is that without it. terms: all of this by
+    name, and which gradients are wanted. gradients: takes these in, in the backward pass.
     """
 
     scale: float
     window: Window = EVERYTHING
     visible: Tensor | None = None
     segments: Segments | None = None
+    positions: Positions | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: DropoutTerms | None = None
+    terms: frozenset[Term] = frozenset()
+    gradients: TermGradients | None = None
 
     def __post_init__(self) -> None:
         if self.visible is None:
@@ -85,6 +148,25 @@ class TileTerms:
         if self.visible.dtype != torch.bool:
             raise ValueError(f"a mask is boolean, True where a query sees a key; this one is {self.visible.dtype}.")
 
+    def part(self, samples: slice, heads: slice) -> "TileTerms":
+        """Those of some samples and heads."""
+        return replace(
+            self,
+            visible=part_of(self.visible, samples, heads),
+            bias=part_of(self.bias, samples, heads),
+            alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[heads],
+            positions=self.positions and Positions(*(x[samples] if x.size(0) > 1 else x for x in self.positions)),
+            dropout=self.dropout and self.dropout._replace(heads=self.dropout.heads[heads]),
+        )
+
+
+def part_of(x: Tensor | None, samples: slice, heads: slice) -> Tensor | None:
+    """Some samples and heads of [S, T] or [1 or B, 1 or N, S, T], which may be the same for all of either."""
+    if x is None or x.dim() == 2:
+        return x
+    x = x[samples] if x.size(0) > 1 else x
+    return x[:, heads] if x.size(1) > 1 else x
+
 
 class BlockCase(NamedTuple):
     """What a kernel must know to say whether it can compute a tile.
@@ -93,6 +175,7 @@ class BlockCase(NamedTuple):
     head_size, value_head_size: of queries and keys, and of values.
     compute_capability: of an NVIDIA GPU, (9, 0) for Hopper; None elsewhere. masked: whether a tensor says who sees
     whom. packed: whether there are several tiles one after another; queries and keys are then those of the longest.
+    terms: what else it is told.
     """
 
     device_type: str
@@ -107,6 +190,7 @@ class BlockCase(NamedTuple):
     compute_capability: tuple[int, int] | None = None
     masked: bool = False
     packed: bool = False
+    terms: frozenset[Term] = frozenset()
 
     def __str__(self) -> str:
         """The case in words, for messages."""
@@ -114,10 +198,11 @@ class BlockCase(NamedTuple):
         mask = "masked" if self.masked else named.get(self.window, "windowed ({}, {})".format(*self.window))
         sizes = str(self.head_size) + (f" (values {self.value_head_size})" * (self.head_size != self.value_head_size))
         capability = "" if self.compute_capability is None else " {}.{}".format(*self.compute_capability)
+        terms = "".join(f", {term.value}" for term in Term if term in self.terms)
         return (
             f"{mask} attention {'of tiles up to ' if self.packed else 'of '}{self.num_queries} queries over "
             f"{self.num_keys} keys, {self.num_heads}:{self.num_kv_heads} heads of {sizes}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device_type}{capability}"
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device_type}{capability}{terms}"
         )
 
     @classmethod
@@ -234,6 +319,11 @@ class BlockKernel(Protocol):
         output: of the rows over all their keys.
         """
         ...
+
+
+def term_reasons(case: BlockCase, *taken: Term) -> list[str]:
+    """Why a kernel that takes these terms and no others cannot compute `case`."""
+    return [f"takes no {term.value}" for term in Term if term in case.terms and term not in taken]
 
 
 def one_at_a_time_reasons(case: BlockCase) -> list[str]:

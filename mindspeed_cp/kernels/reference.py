@@ -3,14 +3,19 @@
 Shapes: B batch, N query heads, G key/value heads, R = N / G, S queries, T keys, D key head size, V value head size.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from mindspeed_cp.kernels.bias import added_to_scores, distances
+from mindspeed_cp.kernels.philox import kept as dropout_kept
 from mindspeed_cp.kernels.protocol import (
     EVERYTHING,
     BlockCase,
     BlockGradients,
     BlockOutput,
+    Term,
     TileTerms,
     one_at_a_time_reasons,
 )
@@ -19,7 +24,7 @@ _MOST_BYTES = 2**34
 
 
 class ReferenceKernel:
-    """Any device, floating dtype, window and mask; computes in fp32, or fp64 for fp64 inputs, and gives what it has.
+    """Any device, floating dtype, window, mask and term; in fp32, or fp64 for fp64 inputs, and gives what it has.
 
     It holds all scores of a tile, and so takes none that would be above 16 GiB.
     """
@@ -39,29 +44,75 @@ class ReferenceKernel:
         ]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        scores = _masked_scores(q, k, terms)
+        scores = _scores(q, k, terms).masked
         lse = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse)
-        out = torch.einsum("bgrst,bgtv->bgrsv", probs, v.to(probs.dtype))
+        kept = _kept(terms, probs)
+        out = torch.einsum("bgrst,bgtv->bgrsv", probs if kept is None else probs * kept, v.to(probs.dtype))
         return BlockOutput(out.flatten(1, 2), lse.flatten(1, 2))
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         num_kv_heads = k.size(1)
-        scores = _masked_scores(q, k, terms)
+        scores, softcapped = _scores(q, k, terms)
         probs = _probabilities(scores, _grouped(output.lse, num_kv_heads))
+        kept = _kept(terms, probs)
         dtype = probs.dtype
         dout, out, q_grouped = (_grouped(x.to(dtype), num_kv_heads) for x in (dout, output.out, q))
 
-        dv = torch.einsum("bgrst,bgrsv->bgtv", probs, dout)
+        dv = torch.einsum("bgrst,bgrsv->bgtv", probs if kept is None else probs * kept, dout)
         dprobs = torch.einsum("bgrsv,bgtv->bgrst", dout, v.to(dtype))
+        dprobs = dprobs if kept is None else dprobs * kept
         delta = (dout * out).sum(dim=-1, keepdim=True)
         # What is not seen has no gradient, not even 0 * NaN.
-        dscores = (probs * (dprobs - delta) * terms.scale).masked_fill(scores == -torch.inf, 0.0)
+        dscores = (probs * (dprobs - delta)).masked_fill(scores == -torch.inf, 0.0)
+        _give_gradients_of_terms(dscores, terms)
+        if softcapped is not None and terms.softcap is not None:
+            dscores = dscores * (1.0 - (softcapped / terms.softcap).square())
+        dscores = dscores * terms.scale
         dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
         return BlockGradients(dq, dk, dv)
+
+
+def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
+    """The largest score of each head as the softmax takes them, [N]; -inf where nothing is seen.
+
+    The scores of one sample and K/V head are held at a time.
+    """
+    group = q.size(1) // k.size(1)
+    largest = [
+        [
+            _scores(q[one, heads], k[one, kv : kv + 1], terms.part(one, heads)).masked.amax(dim=(0, 1, 3, 4))
+            for kv in range(k.size(1))
+            for heads in (slice(kv * group, (kv + 1) * group),)
+        ]
+        for sample in range(q.size(0))
+        for one in (slice(sample, sample + 1),)
+    ]
+    return torch.stack([torch.cat(each) for each in largest]).amax(dim=0)
+
+
+class _Scores(NamedTuple):
+    """[B, G, R, S, T]. masked: as the softmax takes them, -inf where a query does not see a key. softcapped: those that
+    come out of the softcap, where there is one.
+    """
+
+    masked: Tensor
+    softcapped: Tensor | None
+
+
+def _scores(q: Tensor, k: Tensor, terms: TileTerms) -> _Scores:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bgrsd,bgtd->bgrst", _grouped(q.to(dtype), k.size(1)), k.to(dtype)) * terms.scale
+    softcapped = None
+    if terms.softcap is not None:
+        scores = softcapped = terms.softcap * torch.tanh(scores / terms.softcap)
+    if terms.alibi_slopes is not None or terms.bias is not None:
+        scores = scores + _grouped_like(added_to_scores(terms, dtype), scores)
+    visible = _visible(terms, scores)
+    return _Scores(scores if visible is None else scores.masked_fill(~visible, -torch.inf), softcapped)
 
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
@@ -70,12 +121,9 @@ def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     return grouped
 
 
-def _masked_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
-    """Scaled scores, [B, G, R, S, T], -inf where a query does not see a key."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bgrsd,bgtd->bgrst", _grouped(q.to(dtype), k.size(1)), k.to(dtype)) * terms.scale
-    visible = _visible(terms, scores)
-    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+def _grouped_like(x: Tensor, scores: Tensor) -> Tensor:
+    """[1 or B, 1 or N, S, T] so that it broadcasts against scores [B, G, R, S, T]."""
+    return _grouped(x, scores.size(1) if x.size(1) > 1 else 1)
 
 
 def _visible(terms: TileTerms, scores: Tensor) -> Tensor | None:
@@ -86,10 +134,27 @@ def _visible(terms: TileTerms, scores: Tensor) -> Tensor | None:
             if terms.window == EVERYTHING
             else terms.window.visible(scores.size(-2), scores.size(-1), scores.device)
         )
-    if terms.visible.dim() == 2:
-        return terms.visible
-    num_kv_heads = scores.size(1) if terms.visible.size(1) > 1 else 1
-    return _grouped(terms.visible, num_kv_heads)
+    return terms.visible if terms.visible.dim() == 2 else _grouped_like(terms.visible, scores)
+
+
+def _kept(terms: TileTerms, probs: Tensor) -> Tensor | None:
+    """What probabilities [B, G, R, S, T] are multiplied by: 0 where they are dropped; None without dropout."""
+    if terms.dropout is None:
+        return None
+    assert terms.positions is not None, "dropout is drawn by positions"
+    queries, keys, samples = (x.expand(probs.size(0), -1) for x in terms.positions)
+    kept = dropout_kept(terms.dropout.rate, terms.dropout.key, samples, terms.dropout.heads, queries, keys)
+    return _grouped(kept, probs.size(1)).to(probs.dtype) / (1.0 - terms.dropout.rate)
+
+
+def _give_gradients_of_terms(dscores: Tensor, terms: TileTerms) -> None:
+    """Those of the slopes and of the bias, from that of the scores [B, G, R, S, T] which they are added to."""
+    if terms.gradients is None:
+        return
+    if Term.SLOPE_GRADIENT in terms.terms:
+        terms.gradients.add_slopes((dscores.flatten(1, 2) * -distances(terms)).sum(dim=(0, 2, 3)))
+    if terms.bias is not None and Term.BIAS_GRADIENT in terms.terms:
+        terms.gradients.add_bias(dscores.flatten(1, 2).sum_to_size(terms.bias.shape))
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

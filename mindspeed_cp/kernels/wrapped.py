@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import TRIANGLE, BlockCase, BlockGradients, BlockKernel, BlockOutput, TileTerms
+from mindspeed_cp.kernels.protocol import (
+    TRIANGLE,
+    BlockCase,
+    BlockGradients,
+    BlockKernel,
+    BlockOutput,
+    Term,
+    TileTerms,
+    term_reasons,
+)
 
 
 @dataclass(frozen=True)
@@ -83,5 +92,5 @@ class Turned(Rearranged):
     told: Callable[[TileTerms], TileTerms] = _of_lower
 
     def unsupported_reasons(self, case: BlockCase) -> list[str]:
-        """Those of the kernel itself for a lower triangle."""
-        return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE))
+        """Those of the kernel itself for a lower triangle; what belongs to positions is not put in reverse order."""
+        return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE)) + term_reasons(case, Term.SOFTCAP)

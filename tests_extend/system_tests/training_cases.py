@@ -51,7 +51,10 @@ def prepare_rank(rank: int, folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     warnings.simplefilter("ignore")
     import megatron.core.models.gpt
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
+    # So that a sequence holds several of the mock data's documents.
+    MockGPTLowLevelDataset.max_sequence_length = 40
     if HAS_TRAINING:
         import megatron.training  # noqa: F401
     # forget_run collects what a run has left, and need not go through all modules for it.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -113,14 +114,15 @@ def errors_in_micro_batches(case: Case, micro_batches: Sequence[Sequence[Call]])
     from mindspeed_cp.patches.plugin import Plugin
 
     def on_rank(attention: ContextParallelAttention, rank: int) -> list[str]:
-        def forward_step(call: Call) -> str:
+        def forward_step(call: Call, config: object, current_microbatch: int = 0, vp_stage: int | None = None) -> str:
             return " then ".join(error_of(attention, call) for _ in range(2))
 
         assert attention.agreement is not None
         groups = ContextParallelGroups(None, attention.agreement, None)  # type: ignore[arg-type]
         forward, _ = micro_batch_patches(Plugin(groups=groups))
         step = forward.function(forward_step)
-        errors = [step(calls[rank]) for calls in micro_batches]
+        config = SimpleNamespace(virtual_pipeline_model_parallel_size=None)
+        errors = [step(calls[rank], config) for calls in micro_batches]
         return [*errors, f"{attention.agreement.communicator.traffic.calls['exchange']} messages"]
 
     return run_virtually(case, on_rank)

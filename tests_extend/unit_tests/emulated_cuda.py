@@ -151,13 +151,12 @@ def _flash_attn_forward(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     return_softmax,
 ):  # fmt: skip
-    require((softcap, alibi_slopes) == (0.0, None), "has other options")
+    require(alibi_slopes is None, "has other options")
     require(dropout_p == 0 and not return_softmax, "is called with other options")
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
     check_flash(*tensors)
-    out, lse = attend(
-        *tensors, hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1)), softmax_scale
-    )
+    hidden = hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1))
+    out, lse = attend(*tensors, hidden, softmax_scale, softcap=softcap)
     return torch.empty_like(q).copy_(out.transpose(1, 2)), lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
 
@@ -165,10 +164,10 @@ def _flash_attn_backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
     window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    require((softcap, alibi_slopes) == (0.0, None), "has other options")
+    require(alibi_slopes is None, "has other options")
     require(dropout_p == 0 and isinstance(deterministic, bool), "is called with other options")
     hidden = hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1))
-    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden)
+    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden, softcap)
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
 
 
@@ -251,18 +250,18 @@ def _flash_attn_3_backward(
     require(softcap == sm_margin == 0 and isinstance(deterministic, bool), "is called with other options")
     require(not (deterministic and q.size(3) > 192), "Deterministic backward not supported for hdim 256.")
     hidden = hidden_by(causal, -1, -1, q.size(1), k.size(1))
-    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden)
+    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden, softcap)
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
 
 
-def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, hidden):
+def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, hidden, softcap=0.0):
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     check_flash(*tensors)
     check_backward(dout, tensors[0], tensors[2], out, lse)
     check_aligned(dout, "dout")
     check_aligned(out, "out")
-    results = gradients(dout, *tensors, out, lse, hidden, scale)
+    results = gradients(dout, *tensors, out, lse, hidden, scale, softcap=softcap)
     for gradient, x, result in zip((dq, dk, dv), (q, k, v), results, strict=True):
         require(gradient.shape == x.shape and gradient.dtype == x.dtype, "dq, dk or dv has another shape or dtype")
         check_aligned(gradient, "dq, dk or dv")
@@ -327,26 +326,30 @@ def check_backward(dout: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor)
 # What they compute.
 
 
-def attend(q, k, v, causal, scale, bias=None) -> tuple[Tensor, Tensor]:
+def attend(q, k, v, causal, scale, bias=None, softcap=0.0) -> tuple[Tensor, Tensor]:
     """Output in the dtype of q and log-sum-exp in fp32. causal: or a tensor [S, T] of what is hidden."""
-    scores = scores_of(q, k, causal, scale, bias)
+    scores = scores_of(q, k, causal, scale, bias, softcap)
     lse = scores.logsumexp(dim=-1)
     require((lse > -torch.inf).all(), "releases differ in what they give for rows that see nothing")
     return (scores.softmax(dim=-1) @ per_query_head(v, q)).to(q.dtype), lse
 
 
-def gradients(dout, q, k, v, out, lse, causal, scale, bias=None) -> tuple[Tensor, Tensor, Tensor]:
-    probs = (scores_of(q, k, causal, scale, bias) - lse.unsqueeze(-1)).exp()
+def gradients(dout, q, k, v, out, lse, causal, scale, bias=None, softcap=0.0) -> tuple[Tensor, Tensor, Tensor]:
+    scores = scores_of(q, k, causal, scale, bias, softcap)
+    probs = (scores - lse.unsqueeze(-1)).exp()
     keys, values, dout = per_query_head(k, q), per_query_head(v, q), dout.float()
     delta = (dout * out.float()).sum(dim=-1, keepdim=True)
     dscores = probs * (dout @ values.mT - delta) * scale
+    if softcap:
+        dscores = dscores * (1 - (scores.masked_fill(scores.isinf(), 0.0) / softcap) ** 2)
     dk, dv = dscores.mT @ q.float(), probs.mT @ dout
     dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(dim=2) for x in (dk, dv))
     return (dscores @ keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def scores_of(q, k, causal, scale, bias) -> Tensor:
+def scores_of(q, k, causal, scale, bias, softcap=0.0) -> Tensor:
     scores = q.float() @ per_query_head(k, q).mT * scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     if isinstance(causal, Tensor):
         return scores.masked_fill(causal, -torch.inf)
     if causal:

@@ -120,3 +120,40 @@ def test_a_mask_beside_a_plan_is_refused():
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="a call with a plan takes no mask tensor"):
         attention(x, x, x, plan=plan, visible=torch.ones(4, 4, dtype=torch.bool))
+
+
+def test_a_batch_in_the_place_of_its_plan_is_refused_with_the_way_out():
+    attention, batch = build_attention(ContextParallelConfig()), PackedBatch.from_cu_seqlens([0, 4], 1)
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"plan is a PackedBatch; give plan=batch\.plan\."):
+        attention(x, x, x, plan=batch)
+    with pytest.raises(ValueError, match=r"plan is a str; give an AttentionPlan\."):
+        attention(x, x, x, plan="causal")
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    attention = build_attention(ContextParallelConfig())
+    q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with pytest.raises(RuntimeError, match="attention's gradient has none of its own; leave out create_graph=True"):
+        torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    (gradient,) = torch.autograd.grad(attention(q, k, v).sum(), q)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["__call__", "with_lse", "with_largest"])
+def test_a_compiled_function_leaves_attention_out_of_its_graphs(method):
+    attention = build_attention(ContextParallelConfig())
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    inside = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> object:
+        return getattr(attention, method)(q, k, v)
+
+    def backend(graph: torch.fx.GraphModule, example: object) -> object:
+        inside.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, plain = torch.compile(attend, backend=backend)(q, k, v), attend(q, k, v)
+    torch.testing.assert_close(compiled, plain)
+    assert not inside

@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from mindspeed_cp.attention import compose_attention, ring
+from mindspeed_cp.attention import compose_attention
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
+from mindspeed_cp.attention.terms import TermsOfTiles
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.layouts import EqualChunks
@@ -146,9 +147,9 @@ def test_a_double_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_sa
 
 
 def test_comparison_with_dense_attention_sees_a_wrong_owner():
-    case, mask = case_on(RING_4, mask="2d"), ring._visible
+    case, columns = case_on(RING_4, mask="2d"), TermsOfTiles.columns
     with (
-        mock.patch.object(ring, "_visible", lambda plan, rows, owner, *of: mask(plan, rows, (owner + 1) % 4, *of)),
+        mock.patch.object(TermsOfTiles, "columns", lambda told, owner, call: columns(told, (owner + 1) % 4, call)),
         pytest.raises(AssertionError, match="out: "),
     ):
         assert_equal_to(dense(case), restored(case, attend_virtually(case)))

@@ -14,6 +14,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
+from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
@@ -179,7 +180,6 @@ REFUSED_FLAGS = [
         ["--attention-dropout", "0.1"],
         "--attention-dropout 0.1: attention dropout is not available yet; set --attention-dropout 0.",
     ),
-    (["--window-size", "128,0"], "--window-size (128, 0): sliding windows are not available yet; leave it out."),
     (["--softmax-type", "off-by-one"], "--softmax-type off-by-one: softmax sinks are not available yet; use vanilla."),
     (["--softmax-type", "learnable"], "--softmax-type learnable: softmax sinks are not available yet; use vanilla."),
     (["--cache-mla-latents"], "--cache-mla-latents: inference is not available; leave it out."),
@@ -204,11 +204,6 @@ REFUSED_FLAGS = [
     (
         ["--log-max-attention-logit"],
         "--log-max-attention-logit: the largest score of each head is not collected; leave it out.",
-    ),
-    (["--sft"], "--sft: packed sequences are not available yet; leave it out."),
-    (
-        ["--dataloader-inter-document-masking"],
-        "--dataloader-inter-document-masking: packed sequences are not available yet; leave it out.",
     ),
     (
         ["--rl-use-sequence-packing"],
@@ -280,23 +275,31 @@ def test_every_refused_option_is_one_of_megatron_s(parser):
     assert [option for option, *_ in _REFUSALS if (option in known) != is_known(option)] == []
 
 
-@pytest.mark.parametrize("mask_type", ["causal", "general"])
-def test_documents_are_kept_apart_by_the_batch_s_mask(parser, mask_type):
-    flags = [*CP4, "--reset-attention-mask", "--attention-mask-type", mask_type]
-    assert config_from_arguments(parser.parse_args(flags)).attention_mask_type == "general"
-    without_masks = parser.parse_args([*flags, "--no-create-attention-mask-in-dataloader"])
-    assert "no mask is made, so documents would see each other" in refusal_of(config_from_arguments, without_masks)
+def test_documents_are_not_kept_apart_where_no_mask_is_made_at_cp_1(parser):
+    args = parser.parse_args([*CP4, "--reset-attention-mask", "--no-create-attention-mask-in-dataloader"])
+    assert "no mask is made, so documents would see each other" in refusal_of(config_from_arguments, args)
+
+
+def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation):
+    args = parser.parse_args([*CP4, "--reset-attention-mask", "--reset-position-ids"])
+    validation.validate(args, {})
+    assert validation.plugin.documents == DocumentRule(positions_restart=True)
+    assert validation.plugin.apart_by == "--reset-attention-mask"
+    assert not args.create_attention_mask_in_dataloader
+    alone = parser.parse_args([*MODEL, "--reset-attention-mask"])
+    validation.validate(alone, {})
+    assert alone.create_attention_mask_in_dataloader, "Megatron's own attention reads it"
 
 
 def test_all_broken_rules_are_said_at_once(parser):
-    broken = ["--sft", "--softmax-type", "learnable", "--seq-length", "20", "--cp-window-size", "0"]
+    broken = ["--qk-clip", "--softmax-type", "learnable", "--seq-length", "20", "--cp-window-size", "0"]
     args = parser.parse_args([*CP4, *broken])
     args.world_size = 6
     assert refusal_of(config_from_arguments, args).splitlines() == [
         "4 things stand in the way:",
         "  --cp-window-size 0 is below 1; use 1 or more.",
         "  --softmax-type learnable with --context-parallel-size 4: softmax sinks are not available yet; use vanilla.",
-        "  --sft with --context-parallel-size 4: packed sequences are not available yet; leave it out.",
+        "  --qk-clip with --context-parallel-size 4: the largest score of each head is not collected; leave it out.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
@@ -327,7 +330,8 @@ def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, len
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         validation.validate(parser.parse_args([*MODEL, *flags]), {})
-    assert validation.plugin.document_length == length
+    documents = validation.plugin.documents
+    assert (None if documents is None else documents.length) == length
     assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
 
 
@@ -460,7 +464,10 @@ def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, val
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--sft"], "--sft with --context-parallel-size 4: packed sequences are not available yet; leave it out."),
+        (
+            ["--cache-mla-latents"],
+            "--cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
+        ),
         (
             ["--seq-length", "20"],
             "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
@@ -600,10 +607,6 @@ def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 is below 1; use 1 or more."),
         (["--num-attention-heads", "0"], "--num-attention-heads 0 is below 1; use 1 or more."),
         (["--seq-length", "-3"], "--seq-length -3 is below 1; use 1 or more."),
-        (
-            ["--reset-attention-mask", "--pipeline-model-parallel-size", "4"],
-            "4 pipeline stages, virtual ones included: Megatron gives the batch's mask to the first and the last alone",
-        ),
     ],
 )
 def test_options_of_another_algorithm_are_refused(parser, validation, capsys, flags, message):

@@ -84,7 +84,6 @@ def test_layer_without_context_parallelism_is_megatrons_own():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"packed_seq_params": object()}, "packed sequences are not available yet"),
         ({"attention_bias": torch.zeros(1)}, "attention biases are not available yet"),
         ({"attn_mask_type": MaskType.no_mask}, "a layer with the mask type no_mask"),
     ],

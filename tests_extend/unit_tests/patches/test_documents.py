@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
@@ -27,7 +28,7 @@ def make(adaptor):
     from megatron.core.datasets import gpt_dataset
 
     def make(length, *, reset=True, create=True):
-        with PatchRegistry(document_patches(Plugin(document_length=length))).applied():
+        with PatchRegistry(document_patches(Plugin(documents=DocumentRule(length=length)))).applied():
             return gpt_dataset._get_ltor_masks_and_position_ids(TOKENS, END, True, reset, False, create)
 
     return make

@@ -10,6 +10,7 @@ import pytest
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches import attention
 from mindspeed_cp.patches.latent_attention import HeadSizes, take_head_sizes
+from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 
 CAUSAL = SimpleNamespace(name="causal")
@@ -84,7 +85,10 @@ def test_class_of_two_head_sizes_is_given_both():
 def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given, scale):
     monkeypatch.setattr(attention, "build_attention", lambda config, groups: groups)
     plugin = SimpleNamespace(
-        config=ContextParallelConfig(context_parallel_size=2), groups_over=lambda group: f"attention over {group}"
+        packing=Packing(),
+        apart_by=None,
+        config=ContextParallelConfig(context_parallel_size=2),
+        groups_over=lambda group: f"attention over {group}",
     )
     config = SimpleNamespace(
         context_parallel_size=2,

@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.attention import LayerAttention
-from mindspeed_cp.patches.unsupported import refuse_lost_masks, refuse_unsupported
+from mindspeed_cp.patches.unsupported import refuse_lost_documents, refuse_unsupported
 from unit_tests.dense import causal_mask, dense_attention
 
 
@@ -73,9 +73,6 @@ def test_mask_of_another_shape_or_dtype_is_refused_as_it_was_given(shape, dtype)
     assert str(refusal.value) == message
 
 
-GENERAL = ContextParallelConfig(context_parallel_size=4, attention_mask_type="general")
-
-
 def arguments(**changes):
     """Megatron's arguments after validate_args, of a run with documents masked from each other."""
     return SimpleNamespace(
@@ -89,22 +86,35 @@ def arguments(**changes):
     )
 
 
-@pytest.mark.parametrize(("stages", "virtual", "whole"), [(4, None, 4), (3, None, 3), (2, 2, 4)])
-def test_pipeline_stages_that_get_no_mask_are_refused_where_it_differs_from_the_causal_one(stages, virtual, whole):
-    pipeline = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": virtual}
+@pytest.mark.parametrize(
+    ("option", "release", "stages", "virtual", "whole"),
+    [
+        ("dataloader_inter_document_masking", "0.19.2", 4, None, 4),
+        ("dataloader_inter_document_masking", "0.19.2", 2, 2, 4),
+        ("sft", "0.16.1", 3, None, 3),
+    ],
+)
+def test_packed_streams_are_refused_in_stages_that_are_not_told_where_they_end(option, release, stages, virtual, whole):
+    config, pipeline = ContextParallelConfig(context_parallel_size=4), {"virtual_pipeline_model_parallel_size": virtual}
+    args = arguments(**pipeline, **{option: True}, pipeline_model_parallel_size=stages)
     with pytest.raises(ConfigurationError) as refusal:
-        refuse_lost_masks(arguments(**pipeline), GENERAL)
+        refuse_lost_documents(args, config, release)
     assert str(refusal.value) == (
-        f"--reset-attention-mask with --context-parallel-size 4 and {whole} pipeline stages, virtual ones included: "
-        f"Megatron gives the batch's mask to the first and the last alone, so documents would see each other in the "
-        f"rest; use --pipeline-model-parallel-size 1, or 2 without virtual stages."
+        f"--{option.replace('_', '-')} with --context-parallel-size 4 and {whole} pipeline stages, virtual ones "
+        f"included: Megatron {release} tells the first and the last alone where documents end; use "
+        f"--pipeline-model-parallel-size 1, or 2 without virtual stages, or --reset-attention-mask."
     )
-    refuse_lost_masks(arguments(**pipeline, reset_attention_mask=False), GENERAL)
-    refuse_lost_masks(arguments(**pipeline), ContextParallelConfig())
+    refuse_lost_documents(arguments(**pipeline, pipeline_model_parallel_size=stages), config, release)
+    refuse_lost_documents(arguments(sft=True, pipeline_model_parallel_size=4), config, "0.17.1")
+    refuse_lost_documents(arguments(**{option: True}, pipeline_model_parallel_size=2), config, release)
 
 
-def test_two_pipeline_stages_both_get_the_mask():
-    refuse_lost_masks(arguments(pipeline_model_parallel_size=2), GENERAL)
+def test_packed_streams_are_refused_beside_fused_rotary_embeddings():
+    config = ContextParallelConfig(context_parallel_size=4)
+    fused = {"reset_attention_mask": False, "apply_rope_fusion": True}
+    with pytest.raises(ConfigurationError, match=r"--sft with --context-parallel-size 4 and fused.*--no-rope-fusion"):
+        refuse_unsupported(arguments(**fused, sft=True), config)
+    refuse_unsupported(arguments(**fused), config)
 
 
 @pytest.mark.parametrize("mask_type", ["general", "causal"])

@@ -15,6 +15,7 @@ import pytest
 
 from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
+from mindspeed_cp.patches.batches import batch_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
@@ -23,6 +24,8 @@ from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchError, PatchRegistry
 
@@ -41,6 +44,9 @@ PATCHES = (
     *loss_patches(Plugin()),
     *micro_batch_patches(Plugin()),
     *document_patches(Plugin()),
+    *batch_patches(Plugin()),
+    *rotary_patches(Plugin()),
+    *sft_data_patches(),
     *torch_norm_patches(),
     *dataset_helper_patches(),
     *cpu_device_patches(),

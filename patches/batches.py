@@ -1,0 +1,117 @@
+"""Batches cut for context-parallel ranks: packed streams without TransformerEngine, and documents noted before the cut.
+
+Shapes: B samples, S tokens of a whole sample, T tokens of a whole packed stream.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mindspeed_cp.patches.documents import note_documents
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.sharding import SequenceLayout
+
+_UTILS = "megatron.core.utils"
+_WITHOUT_ENGINE = (
+    "Packed streams are cut by an extension of TransformerEngine's, which is CUDA's, and only where the documents' "
+    "lengths are multiples of 2 x CP."
+)
+_DOCUMENTS = "Documents are found in a batch as long as it is whole."
+_OLDER_NAMES = tuple(f"megatron.training.{module}:get_batch_on_this_cp_rank" for module in ("utils", "training"))
+_REMOVE_WHEN = "Megatron cuts packed streams without TransformerEngine, and gives documents as lengths."
+
+
+def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
+    """Patches of the functions of megatron.core.utils that cut batches, which each release has its own of."""
+
+    def wrap_stream_cut(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def cut_stream(*args: Any, **kwargs: Any) -> Any:
+            batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
+            _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+            return batch
+
+        return cut_stream
+
+    def wrap_stream_cut_with_params(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_thd_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> Any:
+            named = bind_by_name(original, args, kwargs)
+            # With one rank it cuts nothing, and says where documents end.
+            batch, packed = original(**{**named, "cp_size": 1, "cp_rank": 0})
+            _cut_stream(plugin, batch, named["cu_seqlens"], named["cu_seqlens_padded"])
+            return batch, packed
+
+        return get_thd_batch_on_this_cp_rank
+
+    def wrap_sample_cut(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def cut_samples(*args: Any, **kwargs: Any) -> Any:
+            batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
+            if batch.get("cu_seqlens") is not None:
+                # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
+                _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+                return batch
+            note_documents(plugin, batch)
+            return original(*args, **kwargs)
+
+        return cut_samples
+
+    def patch(
+        name: str,
+        versions: str,
+        function: Callable[..., Any],
+        why: str,
+        *parameters: str,
+        aliases: tuple[str, ...] = (),
+    ) -> Patch:
+        return Patch(
+            target=f"{_UTILS}:{name}",
+            kind="wrap",
+            function=function,
+            parameters=("batch", *parameters),
+            aliases=aliases,
+            versions=versions,
+            why=why,
+            remove_when=_REMOVE_WHEN,
+        )
+
+    ends = ("cu_seqlens", "cu_seqlens_padded", "cp_size", "cp_rank")
+    return (
+        patch("get_thd_batch_on_this_cp_rank", "<0.18", wrap_stream_cut_with_params, _WITHOUT_ENGINE, *ends),
+        patch("get_batch_on_this_cp_rank", "<0.18", wrap_sample_cut, _DOCUMENTS, aliases=_OLDER_NAMES),
+        patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", wrap_stream_cut, _WITHOUT_ENGINE),
+        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", wrap_sample_cut, _DOCUMENTS),
+        patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", wrap_stream_cut, _WITHOUT_ENGINE),
+        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", wrap_sample_cut, _DOCUMENTS),
+    )
+
+
+def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a batch; its documents are noted, and reach the layers of its micro-batch.
+
+    batch: Megatron's tensors by name, whole or None: tokens, labels, loss_mask and position_ids [B, S], attention_mask
+        [B or 1, N or 1, S, S]; packed streams [1, T] have cu_seqlens, and cu_seqlens_padded if documents are padded.
+
+    Raises ValueError where cu_seqlens do not end at the stream's length, or the ranks do not divide a sample.
+    """
+    batch = dict(batch)
+    if (cu_seqlens := batch.get("cu_seqlens")) is not None:
+        _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
+        return batch
+    note_documents(plugin, batch)
+    rank, size = plugin.place
+    layout = SequenceLayout(size=size)
+    for name, dim in {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}.items():
+        if batch.get(name) is not None:
+            batch[name] = layout.shard(batch[name], rank, dim)
+    return batch
+
+
+def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padded: Tensor | None) -> None:
+    rank, size = plugin.place
+    if size > 1:
+        plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)

@@ -1,0 +1,156 @@
+"""Packed batches in Megatron's terms: from cu_seqlens, or documents in the mask's place, to who sees whom.
+
+Two forms reach a layer:
+
+    PackedSeqParams   one stream of documents (THD): tensors [T, ...] of this rank's tokens, cut by `Packing.layout`
+    documents         [1 or B, n] int32 on the CPU where a mask would be: where each sample's documents begin and end,
+                      filled up with S. Samples are cut as those without documents are, as a zigzag over the stream.
+
+Shapes: B samples, S tokens of a whole sample, T tokens of a whole stream, n the most ends of a sample's documents.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mindspeed_cp.batch import LayoutName, PackedBatch
+from mindspeed_cp.documents import Window
+from mindspeed_cp.plan import FULL, AttentionPlan, Band
+from mindspeed_cp.sharding import places, positions, shard
+
+Ends = tuple[int, ...]
+"""Where documents begin and end: 0, and the end of each."""
+
+FULL_WINDOW: Window = (-1, -1)
+CAUSAL_WINDOW: Window = (-1, 0)
+
+SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+"""What of Megatron's batches lies along the sequence, [B, S]; a mask does too, twice."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How this job's packed streams are dealt to the context-parallel ranks, and the plans of those met lately.
+
+    layout: of packed streams. "zigzag_by_document" is the rule of TransformerEngine, so that it fits batches that were
+    cut by that; documents may be of any length.
+    """
+
+    layout: LayoutName = "zigzag_by_document"
+    _read: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
+
+    def ends(self, cu_seqlens: Tensor) -> Ends:
+        """Where the documents of a stream begin and end, without what fills it up.
+
+        cu_seqlens: [n] or [1, n]. Read once: the host waits for a GPU that holds them.
+        """
+        known = self._read.get(cu_seqlens)
+        if known is None or known[0] != cu_seqlens._version:
+            known = cu_seqlens._version, _without_empty(cu_seqlens.flatten().tolist())
+            self._read[cu_seqlens] = known
+        ends: Ends = known[1]
+        return ends
+
+    def stream(self, cu_seqlens: Tensor, num_ranks: int, num_tokens: int) -> PackedBatch:
+        """A stream of so many tokens over the ranks.
+
+        cu_seqlens: with what pads each document, where it is padded. Raises ValueError where they end elsewhere.
+        """
+        ends = self.ends(cu_seqlens)
+        if ends[-1] != num_tokens:
+            raise ValueError(
+                f"cu_seqlens ends at {ends[-1]}, and the stream has {num_tokens} tokens; let the last document, or "
+                f"what pads it, end where the stream does."
+            )
+        return _stream(ends, num_ranks, self.layout)
+
+    def cut(self, batch: dict[str, Any], cu_seqlens: Tensor, rank: int, num_ranks: int) -> None:
+        """Replace what lies along the stream by this rank's tokens. batch: tensors [1, T] by name, or None."""
+        whole = {name: batch[name] for name in SEQUENCE_KEYS if batch.get(name) is not None}
+        for name, tensor in whole.items():
+            batch[name] = shard(tensor, self.stream(cu_seqlens, num_ranks, tensor.size(1)).layout, rank, 1)
+
+    def plan(self, packed: Any, num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+        """Who sees whom in a stream. packed: Megatron's PackedSeqParams. num_tokens: of the whole stream.
+
+        Raises ValueError for what is no packed stream of self-attention.
+        """
+        cu_seqlens, lengths = ends_with_padding(packed), packed.cu_seqlens_q
+        stream = self.stream(cu_seqlens, num_ranks, num_tokens)
+        if window[1] == 0 or lengths is cu_seqlens:
+            # What pads a document comes after it, and no token of it sees that causally.
+            return _plan(stream, window)
+        return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
+
+    def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, num_tokens: int, *, over_stream: bool) -> Tensor:
+        """Place of each of a rank's tokens in its document, or over the whole stream: [t] int64, on the CPU."""
+        layout = self.stream(cu_seqlens, num_ranks, num_tokens).layout
+        return (places(layout, rank) if over_stream else positions(layout, rank))[0]
+
+
+def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:
+    """Who sees whom in samples that are cut as a zigzag over each. documents: see above."""
+    return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)
+
+
+@functools.lru_cache(maxsize=32)
+def _samples(ends: tuple[Ends, ...], num_ranks: int) -> PackedBatch:
+    return PackedBatch.from_cu_seqlens(ends, num_ranks, layout="zigzag")
+
+
+@functools.lru_cache(maxsize=32)
+def _stream(ends: Ends, num_ranks: int, layout: LayoutName) -> PackedBatch:
+    return PackedBatch.from_cu_seqlens(ends, num_ranks, layout=layout)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(batch: PackedBatch, window: Window) -> AttentionPlan:
+    return batch.with_mask(window_size=window).plan
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_of_padded(batch: PackedBatch, window: Window, cu_seqlens: Ends, padded: Ends) -> AttentionPlan:
+    """Under a mask that looks ahead: what pads a document is not seen."""
+    band = batch.with_mask(window_size=window).bands[0]
+    both = zip(pairwise(cu_seqlens), pairwise(padded), strict=True)
+    lengths = [stop - start for (start, stop), (begin, end) in both if end > begin]
+    seen: dict[int, tuple[Band, ...]] = {
+        number: (band._replace(keys=(0, length)),) if length else () for number, length in enumerate(lengths)
+    }
+    return AttentionPlan(batch.layout, batch.layout, FULL, seen)
+
+
+def _without_empty(ends: list[int]) -> Ends:
+    """Documents of no tokens left out, such as those that fill a row up."""
+    return tuple(end for number, end in enumerate(ends) if number == 0 or end != ends[number - 1])
+
+
+def ends_with_padding(packed: Any) -> Tensor:
+    """Where the documents of a stream begin and end, with what pads them: the stream is cut by that.
+
+    packed: Megatron's PackedSeqParams. Raises ValueError for what is no packed stream of self-attention.
+    """
+    if packed.qkv_format != "thd" or getattr(packed, "local_cp_size", None) is not None:
+        raise ValueError(
+            f"PackedSeqParams with qkv_format={packed.qkv_format!r} and "
+            f"local_cp_size={getattr(packed, 'local_cp_size', None)}: packed streams are 'thd', over all "
+            f"context-parallel ranks; leave out --hybrid-context-parallel."
+        )
+    for name in ("cu_seqlens_q", "cu_seqlens_q_padded"):
+        of_queries, of_keys = (getattr(packed, each) for each in (name, name.replace("_q", "_kv")))
+        if of_queries is not of_keys and not _equal(of_queries, of_keys):
+            raise ValueError(f"PackedSeqParams has other {name} than {name.replace('_q', '_kv')}; give both the same.")
+    if packed.cu_seqlens_q is None:
+        raise ValueError("PackedSeqParams without cu_seqlens_q: nothing says where documents end; give it.")
+    padded: Tensor | None = packed.cu_seqlens_q_padded
+    cu_seqlens: Tensor = packed.cu_seqlens_q if padded is None else padded
+    return cu_seqlens
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is not None and right is not None and torch.equal(left, right)

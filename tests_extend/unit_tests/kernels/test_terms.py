@@ -1,0 +1,51 @@
+"""Which kernel takes which term, as the documentation has it; and terms that kernels take by themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, Term, TileTerms, Window
+from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
+from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
+from mindspeed_cp.kernels.reference import ReferenceKernel
+from unit_tests.dense import Result, assert_as_accurate_as
+from unit_tests.emulated_cuda import emulated_cuda
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "attention.md"
+DEVICE = {"npu": "npu", "cpu_flash": "cpu", "reference": "cpu"}
+
+
+def takes(name: str, term: Term) -> bool:
+    """Whether the kernel has no reason of its own against the term."""
+    (kernel,) = KERNELS.only([name]).kernels
+    plain = BlockCase(DEVICE.get(name, "cuda"), torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
+    told = plain._replace(terms=frozenset({term}))
+    return kernel.unsupported_reasons(told) == kernel.unsupported_reasons(plain)
+
+
+def test_the_documented_table_is_what_the_kernels_say():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()]
+    header = next(row for row in rows if row[:1] == ["term"])
+    table = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows if len(row) == len(header)}
+    assert header[1:] == list(KERNELS.names)
+    for term in Term:
+        assert table[term.value] == {name: "yes" if takes(name, term) else "no" for name in KERNELS.names}
+
+
+@pytest.mark.parametrize("window", [EVERYTHING, TRIANGLE, Window(5, 0)], ids=str)
+def test_flash_attn_caps_scores_itself(window):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, dout = (torch.randn(1, n, 24, 16, generator=generator).bfloat16() for n in (4, 2, 2, 4))
+    terms = TileTerms(0.5, window, softcap=1.5, terms=frozenset({Term.SOFTCAP}))
+
+    def results(kernel, q, k, v, dout):
+        forward = kernel.forward(q, k, v, terms)
+        out, lse = forward.out.to(q.dtype), forward.lse
+        grads = kernel.backward(dout, q, k, v, BlockOutput(out, lse), terms)
+        return Result(out, lse, *(x.to(q.dtype) for x in grads))
+
+    exact = results(ReferenceKernel(), *(x.double() for x in (q, k, v, dout)))
+    plain = results(ReferenceKernel(), q, k, v, dout)
+    with emulated_cuda():
+        assert_as_accurate_as(plain, exact, results(FlashAttnKernel(), q, k, v, dout))
