@@ -184,7 +184,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check-up-to", type=int, default=8192, help="tokens up to which a real kernel's results are checked"
     )
     parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, for double rings with overlap")
+    parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, for rings with overlap")
     parser.add_argument("--algorithms", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args(arguments)

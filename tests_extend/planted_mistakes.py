@@ -67,9 +67,9 @@ MISTAKES = {
         "test_program.py",
     ),
     "own block's second part forgotten": Mistake(
-        "program/transports.py",
-        "(*maker.steps(first), *live(Step(rank, last)))",
-        "tuple(maker.steps(first))",
+        "program/rotation.py",
+        "        yield from live(Step(self.rank, rest))\n",
+        "",
         "attention",
     ),
     "halo one token short": Mistake(

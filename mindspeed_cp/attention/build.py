@@ -35,8 +35,8 @@ def build_attention(
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
     transport: how a ring's K/V travel; by default the cheapest for the plan at hand, see `cheapest_transport`.
-    pieces: of the K/V heads that a double ring works on one after another, so that they cross between inner rings one
-        by one; `planner.best_pieces` finds how many are worth it. They divide the K/V heads of a rank.
+    pieces: of the K/V heads that a ring works on one after another, so that they travel one by one;
+        `planner.best_pieces` finds how many are worth it. They divide the K/V heads of a rank.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
         `attention.agreement.communicator.traffic`.
 

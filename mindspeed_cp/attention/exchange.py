@@ -370,33 +370,34 @@ class Gradients:
             for step in player.program.steps
             if step.gives is not None and not step.tiles
         }
-        self._coming: dict[Axis, _Posted] = {}
+        self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
 
     def take(self, step: Step, partials: Sequence[Partial]) -> None:
         """What a step has found: kept, or sent to where it is added up; and what the step gets is on its way."""
-        self._settle(Axis.HOME)
+        self._settle(Axis.HOME, None)
+        self._settle(Axis.HOME, step.piece)
         if step.gives is None and partials:
             self._add(step.owner, step.piece, partials)
         axis = next((message.axis for message in (step.gives, step.gets) if message), None)
         if axis is None:
             return
-        self._settle(axis)
+        self._settle(axis, step.piece)
         sends = [] if step.gives is None else [(step.gives, self._content(step, step.gives, partials))]
         receives = [] if step.gets is None else [step.gets]
         posted = self._player.post(_GRADIENTS, step.owner, sends, receives, self._whole)
         if not self._player.overlap:
             posted.wait()
-        self._coming[axis] = posted
+        self._coming[axis, step.piece] = posted
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's own keys and values, rounded once."""
-        for axis in list(self._coming):
-            self._settle(axis)
+        for axis, piece in list(self._coming):
+            self._settle(axis, piece)
         return self._own.result()
 
-    def _settle(self, axis: Axis) -> None:
-        """Wait for what is under way along an axis, and add it. Without overlap it has been waited for already."""
-        posted = self._coming.pop(axis, None)
+    def _settle(self, axis: Axis, piece: int | None) -> None:
+        """Wait for what is under way of a piece along an axis, and add it. Without overlap that has been waited for."""
+        posted = self._coming.pop((axis, piece), None)
         if posted is None:
             return
         if self._player.overlap:

@@ -182,11 +182,16 @@ def _backward_pass(
     """
     rank, transport, pieces = forward.program.rank, forward.transport, forward.program.pieces
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
+
+    def share(step: Step) -> BlockCase:
+        return case if step.piece is None else _share(case, pieces)
+
     for in_two in (True, False):
         made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
         try:
             each = tuple(
-                _kept(step, *of_block.get((step.owner, step.piece), (step, ())), case, kernels) for step in made.steps
+                _kept(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
+                for step in made.steps
             )
         except NotImplementedError:
             continue

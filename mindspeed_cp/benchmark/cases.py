@@ -40,7 +40,7 @@ class Algorithm:
 
 
 def algorithms_for(shape: AttentionShape, num_ranks: int, pieces: int = 1) -> list[Algorithm]:
-    """All that can compute `shape` on so many ranks, the baselines first; double rings also in so many pieces."""
+    """All that can compute `shape` on so many ranks, the baselines first; rings also in so many pieces."""
     everyone = CPTopology(inner=num_ranks)
     found = [
         Algorithm(name="single device", kind="single device", topology=everyone),
@@ -60,7 +60,7 @@ def algorithms_for(shape: AttentionShape, num_ranks: int, pieces: int = 1) -> li
         for name, grid in grids.items():
             found.append(Algorithm(name=name, topology=grid))
             found.append(Algorithm(name=f"{name}, overlap", topology=grid, overlap=True))
-            if pieces > 1 and grid.outer > 1 and shape.num_kv_heads % pieces == 0:
+            if pieces > 1 and shape.num_kv_heads // ulysses % pieces == 0:
                 in_pieces = f"{name}, overlap, {pieces} pieces"
                 found.append(Algorithm(name=in_pieces, topology=grid, overlap=True, pieces=pieces))
     return found

@@ -143,11 +143,12 @@ class AttentionPass:
                 yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
             if self.phase is Phase.BACKWARD:
                 yield Wait((Axis.HOME, None))
+                yield Wait((Axis.HOME, step.piece))
                 if step.gives or step.gets:
                     gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
                     axis = (gives + gets)[0].axis
-                    yield Wait((axis, None))
-                    yield from post(gives, gets, axis, None)
+                    yield Wait((axis, step.piece))
+                    yield from post(gives, gets, axis, step.piece)
             if not self.overlap:
                 yield from key_values(step)
         pieces = (None, *range(self.pieces))

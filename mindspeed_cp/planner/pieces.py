@@ -1,4 +1,4 @@
-"""How many pieces of the heads a double ring should work on, for links and a kernel of given speed."""
+"""How many pieces of the heads a ring should work on, for links and a kernel of given speed."""
 
 from mindspeed_cp.planner.attention import AttentionPass, AttentionShape
 from mindspeed_cp.planner.clock import predicted_seconds
@@ -15,12 +15,11 @@ def best_pieces(
 ) -> int:
     """The number of pieces with which both passes of a ring with overlap are soonest done; see Note [Pieces].
 
-    Of the divisors of a rank's K/V heads, the smallest within 1 % of the best: 1 where there is one inner ring, or
-    where the sums that cross between inner rings hide behind kernels as they are. flops_per_s, launch_s: see
-    AttentionPass.
+    Of the divisors of a rank's K/V heads, the smallest within 1 % of the best: 1 where what travels hides behind
+    kernels as it is, or nothing travels. flops_per_s, launch_s: see AttentionPass.
     """
     heads = shape.num_kv_heads // topology.ulysses
-    if topology.outer == 1:
+    if topology.ring_size == 1:
         return 1
 
     def seconds(pieces: int) -> float:

@@ -13,8 +13,11 @@ Note [Pieces]
     A sum crosses only after its inner ring has been worked on as a whole, and nothing is left to hide the last one
     behind. With `pieces` above 1 foreign inner rings are worked on piece by piece (a piece is a share of the K/V
     heads), and a piece crosses while the next one is computed.
+    In a plain ring each step is worked on piece by piece. A piece goes on as soon as it is worked on, and not when its
+    whole block is: what travels is in step with what is computed, from the first block to the last gradients.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,15 +36,22 @@ class Rotation:
     backward: bool
     pieces: int
 
-    def steps(self, own: tuple[Tile, ...]) -> Iterator[Step]:
-        """All steps but a last one. own: what is computed of this rank's own block at the first."""
+    def steps(self, own: tuple[Tile, ...], rest: tuple[Tile, ...]) -> Iterator[Step]:
+        """All steps. own: what is computed of this rank's own block at the first. rest: what is at the last."""
         schedule = self.needs.schedule
+        if schedule.outer == 1 and self.pieces > 1:
+            for inner, share in itertools.product(range(schedule.inner), range(self.pieces)):
+                yield from live(self._step(0, inner, share, own))
+            for share in range(self.pieces):
+                yield from live(Step(self.rank, rest, piece=share))
+            return
         for outer in range(schedule.outer):
             for piece in range(self.pieces) if outer and self.pieces > 1 else (None,):
                 for inner in range(schedule.inner):
                     yield from live(self._step(outer, inner, piece, own))
                 if outer and self.backward:
                     yield from live(self._crossing(outer, piece))
+        yield from live(Step(self.rank, rest))
 
     def _step(self, outer: int, inner: int, piece: int | None, own: tuple[Tile, ...]) -> Step:
         """The step at which this rank works on the block from so many inner rings and so many places away."""

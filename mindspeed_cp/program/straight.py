@@ -33,8 +33,8 @@ class Straight:
     backward: bool
     at_once: bool
 
-    def steps(self, own: tuple[Tile, ...]) -> Iterator[Step]:
-        """All steps but a last one. own: what is computed of this rank's own block at the first."""
+    def steps(self, own: tuple[Tile, ...], rest: tuple[Tile, ...]) -> Iterator[Step]:
+        """All steps. own: what is computed of this rank's own block at the first. rest: what is at the last."""
         met = [number for number in range(1, self.schedule.size) if any(self._messages(number))]
         for place, number in enumerate((0, *met)):
             meanwhile = (met if number == 0 else []) if self.at_once else met[place : place + 1]
@@ -42,6 +42,7 @@ class Straight:
             receives = tuple(each for receive, _ in messages for each in some(receive))
             sends = tuple(each for _, send in messages for each in some(send))
             yield from live(self._step(number, own)._replace(receives=receives, sends=sends))
+        yield from live(Step(self.rank, rest))
 
     def _messages(self, number: int) -> tuple[Message | None, Message | None]:
         """The K/V that come for the step of this number, and those that leave for another rank's."""

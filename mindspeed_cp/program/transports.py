@@ -11,7 +11,7 @@ from enum import Enum
 from mindspeed_cp.plan import AttentionPlan, halves
 from mindspeed_cp.program.needs import Needs
 from mindspeed_cp.program.rotation import Rotation
-from mindspeed_cp.program.steps import Phase, Program, Step, live, num_tokens
+from mindspeed_cp.program.steps import Phase, Program, num_tokens
 from mindspeed_cp.program.straight import Straight
 from mindspeed_cp.schedule import Hop, RingSchedule
 
@@ -39,9 +39,9 @@ def program(
 ) -> Program:
     """What `rank` does. Everything that depends on it reads this: attention, bytes, memory, predictions and drawings.
 
-    plan: between the ring's ranks. pieces: of the heads, in foreign inner rings of a rotation. in_two: whether a
-    backward pass does the own block in two parts, see Note [Two parts of the own block]. Steps at which nothing is
-    computed and nothing travels are left out.
+    plan: between the ring's ranks. pieces: of the heads, in a rotation, see Note [Pieces] in rotation.py. in_two:
+    whether a backward pass does the own block in two parts, see Note [Two parts of the own block]. Steps at which
+    nothing is computed and nothing travels are left out.
     """
     backward = phase is Phase.BACKWARD
     own = plan.tiles(rank, rank)
@@ -51,7 +51,7 @@ def program(
         maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
     else:
         maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER), 1
-    return Program(rank, (*maker.steps(first), *live(Step(rank, last))), pieces)
+    return Program(rank, tuple(maker.steps(first, last)), pieces)
 
 
 def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:

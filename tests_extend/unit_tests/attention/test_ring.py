@@ -135,10 +135,10 @@ def test_virtual_ranks_have_the_bits_of_gloo_ranks(gloo, topology):
 
 @pytest.mark.parametrize(
     ("topology", "mask"),
-    [(DOUBLE_2X2, "per head"), (CPTopology(outer=3, inner=2), "causal"), (HYBRID_8, "full")],
+    [(RING_4, "causal"), (DOUBLE_2X2, "per head"), (CPTopology(outer=3, inner=2), "causal"), (HYBRID_8, "full")],
     ids=grid_id,
 )
-def test_a_double_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_same_bits_with_overlap(topology, mask):
+def test_a_ring_in_pieces_of_the_heads_equals_dense_attention_with_the_same_bits_with_overlap(topology, mask):
     case = case_on(topology, mask=mask, heads=4, kv_heads=2, pieces=2, value_head_size=12)
     shards = attend_virtually(case)
     assert_equal_to(dense(case), restored(case, shards))

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from mindspeed_cp.planner import AttentionPass, AttentionShape, Network, best_pieces, predicted_bytes, predicted_seconds
+from mindspeed_cp.planner import (
+    AttentionPass,
+    AttentionShape,
+    Network,
+    best_pieces,
+    busiest_link_seconds,
+    predicted_bytes,
+    predicted_seconds,
+)
 from mindspeed_cp.program import Phase
 from mindspeed_cp.topology import CPTopology
 
@@ -51,9 +59,24 @@ def test_pieces_that_cost_more_than_they_hide_are_not_made():
     assert best_pieces(network(2.0), DOUBLE, SHAPE, flops_per_s=1e9, launch_s=10.0) == 1
 
 
-@pytest.mark.parametrize("topology", [CPTopology(inner=4), CPTopology(ulysses=4)])
-def test_only_a_double_ring_has_pieces(topology):
-    assert best_pieces(network(1.0), topology, SHAPE, flops_per_s=1e9) == 1
+def test_what_does_not_travel_has_no_pieces():
+    assert best_pieces(network(1.0), CPTopology(ulysses=4), SHAPE, flops_per_s=1e9) == 1
+
+
+def test_a_ring_whose_links_take_as_long_as_its_kernel_is_nearer_to_them_in_pieces():
+    topology, shape = CPTopology(inner=4), AttentionShape(num_tokens=16384, num_heads=8, num_kv_heads=8, head_size=32)
+
+    def over_the_larger(pieces: int) -> float:
+        one = AttentionPass(
+            topology=topology, shape=shape, phase=Phase.BACKWARD, flops_per_s=20e9, overlap=True, pieces=pieces
+        )
+        links = network(35.2)
+        kernel = predicted_seconds(network(1e9), one.events)
+        return predicted_seconds(links, one.events) / max(kernel, busiest_link_seconds(links, one.events))
+
+    assert over_the_larger(1) > 1.15 > 1.07 > over_the_larger(2)
+    assert best_pieces(network(35.2), topology, shape, flops_per_s=20e9) > 1
+    assert best_pieces(network(1e5), topology, shape, flops_per_s=20e9) == 1
 
 
 def test_a_hybrid_cuts_the_heads_that_a_rank_is_left_with():
