@@ -6,7 +6,6 @@ import torch
 from mindspeed_cp.comm import VirtualCommunicator, VirtualWorld
 from mindspeed_cp.layouts import Contiguous, DocumentZigzag, Zigzag
 from mindspeed_cp.relayout import gather, relayout
-from mindspeed_cp.sharding import restore, shard
 from unit_tests.layout_cases import gather_twice
 
 ODD, THIRD = Zigzag(2, ((9,),)), Zigzag(3, ((9,),))
@@ -117,21 +116,3 @@ def test_processes_agree_too_and_go_on_after_a_refusal(gloo):
         assert "rank 0: gather of" in message
         assert "ranks 1 to 2: gather of" in message
         assert torch.equal(gathered, whole)
-
-
-def test_a_list_of_shards_is_restored_only_where_each_is_as_long_as_its_rank_s():
-    whole = torch.arange(9).view(1, 9)
-    first, second = (shard(whole, ODD, rank, 1) for rank in (0, 1))
-    assert torch.equal(restore([first, second], ODD, 1), whole)
-    for given, message in (
-        ([second, first], r"shards\[0\] \(1, 4\) has 4 tokens along dim 1, and the layout gives rank 0 5; give the"),
-        ([first], r"1 shards are given, and the layout deals to 2 ranks; give one of each rank\."),
-        ([first, second, first[:, :0]], "3 shards are given, and the layout deals to 2"),
-        (
-            [first, second.float()],
-            r"shards\[1\] is \(1, 4\) torch.float32 .*; give shards that differ in tokens alone\.",
-        ),
-        ([first, second.expand(2, -1)], r"shards\[1\] is \(2, 4\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            restore(given, ODD, 1)
