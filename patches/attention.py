@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.attention import ContextParallelAttention, build_attention
+from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
 from mindspeed_cp.patches.latent_attention import take_head_sizes
@@ -129,13 +129,15 @@ class LayerAttention:
         attention_mask: Tensor | None,
         mask_type: str | None = None,
         packed: Any = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
 
         query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
         where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
         mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
-        and [S, G, V], and the result is [S, N * V].
+        and [S, G, V], and the result is [S, N * V]. sinks: a score for each head that has no value, N floating numbers;
+        its gradient is this rank's part, which data-parallel reducers add up.
 
         Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
         documents that do not fit the tokens, and for inference.
@@ -147,14 +149,17 @@ class LayerAttention:
                 query,
             )
         mask_type = mask_type or self.mask_type
+        terms = None if sinks is None else AttentionTerms(sinks=sinks.flatten())
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
-            out = self.causal(q, k, v, scale=self.scale, plan=self._plan_of_stream(query, packed, mask_type))
+            out = self.causal(
+                q, k, v, scale=self.scale, plan=self._plan_of_stream(query, packed, mask_type), terms=terms
+            )
             return out[0].transpose(0, 1).flatten(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
-            out = self.causal(q, k, v, scale=self.scale, plan=plan)
+            out = self.causal(q, k, v, scale=self.scale, plan=plan, terms=terms)
         elif self.apart_by is not None and (attention_mask is None or self.general is None):
             self.refuse(
                 f"{self.apart_by}, and this layer was not told where documents end; import "
@@ -168,17 +173,17 @@ class LayerAttention:
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
             plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
-            out = self.causal(q, k, v, scale=self.scale, plan=plan)
+            out = self.causal(q, k, v, scale=self.scale, plan=plan, terms=terms)
         elif self.general is None:
             if mask_type != "causal":
                 self.refuse(_other_mask_type(mask_type), query)
-            out = self.causal(q, k, v, scale=self.scale)
+            out = self.causal(q, k, v, scale=self.scale, terms=terms)
         elif attention_mask is not None:
             self._check_mask(query, attention_mask)
-            out = self.general(q, k, v, scale=self.scale, visible=~attention_mask)
+            out = self.general(q, k, v, scale=self.scale, visible=~attention_mask, terms=terms)
         elif mask_type in WITHOUT_MASK:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
-            out = attention(q, k, v, scale=self.scale)
+            out = attention(q, k, v, scale=self.scale, terms=terms)
         else:
             self.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
@@ -303,6 +308,8 @@ def _wrap_forward(
             named["attention_mask"],
             mask_type=None if mask_type is None else mask_type.name,
             packed=packed,
+            # Megatron's name for them: zeros with --softmax-type off-by-one, a parameter with learnable.
+            sinks=getattr(self, "softmax_offset", None),
         )
 
     return forward
@@ -341,11 +348,10 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
     """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
     dropout, scale = layer.attention_dropout.p, layer.softmax_scale
-    if dropout or layer.softmax_offset is not None:
+    if dropout:
         raise ConfigurationError(
-            f"packed streams in a layer of Megatron's local attention with attention_dropout {dropout} and "
-            f"softmax_type {layer.config.softmax_type}: neither is available there; set --attention-dropout 0, and use "
-            f"vanilla."
+            f"packed streams in a layer of Megatron's local attention with attention_dropout {dropout}: attention "
+            f"dropout is not available there; set --attention-dropout 0."
         )
     kernels = () if plugin.config is None else plugin.config.context_parallel_kernels
     return LayerAttention(

@@ -70,8 +70,8 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
 def note_documents(plugin: Plugin, batch: dict[str, Any]) -> None:
     """Find the documents of a batch that has not been cut yet; a later stage's has no tokens."""
-    if plugin.documents is not None and batch.get("tokens") is not None:
-        plugin.stages.at_hand = plugin.documents.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
+    if plugin.rule is not None and batch.get("tokens") is not None:
+        plugin.stages.at_hand = plugin.rule.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
 
 
 def _end_of_document(tokenizer: Any) -> int | None:

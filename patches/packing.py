@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mindspeed_cp.batch import LayoutName, PackedBatch
 from mindspeed_cp.documents import Window
+from mindspeed_cp.layouts import StreamLayout
 from mindspeed_cp.plan import FULL, AttentionPlan, Band
 from mindspeed_cp.sharding import places, positions, shard
 
@@ -87,10 +88,13 @@ class Packing:
             return _plan(stream, window)
         return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
 
-    def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, num_tokens: int, *, over_stream: bool) -> Tensor:
-        """Place of each of a rank's tokens in its document, or over the whole stream: [t] int64, on the CPU."""
-        layout = self.stream(cu_seqlens, num_ranks, num_tokens).layout
-        return (places(layout, rank) if over_stream else positions(layout, rank))[0]
+    def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, like: Tensor, *, over_stream: bool) -> Tensor:
+        """Place of each of a rank's tokens in its document, or over the whole stream: [t] int64.
+
+        like: [t, ...], a tensor of these tokens, on the device that is wanted.
+        """
+        layout = self.stream(cu_seqlens, num_ranks, like.size(0) * num_ranks).layout
+        return _positions(layout, rank, like.device, over_stream)
 
 
 def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:
@@ -106,6 +110,13 @@ def _samples(ends: tuple[Ends, ...], num_ranks: int) -> PackedBatch:
 @functools.lru_cache(maxsize=32)
 def _stream(ends: Ends, num_ranks: int, layout: LayoutName) -> PackedBatch:
     return PackedBatch.from_cu_seqlens(ends, num_ranks, layout=layout)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _positions(layout: StreamLayout, rank: int, device: torch.device, over_stream: bool) -> Tensor:
+    """Made once for all layers."""
+    return (places(layout, rank, device) if over_stream else positions(layout, rank, device))[0]
 
 
 @functools.lru_cache(maxsize=64)

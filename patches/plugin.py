@@ -51,6 +51,12 @@ class Plugin:
         self.stages = StageDocuments()
 
     @property
+    def rule(self) -> DocumentRule | None:
+        """How documents are found for layers; None where Megatron's own attention reads a mask of them."""
+        alone = self.config is None or self.config.context_parallel_size == 1
+        return None if alone else self.documents
+
+    @property
     def place(self) -> tuple[int, int]:
         """This rank among those that share its sequences, and how many these are."""
         if self.groups is None:
@@ -59,7 +65,7 @@ class Plugin:
 
     def join_pipeline(self, stages: dist.ProcessGroup) -> None:
         """Let the documents that are found in the first of these stages reach the others. All ranks call it."""
-        if self.documents is None or dist.get_world_size(stages) == 1:
+        if self.rule is None or dist.get_world_size(stages) == 1:
             return
         # Tensors of the CPU: which documents there are is read there, and no message of Megatron's is in the way.
         world = dist.group.WORLD

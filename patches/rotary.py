@@ -30,13 +30,12 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             from megatron.core.models.common.embeddings import rope_utils
 
             rank, size = group.rank(), group.size()
-            num_tokens = t.size(0) * size
             # Frequencies for each token of the stream are Megatron's second form: positions that do not begin anew.
             positions = plugin.packing.positions(
-                named["cu_seqlens"], rank, size, num_tokens, over_stream=freqs.size(0) == num_tokens
+                named["cu_seqlens"], rank, size, t, over_stream=freqs.size(0) == t.size(0) * size
             )
             passed_on = {name: named[name] for name in _PASSED_ON if name in named}
-            freqs = freqs.index_select(0, positions.to(freqs.device))
+            freqs = freqs.index_select(0, positions)
             rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, **passed_on)
             return rotated.squeeze(1)
 

@@ -52,12 +52,6 @@ _REFUSALS = (
         "attention dropout is not available yet",
         "set --attention-dropout 0",
     ),
-    _Refusal(
-        "softmax_type",
-        lambda kind: kind not in (None, "vanilla"),
-        "softmax sinks are not available yet",
-        "use vanilla",
-    ),
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
     _Refusal("use_kitchen_attention", _is_set, _OWN_ATTENTION, "leave it out"),

@@ -147,6 +147,33 @@ MISTAKES = {
     "what a sample leaves uneven is forgotten": Mistake(
         "layouts.py", "held, owed = deal(", "held, _ = deal(", "test_layouts.py"
     ),
+    "a document ends one token early": Mistake(
+        "patches/document_rule.py",
+        "(tokens == end_of_document).roll(1, dims=1)",
+        "(tokens == end_of_document)",
+        "patches/test_packing.py",
+    ),
+    "a layer's window one token short": Mistake(
+        "patches/attention.py",
+        "    return behind, ahead\n",
+        "    return behind - 1, ahead\n",
+        "patches/test_attention.py",
+    ),
+    "rotary positions run on": Mistake(
+        "patches/packing.py",
+        "(places(layout, rank, device) if over_stream else positions(layout, rank, device))[0]",
+        "places(layout, rank, device)[0] % 8",
+        "patches/test_packed_megatron.py",
+    ),
+    "the next token is another document's": Mistake(
+        "patches/losses.py",
+        "whole.roll(-1, dims=-1) * has_next(layout, whole.device)[0]",
+        "whole.roll(-1, dims=-1)",
+        "patches/test_packed_megatron.py",
+    ),
+    "documents of another micro-batch": Mistake(
+        "patches/stages.py", "self._of_parts[part].popleft()", "self._of_parts[part].pop()", "patches/test_stages.py"
+    ),
     "sink added once a step": Mistake(
         "attention/ring.py",
         "merged.merge(result, queries.back, heads)",

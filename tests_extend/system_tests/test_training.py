@@ -30,6 +30,7 @@ MTP = "--mtp-num-layers 1"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 STREAM = "--dataloader-inter-document-masking"
 WINDOW = "--window-size 8,0 --window-attn-skip-freq 2"
+SINKS = "--softmax-type learnable"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
@@ -74,6 +75,10 @@ SLOW = [
     (f"{STREAM} {YARN}", 1, 2, RING),
     (f"{STREAM} {WINDOW} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
     (WINDOW, 1, 4, ULYSSES),
+    (f"{SINKS} {WINDOW} --global-batch-size 4", 2, 2, RING),
+    (f"{SINKS} {TENSOR_PARALLEL}", 2, 2, ULYSSES),
+    (f"{SINKS} {RECOMPUTE}", 1, 4, hybrid(2)),
+    ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
     (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
@@ -214,6 +219,12 @@ CHANGED_TENSOR_PARALLELISM = (
     (6, 2, TENSOR_PARALLEL),
     (LONGER, 4, f"{TENSOR_PARALLEL} --sequence-parallel --context-parallel-size 2 {RING}"),
 )
+# At CP = 1 Megatron gives the stages between the first and the last no mask: they are held to one stage.
+MIDDLE_STAGES = (
+    (3, 1, ""),
+    (6, 8, f"--pipeline-model-parallel-size 4 --context-parallel-size 2 {RING}"),
+    (LONGER, 4, f"{PIPELINE_PARALLEL} --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {ULYSSES}"),
+)
 # Padded to 384 on one tensor-parallel rank and on two.
 SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
 
@@ -224,6 +235,7 @@ SAME_VOCABULARY = "--make-vocab-size-divisible-by 192"
     [
         pytest.param("", CHANGED_ALGORITHM, id="another algorithm and size"),
         pytest.param(f"{LATENT} {SAME_VOCABULARY}", CHANGED_TENSOR_PARALLELISM, id="latent attention, TP and CP"),
+        pytest.param(f"{DOCUMENTS} --num-layers 4", MIDDLE_STAGES, id="documents in middle and virtual stages"),
     ],
 )
 def test_a_checkpoint_resumes_with_another_parallelism(training, tmp_path, model, stages):

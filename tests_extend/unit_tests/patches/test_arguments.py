@@ -180,8 +180,6 @@ REFUSED_FLAGS = [
         ["--attention-dropout", "0.1"],
         "--attention-dropout 0.1: attention dropout is not available yet; set --attention-dropout 0.",
     ),
-    (["--softmax-type", "off-by-one"], "--softmax-type off-by-one: softmax sinks are not available yet; use vanilla."),
-    (["--softmax-type", "learnable"], "--softmax-type learnable: softmax sinks are not available yet; use vanilla."),
     (["--cache-mla-latents"], "--cache-mla-latents: inference is not available; leave it out."),
     (
         ["--experimental-attention-variant", "dsa"],
@@ -292,13 +290,13 @@ def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation)
 
 
 def test_all_broken_rules_are_said_at_once(parser):
-    broken = ["--qk-clip", "--softmax-type", "learnable", "--seq-length", "20", "--cp-window-size", "0"]
+    broken = ["--qk-clip", "--cache-mla-latents", "--seq-length", "20", "--cp-window-size", "0"]
     args = parser.parse_args([*CP4, *broken])
     args.world_size = 6
     assert refusal_of(config_from_arguments, args).splitlines() == [
         "4 things stand in the way:",
         "  --cp-window-size 0 is below 1; use 1 or more.",
-        "  --softmax-type learnable with --context-parallel-size 4: softmax sinks are not available yet; use vanilla.",
+        "  --cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
         "  --qk-clip with --context-parallel-size 4: the largest score of each head is not collected; leave it out.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",

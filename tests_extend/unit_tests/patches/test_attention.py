@@ -1,13 +1,15 @@
 """A layer's attention in Megatron's terms: shapes, the polarity of its mask, and what it refuses."""
 
 from enum import Enum
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches.attention import LayerAttention, _wrap_forward
+from mindspeed_cp.patches.attention import LayerAttention, _window, _wrap_forward
 from unit_tests.dense import causal_mask, dense_attention
 
 
@@ -91,6 +93,12 @@ def test_layer_without_context_parallelism_is_megatrons_own():
 def test_layer_refuses_what_it_cannot_honour(given, message):
     with pytest.raises(ValueError, match=message):
         layer().forward(*tensors(), None, **given)
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_window_is_megatrons_in_the_layers_that_have_one():
+    config = SimpleNamespace(window_size=(8, 0), window_attn_skip_freq=2)
+    assert [_window(config, {"layer_number": number}) for number in (1, 2, 3)] == [(8, 0), (-1, 0), (8, 0)]
 
 
 def test_layer_refuses_inference():

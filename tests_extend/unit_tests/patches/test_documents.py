@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
-from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.documents import document_patches, note_documents
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
 
@@ -47,3 +48,11 @@ def test_documents_of_one_length_take_the_place_of_the_data_s(make, length, docu
 def test_masks_that_are_not_asked_for_are_not_made(make):
     assert make(2, create=False)[0] is None
     assert (~make(2, reset=False)[0][0]).equal(visible([0] * 7))
+
+
+@pytest.mark.parametrize(("size", "noted"), [(1, None), (4, [[0, 3, 7]])])
+def test_documents_are_noted_for_context_parallel_layers_alone(size, noted):
+    plugin = Plugin(ContextParallelConfig(context_parallel_size=size), documents=DocumentRule(), end_of_document=END)
+    note_documents(plugin, {"tokens": TOKENS[None], "position_ids": None})
+    found = plugin.stages.at_hand
+    assert (None if found is None else found.tolist()) == noted

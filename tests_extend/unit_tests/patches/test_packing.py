@@ -138,3 +138,14 @@ def test_changed_ends_are_read_again():
     assert packing.ends(ends) == (0, 3, 6)
     ends[1] = 4
     assert packing.ends(ends) == (0, 4, 6)
+
+
+def test_sinks_are_a_score_without_a_value_in_each_head():
+    whole, sinks = tensors(), torch.tensor([0.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+    out = layer()(*whole, None, sinks=sinks.view(1, 4, 1, 1)).view(6, 4, 8)
+    q, k, _ = (x.squeeze(1).transpose(0, 1) for x in whole)
+    scores = (q @ k.transpose(1, 2) * 0.3).masked_fill(~seen([0] * 6), -torch.inf)
+    lse = scores.logsumexp(dim=2)
+    kept = (lse - torch.logaddexp(lse, sinks[:, None])).exp().T
+    vanilla = exact(whole, seen([0] * 6)).view(6, 4, 8)
+    torch.testing.assert_close(out, vanilla * kept[..., None], rtol=0, atol=1e-12)

@@ -1,0 +1,34 @@
+"""Overlap on links of set rates: where the kernel takes longer than the links, transfers are hidden behind it."""
+
+import pytest
+
+from mindspeed_cp.benchmark import ranks
+from mindspeed_cp.benchmark.cases import Algorithm
+from mindspeed_cp.benchmark.expected import ExpectedPass
+from mindspeed_cp.planner import AttentionShape, Network, busiest_link_seconds
+from mindspeed_cp.program import Phase
+from mindspeed_cp.testing.emulated_cluster import Cluster, why_not_here
+from mindspeed_cp.topology import CPTopology
+
+SHAPE = AttentionShape(num_tokens=8192, num_heads=8, num_kv_heads=8, head_size=32)
+NETWORK = Network(num_ranks=4, ranks_per_node=2, fast_mbit=10000.0, slow_mbit=60.0)
+FLOPS_PER_S = 5e9
+
+
+def exposed_and_sent(cluster: Cluster, algorithm: Algorithm) -> tuple[float, float]:
+    """Seconds that the slowest rank waits, and that the busiest link takes for both passes."""
+    cluster.call(ranks.prepare, NETWORK, algorithm, SHAPE, FLOPS_PER_S)
+    exposed = max(cluster.call(ranks.exposed_in_profile, algorithm.name, SHAPE))
+    passes = (ExpectedPass(algorithm, SHAPE, phase, FLOPS_PER_S) for phase in Phase)
+    return exposed, sum(busiest_link_seconds(NETWORK, each.events) for each in passes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not_here() is not None, reason=f"no emulated cluster here: {why_not_here()}")
+@pytest.mark.parametrize("topology", [CPTopology(inner=4), CPTopology(outer=2, inner=2)], ids=["ring", "double ring"])
+def test_waiting_in_a_profile_is_below_a_tenth_of_the_transfers_with_overlap_and_not_without(topology):
+    with Cluster(NETWORK, emulated=True, preload=["mindspeed_cp.benchmark.ranks"]) as cluster:
+        hidden, of_links = exposed_and_sent(cluster, Algorithm(name="with", topology=topology, overlap=True))
+        shown, _ = exposed_and_sent(cluster, Algorithm(name="without", topology=topology))
+    assert hidden < 0.1 * of_links
+    assert shown > 0.5 * of_links
