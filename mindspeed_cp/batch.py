@@ -4,7 +4,6 @@ Shapes: B samples, S tokens of a whole sample, s tokens of one rank.
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -12,7 +11,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mindspeed_cp.documents import BandsOf, MaskType, Numbers, Window, bands_of_documents, lengths_of, or_list
+from mindspeed_cp.documents import (
+    BandsOf,
+    MaskType,
+    Numbers,
+    Window,
+    bands_of_documents,
+    lengths_of,
+    or_list,
+    ranks_of,
+    tokens_of,
+)
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
 from mindspeed_cp.sharding import CPU, IGNORE_INDEX, has_next, positions, restore, shard, shift_labels
@@ -47,7 +56,7 @@ class PackedBatch:
         prefix_lengths: int | Sequence[int] | None = None,
         layout: LayoutName = "balanced",
         prefer: Preference | None = None,
-        tokens: Sequence[int] | None = None,
+        tokens: Numbers | None = None,
     ) -> "PackedBatch":
         """The batch whose documents begin and end at these places of the stream.
 
@@ -66,8 +75,7 @@ class PackedBatch:
         """
         samples, padded = lengths_of(cu_seqlens, cu_seqlens_padded), cu_seqlens_padded is not None
         bands, bands_of = bands_of_documents(samples, padded, mask_type, window_size, prefix_lengths)
-        of_ranks = None if tokens is None else tuple(map(operator.index, tokens))
-        dealt = _deal(layout, operator.index(num_ranks), samples, padded, of_ranks, prefer, bands, bands_of)
+        dealt = _deal(layout, ranks_of(num_ranks), samples, padded, tokens_of(tokens), prefer, bands, bands_of)
         return cls(dealt, bands, bands_of)
 
     def with_mask(
@@ -83,7 +91,10 @@ class PackedBatch:
         return replace(self, bands=bands, bands_of=bands_of)
 
     def with_layout(self, layout: LayoutName, *, prefer: Preference | None = None) -> "PackedBatch":
-        """The same documents under the same mask, dealt to the ranks by another layout, as many tokens on each."""
+        """The same documents under the same mask, dealt to the ranks by another layout.
+
+        They are dealt anew, as many tokens on each rank, also where this batch was made with `tokens`.
+        """
         now = self.layout
         dealt = _deal(layout, now.num_ranks, now.samples, now.padded, None, prefer, self.bands, self.bands_of)
         return replace(self, layout=dealt)
@@ -132,7 +143,8 @@ def _deal(
     if prefer is not None and name != "balanced":
         raise ValueError(f"prefer={prefer!r} says how layout='balanced' deals, and this one is {name!r}; leave it out.")
     if name == "balanced":
-        return Balanced(num_ranks, samples, tokens, padded, prefer=prefer or "locality", bands=bands, bands_of=bands_of)
+        preference = "locality" if prefer is None else prefer
+        return Balanced(num_ranks, samples, tokens, padded, prefer=preference, bands=bands, bands_of=bands_of)
     if name == "contiguous":
         return Contiguous(num_ranks, samples, tokens, padded)
     if name == "zigzag":

@@ -6,11 +6,12 @@ Shapes: B samples, S tokens of a whole sample.
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from mindspeed_cp.layouts import integer
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 
 MaskType = Literal["causal", "full", "prefix"]
@@ -66,6 +67,26 @@ def _ends_of_ids(ids: list[int]) -> list[int]:
 
 def _rows(numbers: Any, name: str) -> list[list[int]]:
     """The numbers of each sample; one row where they are for all samples."""
+    listed = list(_items(numbers, name))
+    if not any(map(_is_row, listed)):
+        return [_integers(listed, name)]
+    if not all(map(_is_row, listed)):
+        raise ValueError(f"{name} holds numbers beside lists of them; give one list for all samples, or one for each.")
+    return [_integers(_items(each, name), name) for each in listed]
+
+
+def _is_row(item: Any) -> bool:
+    """Whether it holds items, as a list does, or an array of one dim and more."""
+    if isinstance(item, Sequence):
+        return not isinstance(item, str | bytes)
+    return bool(getattr(item, "ndim", False))
+
+
+def _items(numbers: Any, name: str) -> Sequence[Any]:
+    """What a list, an array or a tensor holds, if it may hold integers."""
+    listed = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
+    if not listed and not (hasattr(numbers, "tolist") and getattr(numbers, "ndim", False)):
+        raise ValueError(f"{name} is {_short(numbers)}; give integers in a list, an array or a tensor on the CPU.")
     if isinstance(numbers, Tensor) and numbers.device.type != "cpu":
         raise ValueError(
             f"{name} is on {numbers.device}, and who holds what is worked out on the CPU, which would wait for that "
@@ -74,13 +95,42 @@ def _rows(numbers: Any, name: str) -> list[list[int]]:
     dtype = str(getattr(numbers, "dtype", "int64")).removeprefix("torch.")
     if dtype not in ("int32", "int64"):
         raise ValueError(f"{name} is of {dtype}; it counts tokens: give int32 or int64.")
-    listed = numbers if isinstance(numbers, Sequence) else numbers.tolist()
-    if listed and not isinstance(listed[0], Real):
-        return [row for each in listed for row in _rows(each, name)]
-    wrong = next((each for each in listed if int(each) != each or isinstance(each, bool)), None)
-    if wrong is not None:
-        raise ValueError(f"{name} holds {wrong!r}; it counts tokens: give integers.")
-    return [list(map(int, listed))]
+    items: Sequence[Any] = numbers if listed else numbers.tolist()
+    return items
+
+
+def _integers(items: Sequence[Any], name: str) -> list[int]:
+    numbers = []
+    for each in items:
+        # Most are int, and a batch has thousands.
+        number = each if type(each) is int else integer(each)
+        if _is_row(each):
+            raise ValueError(
+                f"{name} holds lists of {_short(each)}; give one of integers for all samples, or for each."
+            )
+        if number is None:
+            raise ValueError(f"{name} holds {_short(each)}; it counts tokens: give integers.")
+        numbers.append(number)
+    return numbers
+
+
+def _short(value: object) -> str:
+    """What a user has given, in one line."""
+    said = " ".join(repr(value).split())
+    return said if len(said) < 60 else f"a {type(value).__name__}"
+
+
+def ranks_of(num_ranks: Any) -> int:
+    """The number of ranks. Raises ValueError for what is no integer."""
+    number = integer(num_ranks)
+    if number is None:
+        raise ValueError(f"num_ranks={_short(num_ranks)} is no integer; give the size of the context-parallel group.")
+    return number
+
+
+def tokens_of(tokens: Any) -> tuple[int, ...] | None:
+    """How many tokens each rank holds. Raises ValueError for what are no integers."""
+    return None if tokens is None else tuple(_integers(_items(tokens, "tokens"), "tokens"))
 
 
 def _ends(cu_seqlens: Numbers | Sequence[Numbers], name: str) -> list[list[int]]:
@@ -138,17 +188,20 @@ def bands_of_documents(
     prefix_lengths: int | Sequence[int | None] | None,
 ) -> tuple[tuple[Band, ...], BandsOf]:
     """What most documents see, and what the others do, by their number; padding sees nothing."""
+    mask_type, window_size, prefix_lengths = map(_plain, (mask_type, window_size, prefix_lengths))
     every = 2 if padded else 1
     lengths = [length for documents in samples for length in documents[::every]]
     masks = _of_each(mask_type, len(lengths), "mask_type", mask_type is None or isinstance(mask_type, str))
-    one_window = not isinstance(window_size, Sequence) or all(isinstance(each, Real) for each in window_size)
+    one_window = not isinstance(window_size, list | tuple) or all(isinstance(each, Real) for each in window_size)
     windows = _of_each(window_size, len(lengths), "window_size", one_window)
-    one_prefix = prefix_lengths is None or isinstance(prefix_lengths, Real)
+    one_prefix = not isinstance(prefix_lengths, list | tuple)
     prefixes = _of_each(prefix_lengths, len(lengths), "prefix_lengths", one_prefix)
     if prefix_lengths is not None and "prefix" not in masks:
         raise ValueError(
             f"prefix_lengths={prefix_lengths} is for mask_type='prefix', which no document has; give that."
         )
+    if not one_prefix:
+        _check_prefixes(prefixes, lengths)
     bands = [_bands_of(*each) for each in zip(range(len(lengths)), lengths, masks, windows, prefixes, strict=True)]
     usual = Counter(bands).most_common(1)[0][0] if bands else CAUSAL
     others = [(every * number, each) for number, each in enumerate(bands) if each != usual]
@@ -174,29 +227,56 @@ def _bands_of(
         left, right = map(int, window)
         return (Band(None if left == -1 else left, None if right == -1 else right),)
     if mask == "prefix":
-        if not isinstance(prefix, Integral) or not 0 <= prefix <= length:
+        first = integer(prefix)
+        if first is None or not 0 <= first <= length:
             raise ValueError(
                 f"document {number} of {length} tokens has mask_type='prefix' and a prefix of {prefix}; give 0 to "
                 f"{length} in prefix_lengths."
             )
-        return (Band(None, None, (0, int(prefix))), Band(None, 0, (int(prefix), None)))
+        return (Band(None, None, (0, first)), Band(None, 0, (first, None)))
     if mask not in (None, "causal", "full"):
         raise ValueError(f"mask_type={mask!r} is unknown; give {or_list(get_args(MaskType))}, or a window_size.")
     return FULL if mask == "full" else CAUSAL
 
 
 def _is_window(window: Any) -> bool:
-    whole = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(each, Integral) for each in window)
-    return whole and min(window) >= -1
+    return isinstance(window, list | tuple) and len(window) == 2 and all(_is_side(each) for each in window)
+
+
+def _is_side(value: Any) -> bool:
+    number = integer(value)
+    return number is not None and number >= -1
 
 
 def _of_each(value: Any, count: int, name: str, for_all: bool) -> list[Any]:
     """The value of each document. for_all: whether it is one for all of them."""
     if for_all:
         return [value] * count
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}={_short(value)} is for no document; give one for all, or a list with one for each.")
     if len(value) != count:
         raise ValueError(f"{name} is for {len(value)} documents, and the batch has {count}; give one for each, or one.")
     return list(value)
+
+
+def _check_prefixes(prefixes: list[Any], lengths: list[int]) -> None:
+    """Raise ValueError for a prefix that its document cannot have, whether its mask asks for one or not."""
+    for number, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
+        if prefix is not None and not 0 <= (-1 if (first := integer(prefix)) is None else first) <= length:
+            raise ValueError(
+                f"document {number} of {length} tokens has a prefix of {_short(prefix)}; give 0 to {length} in "
+                f"prefix_lengths, or None where its mask is another."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """What users say in tensors and arrays, in lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        plain = map(_plain, value)
+        return list(plain) if isinstance(value, list) else tuple(plain)
+    return value
 
 
 def or_list(values: Sequence[str]) -> str:

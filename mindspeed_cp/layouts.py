@@ -8,6 +8,8 @@ sample to sample; a rank holds as many tokens of each sample. Four rules:
     DocumentZigzag  an early and a late stretch of each document
     Balanced        documents, whole or in pieces, so that all compute as much: Note [Balance] in balance.py
 
+EqualChunks, Megatron's own sharding, is the one for streams that chunks of one length divide.
+
 Note [Zigzag]
     Under a causal mask the last tokens see the most keys. A sequence is therefore cut into 2P chunks for P ranks, and
     rank r holds chunks r and 2P-1-r; every rank then has the same work. For P = 4:
@@ -22,6 +24,7 @@ Note [Zigzag]
 """
 
 import functools
+import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,7 +105,7 @@ class PackedLayout(ABC):
         """See Layout."""
         if rank not in self._made:
             if not 0 <= rank < self.num_ranks:
-                raise ValueError(f"there is no rank {rank} among {self.num_ranks}.")
+                raise ValueError(no_rank(rank, self.num_ranks))
             self._made[rank] = tuple(self._runs(rank))
         return self._made[rank]
 
@@ -300,7 +303,7 @@ class EqualChunks:
     def chunks(self, rank: int) -> tuple[int, ...]:
         """Chunks that `rank` holds, in its order."""
         if not 0 <= rank < self.num_ranks:
-            raise ValueError(f"there is no rank {rank} among {self.num_ranks}.")
+            raise ValueError(no_rank(rank, self.num_ranks))
         return (rank,) if self.kind == "contiguous" else (rank, 2 * self.num_ranks - 1 - rank)
 
 
@@ -345,9 +348,28 @@ def _runs_of(pieces: Iterable[tuple[int, int, int]], first: int, sample: int | N
 
 
 def _check_documents(sample: int, lengths: tuple[int, ...], padded: bool) -> None:
-    least = [min(lengths[:: 2 if padded else 1], default=1), min(lengths, default=0)]
-    if least[0] < 1 or least[1] < 0 or (padded and len(lengths) % 2):
+    if padded and len(lengths) % 2:
         raise ValueError(
-            f"sample {sample} has {len(lengths)} documents of {least[1]} tokens and more{' with padding' * padded}; "
-            f"documents have 1 token or more, and padding, one for each, 0 or more."
+            f"sample {sample} has {len(lengths)} lengths; with padding give two for each document, its own and that of "
+            f"what pads it, 0 where nothing does."
         )
+    documents, paddings = (lengths[::2], lengths[1::2]) if padded else (lengths, ())
+    for name, counted, least in ("document", documents, 1), ("padding of document", paddings, 0):
+        if min(counted, default=least) < least:
+            number = next(number for number, length in enumerate(counted) if length < least)
+            raise ValueError(f"sample {sample}: {name} {number} has {counted[number]} tokens; give {least} or more.")
+
+
+def no_rank(rank: object, num_ranks: int) -> str:
+    """What is wrong with a rank that is none of so many."""
+    return f"there is no rank {rank!r} among {num_ranks}; give an integer from 0 to {num_ranks - 1}."
+
+
+def integer(value: object) -> int | None:
+    """The integer that this is, one of NumPy's or of a tensor too; None for what is none, True and 2.0 included."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None

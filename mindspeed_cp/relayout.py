@@ -1,11 +1,14 @@
 """From one layout to another: each rank's tokens go to the ranks that hold them there, in one all-to-all.
 
-Layers with a recurrence need contiguous shards beside the balanced ones of attention, for instance.
+Layers with a recurrence need contiguous shards beside the balanced ones of attention, for instance. All ranks agree on
+what they have come with before shards are sent, see Note [Agreement] in comm/agreement.py: `communicator.apart` counts
+these bytes, 8 to each rank.
 
 Shapes: B samples, s and t tokens of a rank in the source and in the target.
 """
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +16,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.comm import Communicator, Sizes
+from mindspeed_cp.comm import AgreeingCommunicator, Agreement, Communicator, Sizes, Subject
 from mindspeed_cp.layouts import StreamLayout
-from mindspeed_cp.sharding import CPU, order, places, restore
+from mindspeed_cp.sharding import CPU, check_dim, check_tensor, order, places, restore
+
+_SUBJECT = Subject(
+    "relayout or gather",
+    "give shards of one dtype and shape, but for the tokens, by the same layouts, and gradients on all or none",
+)
 
 
 def relayout(
     shard: Tensor,
     source: StreamLayout,
     target: StreamLayout,
-    communicator: Communicator,
+    communicator: AgreeingCommunicator,
     dim: int,
     *,
     batch_dim: int = 0,
@@ -33,32 +41,26 @@ def relayout(
     of its own. communicator: of the ranks of both layouts, in their order; all of them call. A token is sent only where
     another rank holds it, and once. Returns t tokens along `dim`.
 
-    Raises ValueError where the layouts are of other streams or ranks, or the shard is none of `source`.
+    Raises ValueError, on every rank and before any shard is sent, where on one of them the layouts are of other streams
+    or ranks, or the shard is none of `source`; and where ranks have come with other layouts, dtypes or shapes.
     """
-    lengths, samples = {sum(each.samples[0]) for each in (source, target)}, _num_samples(source, target)
-    one_each = {len(source.samples), len(target.samples)} <= {1, samples}
-    if len(lengths) > 1 or not one_each or {source.num_ranks, target.num_ranks} != {communicator.size}:
-        raise ValueError(
-            f"{_said(source)} and {_said(target)} over a group of {communicator.size} are no two layouts of one batch; "
-            f"give those, and the group that both are over."
-        )
-    tokens = source.num_tokens(communicator.rank)
-    if shard.size(dim) != tokens or (samples > 1 and shard.size(batch_dim) != samples):
-        raise ValueError(
-            f"rank {communicator.rank} has a shard of {tuple(shard.shape)}, and the source layout gives it {tokens} "
-            f"tokens of {samples} samples along dims {dim} and {batch_dim}; give a shard of that layout."
-        )
+    _agree("relayout", shard, (source, target), communicator, dim, batch_dim)
     if source == target:
         return shard
     moved: Tensor = _Relayout.apply(shard, source, target, communicator, dim % shard.dim(), batch_dim % shard.dim())
     return moved
 
 
-def gather(shard: Tensor, layout: StreamLayout, communicator: Communicator, dim: int, *, batch_dim: int = 0) -> Tensor:
+def gather(
+    shard: Tensor, layout: StreamLayout, communicator: AgreeingCommunicator, dim: int, *, batch_dim: int = 0
+) -> Tensor:
     """All tokens in order, on every rank, from each rank's shard; without a gradient.
 
     shard, communicator: as for `relayout`. One all-gather, of shards as long as the longest.
+
+    Raises ValueError as `relayout` does.
     """
+    _agree("gather", shard, (layout,), communicator, dim, batch_dim)
     tokens = [layout.num_tokens(rank) for rank in range(layout.num_ranks)]
     first = shard.detach().movedim(dim, 0)
     filled = first.new_zeros((max(tokens), *first.shape[1:]))
@@ -68,13 +70,85 @@ def gather(shard: Tensor, layout: StreamLayout, communicator: Communicator, dim:
     return restore(whole.movedim(0, dim), layout, dim, batch_dim=batch_dim)
 
 
-def _num_samples(first: StreamLayout, second: StreamLayout) -> int:
+def _agree(
+    call: str,
+    shard: Tensor,
+    layouts: tuple[StreamLayout, ...],
+    communicator: AgreeingCommunicator,
+    dim: int,
+    batch_dim: int,
+) -> None:
+    """Return when all ranks have come to the same call, each with its shard by the first of these layouts."""
+    words, refusal = "", None
+    try:
+        _check_layouts(layouts, communicator.size)
+        _check_shard(shard, layouts, communicator.rank, dim, batch_dim)
+        words = f"{call} of {_words(shard, layouts, dim, batch_dim)}"
+        words += " with gradients" * (call == "relayout" and torch.is_grad_enabled() and shard.requires_grad)
+    except Exception as error:
+        # Whatever it is, the other ranks would wait for this one.
+        refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    agreement = Agreement(communicator.apart, on_host=communicator.on_host, subject=_SUBJECT)
+    agreement.reach(words, refusal=refusal, device=getattr(shard, "device", None))
+
+
+def _check_layouts(layouts: tuple[StreamLayout, ...], num_ranks: int) -> None:
+    """Raise ValueError unless these are layouts of one batch over so many ranks."""
+    samples, lengths = _num_samples(*layouts), {sum(each.samples[0]) for each in layouts}
+    if (
+        len(lengths) == 1
+        and {len(each.samples) for each in layouts} <= {1, samples}
+        and {each.num_ranks for each in layouts} == {num_ranks}
+    ):
+        return
+    given = " and ".join(map(_said, layouts))
+    are_no = "is no layout of a batch" if len(layouts) == 1 else "are no two layouts of one batch"
+    those = "one that is, or its own group" if len(layouts) == 1 else "those, and the group that both are over"
+    raise ValueError(f"{given} over a group of {num_ranks} {are_no} on it; give {those}.")
+
+
+def _check_shard(shard: Tensor, layouts: tuple[StreamLayout, ...], rank: int, dim: int, batch_dim: int) -> None:
+    """Raise ValueError unless this is the rank's shard by the first of these layouts."""
+    check_tensor(shard)
+    check_dim(shard, dim, "tokens")
+    tokens, samples = layouts[0].num_tokens(rank), _num_samples(*layouts)
+    if samples > 1:
+        check_dim(shard, batch_dim, "samples")
+    wrong_batch = samples > 1 and (shard.size(batch_dim) != samples or (batch_dim - dim) % shard.dim() == 0)
+    if shard.size(dim) != tokens or wrong_batch:
+        raise ValueError(
+            f"rank {rank} has a shard of {tuple(shard.shape)}, and the source layout gives it {tokens} tokens of "
+            f"{samples} samples along dims {dim} and {batch_dim}; give a shard of that layout."
+        )
+
+
+def _words(shard: Tensor, layouts: tuple[StreamLayout, ...], dim: int, batch_dim: int) -> str:
+    """What has to be the same on all ranks of a call, for messages and for comparing."""
+    shape: list[object] = list(shard.shape)
+    shape[dim] = "tokens"
+    if _num_samples(*layouts) > 1:
+        shape[batch_dim] = f"{shape[batch_dim]} samples"
+    dtype = str(shard.dtype).removeprefix("torch.")
+    ways = " to ".join(f"{_said(each)} ({_digest(each)})" for each in layouts)
+    return f"({', '.join(map(str, shape))}) {dtype} on {shard.device.type}, by {ways}"
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(layout: StreamLayout) -> str:
+    """In short what a layout is made of, which its repr says."""
+    return hashlib.blake2b(repr(layout).encode(), digest_size=8).hexdigest()
+
+
+def _num_samples(*layouts: StreamLayout) -> int:
     """Samples that are cut each in its own way; 1 where all are cut alike."""
-    return max(len(first.samples), len(second.samples))
+    return max(len(each.samples) for each in layouts)
 
 
 def _said(layout: StreamLayout) -> str:
-    return f"{sum(layout.samples[0])} tokens of {len(layout.samples)} samples on {layout.num_ranks} ranks"
+    return (
+        f"{type(layout).__name__} of {sum(layout.samples[0])} tokens of {len(layout.samples)} samples on "
+        f"{layout.num_ranks} ranks"
+    )
 
 
 class _Relayout(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mindspeed_cp.layouts import EqualChunks, StreamLayout
+from mindspeed_cp.layouts import EqualChunks, StreamLayout, integer, no_rank
 
 CPU = torch.device("cpu")
 IGNORE_INDEX = -100
@@ -24,21 +24,26 @@ def shard(tensor: Tensor, layout: StreamLayout, rank: int, dim: int, *, batch_di
     """Those tokens of `tensor` that `rank` holds, as a new contiguous tensor; differentiable.
 
     tensor: any shape, whole samples along `dim`. batch_dim: where the samples are; read only if each has documents of
-    its own. Raises ValueError where tensor and layout differ in tokens or samples.
+    its own. Raises ValueError where tensor and layout differ in tokens or samples, and for a rank that is none of it.
     """
     _check(tensor, layout, dim, batch_dim)
-    return _select(tensor, places(layout, rank, tensor.device), dim, batch_dim)
+    return _select(tensor, places(layout, _rank_of(rank, layout), tensor.device), dim, batch_dim)
 
 
 def restore(shards: Tensor | Sequence[Tensor], layout: StreamLayout, dim: int, *, batch_dim: int = 0) -> Tensor:
-    """All tokens in order, the inverse of `shard`. shards: of ranks 0 to P-1, or these concatenated along `dim`."""
-    together = shards if isinstance(shards, Tensor) else torch.cat(tuple(shards), dim=dim)
+    """All tokens in order, the inverse of `shard`. shards: of ranks 0 to P-1, or these concatenated along `dim`.
+
+    Raises ValueError where shards have other lengths than the layout gives their ranks, or are not all alike. Shards of
+    one length in another order than that of the ranks cannot be told from these.
+    """
+    together = shards if isinstance(shards, Tensor) else _concatenated(shards, layout, dim)
     _check(together, layout, dim, batch_dim)
     return _select(together, _inverse_order(layout, together.device), dim, batch_dim)
 
 
 def positions(layout: StreamLayout, rank: int, device: torch.device | str = CPU) -> Tensor:
     """Position of each of a rank's tokens in its document: [1 or B, s] int64."""
+    rank = _rank_of(rank, layout)
     return _runs_spread(layout, rank, [run.position - run.start for run in layout.runs(rank)]).to(device)
 
 
@@ -75,10 +80,21 @@ def shift_labels(tokens: Tensor, layout: StreamLayout, *, ignore_index: int = IG
     """The label of each token of the stream, which is the next one of its document; `ignore_index` for the last.
 
     tokens: [B, S] of an integer dtype, whole samples. To be shifted before it is sharded: the next token may be held by
-    another rank. Returns [B, S].
+    another rank. Returns [B, S]. Raises ValueError for other tokens, and where their dtype cannot hold `ignore_index`.
     """
+    check_tensor(tokens)
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} of {tokens.dtype} have no labels; give token ids [B, S] of an integer dtype."
+        )
+    held = torch.iinfo(tokens.dtype)
+    if (ignored := integer(ignore_index)) is None or not held.min <= ignored <= held.max:
+        raise ValueError(
+            f"ignore_index={ignore_index!r} is no integer that tokens of {tokens.dtype} hold, {held.min} to "
+            f"{held.max}; give one, or tokens.long()."
+        )
     _check(tokens, layout, dim=1, batch_dim=0)
-    return tokens.roll(-1, dims=1).masked_fill(~has_next(layout, tokens.device), ignore_index)
+    return tokens.roll(-1, dims=1).masked_fill(~has_next(layout, tokens.device), ignored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +142,8 @@ class SequenceLayout:
         return restore(shards, self._layout(shards, dim), dim)
 
     def _layout(self, sequence: Tensor, dim: int) -> EqualChunks:
+        check_tensor(sequence)
+        check_dim(sequence, dim, "tokens")
         length = sequence.size(dim)
         if length % self.num_chunks:
             raise ValueError(
@@ -171,9 +189,64 @@ def _select(tensor: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
     return sharded.movedim((0, 1), (batch_dim, dim)).contiguous()
 
 
+def _concatenated(shards: Sequence[Tensor], layout: StreamLayout, dim: int) -> Tensor:
+    given = tuple(shards)
+    if len(given) != layout.num_ranks:
+        raise ValueError(
+            f"{len(given)} shards are given, and the layout deals to {layout.num_ranks} ranks; give one of each rank."
+        )
+    for rank, each in enumerate(given):
+        check_tensor(each)
+        check_dim(each, dim, "tokens")
+        if each.size(dim) != layout.num_tokens(rank):
+            raise ValueError(
+                f"shards[{rank}] {tuple(each.shape)} has {each.size(dim)} tokens along dim {dim}, and the layout gives "
+                f"rank {rank} {layout.num_tokens(rank)}; give the shards by this layout, in the order of the ranks."
+            )
+        if _but_tokens(each, dim) != _but_tokens(given[0], dim):
+            raise ValueError(
+                f"shards[{rank}] is {tuple(each.shape)} {each.dtype} on {each.device}, and shards[0] "
+                f"{tuple(given[0].shape)} {given[0].dtype} on {given[0].device}; give shards that differ in "
+                f"tokens alone."
+            )
+    return torch.cat(given, dim=dim)
+
+
+def _but_tokens(shard: Tensor, dim: int) -> tuple[object, ...]:
+    return shard.movedim(dim, 0).shape[1:], shard.dtype, shard.device
+
+
+def _rank_of(rank: object, layout: StreamLayout) -> int:
+    """The rank as an integer. Raises ValueError where it is none of the layout's."""
+    number = integer(rank)
+    if number is None or not 0 <= number < layout.num_ranks:
+        raise ValueError(no_rank(rank, layout.num_ranks))
+    return number
+
+
+def check_tensor(tensor: object) -> None:
+    """Raise ValueError for what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"a {type(tensor).__name__} is given in place of a tensor; give torch.as_tensor(...) of it.")
+
+
+def check_dim(tensor: Tensor, dim: int, name: str) -> None:
+    """Raise ValueError unless the tensor has this dim. name: what is along it."""
+    number = integer(dim)
+    if number is None or not -tensor.dim() <= number < tensor.dim():
+        raise ValueError(
+            f"a tensor of {tuple(tensor.shape)} has {tensor.dim()} dims, and none is {dim!r}; give the dim of its "
+            f"{name}."
+        )
+
+
 def _check(tensor: Tensor, layout: StreamLayout, dim: int, batch_dim: int) -> None:
     """Raise ValueError unless these are whole samples of the layout."""
     tokens, samples = sum(layout.samples[0]), len(layout.samples)
+    check_tensor(tensor)
+    check_dim(tensor, dim, "tokens")
+    if samples > 1:
+        check_dim(tensor, batch_dim, "samples")
     if tensor.size(dim) != tokens:
         raise ValueError(
             f"a tensor of {tuple(tensor.shape)} has {tensor.size(dim)} tokens along dim {dim}, and the documents have "

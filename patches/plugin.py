@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mindspeed_cp.comm import ContextParallelGroups
-from mindspeed_cp.comm.groups import carries_cpu_tensors
+from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.packing import Packing

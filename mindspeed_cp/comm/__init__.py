@@ -1,13 +1,21 @@
 """Communication between context-parallel ranks, as objects that are passed."""
 
-from mindspeed_cp.comm.agreement import Agreement
-from mindspeed_cp.comm.communicator import Addressed, Communicator, ProcessGroupCommunicator, Sizes, Transfer
+from mindspeed_cp.comm.agreement import Agreement, Subject
+from mindspeed_cp.comm.communicator import (
+    Addressed,
+    AgreeingCommunicator,
+    Communicator,
+    ProcessGroupCommunicator,
+    Sizes,
+    Transfer,
+)
 from mindspeed_cp.comm.groups import Axes, ContextParallelGroups, RingCommunicators
 from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
 __all__ = [
     "Addressed",
+    "AgreeingCommunicator",
     "Agreement",
     "Axes",
     "Communicator",
@@ -15,6 +23,7 @@ __all__ = [
     "ProcessGroupCommunicator",
     "RingCommunicators",
     "Sizes",
+    "Subject",
     "Traffic",
     "Transfer",
     "VirtualCommunicator",

@@ -23,6 +23,7 @@ Note [Agreement]
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,15 +34,29 @@ _WORDS_BYTES = 1024
 """Longest words that are sent; what is longer is cut."""
 
 
+class Subject(NamedTuple):
+    """What ranks agree on, for messages. call: what they call. way_out: how all can come to it alike."""
+
+    call: str
+    way_out: str
+
+
+ATTENTION = Subject(
+    "attention",
+    "pad to equal shards or give one plan, cast, give one scale and kind of mask, and gradients on all or none",
+)
+
+
 class Agreement:
     """The ranks of a group, which come to a call together, all with the same, or not at all; see Note [Agreement].
 
     communicator: the group. on_host: whether it carries tensors of the CPU, as gloo does; else those of the accelerator
-    are used, and the host waits for it at each call.
+    are used, and the host waits for it at each call. subject: what they call.
     """
 
-    def __init__(self, communicator: Communicator, *, on_host: bool = True) -> None:
+    def __init__(self, communicator: Communicator, *, on_host: bool = True, subject: Subject = ATTENTION) -> None:
         self.communicator = communicator
+        self._subject = subject
         self._on_host = on_host
         self._agreed: set[str] | None = None
         self._calls = 0
@@ -67,7 +82,7 @@ class Agreement:
         place = torch.device("cpu") if self._on_host or device is None else device
         digests = self._gather(torch.frombuffer(bytearray(digest), dtype=torch.int64).to(place))
         if len(set(digests.flatten().tolist())) > 1:
-            raise ValueError(_difference(self._gather_words(said, place)))
+            raise ValueError(_difference(self._gather_words(said, place), self._subject))
         if refusal is not None:
             raise ValueError(refusal)
         if self._agreed is not None:
@@ -122,23 +137,22 @@ class Agreement:
         if silent:
             first = next(iter(silent.values()))
             self._failure = (
-                f"{_ranks(sorted(silent))} of the group of {size} did not come to this call of attention, which rank "
-                f"{rank} has reached: stopped, gone, or elsewhere in the program ({first})"
+                f"{_ranks(sorted(silent))} of the group of {size} did not come to this call of {self._subject.call}, "
+                f"which rank {rank} has reached: stopped, gone, or elsewhere in the program ({first})"
             )
             raise RuntimeError(self._failure) from first
         return rows
 
 
-def _difference(words: Sequence[str]) -> str:
+def _difference(words: Sequence[str], subject: Subject) -> str:
     """One line that says which ranks have come with what."""
     cases: dict[str, list[int]] = {}
     for rank, case in enumerate(words):
         cases.setdefault(case, []).append(rank)
     listed = "; ".join(f"{_ranks(ranks)}: {case}" for case, ranks in cases.items())
     return (
-        f"the ranks of a context-parallel group call attention differently: {listed}; all of them must come to the "
-        f"same call alike: pad to equal shards or give one plan, cast, give one scale and kind of mask, and gradients "
-        f"on all or none."
+        f"the ranks of a context-parallel group call {subject.call} differently: {listed}; all of them must come to "
+        f"the same call alike: {subject.way_out}."
     )
 
 

@@ -1,5 +1,6 @@
 """Collective operations of one group of ranks."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,9 @@ from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 
 # The name since torch 2.13, which warns at each call by the earlier one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_AGREEMENT_TAG = 1
+"""Of the messages of agreements; tensors have 0."""
 
 
 class Transfer(Protocol):
@@ -80,6 +84,20 @@ class Communicator(Protocol):
         ...
 
 
+class AgreeingCommunicator(Communicator, Protocol):
+    """A Communicator whose ranks can agree on what they have come with, see Note [Agreement] in agreement.py."""
+
+    @property
+    def apart(self) -> Communicator:
+        """The same ranks, for messages that are never taken for those of this one, and counted in another traffic."""
+        ...
+
+    @property
+    def on_host(self) -> bool:
+        """Whether `apart` carries tensors of the CPU, as gloo does."""
+        ...
+
+
 class _Message(NamedTuple):
     """way: dist.isend or dist.irecv. peer: rank within the group."""
 
@@ -123,6 +141,16 @@ class ProcessGroupCommunicator:
         """
         ranks = [self.ranks[rank] for rank in ranks]
         return ProcessGroupCommunicator(self.group, traffic or self.traffic, tag=self._tag, ranks=ranks)
+
+    @functools.cached_property
+    def apart(self) -> "ProcessGroupCommunicator":
+        """See AgreeingCommunicator.apart."""
+        return ProcessGroupCommunicator(self.group, tag=_AGREEMENT_TAG, ranks=self.ranks)
+
+    @property
+    def on_host(self) -> bool:
+        """See AgreeingCommunicator.on_host."""
+        return carries_cpu_tensors(self.group)
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""
@@ -227,6 +255,15 @@ class _ProcessGroupTransfer:
                 peers = self._peers if len(self._works) < len(self._peers) else [self._peers[place]]
                 lost = ", ".join(str(peer) for peer in dict.fromkeys(peers))
                 raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
+
+
+def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
+    """Whether the group's backend for tensors of the CPU is there: it is not in a job of NCCL or HCCL alone."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def one_each_way(

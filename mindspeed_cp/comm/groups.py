@@ -19,14 +19,11 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.agreement import Agreement
-from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator
+from mindspeed_cp.comm.communicator import Communicator, ProcessGroupCommunicator, carries_cpu_tensors
 from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.program import Axis
 from mindspeed_cp.topology import CPTopology
-
-_AGREEMENT_TAG = 1
-"""Of the messages of agreements; tensors have 0."""
 
 # A group of the user's may have any order, and its places are those of the grid; new_group sorts unless it is told.
 # Before it could be told, there were no other groups than sorted ones.
@@ -227,26 +224,17 @@ def _open(group: dist.ProcessGroup) -> None:
 
 
 def _agreement_over(group: dist.ProcessGroup) -> Agreement:
-    return _agreement(ProcessGroupCommunicator(group, tag=_AGREEMENT_TAG))
+    return _agreement(ProcessGroupCommunicator(group).apart)
 
 
 def _agreement(communicator: ProcessGroupCommunicator) -> Agreement:
-    return Agreement(communicator, on_host=carries_cpu_tensors(communicator.group))
+    return Agreement(communicator, on_host=communicator.on_host)
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """A device whose tensors the group carries."""
     kind = "cpu" if carries_cpu_tensors(group) else group._device_types[0].type
     return torch.device(kind, 0 if kind == "cpu" else getattr(torch, kind).current_device())
-
-
-def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
-    """Whether the group's backend for tensors of the CPU is there: it is not in a job of NCCL or HCCL alone."""
-    try:
-        group._get_backend(torch.device("cpu"))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:

@@ -1,12 +1,13 @@
 """Virtual ranks: many ranks in one process, each a thread, for tests and for measurements on a single device."""
 
+import functools
 import queue
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +93,13 @@ class VirtualCommunicator:
         self.size = len(self.ranks)
         self.channel = channel
         self.traffic = traffic if traffic is not None else Traffic()
+
+    @functools.cached_property
+    def apart(self) -> "VirtualCommunicator":
+        """See AgreeingCommunicator.apart."""
+        return VirtualCommunicator(self.world, self.ranks, self.ranks[self.rank], f"{self.channel}, apart")
+
+    on_host: ClassVar[bool] = True
 
     def all_to_all(self, send: Tensor, sizes: Sizes | None = None) -> Tensor:
         """See Communicator.all_to_all."""

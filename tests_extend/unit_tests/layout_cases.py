@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
 from mindspeed_cp.plan import CAUSAL, FULL, Band
-from mindspeed_cp.relayout import relayout
+from mindspeed_cp.relayout import gather, relayout
 from mindspeed_cp.sharding import shard
 
 Documents = tuple[int, ...]
@@ -62,3 +62,15 @@ def relayout_and_back(group, source, target, whole):
     moved = relayout(mine, source, target, communicator, 1)
     moved.square().sum().backward()
     return moved.detach(), mine.grad
+
+
+def gather_twice(group, layout, whole):
+    """On a gloo rank: why a gather is refused where dtypes differ, and what one gives where they do not."""
+    communicator = ProcessGroupCommunicator(group)
+    mine = shard(whole, layout, communicator.rank, 1)
+    refused = ""
+    try:
+        gather(mine.int() if communicator.rank == 0 else mine, layout, communicator, 1)
+    except ValueError as error:
+        refused = str(error)
+    return refused, gather(mine, layout, communicator, 1)

@@ -209,11 +209,11 @@ def test_padding_has_no_area():
     [
         ({"num_ranks": 0}, "1 samples over 0 ranks are no layout; give 1 of each or more."),
         ({"samples": ()}, "0 samples over 2 ranks are no layout"),
-        ({"samples": ((3, 0),)}, "sample 0 has 2 documents of 0 tokens and more; documents have 1 token or more"),
-        ({"samples": ((4,), (5, -1))}, "sample 1 has 2 documents of -1 tokens"),
+        ({"samples": ((3, 0),)}, "sample 0: document 1 has 0 tokens; give 1 or more"),
+        ({"samples": ((4,), (5, -1))}, "sample 1: document 1 has -1 tokens"),
         ({"samples": ((3, 1), (3, 2))}, "sample 1 has 5 tokens and sample 0 4; pad them to one length."),
-        ({"samples": ((3, 0, 0, 2),), "padded": True}, "documents of 0 tokens and more with padding; documents have 1"),
-        ({"samples": ((3,),), "padded": True}, "sample 0 has 1 documents .* padding, one for each, 0 or more"),
+        ({"samples": ((3, 0, 0, 2),), "padded": True}, "sample 0: document 1 has 0 tokens; give 1 or more"),
+        ({"samples": ((3,),), "padded": True}, "sample 0 has 1 lengths; with padding give two for each document"),
     ],
 )
 def test_documents_that_are_no_stream_are_refused(rule, options, message):

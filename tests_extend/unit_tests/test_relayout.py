@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
@@ -107,35 +106,3 @@ def test_relayout_over_processes(gloo):
     for rank, (moved, gradient) in enumerate(results):
         assert torch.equal(moved, shard(whole, target, rank, 1))
         assert torch.equal(gradient, 2 * shard(whole, source, rank, 1))
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "tokens", "message"),
-    [
-        (
-            Zigzag(2, ((8,),)),
-            Zigzag(2, ((9,),)),
-            4,
-            "8 tokens of 1 samples on 2 ranks and 9 tokens .* are no two",
-        ),
-        (
-            Zigzag(3, ((8,),)),
-            Zigzag(2, ((8,),)),
-            4,
-            "on 3 ranks and .* on 2 ranks over a group of 2 are no two",
-        ),
-        (Zigzag(2, ((4,),) * 2), Zigzag(2, ((4,),) * 3), 2, "2 samples .* 3 samples .*; give those, and the group"),
-        (
-            Zigzag(2, ((8,),)),
-            DocumentZigzag(2, ((8,),)),
-            5,
-            r"a shard of \(2, 5\), and the source layout gives it 4 tok",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_sent(source, target, tokens, message):
-    world = VirtualWorld(2)
-    communicator = VirtualCommunicator(world, (0, 1), 0, "relayout")
-    with pytest.raises(ValueError, match=message):
-        relayout(torch.zeros(2, tokens), source, target, communicator, 1)
-    assert not communicator.traffic.calls
