@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true", help="paint on one rank too, and show both")
     parser.add_argument("--output", type=Path, default=Path("runs/picture.png"))
     parser.add_argument("--models", type=Path, default=Path("runs/shapes"), help="where trained models are kept")
-    parser.add_argument("--train-steps", type=int, default=600)
+    parser.add_argument("--train-steps", type=int, default=1500)
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")

@@ -64,7 +64,7 @@ class MeshAttention:
         scale: factor on the scores, 1 / sqrt(D) by default.
 
         Returns [B, N, S, V], or [B, S, N, V], in the dtype of q; differentiable. Raises ValueError for tensors that do
-        not fit, and for heads that the Ulysses degree does not divide.
+        not fit, and where there are fewer query heads than the Ulysses degree.
         """
         q, k, v = (_bnsd(x, dims) for x in (q, k, v))
         self.check(q, k, v)
@@ -120,7 +120,7 @@ class MeshAttention:
             raise ValueError(f"{shapes}: the key heads divide the query heads.")
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one dtype.")
-        refuse_heads(self.mesh, q.size(1), k.size(1))
+        refuse_heads(self.mesh, q.size(1))
 
     @functools.cached_property
     def _without_gradients(self) -> RingAttention | UlyssesAttention:
@@ -147,16 +147,15 @@ class MeshAttention:
         return UlyssesAttention(communicators["ulysses"], groups, self.mesh.index("ring"), ring)
 
 
-def refuse_heads(mesh: ParallelMesh, heads: int, key_heads: int) -> None:
-    """Raise ValueError where the Ulysses degree does not divide the heads that a rank of tensor parallelism has."""
+def refuse_heads(mesh: ParallelMesh, heads: int) -> None:
+    """Raise ValueError where a rank of a Ulysses group would get none of a tensor-parallel rank's query heads."""
     degree, sequence = mesh.shape.ulysses, mesh.shape.sequence
-    if heads % degree or key_heads % degree:
-        common = math.gcd(heads, key_heads)
-        fits = [each for each in range(1, sequence + 1) if common % each == 0 and sequence % each == 0]
+    if heads < degree:
+        fits = [each for each in range(1, heads + 1) if sequence % each == 0]
         ways = " or ".join(f"ulysses={each}, ring={sequence // each}" for each in reversed(fits))
         raise ValueError(
-            f"ulysses={degree} does not divide {heads} query and {key_heads} key heads of a rank (tp={mesh.shape.tp}); "
-            f"use {ways}."
+            f"ulysses={degree} is more than the {heads} query heads of a rank (tp={mesh.shape.tp}), and each rank of "
+            f"its group attends for one at least; use {ways}."
         )
 
 

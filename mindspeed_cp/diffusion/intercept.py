@@ -38,8 +38,8 @@ def parallel_attention(module: nn.Module, mesh: ParallelMesh, *, kernels: Kernel
 
     The module is given this rank's share of the tokens; what all ranks have, such as a prompt's, may be given whole to
     cross-attention. See Note [Replicated or shared]. Its forward pass raises ValueError for a mask, dropout or
-    causality where keys are shared, for heads that the Ulysses degree does not divide, and where attention does not go
-    through torch's function.
+    causality where keys are shared, for fewer heads than the Ulysses degree, and where attention does not go through
+    torch's function.
     """
     calls = AttentionCalls(mesh, kernels)
     forward = module.forward

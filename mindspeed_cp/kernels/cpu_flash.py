@@ -39,11 +39,12 @@ class CpuFlashKernel:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
+        added = _bias(terms, q)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, _is_causal(terms), attn_mask=_bias(terms, q), scale=terms.scale
+            q, k, v, 0.0, _is_causal(terms), attn_mask=added, scale=terms.scale
         )
-        if terms.visible is not None:  # Rows that see no key have a log-sum-exp of 0 here.
-            lse = lse.masked_fill(~terms.visible.any(dim=-1), -torch.inf)
+        if added is not None:  # Rows that see no key have a log-sum-exp of 0 here; a bias may be -inf, too.
+            lse = lse.masked_fill((added == -torch.inf).all(dim=-1), -torch.inf)
         return BlockOutput(out, lse)
 
     def backward(
@@ -52,11 +53,12 @@ class CpuFlashKernel:
         """See BlockKernel.backward."""
         dout, q, k, v = (_with_dense_heads(x) for x in (dout, q, k, v))
         # exp(-inf - lse) is 0 in rows that see no key, if their log-sum-exp is a number.
-        lse = output.lse if terms.visible is None else output.lse.masked_fill(output.lse == -torch.inf, 0.0)
+        added = _bias(terms, q)
+        lse = output.lse if added is None else output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         return BlockGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(dout, q, k, v, output.out.to(q.dtype), lse, 0.0, _is_causal(terms)),
-                attn_mask=_bias(terms, q),
+                attn_mask=added,
                 scale=terms.scale,
             )
         )

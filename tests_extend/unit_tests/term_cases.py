@@ -189,7 +189,7 @@ def restored(case: TermCase, shards: Sequence[Found]) -> Found:
         name: torch.cat([getattr(shard, name) for shard in shards], dim=2)[:, :, order]
         for name in ("out", "lse", "dq", "dk", "dv", "dbias")
     }
-    added = {name: torch.stack([getattr(shard, name) for shard in shards]).sum(0) for name in ("dsinks", "dslopes")}
+    added = {name: sum(getattr(shard, name).double() for shard in shards) for name in ("dsinks", "dslopes")}
     return Found(**joined, **added, largest=torch.stack([shard.largest for shard in shards]).amax(0))
 
 

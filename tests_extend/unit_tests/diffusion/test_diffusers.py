@@ -29,7 +29,7 @@ SAMPLE = [
     MeshShape(cfg=2, ring=2, tp=2),
     MeshShape(cfg=3, ulysses=2),
     MeshShape(ring=2, ulysses=2),
-    MeshShape(ring=3),
+    MeshShape(ulysses=3),
 ]
 
 
