@@ -21,6 +21,7 @@ from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
+from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.rotary import rotary_patches
@@ -80,6 +81,7 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config = config
+    plugin.documents, plugin.apart_by, plugin.packing = None, None, Packing()
     return config
 
 

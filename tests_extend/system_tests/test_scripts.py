@@ -69,6 +69,7 @@ def test_feature_script_fails_when_the_losses_differ(tmp_path):
     [
         ("hybrid", {}, 20),
         *((name, {"ITERS": "3", "SEQ_LENGTH": "64"}, 3) for name in ("ring_attention", "double_ring")),
+        *((name, {"ITERS": "3", "CP": "2", "MICRO_BATCH": "2"}, 3) for name in ("packed_documents", "sliding_windows")),
     ],
 )
 def test_feature_script_passes(feature, environment, iterations, tmp_path):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.patches.document_rule import DocumentRule
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
@@ -23,6 +24,13 @@ def test_configure_sets_what_the_flags_set(adaptor, plugin):
     assert config == ContextParallelConfig(
         context_parallel_size=4, context_parallel_algo="megatron_cp_algo", cp_window_size=2
     )
+
+
+def test_configure_forgets_the_documents_of_earlier_arguments(adaptor, plugin, monkeypatch):
+    monkeypatch.setattr(plugin, "documents", DocumentRule())
+    monkeypatch.setattr(plugin, "apart_by", "--reset-attention-mask")
+    adaptor.configure(context_parallel_size=4)
+    assert (plugin.documents, plugin.apart_by) == (None, None)
 
 
 def test_configure_checks_the_rules(adaptor, plugin):
