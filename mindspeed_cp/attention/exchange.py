@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
-from mindspeed_cp.kernels.calls import Place, in_all_samples, part, place_within
+from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
 from mindspeed_cp.program import Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
@@ -78,7 +78,7 @@ class Player:
     def heads(self, piece: int | None, num_heads: int) -> slice:
         """The heads of a piece; all of them for None."""
         if piece is None:
-            return slice(None)
+            return ALL
         share = num_heads // self.program.pieces
         return slice(piece * share, (piece + 1) * share)
 

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
-from mindspeed_cp.kernels.calls import Place, part
-
-_ALL = slice(None)
+from mindspeed_cp.kernels.calls import ALL, Place, part
 
 
 def _token_major(like: Tensor, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
@@ -36,7 +34,7 @@ class TokenSum:
         self._single: Tensor | None = None
         self._total: Tensor | None = None
 
-    def add(self, partial: Tensor, place: Place, heads: slice = _ALL) -> None:
+    def add(self, partial: Tensor, place: Place, heads: slice = ALL) -> None:
         """Add the gradient of some tokens and heads, [b, h, s, D] in any dtype, as `place` takes them."""
         if self._is_empty and isinstance(place.tokens, slice) and partial.shape == self._like.shape:
             self._single = partial
@@ -89,7 +87,7 @@ class MergedOutput:
         """For queries q [B, N, S, D] and values v [B, G, T, V]."""
         return cls(q.new_empty(()).expand(*q.shape[:3], v.size(3)), kernels)
 
-    def merge(self, more: BlockOutput, place: Place, heads: slice = _ALL) -> None:
+    def merge(self, more: BlockOutput, place: Place, heads: slice = ALL) -> None:
         """Add the attention of some queries and heads over some more keys, as `place` takes them."""
         if self._is_empty and isinstance(place.tokens, slice) and more.out.shape == self._like.shape:
             self._single = more

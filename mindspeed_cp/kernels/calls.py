@@ -41,7 +41,8 @@ _SMALL = 2**16
 _WORTH = 4
 """So many tiles share a call, or none."""
 
-_ALL = slice(None)
+ALL = slice(None)
+"""All of a dim: this very object is known at a glance."""
 _Made = TypeVar("_Made")
 
 
@@ -66,14 +67,14 @@ class Place(NamedTuple):
 
 def part(x: Tensor, dim: int, of: slice) -> Tensor:
     """x[:, .., of] along `dim`: one operation where indexing is one for each dim, and none where it is all of it."""
-    if of == _ALL or (of.start == 0 and of.stop == x.size(dim)):
+    if of is ALL or ((of.start or 0) == 0 and of.stop in (None, x.size(dim))):
         return x
     return x.narrow(dim, of.start, of.stop - of.start)
 
 
 def in_all_samples(tokens: slice) -> Place:
     """Where these tokens are in every sample."""
-    return Place(slice(None), tokens)
+    return Place(ALL, tokens)
 
 
 class Gathered(NamedTuple):
@@ -203,7 +204,7 @@ def place_within(tokens: Sequence[slice], wanted: slice) -> slice:
 
 def of_sample(sample: int | None) -> slice:
     """The part of a batch that a tile is of."""
-    return slice(None) if sample is None else slice(sample, sample + 1)
+    return ALL if sample is None else slice(sample, sample + 1)
 
 
 def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> tuple[Call, ...]:
