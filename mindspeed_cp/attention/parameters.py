@@ -1,6 +1,6 @@
 """Gradients of learnable terms, summed over the context-parallel ranks for programs that have no reducer to do it.
 
-A head's sink and slope are the same on all ranks, and each finds the part of their gradients that is of its own queries.
+A head's sink and slope are the same on all ranks, and each finds the part of their gradients that is of its queries.
 A bias is not among them: its rows are those of a rank's own queries, and so is all of its gradient.
 """
 

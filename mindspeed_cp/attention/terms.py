@@ -96,9 +96,18 @@ class Terms(AttentionTerms):
             Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
             Term.BIAS_GRADIENT: is_learnt(self.bias),
-            Term.DROPOUT: self.dropout is not None and self.dropout.rate > 0.0,
+            Term.DROPOUT: self._drops and not self._drops_by_kernel,
+            Term.KERNEL_DROPOUT: self._drops and self._drops_by_kernel,
         }
         return frozenset(term for term, is_needed in needs.items() if is_needed)
+
+    @property
+    def _drops(self) -> bool:
+        return self.dropout is not None and self.dropout.rate > 0.0
+
+    @property
+    def _drops_by_kernel(self) -> bool:
+        return self.dropout is not None and self.dropout.by_kernel
 
     @property
     def _sinks(self) -> Tensor | None:
@@ -202,7 +211,7 @@ class TermsOfTiles:
             softcap=terms.softcap,
             alibi_slopes=None if slopes is None else part(slopes, 0, heads),
             bias=None if terms.bias is None else self._columns(terms.bias, owner, call, heads),
-            dropout=self._dropout(dropout, heads) if dropout is not None and Term.DROPOUT in self._needs else None,
+            dropout=self._dropout(dropout, heads) if dropout is not None and self._needs & _DROPOUT else None,
             terms=self._needs,
             gradients=self._taken_in(owner, call, heads),
         )
@@ -256,7 +265,8 @@ class TermsOfTiles:
         return rows[..., tile.queries, :].index_select(-1, self.columns(owner, call))
 
 
-_BY_POSITION = frozenset({Term.ALIBI, Term.DROPOUT})
+_DROPOUT = frozenset({Term.DROPOUT, Term.KERNEL_DROPOUT})
+_BY_POSITION = frozenset({Term.ALIBI}) | _DROPOUT
 
 
 def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
