@@ -26,6 +26,7 @@ def build_attention(
     transport: Transport | None = None,
     pieces: int = 1,
     traffic: Traffic | None = None,
+    reduce_parameters: bool = False,
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
 
@@ -39,6 +40,8 @@ def build_attention(
         `planner.best_pieces` finds how many are worth it. They divide the K/V heads of a rank.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
         `attention.agreement.communicator.traffic`.
+    reduce_parameters: whether the gradients of sinks and slopes are summed over the ranks here, for programs without a
+        data-parallel reducer that takes in the context-parallel ranks: with one they would count twice.
 
     Raises ValueError where the group's size is not `config.context_parallel_size`, or a mesh has several dimensions.
     """
@@ -60,7 +63,10 @@ def build_attention(
         transport=transport,
         pieces=pieces,
     )
-    return ContextParallelAttention(attention, config, layout, groups.agreement, transport, pieces)
+    parameters = None
+    if reduce_parameters:
+        parameters = groups.parents[2].subset(range(config.context_parallel_size), traffic)
+    return ContextParallelAttention(attention, config, layout, groups.agreement, transport, pieces, parameters)
 
 
 def compose_attention(

@@ -12,8 +12,9 @@ from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from mindspeed_cp.attention.parameters import with_summed_gradients
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
-from mindspeed_cp.comm import Agreement
+from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import BlockCase, TileTerms
@@ -157,7 +158,8 @@ class ContextParallelAttention:
     """Attention that its ranks enter with the same case, or not at all; what `build_attention` gives.
 
     attention: what computes it. config, layout, transport, pieces: how it was built; the same on all ranks. agreement:
-    of these ranks; None for one that is alone.
+    of these ranks; None for one that is alone. parameters: of these ranks, where the gradients of sinks and slopes are
+    summed over them; None where that is somebody else's to do.
     """
 
     attention: Attention
@@ -166,6 +168,7 @@ class ContextParallelAttention:
     agreement: Agreement | None = None
     transport: Transport | None = None
     pieces: int = 1
+    parameters: Communicator | None = None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
@@ -268,6 +271,7 @@ class ContextParallelAttention:
             self.agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
         elif refusal is not None:
             raise ValueError(refusal)
+        terms = with_summed_gradients(terms, self.parameters)
         # Fused kernels take a factor above 0 for granted.
         if factor < 0:
             return PreparedCall(-q, k, v, -factor, visible, plan, terms)
@@ -292,6 +296,7 @@ class ContextParallelAttention:
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
         transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
         transport += f" in {self.pieces} pieces" * (self.pieces > 1)
+        transport += ", gradients of parameters summed" * (self.parameters is not None)
         return (
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
             f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"

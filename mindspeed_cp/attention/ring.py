@@ -50,6 +50,7 @@ from mindspeed_cp.kernels import (
     BlockOutput,
     KernelRegistry,
     MergeKernel,
+    Term,
     TileTerms,
 )
 from mindspeed_cp.kernels.calls import Call, calls, part
@@ -178,7 +179,8 @@ def _backward_pass(
 ) -> RingPass:
     """The pass in which every tile is computed by the kernel that computed it in the forward pass.
 
-    Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts.
+    Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts, or
+    has drawn dropout for the whole by its own coordinates.
     """
     rank, transport, pieces = forward.program.rank, forward.transport, forward.program.pieces
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
@@ -186,7 +188,7 @@ def _backward_pass(
     def share(step: Step) -> BlockCase:
         return case if step.piece is None else _share(case, pieces)
 
-    for in_two in (True, False):
+    for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
         made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
         try:
             each = tuple(
@@ -368,9 +370,10 @@ def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tens
 def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
     """What the kernel has kept of this call; of another of its calls where only parts of that one are computed again.
 
-    As long as nothing is drawn at random it is the same of all.
+    As long as the kernel draws nothing at random it is the same of all.
     """
     if call in states:
         return states[call]
+    assert Term.KERNEL_DROPOUT not in call.case.terms, "another call's dropout is not this one's"
     name = call.kernel.name
     return next(state for done, state in states.items() if done.kernel.name == name)

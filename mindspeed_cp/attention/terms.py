@@ -37,7 +37,7 @@ class AttentionTerms:
     dropout: of the probabilities; see there.
 
     Gradients of these parameters are this rank's part of them, as those of every weight: data-parallel reducers, which
-    take in the context-parallel ranks, add them up.
+    take in the context-parallel ranks, add them up. Without such a reducer, `build_attention(reduce_parameters=True)`.
     """
 
     sinks: Tensor | float | None = None
@@ -93,12 +93,21 @@ class Terms(AttentionTerms):
         needs = {
             Term.SOFTCAP: self.softcap is not None,
             Term.ALIBI: self.alibi_slopes is not None,
-            Term.SLOPE_GRADIENT: _is_learnt(self.alibi_slopes),
+            Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
-            Term.BIAS_GRADIENT: _is_learnt(self.bias),
-            Term.DROPOUT: self.dropout is not None and self.dropout.rate > 0.0,
+            Term.BIAS_GRADIENT: is_learnt(self.bias),
+            Term.DROPOUT: self._drops and not self._drops_by_kernel,
+            Term.KERNEL_DROPOUT: self._drops and self._drops_by_kernel,
         }
         return frozenset(term for term, is_needed in needs.items() if is_needed)
+
+    @property
+    def _drops(self) -> bool:
+        return self.dropout is not None and self.dropout.rate > 0.0
+
+    @property
+    def _drops_by_kernel(self) -> bool:
+        return self.dropout is not None and self.dropout.by_kernel
 
     @property
     def _sinks(self) -> Tensor | None:
@@ -150,7 +159,7 @@ def terms_words(terms: AttentionTerms | None) -> str:
         ("sinks", _said(terms.sinks)),
         ("softcap", terms.softcap),
         ("ALiBi", _said(terms.alibi_slopes)),
-        ("a bias", None if terms.bias is None else (bias, _is_learnt(terms.bias))),
+        ("a bias", None if terms.bias is None else (bias, is_learnt(terms.bias))),
         ("", terms.dropout),
     )
     return "".join(f", {name} {value}".replace(",  ", ", ") for name, value in said if value is not None)
@@ -158,10 +167,11 @@ def terms_words(terms: AttentionTerms | None) -> str:
 
 def _said(x: Tensor | float | None) -> object:
     """A parameter in words: its shape, and whether it is learnt; its numbers are those of every rank by replication."""
-    return (*x.shape, "learnable" if _is_learnt(x) else "fixed") if isinstance(x, Tensor) else x
+    return (*x.shape, "learnable" if is_learnt(x) else "fixed") if isinstance(x, Tensor) else x
 
 
-def _is_learnt(x: Tensor | None) -> bool:
+def is_learnt(x: Tensor | None) -> bool:
+    """Whether its gradient is wanted now."""
     return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
@@ -201,7 +211,7 @@ class TermsOfTiles:
             softcap=terms.softcap,
             alibi_slopes=None if slopes is None else part(slopes, 0, heads),
             bias=None if terms.bias is None else self._columns(terms.bias, owner, call, heads),
-            dropout=self._dropout(dropout, heads) if dropout is not None and Term.DROPOUT in self._needs else None,
+            dropout=self._dropout(dropout, heads) if dropout is not None and self._needs & _DROPOUT else None,
             terms=self._needs,
             gradients=self._taken_in(owner, call, heads),
         )
@@ -255,7 +265,8 @@ class TermsOfTiles:
         return rows[..., tile.queries, :].index_select(-1, self.columns(owner, call))
 
 
-_BY_POSITION = frozenset({Term.ALIBI, Term.DROPOUT})
+_DROPOUT = frozenset({Term.DROPOUT, Term.KERNEL_DROPOUT})
+_BY_POSITION = frozenset({Term.ALIBI}) | _DROPOUT
 
 
 def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:

@@ -48,22 +48,22 @@ class FlashAttnKernel:
             version = import_module("flash_attn").__version__
             if Version(version) < Version(_OLDEST):
                 missing = [f"needs flash_attn {_OLDEST} or newer, not {version}"]
-        return flash_reasons(case) + _window_reasons(case) + term_reasons(case, Term.SOFTCAP) + missing
+        return flash_reasons(case) + _window_reasons(case) + _term_reasons(case) + missing
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
         if terms.segments is not None:
-            out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
+            out, lse, _, state = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
                 *(_packed(x) for x in (q, k, v)),
                 *terms.segments,
-                *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
+                *(_rate(terms), terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
             )
-            return BlockOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0))
-        out, lse, *_ = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
+            return BlockOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0), _kept(state, terms))
+        out, lse, _, state = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
             *(_tokens_first(x) for x in (q, k, v)),
-            *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
+            *(_rate(terms), terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
         )
-        return BlockOutput(out.transpose(1, 2), lse)
+        return BlockOutput(out.transpose(1, 2), lse, _kept(state, terms))
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
@@ -78,7 +78,15 @@ class FlashAttnKernel:
                 output.lse.squeeze(0).contiguous(),
                 *gradients,
                 *terms.segments,
-                *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, deterministic),
+                *(
+                    _rate(terms),
+                    terms.scale,
+                    *_window(terms),
+                    terms.softcap or _NO_SOFTCAP,
+                    _NO_ALIBI,
+                    deterministic,
+                    *output.state,
+                ),
             )
             return BlockGradients(*(x.transpose(0, 1).unsqueeze(0) for x in gradients))
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
@@ -86,7 +94,15 @@ class FlashAttnKernel:
             *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
             output.lse.contiguous(),  # Its strides are never looked at.
             *gradients,
-            *(_NO_DROPOUT, terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, deterministic),
+            *(
+                _rate(terms),
+                terms.scale,
+                *_window(terms),
+                terms.softcap or _NO_SOFTCAP,
+                _NO_ALIBI,
+                deterministic,
+                *output.state,
+            ),
         )
         return BlockGradients(*(x.transpose(1, 2) for x in gradients))
 
@@ -138,6 +154,27 @@ class FlashAttn3Kernel:
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return BlockGradients(*(x.transpose(1, 2) for x in gradients))
+
+
+def _term_reasons(case: BlockCase) -> list[str]:
+    """Terms that it does not take; its dropout is by coordinates of its own, within a call."""
+    reasons = term_reasons(case, Term.SOFTCAP, Term.DROPOUT, Term.KERNEL_DROPOUT)
+    if Term.DROPOUT in case.terms:
+        reasons.append(
+            "draws dropout by coordinates of its own: valid, not the same as at CP = 1; Dropout(by_kernel=True) allows it"
+        )
+    if {Term.SOFTCAP, Term.KERNEL_DROPOUT} <= case.terms:
+        reasons.append("takes no softcap beside dropout")
+    return reasons
+
+
+def _rate(terms: TileTerms) -> float:
+    return terms.dropout.rate if terms.dropout is not None else _NO_DROPOUT
+
+
+def _kept(state: Tensor, terms: TileTerms) -> tuple[Tensor, ...]:
+    """What the backward pass draws the same dropout from."""
+    return () if terms.dropout is None else (state,)
 
 
 def _import_reasons(module: str, case: BlockCase) -> list[str]:

@@ -73,6 +73,7 @@ class Term(Enum):
     BIAS = "bias"
     BIAS_GRADIENT = "gradient of a bias"
     DROPOUT = "dropout by position"
+    KERNEL_DROPOUT = "dropout by the kernel"
 
 
 class Positions(NamedTuple):
@@ -87,7 +88,7 @@ class Positions(NamedTuple):
 
 
 class DropoutTerms(NamedTuple):
-    """rate: of the probabilities that are dropped. key: of the generator, see philox.py. heads: [N] int64, by which
+    """rate: of the probabilities that are dropped. What follows is for dropout by position. key: of the generator, see philox.py. heads: [N] int64, by which
     numbers the generator knows the tile's heads.
     """
 

@@ -149,25 +149,36 @@ def efficient_backward(
 
 def _flash_attn_forward(
     q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-    return_softmax,
+    return_softmax, rng_state=None,
 ):  # fmt: skip
-    require(alibi_slopes is None, "has other options")
-    require(dropout_p == 0 and not return_softmax, "is called with other options")
+    require(alibi_slopes is None and not return_softmax, "is called with other options")
+    require(not (softcap and dropout_p), "Softcapping does not support dropout for now")
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
     check_flash(*tensors)
     hidden = hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1))
-    out, lse = attend(*tensors, hidden, softmax_scale, softcap=softcap)
-    return torch.empty_like(q).copy_(out.transpose(1, 2)), lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+    rng_state = torch.randint(2**31, (2,)) if rng_state is None else rng_state
+    keep = kept_by(rng_state, dropout_p, tensors[0], k.size(1))
+    out, lse = attend(*tensors, hidden, softmax_scale, softcap=softcap, keep=keep)
+    return torch.empty_like(q).copy_(out.transpose(1, 2)), lse, q.new_empty(0), rng_state
+
+
+def kept_by(rng_state: Tensor, rate: float, q: Tensor, num_keys: int) -> Tensor | None:
+    """What dropout multiplies the probabilities of a call with: the state and places in the call say what is drawn."""
+    if not rate:
+        return None
+    generator = torch.Generator().manual_seed(int(rng_state.sum()))
+    return (torch.rand(*q.shape[:3], num_keys, generator=generator) >= rate) / (1 - rate)
 
 
 def _flash_attn_backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
     window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    require(alibi_slopes is None, "has other options")
-    require(dropout_p == 0 and isinstance(deterministic, bool), "is called with other options")
+    require(alibi_slopes is None and isinstance(deterministic, bool), "is called with other options")
+    require(not dropout_p or rng_state is not None, "draws dropout anew where it is given no state")
     hidden = hidden_by(causal, window_size_left, window_size_right, q.size(1), k.size(1))
-    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden, softcap)
+    keep = kept_by(rng_state, dropout_p, q.transpose(1, 2), k.size(1))
+    write_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, hidden, softcap, keep)
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
 
 
@@ -178,11 +189,13 @@ def _flash_attn_varlen_forward(
 ):  # fmt: skip
     out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
     options = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    for rows, keys in segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    rng_state = torch.randint(2**31, (2,))
+    parts = segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    for number, (rows, keys) in enumerate(parts):
         part = [x.unsqueeze(0) for x in (q[rows], k[keys], v[keys])]
-        one, of_one, *_ = _flash_attn_forward(*part, *options, return_softmax)
+        one, of_one, *_ = _flash_attn_forward(*part, *options, return_softmax, rng_state + number)
         out[rows], lse[:, rows] = one.squeeze(0), of_one.squeeze(0)
-    return out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+    return out, lse, q.new_empty(0), rng_state
 
 
 def _flash_attn_varlen_backward(
@@ -192,11 +205,13 @@ def _flash_attn_varlen_backward(
 ):  # fmt: skip
     require(softmax_lse.shape == (q.size(1), q.size(0)) and softmax_lse.is_contiguous(), "lse is not [N, T]")
     options = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    for rows, keys in segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    parts = segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    for number, (rows, keys) in enumerate(parts):
         dout_, q_, out_, dq_ = (x[rows].unsqueeze(0) for x in (dout, q, out, dq))
         k_, v_, dk_, dv_ = (x[keys].unsqueeze(0) for x in (k, v, dk, dv))
         lse = softmax_lse[:, rows].unsqueeze(0).contiguous()
-        _flash_attn_backward(dout_, q_, k_, v_, out_, lse, dq_, dk_, dv_, *options, deterministic)
+        state = None if rng_state is None else rng_state + number
+        _flash_attn_backward(dout_, q_, k_, v_, out_, lse, dq_, dk_, dv_, *options, deterministic, state)
 
 
 def segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
@@ -254,14 +269,14 @@ def _flash_attn_3_backward(
     return softmax_lse.new_empty(*softmax_lse.shape[:2], q.size(1) + -q.size(1) % 128)
 
 
-def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, hidden, softcap=0.0):
+def write_gradients(dout, q, k, v, out, lse, dq, dk, dv, scale, hidden, softcap=0.0, keep=None):
     tensors = [x.transpose(1, 2) for x in (q, k, v)]
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     check_flash(*tensors)
     check_backward(dout, tensors[0], tensors[2], out, lse)
     check_aligned(dout, "dout")
     check_aligned(out, "out")
-    results = gradients(dout, *tensors, out, lse, hidden, scale, softcap=softcap)
+    results = gradients(dout, *tensors, out, lse, hidden, scale, softcap=softcap, keep=keep)
     for gradient, x, result in zip((dq, dk, dv), (q, k, v), results, strict=True):
         require(gradient.shape == x.shape and gradient.dtype == x.dtype, "dq, dk or dv has another shape or dtype")
         check_aligned(gradient, "dq, dk or dv")
@@ -326,23 +341,29 @@ def check_backward(dout: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor)
 # What they compute.
 
 
-def attend(q, k, v, causal, scale, bias=None, softcap=0.0) -> tuple[Tensor, Tensor]:
-    """Output in the dtype of q and log-sum-exp in fp32. causal: or a tensor [S, T] of what is hidden."""
+def attend(q, k, v, causal, scale, bias=None, softcap=0.0, keep=None) -> tuple[Tensor, Tensor]:
+    """Output in the dtype of q and log-sum-exp in fp32. causal: or a tensor [S, T] of what is hidden. keep: a factor on
+    each probability.
+    """
     scores = scores_of(q, k, causal, scale, bias, softcap)
     lse = scores.logsumexp(dim=-1)
     require((lse > -torch.inf).all(), "releases differ in what they give for rows that see nothing")
-    return (scores.softmax(dim=-1) @ per_query_head(v, q)).to(q.dtype), lse
+    probs = scores.softmax(dim=-1) if keep is None else scores.softmax(dim=-1) * keep
+    return (probs @ per_query_head(v, q)).to(q.dtype), lse
 
 
-def gradients(dout, q, k, v, out, lse, causal, scale, bias=None, softcap=0.0) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    dout, q, k, v, out, lse, causal, scale, bias=None, softcap=0.0, keep=None
+) -> tuple[Tensor, Tensor, Tensor]:
     scores = scores_of(q, k, causal, scale, bias, softcap)
     probs = (scores - lse.unsqueeze(-1)).exp()
     keys, values, dout = per_query_head(k, q), per_query_head(v, q), dout.float()
     delta = (dout * out.float()).sum(dim=-1, keepdim=True)
-    dscores = probs * (dout @ values.mT - delta) * scale
+    keep = 1.0 if keep is None else keep
+    dscores = probs * (keep * (dout @ values.mT) - delta) * scale
     if softcap:
         dscores = dscores * (1 - (scores.masked_fill(scores.isinf(), 0.0) / softcap) ** 2)
-    dk, dv = dscores.mT @ q.float(), probs.mT @ dout
+    dk, dv = dscores.mT @ q.float(), (probs * keep).mT @ dout
     dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(dim=2) for x in (dk, dv))
     return (dscores @ keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
