@@ -24,12 +24,17 @@ def with_summed_gradients(terms: AttentionTerms | None, communicator: Communicat
     """
     if terms is None or communicator is None:
         return terms
-    given = {"sinks": terms.sinks, "alibi_slopes": terms.alibi_slopes}
-    learnt = {name: x for name, x in given.items() if isinstance(x, Tensor) and is_learnt(x)}
+    sinks, slopes = terms.sinks, terms.alibi_slopes
+    learnt = [x for x in (sinks, slopes) if isinstance(x, Tensor) and is_learnt(x)]
     if not learnt:
         return terms
-    summed: Sequence[Tensor] = _SummedGradients.apply(communicator, *learnt.values())
-    return replace(terms, **dict(zip(learnt, summed, strict=True)))
+    given: Sequence[Tensor] = _SummedGradients.apply(communicator, *learnt)
+    summed = {id(x): y for x, y in zip(learnt, given, strict=True)}
+    return replace(
+        terms,
+        sinks=summed.get(id(sinks), sinks),
+        alibi_slopes=None if slopes is None else summed.get(id(slopes), slopes),
+    )
 
 
 class _SummedGradients(torch.autograd.Function):

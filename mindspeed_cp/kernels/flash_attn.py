@@ -161,7 +161,8 @@ def _term_reasons(case: BlockCase) -> list[str]:
     reasons = term_reasons(case, Term.SOFTCAP, Term.DROPOUT, Term.KERNEL_DROPOUT)
     if Term.DROPOUT in case.terms:
         reasons.append(
-            "draws dropout by coordinates of its own: valid, not the same as at CP = 1; Dropout(by_kernel=True) allows it"
+            "draws dropout by coordinates of its own: valid, not the same as at CP = 1; Dropout(by_kernel=True) allows "
+            "it"
         )
     if {Term.SOFTCAP, Term.KERNEL_DROPOUT} <= case.terms:
         reasons.append("takes no softcap beside dropout")

@@ -38,9 +38,8 @@ class Dropout:
     rate: in [0, 1). seed: of the job. layer, micro_batch, data_parallel_rank: what tells its attentions apart; a
     recomputation gives the same ones. first_head: the number of the first head, where tensor-parallel ranks before this
     one have others.
-    by_kernel: kernels may draw by coordinates and a generator of their own. That is valid, and not the same as on another
-        number of ranks, nor as at CP = 1. Of the numbers above such a kernel reads the rate alone: seed the generator of
-        the device differently on each rank.
+    by_kernel: kernels may draw by coordinates and a generator of their own. That is valid, and not the same as at
+        CP = 1. Such a kernel reads the rate alone: seed the generator of the device differently on each rank.
 
     Raises ValueError for a rate outside of [0, 1), or a number below 0.
     """

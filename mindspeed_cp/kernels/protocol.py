@@ -88,8 +88,8 @@ class Positions(NamedTuple):
 
 
 class DropoutTerms(NamedTuple):
-    """rate: of the probabilities that are dropped. What follows is for dropout by position. key: of the generator, see philox.py. heads: [N] int64, by which
-    numbers the generator knows the tile's heads.
+    """rate: of the probabilities that are dropped. For dropout by position, key: of the generator, see philox.py, and
+    heads: [N] int64, by which numbers it knows the tile's heads.
     """
 
     rate: float
