@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from mindspeed_cp.attention import RingCommunicators, compose_attention
 from mindspeed_cp.comm import VirtualCommunicator
 from mindspeed_cp.tensor_parallel import on_virtual_ranks, plan_mesh
@@ -26,6 +29,19 @@ class MeshCase(NamedTuple):
     def run(self, function):
         """What `function(mesh)` returns on each virtual rank."""
         return on_virtual_ranks(function, *plan_mesh(self.kind, self.ranks, **dict(self.sizes)), timeout_s=LIMIT_S)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Random ones in fp64, the same on every rank."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomize(module: nn.Module, scale: float = 1.0) -> nn.Module:
+    """The same numbers in its parameters on every rank."""
+    for seed, parameter in enumerate(module.parameters()):
+        with torch.no_grad():
+            parameter.copy_(numbers(*parameter.shape, seed=seed) * scale)
+    return module
 
 
 def xy(x: int, y: int, **around: int) -> MeshCase:

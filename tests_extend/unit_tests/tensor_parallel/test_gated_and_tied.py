@@ -20,7 +20,7 @@ from mindspeed_cp.tensor_parallel import (
     unshard,
 )
 from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MeshCase, xy
+from unit_tests.tensor_parallel.mesh_cases import MeshCase, numbers, randomize, xy
 
 HIDDEN, FFN, SEQUENCE, VOCABULARY = 36, 72, 12, 72
 EACH_KIND = [
@@ -33,20 +33,9 @@ EACH_KIND = [
 ]
 
 
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomize(module):
-    for seed, parameter in enumerate(module.parameters()):
-        with torch.no_grad():
-            parameter.copy_(numbers(*parameter.shape, seed=seed) / 4)
-    return module
-
-
 def gated():
     sizes = {"gate": (HIDDEN, FFN), "fc1": (HIDDEN, FFN), "fc2": (FFN, HIDDEN)}
-    return randomize(nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).double())
+    return randomize(nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).double(), scale=0.25)
 
 
 def sharded_mlp(mesh, **options):
@@ -95,7 +84,7 @@ def test_a_tied_head_and_embedding_give_torchs_outputs_and_the_sum_of_both_gradi
     dy = numbers(*tokens.shape, VOCABULARY, seed=9)
 
     def run(mesh):
-        head = Linear.from_linear(randomize(nn.Linear(HIDDEN, VOCABULARY, bias=False).double()), mesh)
+        head = Linear.from_linear(randomize(nn.Linear(HIDDEN, VOCABULARY, bias=False).double(), scale=0.25), mesh)
         tied = nn.ModuleDict({"tokens": TiedEmbedding(head), "head": head})
         x = tied["tokens"](shard_tokens(tokens, mesh.kind.outer, mesh))
         y = head(x)
@@ -104,7 +93,7 @@ def test_a_tied_head_and_embedding_give_torchs_outputs_and_the_sum_of_both_gradi
         assert set(tied.state_dict()) == {"tokens.weight", "head.weight"}
         return {"x": unshard(x, mesh), "y": unshard(y, mesh)} | gradients(tied)
 
-    weight = randomize(nn.Linear(HIDDEN, VOCABULARY, bias=False).double()).weight
+    weight = randomize(nn.Linear(HIDDEN, VOCABULARY, bias=False).double(), scale=0.25).weight
     x = F.embedding(tokens, weight)
     y = F.linear(x, weight)
     y.backward(dy)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mindspeed_cp.tensor_parallel import KINDS, Layout, Linear, Sharded, shard, unshard
 from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, numbers, xy
 
 IN, MIDDLE, OUT, SEQUENCE = 36, 72, 36, 12
 """Every mesh divides these."""
@@ -26,15 +26,11 @@ def layers(widths=(IN, MIDDLE, OUT), dtype=torch.float64):
     return pair
 
 
-def numbers(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
 def run_whole(shape, widths):
     """Output and gradients of the pair on one rank; the gradient of the output is random too."""
-    pair, x = layers(widths), numbers(*shape).requires_grad_()
+    pair, x = layers(widths), numbers(*shape, seed=1).requires_grad_()
     y = pair(x)
-    y.backward(numbers(*y.shape).cos())
+    y.backward(numbers(*y.shape, seed=1).cos())
     return {"y": y.detach(), "dx": x.grad} | {name: each.grad for name, each in pair.named_parameters()}
 
 
@@ -44,10 +40,10 @@ def run_sharded(mesh, shape, widths=(IN, MIDDLE, OUT), dtype=torch.float64, **op
     first = Linear.from_linear(first, mesh, **options)
     second = Linear.from_linear(second, mesh, input=first.layouts.output, **options)
     pair = nn.ModuleList([first, second])
-    x = shard(numbers(*shape).to(dtype), mesh.kind.outer, mesh, uneven=True)
+    x = shard(numbers(*shape, seed=1).to(dtype), mesh.kind.outer, mesh, uneven=True)
     x.local.requires_grad_()
     y = second(first(x))
-    dy = numbers(*shape[:-1], widths[-1]).cos().to(dtype)
+    dy = numbers(*shape[:-1], widths[-1], seed=1).cos().to(dtype)
     y.local.backward(shard(dy, y.layout, mesh, uneven=True).local)
     gradients = gather_parts(pair, {name: each.grad for name, each in pair.named_parameters()})
     return {"y": unshard(y, mesh), "dx": unshard(Sharded(x.local.grad, x.layout), mesh)} | gradients
@@ -135,7 +131,7 @@ def test_activations_without_a_sequence_are_taken(case):
 def test_an_input_that_lies_otherwise_is_refused():
     def give_another(mesh):
         first = Linear.from_linear(layers()[0], mesh)
-        first(Sharded(numbers(2, SEQUENCE, IN), Layout(features=("i",))))
+        first(Sharded(numbers(2, SEQUENCE, IN, seed=1), Layout(features=("i",))))
 
     message = (
         "this 2d linear layer takes an input with batch by i, features by j, and is given one with features by i; "
@@ -160,7 +156,7 @@ def test_a_kind_has_no_layer_for_a_layout_of_another():
 )
 def test_sizes_that_the_grid_does_not_divide_are_refused_with_those_that_it_does(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        MeshCase("2d", 4).run(lambda mesh: shard(numbers(*shape), mesh.kind.outer, mesh))
+        MeshCase("2d", 4).run(lambda mesh: shard(numbers(*shape, seed=1), mesh.kind.outer, mesh))
 
 
 def test_a_width_whose_parts_would_be_gathered_unevenly_is_refused():

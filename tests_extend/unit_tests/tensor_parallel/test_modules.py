@@ -21,7 +21,7 @@ from mindspeed_cp.tensor_parallel import (
     unshard,
 )
 from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, xy
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, numbers, randomize, xy
 
 HIDDEN, HEADS, SEQUENCE, VOCABULARY = 36, 36, 12, 72
 SAMPLE = [
@@ -33,18 +33,6 @@ SAMPLE = [
     xy(2, 2),
     xy(2, 2, context=2),
 ]
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomize(module):
-    """The same numbers in its parameters on every rank."""
-    for seed, parameter in enumerate(module.parameters()):
-        with torch.no_grad():
-            parameter.copy_(numbers(*parameter.shape, seed=seed))
-    return module
 
 
 def gradients(module):
