@@ -455,7 +455,7 @@ def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int
         if start < stop and first < last:
             low = first - stop if behind is None else -behind
             high = last - start if ahead is None else ahead
-            pairs += _area(start, stop - 1, first, last - 1, low, high)
+            pairs += band_area(start, stop - 1, first, last - 1, low, high)
     return pairs
 
 
@@ -528,8 +528,8 @@ def _cropped(
     return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
 
 
-def _area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
-    """Pairs in the rectangle with low <= b - a <= high: all but those in two corners."""
+def band_area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
+    """Pairs a in q0..q1, b in k0..k1, the last included, with low <= b - a <= high: all but those in two corners."""
     rows, keys = q1 - q0 + 1, k1 - k0 + 1
     area, early, late = rows * keys, low - k0 + q1, k1 - q0 - high
     if early > 0:
@@ -554,7 +554,7 @@ def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
     k0, k1 = min(first.first_key, second.first_key), max(first.last_key, second.last_key)
     low, high = min(first.low, second.low), max(first.high, second.high)
     area = first.area + second.area
-    if _area(q0, q1, k0, k1, low, high) != area:
+    if band_area(q0, q1, k0, k1, low, high) != area:
         return None
     offset = first.offset if first.offset == second.offset else None
     return _Piece(q0, q1, k0, k1, low, high, offset, area, first.sample)
@@ -617,7 +617,7 @@ def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
         if distance != offset:
             offset = None
         area += more
-    if (at_gaps and offset is None) or _area(q0, q1, k0, k1, low, high) != area:
+    if (at_gaps and offset is None) or band_area(q0, q1, k0, k1, low, high) != area:
         return None
     return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
 

@@ -31,7 +31,7 @@ from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.heads import Dealt, HeadLayout
-from mindspeed_cp.plan import AttentionPlan, GroupedLayout, Part
+from mindspeed_cp.plan import AttentionPlan, GroupedLayout, Layout, Part
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class UlyssesAttention:
         """What this rank attends with: all tokens of its group for its part of the heads."""
         communicator, grouped = self.communicator, plan.of_groups(self.groups)
         heads = head_layout(q.size(1), k.size(1), communicator.size)
-        assert isinstance(grouped.queries, GroupedLayout)
-        order = group_order(grouped.queries, self.group)
+        order = self._order("queries", grouped.queries, grouped)
         terms = terms.of_heads(heads.queries.parts[communicator.rank])
         if terms.visible is not None:
             terms = replace(terms, visible=self._gather_rows(terms.visible, order, heads.queries))
@@ -91,11 +90,15 @@ class UlyssesAttention:
         if grouped.keys is grouped.queries:
             tensors = _ScatterHeads.apply(communicator, order, (heads.queries, heads.keys, heads.keys), q, k, v)
             return _Part(tensors, grouped, terms, order, heads)
-        assert isinstance(grouped.keys, GroupedLayout)
         (q,) = _ScatterHeads.apply(communicator, order, (heads.queries,), q)
-        order_of_keys = group_order(grouped.keys, self.group)
+        order_of_keys = self._order("keys", grouped.keys, grouped)
         k, v = _ScatterHeads.apply(communicator, order_of_keys, (heads.keys, heads.keys), k, v)
         return _Part((q, k, v), grouped, terms, order, heads)
+
+    def _order(self, of: str, layout: Layout, grouped: AttentionPlan) -> "GroupOrder":
+        """The order of this group's tokens, made once for all layers of a batch."""
+        assert isinstance(layout, GroupedLayout)
+        return grouped.once(("order of", of, self.group), lambda: group_order(layout, self.group))
 
     def _back(self, x: Tensor, part: "_Part") -> Tensor:
         """This rank's own tokens of all heads."""
@@ -195,9 +198,8 @@ class GroupOrder:
             yield slice(None) if len(indices) == 1 else slice(sample, sample + 1), index
 
 
-@functools.lru_cache(maxsize=16)  # Each keeps a number for every token on the device, and packed batches have one each.
 def group_order(layout: GroupedLayout, group: int) -> GroupOrder:
-    """The order of a group's tokens, made once for all layers of a batch."""
+    """The order of a group's tokens."""
     sizes = tuple(layout.layout.num_tokens(member) for member in layout.groups[group])
     return GroupOrder(sizes, tuple(layout.parts(group).values()))
 

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mindspeed_cp.plan import band_area
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What q, k and v may be of."""
 
@@ -34,14 +36,9 @@ class Window(NamedTuple):
     def area(self, num_queries: int, num_keys: int) -> int:
         """Pairs of row and key that see each other."""
         shift = num_keys - num_queries
-        ends = num_keys * num_queries if self.right is None else _clamped(shift + self.right + 1, num_queries, num_keys)
-        return ends - (0 if self.left is None else _clamped(shift - self.left, num_queries, num_keys))
-
-
-def _clamped(first: int, count: int, most: int) -> int:
-    """The sum of `count` numbers that ascend by 1 from `first` on, each taken as 0 or as `most` where it is beyond."""
-    low, high = max(0, first), min(most, first + count)
-    return (low + high - 1) * (high - low) // 2 * (low < high) + most * max(0, min(count, first + count - most))
+        low = -num_queries if self.left is None else shift - self.left
+        high = num_keys if self.right is None else shift + self.right
+        return band_area(0, num_queries - 1, 0, num_keys - 1, low, high)
 
 
 EVERYTHING, TRIANGLE, UPPER_TRIANGLE = Window(None, None), Window(None, 0), Window(0, None)

@@ -17,22 +17,6 @@ from mindspeed_cp.kernels.protocol import (
 )
 
 
-@dataclass(frozen=True)
-class WrappedKernel:
-    """What all of them share."""
-
-    kernel: BlockKernel
-
-    @property
-    def name(self) -> str:
-        """The kernel's own name."""
-        return self.kernel.name
-
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
-        """Those of the kernel itself."""
-        return self.kernel.unsupported_reasons(case)
-
-
 def _as_it_is(x: Tensor) -> Tensor:
     return x
 
@@ -42,16 +26,26 @@ def _as_they_are(terms: TileTerms) -> TileTerms:
 
 
 @dataclass(frozen=True)
-class Rearranged(WrappedKernel):
+class Rearranged:
     """A kernel that is handed its tensors in another order.
 
     given: what is done to each tensor [B, N, S, ...] on its way in. back: what is done to each on its way out. told:
     what becomes of the terms; a mask is not rearranged.
     """
 
+    kernel: BlockKernel
     given: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor] = _as_it_is
     told: Callable[[TileTerms], TileTerms] = _as_they_are
+
+    @property
+    def name(self) -> str:
+        """The kernel's own name."""
+        return self.kernel.name
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """Those of the kernel itself."""
+        return self.kernel.unsupported_reasons(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""

@@ -172,7 +172,7 @@ def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunks: Sequen
     half = case.tokens // 2
     parts = tuple(Part(member, chunk * half, (chunk + 1) * half) for member, chunk in chunks)
     order = ulysses.GroupOrder((case.tokens,) * case.size, (parts,))
-    with mock.patch.object(ulysses, "group_order", lambda layout, group: order):
+    with mock.patch.object(ulysses.UlyssesAttention, "_order", lambda attention, of, layout, plan: order):
         return attend(group, case)
 
 
