@@ -38,6 +38,7 @@ from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
     difference_notes,
     refuse_lost_documents,
@@ -415,6 +416,7 @@ def _examine_arguments(
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
+        lambda: refuse_kept_outputs(none_for_unknown(args), config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 

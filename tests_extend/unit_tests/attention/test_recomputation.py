@@ -1,4 +1,4 @@
-"""A checkpoint around attention: what is recomputed sends nothing, has the same gradients, and leaves nothing behind."""
+"""A checkpoint around attention: what is recomputed sends nothing, has the same gradients, and leaves nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -171,6 +171,19 @@ def test_what_is_kept_goes_with_a_graph_that_has_no_backward_pass():
     assert recomputation.nbytes == 12
     del out
     assert recomputation.nbytes == 0
+
+
+def test_a_policy_that_counts_operations_does_not_see_those_that_are_not_repeated():
+    recomputation, weight = Recomputation(), torch.eye(3).mul(2.0)
+    x = torch.ones(3, 3, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        found = once(recomputation, "case", lambda: x.detach() @ weight)
+        return torch.sin(x @ weight.T * found) @ (weight + 1.0)
+
+    (expected,) = torch.autograd.grad(run(x).sum(), x)
+    (found,) = torch.autograd.grad(recomputation.around(CHECKPOINTS["a policy"])(run, x).sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["reentrant", "not reentrant"])
