@@ -12,6 +12,7 @@ Note [Peak memory]
 Shapes: B batch, S tokens, N heads, D head size.
 """
 
+import importlib
 import sys
 import types
 import weakref
@@ -116,10 +117,13 @@ class MemoryCase:
         *qkv, dout = (torch.zeros(shape, dtype=self.dtype) for _ in range(4))
         return [*(x.requires_grad_() for x in qkv), dout]
 
-    def workspace(self, ulysses: int) -> int:
-        """What FlashAttention's backward pass takes in the largest call: dq in fp32, and a number a row."""
-        rows = self.tokens // self.num_ranks * self.num_heads  # More tokens of fewer heads, or the other way.
-        assert self.num_heads % ulysses == 0
+    @property
+    def workspace(self) -> int:
+        """What FlashAttention's backward pass takes in the largest call: dq in fp32, and a number a row.
+
+        Under Ulysses these are more tokens of fewer heads.
+        """
+        rows = self.tokens // self.num_ranks * self.num_heads
         return rows * (self.head_size + 1) * 4
 
 
@@ -173,3 +177,136 @@ def ours(algorithm: Algorithm, rank: int) -> Callable[[Tensor, Tensor, Tensor], 
         return attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
 
     return attend
+
+
+def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+    """What is installed of other implementations, by name; each gives its attention of tensors [S, B, N, D] on a rank.
+
+    They get a flash_attn that gives tensors of the right shapes, as `ShapesKernel` does.
+    """
+    _stand_in_for_flash_attn()
+    makers = {
+        "DeepSpeed Ulysses": ("deepspeed.sequence.layer", _deepspeed),
+        "yunchang Ulysses": ("yunchang", _yunchang_ulysses),
+        "ring_flash_attn zigzag": ("ring_flash_attn", _ring_flash_attn),
+        "yunchang USP 2x2, zigzag": ("yunchang", _yunchang_hybrid),
+    }
+    found = {}
+    for name, (module, make) in makers.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            print(f"not counted: {name} ({error})", file=sys.stderr)
+            continue
+        found[name] = make
+    return found
+
+
+def _batch_first(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An attention of [B, S, N, D] as one of [S, B, N, D]; no copy for one sample."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+
+    return attend
+
+
+def _deepspeed(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from deepspeed.sequence.layer import DistributedAttention
+
+    local = sys.modules["flash_attn"].flash_attn_func
+    attention = DistributedAttention(
+        lambda q, k, v, *_, **__: local(q, k, v, causal=True), dist.group.WORLD, scatter_idx=2, gather_idx=1
+    )
+    return _batch_first(lambda q, k, v: attention(q, k, v, batch_dim_idx=0))
+
+
+def _yunchang_ulysses(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from yunchang import UlyssesAttention
+
+    attention = UlyssesAttention(dist.group.WORLD)
+    return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
+
+
+def _yunchang_hybrid(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from yunchang import LongContextAttention, set_seq_parallel_pg
+
+    set_seq_parallel_pg(2, case.num_ranks // 2, rank, case.num_ranks)
+    attention = LongContextAttention(ring_impl_type="zigzag")
+    return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
+
+
+def _ring_flash_attn(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from ring_flash_attn import zigzag_ring_flash_attn_func
+
+    return _batch_first(lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True))
+
+
+def _stand_in_for_flash_attn() -> None:
+    """Put modules in the place of flash_attn's that give tensors of the right shapes, by the names of its 2.8."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float = 1.0,
+        causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        return_softmax: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        rows = q.size(0), q.size(2), q.size(1)
+        return q.new_zeros((*q.shape[:3], v.size(3))), q.new_zeros(rows, dtype=torch.float32), None, None
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float = 1.0,
+        causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+        rng_state: Tensor | None = None,
+    ) -> None:
+        return None
+
+    class Local(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, lse, _, _ = forward(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros_like(x) for x in ctx.saved_tensors[:3])
+
+    package = types.ModuleType("flash_attn")
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface.__dict__.update(
+        _flash_attn_forward=forward,
+        _flash_attn_backward=backward,
+        _flash_attn_varlen_forward=forward,
+        _flash_attn_varlen_backward=backward,
+    )
+    package.__dict__.update(
+        __version__="2.8.3",
+        flash_attn_func=lambda q, k, v, *_, **__: Local.apply(q, k, v),
+        flash_attn_interface=interface,
+    )
+    sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})
