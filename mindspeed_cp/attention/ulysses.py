@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
+from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place
 from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
@@ -270,6 +271,10 @@ def scatter_heads(
     """
     size, rank = communicator.size, communicator.rank
     batch, _, tokens, _ = shards[0].shape
+    shares = [torch.Size((batch, x.size(1) // size, 0, x.size(3))) for x in shards]
+    if (chunks := _in_place(order, heads, shares, shards[0].dtype)) is not None:
+        with in_profiles(_THERE):
+            return scatter_in_place(shards, communicator, chunks)
     if all(dealt.is_even for dealt in heads):
         parts = [x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in shards]  # [P, s, B, H/P, D]
         send = shards[0].new_empty((size, tokens, batch, _width(parts)))
@@ -301,6 +306,9 @@ def gather_heads(
     with one all-to-all.
     """
     size, rank, tokens = communicator.size, communicator.rank, order.sizes[communicator.rank]
+    if (chunks := _in_place(order, heads, [x.shape for x in parts], parts[0].dtype)) is not None:
+        with in_profiles(_BACK):
+            return gather_in_place(parts, communicator, chunks)
     is_even = all(dealt.is_even for dealt in heads)
     if not is_even:
         parts = [_added(x, dealt.given[rank]) for x, dealt in zip(parts, heads, strict=True)]
@@ -325,8 +333,17 @@ def gather_heads(
     return tuple(each.result() for each in sums)
 
 
+def _in_place(
+    order: GroupOrder, heads: Sequence[Dealt], shapes: Sequence[torch.Size], dtype: torch.dtype
+) -> Sequence[Part] | None:
+    """The chunks that are sent by themselves; None where all samples and heads are not alike, or they are small."""
+    if len(order.parts) != 1 or not all(dealt.is_even for dealt in heads):
+        return None
+    return order.parts[0] if is_worth_it(order.parts[0], shapes, dtype) else None
+
+
 def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
-    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; where they lie, if they may be sent so."""
+    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; where they lie if they can be."""
     if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
         return sequences[0].flatten(2)
     send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))

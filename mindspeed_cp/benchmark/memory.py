@@ -31,6 +31,10 @@ from mindspeed_cp.benchmark.cases import Algorithm
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Maker = Callable[["MemoryCase", int], Attend]
+"""Makes an attention of tensors [S, B, N, D] for a case, on a rank."""
+
 COPIES = ("copy_", "clone", "contiguous", "index_select", "cat", "_to_copy")
 """Operations of aten that copy."""
 
@@ -137,7 +141,7 @@ class Counted:
     copied_backward: int
 
 
-def count(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Counted:
+def count(attend: Attend, inputs: list[Tensor]) -> Counted:
     """What a rank holds in both passes of `attend`; its second run counts, when all that is made once is there."""
     q, k, v, dout = inputs
     torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
@@ -159,7 +163,7 @@ def join_fake_group(rank: int, size: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
 
 
-def ours(algorithm: Algorithm, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ours(algorithm: Algorithm, rank: int) -> Attend:
     """Our attention of tensors [S, B, N, D], on one rank of the fake default group."""
     group, topology = dist.group.WORLD, algorithm.topology
     assert group is not None, "join_fake_group has made it"
@@ -179,7 +183,7 @@ def ours(algorithm: Algorithm, rank: int) -> Callable[[Tensor, Tensor, Tensor], 
     return attend
 
 
-def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+def peers() -> dict[str, Maker]:
     """What is installed of other implementations, by name; each gives its attention of tensors [S, B, N, D] on a rank.
 
     They get a flash_attn that gives tensors of the right shapes, as `ShapesKernel` does.
@@ -191,7 +195,7 @@ def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, T
         "ring_flash_attn zigzag": ("ring_flash_attn", _ring_flash_attn),
         "yunchang USP 2x2, zigzag": ("yunchang", _yunchang_hybrid),
     }
-    found = {}
+    found: dict[str, Maker] = {}
     for name, (module, make) in makers.items():
         try:
             importlib.import_module(module)
@@ -203,8 +207,8 @@ def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, T
 
 
 def _batch_first(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    attention: Attend,
+) -> Attend:
     """An attention of [B, S, N, D] as one of [S, B, N, D]; no copy for one sample."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -213,9 +217,11 @@ def _batch_first(
     return attend
 
 
-def _deepspeed(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _deepspeed(case: MemoryCase, rank: int) -> Attend:
+    import deepspeed.comm
     from deepspeed.sequence.layer import DistributedAttention
 
+    deepspeed.comm.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
     local = sys.modules["flash_attn"].flash_attn_func
     attention = DistributedAttention(
         lambda q, k, v, *_, **__: local(q, k, v, causal=True), dist.group.WORLD, scatter_idx=2, gather_idx=1
@@ -223,14 +229,14 @@ def _deepspeed(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor]
     return _batch_first(lambda q, k, v: attention(q, k, v, batch_dim_idx=0))
 
 
-def _yunchang_ulysses(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _yunchang_ulysses(case: MemoryCase, rank: int) -> Attend:
     from yunchang import UlyssesAttention
 
     attention = UlyssesAttention(dist.group.WORLD)
     return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
 
 
-def _yunchang_hybrid(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _yunchang_hybrid(case: MemoryCase, rank: int) -> Attend:
     from yunchang import LongContextAttention, set_seq_parallel_pg
 
     set_seq_parallel_pg(2, case.num_ranks // 2, rank, case.num_ranks)
@@ -238,7 +244,7 @@ def _yunchang_hybrid(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, T
     return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
 
 
-def _ring_flash_attn(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _ring_flash_attn(case: MemoryCase, rank: int) -> Attend:
     from ring_flash_attn import zigzag_ring_flash_attn_func
 
     return _batch_first(lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True))
@@ -310,3 +316,7 @@ def _stand_in_for_flash_attn() -> None:
         flash_attn_interface=interface,
     )
     sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})
+    # What it has for transformers, which is not counted and need not be installed.
+    adapters = types.ModuleType("ring_flash_attn.adapters")
+    adapters.__dict__.update(substitute_hf_flash_attn=None, update_ring_flash_attn_params=None)
+    sys.modules["ring_flash_attn.adapters"] = adapters

@@ -116,6 +116,10 @@ class ImmediateCommunicator:
         """No ring asks for it."""
         raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")
 
+    def all_to_all_of_parts(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """No ring asks for it."""
+        raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")
+
     def all_gather(self, send: Tensor) -> Tensor:
         """No ring asks for it."""
         raise NotImplementedError("a ring exchanges, and this is one rank of a ring.")

@@ -105,6 +105,13 @@ class LedgerCommunicator:
         with self.ledger.timed():
             return self.communicator.all_to_all(send, sizes)
 
+    def all_to_all_of_parts(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """The communicator's, written into the ledger."""
+        for rank, parts in enumerate(sends):
+            self._count(rank, sum(x.nbytes for x in parts))
+        with self.ledger.timed():
+            self.communicator.all_to_all_of_parts(sends, receives)
+
     def all_gather(self, send: Tensor) -> Tensor:
         """The communicator's, written into the ledger: gloo passes blocks around a ring."""
         self._count((self.rank + 1) % self.size, (self.size - 1) * send.nbytes)

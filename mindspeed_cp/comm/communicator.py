@@ -68,6 +68,13 @@ class Communicator(Protocol):
         """
         ...
 
+    def all_to_all_of_parts(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """Exchange several tensors with each rank: those in `sends[p]` arrive in this rank's `receives` on rank p.
+
+        All contiguous; those of two ranks in one order, of the same sizes. Nothing goes from a rank to itself.
+        """
+        ...
+
     def all_gather(self, send: Tensor) -> Tensor:
         """`send` of every rank, stacked by rank: [size, *send.shape]. send: contiguous."""
         ...
@@ -177,11 +184,26 @@ class ProcessGroupCommunicator:
         """
         arriving, leaving = received.split(list(sizes.received)), send.split(list(sizes.sent))
         arriving[self.rank].copy_(leaving[self.rank])
+        self._exchange_in_rounds([[x] for x in leaving], [[x] for x in arriving])
+
+    def all_to_all_of_parts(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """See Communicator.all_to_all_of_parts."""
+        leaving = [x for each in sends for x in each]
+        for x in (*leaving, *(x for each in receives for x in each)):
+            _require_contiguous(x)
+        self._exchange_in_rounds(sends, receives)
+        self.traffic.record("all_to_all", sum(x.nbytes for x in leaving))
+
+    def _exchange_in_rounds(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """What goes to each other rank and comes from it; on an accelerator all at once, as its own all-to-all does."""
+        on_host = any(x.device.type == "cpu" for each in (*sends, *receives) for x in each)
+        most = ROUNDS_UNDER_WAY if on_host else self.size
         under_way: deque[Transfer] = deque()
         for to, source in rounds(self.rank, self.size):
-            if len(under_way) == ROUNDS_UNDER_WAY:
+            if len(under_way) == most:
                 under_way.popleft().wait()
-            messages = [_Message(dist.irecv, arriving[source], source), _Message(dist.isend, leaving[to], to)]
+            messages = [_Message(dist.irecv, x, source) for x in receives[source]]
+            messages += [_Message(dist.isend, x, to) for x in sends[to]]
             under_way.append(self._post([each for each in messages if each.content.numel()]))
         for transfer in under_way:
             transfer.wait()

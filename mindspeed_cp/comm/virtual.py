@@ -110,6 +110,16 @@ class VirtualCommunicator:
         self.traffic.record("all_to_all", send.nbytes - leaving[self.rank].nbytes)
         return torch.cat(self._from_all(leaving[self.rank]))
 
+    def all_to_all_of_parts(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
+        """See Communicator.all_to_all_of_parts."""
+        for rank in self._others():
+            for x in sends[rank]:
+                self._send(x, rank)
+        self.traffic.record("all_to_all", sum(x.nbytes for each in sends for x in each))
+        for rank in self._others():
+            for x in receives[rank]:
+                x.copy_(self._receive(rank))
+
     def all_gather(self, send: Tensor) -> Tensor:
         """See Communicator.all_gather."""
         for rank in self._others():
