@@ -5,33 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, Term, TileTerms, Window
+from mindspeed_cp.kernels import BlockOutput, Term, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.kernels.reference import ReferenceKernel
+from mindspeed_cp.kernels.taken import table_of_terms
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to
 from unit_tests.emulated_cuda import emulated_cuda
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "attention.md"
-DEVICE = {"npu": "npu", "cpu_flash": "cpu", "reference": "cpu"}
-
-
-def takes(name: str, term: Term) -> bool:
-    """Whether the kernel has no reason of its own against the term."""
-    (kernel,) = KERNELS.only([name]).kernels
-    plain = BlockCase(DEVICE.get(name, "cuda"), torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
-    told = plain._replace(terms=frozenset({term}))
-    return kernel.unsupported_reasons(told) == kernel.unsupported_reasons(plain)
 
 
 def test_the_documented_table_is_what_the_kernels_say():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()]
-    header = next(row for row in rows if row[:1] == ["term"])
-    table = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows if len(row) == len(header)}
-    assert header[1:] == list(KERNELS.names)
-    for term in Term:
-        assert table[term.value] == {name: "yes" if takes(name, term) else "no" for name in KERNELS.names}
+    assert f"\n{table_of_terms()}\n" in PAGE.read_text()
 
 
 def test_a_bias_of_minus_infinity_hides_a_row_from_the_flash_kernel_of_the_cpu():
