@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,17 @@ def train(
 ) -> dict[int, float]:
     """Train with MODEL_FLAGS and `flags` as one rank of `world_size`; the losses by iteration, on the last rank.
 
-    line: the lines of the log to read them from.
+    line: the lines of the log to read them from. sabotage: see log_of_training.
+    """
+    return losses_in(log_of_training(world_size, port, [*MODEL_FLAGS, *shlex.split(flags)], sabotage), line)
+
+
+def log_of_training(
+    world_size: int, port: int, flags: Sequence[str], sabotage: str | None = None, script: Path = SCRIPT
+) -> str:
+    """Train ITERATIONS with `flags` as one rank of `world_size`; what it prints, the losses on the last rank.
+
+    script: one for pretraining, as python -m mindspeed_cp would run it.
     sabotage: breaks the library, to see that somebody notices. "chunk order" leaves the zigzag's chunks as they were
     received, "lost gradients" forgets what other ranks have found for the gradients of K/V, "nan key" puts a NaN among
     the last rank's keys in a ring, and "killed rank" kills the last rank within a ring, some iterations on.
@@ -75,19 +86,23 @@ def train(
     output = io.StringIO()
     with (
         launched(world_size, port),
-        mock.patch.object(sys, "argv", _command(flags)),
+        mock.patch.object(sys, "argv", [str(script), "--train-iters", str(ITERATIONS), *flags]),
+        # Behind all others: what lies beside a script, and not the Megatron of its checkout.
+        mock.patch.object(sys, "path", [*sys.path, str(script.parent)]),
         sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
         try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            import mindspeed_cp.megatron_adaptor  # noqa: F401
+
+            runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"training ended with status {end.code}:\n{output.getvalue()[-2000:]}") from end
         finally:
             forget_run()
-    return losses_in(output.getvalue(), line)
+    return output.getvalue()
 
 
 def run_program(world_size: int, port: int, source: str) -> str:
@@ -99,10 +114,6 @@ def run_program(world_size: int, port: int, source: str) -> str:
         finally:
             forget_run()
     return output.getvalue()
-
-
-def _command(flags: str) -> list[str]:
-    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *MODEL_FLAGS, *shlex.split(flags)]
 
 
 class CoreLayerResult(NamedTuple):
