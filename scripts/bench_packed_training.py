@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--gflops", type=float, default=5.0, help="of each emulated accelerator, 10^9 a second (5)")
     parser.add_argument("--kernel", choices=["emulated", "cpu"], default="emulated")
+    parser.add_argument("--only", default="", help="ways whose names contain this")
     parser.add_argument("--iterations", type=int, default=6, help="the one before them is not counted (6)")
     args = parser.parse_args()
     dist.init_process_group("gloo")
@@ -200,7 +201,7 @@ def main() -> None:
     emulated = functools.partial(build_attention, kernels=kernels)
     with mock.patch("mindspeed_cp.patches.attention.build_attention", emulated):
         ways = ways_with_documents(args.tokens, size) if args.what == "documents" else ways_with_windows(args.tokens)
-        trainers = {name: Trainer(way, args) for name, way in ways.items()}
+        trainers = {name: Trainer(way, args) for name, way in ways.items() if args.only in name}
     measured: dict[str, list[float]] = {name: [] for name in trainers}
     for iteration in range(args.iterations + 1):
         for name, trainer in trainers.items():

@@ -7,7 +7,6 @@ Trains with that checkout's own pretrain_gpt.py, unmodified, or with scripts/pre
 to every run. Takes some minutes; exits with 1 where one differs by more than rounding.
 """
 
-import os
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -18,20 +17,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests_extend")]
 from mindspeed_cp.testing.toy_models import TOY_MODELS  # noqa: E402
 from system_tests.conftest import TrainingPool  # noqa: E402
 from system_tests.model_cases import ALGORITHMS, ModelRuns  # noqa: E402
-from system_tests.training_cases import SCRIPT  # noqa: E402
 
 
 def main() -> int:
     """Print the table; the exit status."""
     names = [*takewhile(lambda word: not word.startswith("--"), sys.argv[1:])]
     further = tuple(sys.argv[1 + len(names) :])
-    checkout = os.environ.get("MEGATRON_LM")
-    script = Path(checkout) / "pretrain_gpt.py" if checkout else SCRIPT
     tolerance = 5e-3 if {"--bf16", "--fp16"} & {*further} else 1e-5
     training, failed = TrainingPool(), False
     print("| model | " + " | ".join(ALGORITHMS) + " |\n|---" + "|---" * len(ALGORITHMS) + "|")
     for name in names or TOY_MODELS:
-        runs, cells = ModelRuns(training, name, script, further), []
+        runs, cells = ModelRuns(training, name, further), []
         for algorithm in ALGORITHMS:
             found = runs.difference(algorithm)
             cells.append(f"{found.losses:.0e}, {found.gradients:.0e}")

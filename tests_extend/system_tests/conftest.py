@@ -5,7 +5,6 @@ import functools
 import random
 import socket
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,10 +30,9 @@ class TrainingPool:
         """Loss of each evaluation in the course of training on so many ranks."""
         return self._train(ranks, flags, None, VALIDATION)
 
-    def log(self, ranks: int, flags: Sequence[str], script: Path = training_cases.SCRIPT) -> str:
+    def log(self, ranks: int, flags: Sequence[str]) -> str:
         """What training with these flags alone prints on the last of so many ranks; see log_of_training."""
-        args = (ranks, _free_port(), flags, None, script)
-        return self._pool.call(range(ranks), LIMIT_S, training_cases.log_of_training, *args)[-1]
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.log_of_training, ranks, _free_port(), flags)[-1]
 
     def refusal(self, ranks: int, flags: str, sabotage: str | None = None) -> str:
         """How training ends that is refused, or fails."""

@@ -1,7 +1,6 @@
 """Toys of models people train, on every algorithm against CP = 1: losses and gradient norms."""
 
 import re
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mindspeed_cp.testing.toy_flags import TOY_FLAGS
@@ -31,7 +30,7 @@ ALGORITHMS = {
 class Trains(Protocol):
     """Runs a training script: system_tests.conftest.TrainingPool."""
 
-    def log(self, ranks: int, flags: tuple[str, ...], script: Path) -> str:
+    def log(self, ranks: int, flags: tuple[str, ...]) -> str:
         """What it prints."""
         ...
 
@@ -47,14 +46,14 @@ class Difference(NamedTuple):
 class ModelRuns:
     """Trains one toy with CP = 1 once, and with algorithms of ALGORITHMS."""
 
-    def __init__(self, training: Trains, name: str, script: Path, further: tuple[str, ...] = ()) -> None:
-        self._training, self._script = training, script
+    def __init__(self, training: Trains, name: str, further: tuple[str, ...] = ()) -> None:
+        self._training = training
         self._flags = (*TOY_FLAGS, *sizes(LENGTH), *DATA, *TOY_MODELS[name].flags, *further)
-        self._alone = training.log(1, self._flags, script)
+        self._alone = training.log(1, self._flags)
 
     def difference(self, algorithm: str) -> Difference:
         """Of training on four ranks from training on one."""
-        log = self._training.log(4, (*self._flags, *ALGORITHMS[algorithm]), self._script)
+        log = self._training.log(4, (*self._flags, *ALGORITHMS[algorithm]))
         return Difference(self._largest(log, ITERATION), self._largest(log, GRADIENT_NORM))
 
     def _largest(self, log: str, line: re.Pattern[str]) -> float:
