@@ -224,19 +224,20 @@ class ContextParallelConfig:
         broken = []
         if seq_length is not None:
             broken += self._broken_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
-        degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
-        heads = {"--num-attention-heads": num_attention_heads}
-        if num_query_groups is not None:
-            heads["--num-query-groups"] = num_query_groups
-        for name, number in heads.items():
-            if degree > 1 and number % (degree * tensor_parallel):
-                broken.append(
-                    f"{name} {number} is not a multiple of the Ulysses degree {degree} ({self._degree_flag}) times "
-                    f"--tensor-model-parallel-size {tensor_parallel}; "
-                    f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
-                )
-                # Its way out is one for all heads.
-                break
+        if num_query_groups is not None and num_attention_heads % num_query_groups:
+            fitting = or_list(divisors(num_attention_heads))
+            broken.append(
+                f"--num-query-groups {num_query_groups} does not divide --num-attention-heads {num_attention_heads}; "
+                f"use {fitting}."
+            )
+        heads, degree = num_attention_heads // tensor_model_parallel_size, self.ulysses_size
+        if heads < degree:
+            broken.append(
+                f"--num-attention-heads {num_attention_heads} with --tensor-model-parallel-size "
+                f"{tensor_model_parallel_size} gives each rank {heads}, fewer than the Ulysses degree {degree} "
+                f"({self._degree_flag}), which wants one at least for each of its ranks; "
+                f"use {self._fitting_degrees(heads)}megatron_cp_algo."
+            )
         if broken:
             raise ConfigurationError(*broken)
 
@@ -262,9 +263,8 @@ class ContextParallelConfig:
         hybrid = self.context_parallel_algo == "hybrid_cp_algo"
         return "--ulysses-degree-in-cp" if hybrid else "--context-parallel-size"
 
-    def _fitting_degrees(self, heads: list[int], tensor_parallel: int) -> str:
-        """Hybrids of this size that would divide the heads, as the middle of a sentence; empty where there is none."""
-        proper = divisors(self.context_parallel_size)[1:-1]
-        fitting = [degree for degree in proper if all(n % (degree * tensor_parallel) == 0 for n in heads)]
+    def _fitting_degrees(self, heads: int) -> str:
+        """Hybrids of this size that would do with so many heads a rank, as the middle of a sentence; else empty."""
+        fitting = [degree for degree in divisors(self.context_parallel_size)[1:-1] if degree <= heads]
         hybrid = "" if self.context_parallel_algo == "hybrid_cp_algo" else "hybrid_cp_algo with "
         return f"{hybrid}a --ulysses-degree-in-cp of {or_list(fitting)}, or " if fitting else ""

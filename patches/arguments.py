@@ -19,6 +19,7 @@ import torch
 from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
+from mindspeed_cp.heads import HeadLayout
 from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
@@ -537,24 +538,25 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
     if not config.computes_attention or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
         return []
     device = accelerator() or "cpu"
-    heads_over = args.tensor_model_parallel_size * config.ulysses_size
-    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    case = BlockCase(
-        device_type=device,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-        window=Window(),
-        num_heads=args.num_attention_heads // heads_over,
-        num_kv_heads=max(kv_heads // heads_over, 1),
-        num_queries=0,
-        num_keys=0,
-        head_size=head_size,
-        value_head_size=value_head_size,
-        compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-        terms=frozenset({Term.DROPOUT} if args.attention_dropout else ()),
-    )
+    cases = [
+        BlockCase(
+            device_type=device,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            window=Window(),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            num_queries=0,
+            num_keys=0,
+            head_size=head_size,
+            value_head_size=value_head_size,
+            compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
+            terms=frozenset({Term.DROPOUT} if args.attention_dropout else ()),
+        )
+        for num_heads, num_kv_heads in _heads_of_calls(args, config)
+    ]
     kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
     num_tokens = args.seq_length // config.topology.ring_size
     num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
@@ -567,6 +569,7 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         call
         for bands, masked in told
         for pair in pairs
+        for case in cases
         for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
     ]
 
@@ -579,6 +582,18 @@ def _without_transformer_engines_rules(args: argparse.Namespace, config: Context
     vars(args).update(dict.fromkeys(found, False))
     yield
     vars(args).update(found)
+
+
+def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[tuple[int, int]]:
+    """Query and K/V heads of what ranks give to kernels, each different pair once; none where there are too few."""
+    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    over = args.tensor_model_parallel_size
+    heads, kv_heads = args.num_attention_heads // over, max(kv_heads // over, 1)
+    if heads < config.ulysses_size or heads % kv_heads:
+        return []  # Said as what stands in the way.
+    dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
+    of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
+    return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

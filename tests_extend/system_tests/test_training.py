@@ -11,6 +11,8 @@ TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 PIPELINE_PARALLEL = "--pipeline-model-parallel-size 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 GQA = "--group-query-attention --num-query-groups 4"
+FEW_KV_HEADS = "--group-query-attention --num-query-groups 1"
+ODD_HEADS = "--num-attention-heads 6 --kv-channels 16 --group-query-attention --num-query-groups 3"
 MOE = (
     "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather "
     "--moe-router-load-balancing-type none"
@@ -78,6 +80,9 @@ SLOW = [
     (f"{SINKS} {WINDOW} --global-batch-size 4", 2, 2, RING),
     (f"{SINKS} {TENSOR_PARALLEL}", 2, 2, ULYSSES),
     (f"{SINKS} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{FEW_KV_HEADS} {TENSOR_PARALLEL} --sequence-parallel", 2, 4, ULYSSES),
+    (f"{ODD_HEADS} {SINKS}", 1, 4, ULYSSES),
+    (f"{ODD_HEADS} {STREAM}", 1, 8, hybrid(4)),
     ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
     (WINDOW, 1, 4, double_ring(2)),
@@ -235,7 +240,10 @@ def test_a_gradient_that_stays_away_changes_the_losses(training):
     ("flags", "message"),
     [
         ("--context-parallel-size 2 --qk-clip", "--qk-clip in fp32: "),
-        (f"--context-parallel-size 2 {ULYSSES} --num-attention-heads 1", "--num-attention-heads 1 is not a multiple"),
+        (
+            f"--context-parallel-size 2 {ULYSSES} --num-attention-heads 1",
+            "gives each rank 1, fewer than the Ulysses degree 2",
+        ),
     ],
 )
 def test_training_refuses_in_one_line(training, flags, message):
@@ -295,8 +303,8 @@ def test_a_checkpoint_says_the_model_and_its_heads_are_checked(training, tmp_pat
     model = f"--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5 --train-iters {LONGER}"
     pieces = training.losses(1, f"{model} --save {tmp_path} --save-interval 1000 --exit-interval 3")
     of_checkpoint = f"--use-checkpoint-args --load {tmp_path} --train-iters {LONGER}"
-    message = training.refusal(4, f"{of_checkpoint} --context-parallel-size 4 {ULYSSES}")
-    assert "--num-query-groups 2 is not a multiple of the Ulysses degree 4" in message
+    message = training.refusal(4, f"{of_checkpoint} --num-attention-heads 9 --context-parallel-size 4 {ULYSSES}")
+    assert "--num-query-groups 2 does not divide --num-attention-heads 9" in message
     resumed = training.losses(2, f"{of_checkpoint} --context-parallel-size 2 {RING}")
     # After a resume Megatron logs the mean of the first two iterations at the second.
     resumed[5] = 2 * resumed[5] - resumed[4]

@@ -131,22 +131,14 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
     ("flags", "message"),
     [
         (
-            ["--num-attention-heads", "6"],
-            "--num-attention-heads 6 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
-        ),
-        (
             ["--tensor-model-parallel-size", "4"],
-            "--num-attention-heads 8 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 4; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
+            "--num-attention-heads 8 with --tensor-model-parallel-size 4 gives each rank 2, fewer than the Ulysses "
+            "degree 4 (--context-parallel-size), which wants one at least for each of its ranks; use hybrid_cp_algo "
+            "with a --ulysses-degree-in-cp of 2, or megatron_cp_algo.",
         ),
         (
-            ["--group-query-attention", "--num-query-groups", "2"],
-            "--num-query-groups 2 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
+            ["--group-query-attention", "--num-query-groups", "3"],
+            "--num-query-groups 3 does not divide --num-attention-heads 8; use 1, 2, 4 or 8.",
         ),
         (
             ["--seq-length", "20"],
