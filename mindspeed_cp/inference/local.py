@@ -38,7 +38,7 @@ class Asked:
 
     def case(self, q: Tensor, k: Tensor, v: Tensor) -> BlockCase:
         """The case of whole tensors. Raises ValueError where they do not fit together."""
-        return BlockCase.of(q, k, v, TileTerms(self.terms.scale))._replace(terms=self.terms.needs)
+        return BlockCase.of(q, k, v, TileTerms(self.terms.scale))._replace(terms=self.terms.needs(q.dtype))
 
     def calls(self, tiles: Sequence[Tile], case: BlockCase) -> tuple[Call, ...]:
         """The calls of kernels for tiles."""
