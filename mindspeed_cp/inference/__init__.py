@@ -1,0 +1,1 @@
+"""Inference of language models whose sequences are spread over ranks."""
