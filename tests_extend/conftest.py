@@ -24,6 +24,7 @@ A group runs in one worker, so that there is one of each whatever the number of 
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook of that name.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Name the group of each test for `--dist loadgroup`, see scripts/test.sh, and have system tests go first.
 

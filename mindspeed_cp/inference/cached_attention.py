@@ -14,24 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_cp.attention import AttentionTerms, RingAttention, RingCommunicators
+from mindspeed_cp.attention import AttentionTerms
 from mindspeed_cp.attention.sinks import with_sinks
-from mindspeed_cp.attention.sums import MergedOutput
-from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.cache import ShardedKVCache, Stretch
+from mindspeed_cp.inference.costs import Rates
 from mindspeed_cp.inference.interleave import Interleaved, Span
+from mindspeed_cp.inference.local import attention_state
+from mindspeed_cp.inference.prefill import Strategy, prefix_attention
+from mindspeed_cp.inference.states import State, all_reduce_state, merge_states
 from mindspeed_cp.kernels import KERNELS, BlockOutput, KernelRegistry
-from mindspeed_cp.kernels.calls import ALL, in_all_samples
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
-from mindspeed_cp.schedule import RingSchedule
 
 
 class Prefill:
     """Attention of the tokens at the positions `new` of each sample, dealt as `layout`, in one forward pass.
 
-    communicator: the ranks that share the cache; None for one.
+    communicator: the ranks that share the cache; None for one. strategy, rates, kernels: see prefix_attention.
     """
 
     def __init__(
@@ -39,16 +39,14 @@ class Prefill:
         cache: ShardedKVCache,
         new: Sequence[Span],
         communicator: Communicator | None = None,
+        *,
+        strategy: Strategy = "auto",
+        rates: Rates | None = None,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
         self._cache, self._new = cache, tuple(new)
         self.layout = cache.layout(new)
-        self._ring = RingAttention(
-            schedule=RingSchedule(1, cache.size),
-            communicators=None if communicator is None else RingCommunicators(*[communicator] * 3),
-            overlap=True,  # Without a backward pass one group is enough for that.
-            kernels=kernels,
-        )
+        self._communicator, self._strategy, self._rates, self._kernels = communicator, strategy, rates, kernels
         self._plans: dict[int | None, AttentionPlan] = {}
 
     def refuse_window(self, layer: int, window: int | None) -> None:
@@ -70,8 +68,17 @@ class Prefill:
         q, k, v = (x[:, :, :num_tokens] for x in (q, k, v))
         self._cache.append(layer, k, v, self._new)
         keys, values = self._cache.view(layer, self._cache.keys(layer, self._new))
-        out = self._ring(q, keys, values, self._plan(layer), Terms.of(terms, scale))
-        return F.pad(out, (0, 0, 0, given - num_tokens))
+        state = prefix_attention(
+            *(q, keys, values),
+            plan=self._plan(layer),
+            communicator=self._communicator,
+            scale=scale,
+            terms=terms,
+            kernels=self._kernels,
+            strategy=self._strategy,
+            rates=self._rates,
+        )
+        return F.pad(state.out, (0, 0, 0, given - num_tokens))
 
     def _plan(self, layer: int) -> AttentionPlan:
         """One for all layers of a window."""
@@ -92,10 +99,10 @@ class Decode:
         cache: ShardedKVCache,
         new: Sequence[Span],
         communicator: Communicator | None = None,
+        *,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
-        self._cache, self._new, self._communicator = cache, tuple(new), communicator
-        self._local = RingAttention(kernels=kernels)
+        self._cache, self._new, self._communicator, self._kernels = cache, tuple(new), communicator, kernels
         self._plans: dict[tuple[int | None, Span], AttentionPlan] = {}
 
     def refuse_window(self, layer: int, window: int | None) -> None:
@@ -106,15 +113,19 @@ class Decode:
         """As Prefill.attend, with the same tensors of one token on every rank, and the same result."""
         self._cache.append(layer, k, v, self._new, whole=True)
         seen = self._cache.keys(layer, self._new)
-        here = Terms(scale, softcap=terms.softcap)
-        merged = MergedOutput.of(q, v)
-        for stretch in self._cache.stretches(layer, seen):
-            found = self._local.with_lse(q, stretch.k, stretch.v, self._plan(layer, seen, stretch), here)
-            merged.merge(BlockOutput(*found), in_all_samples(ALL))
-        out, lse, _ = merged.result(accumulation_dtype(q.dtype))
-        if self._communicator is not None:
-            out, lse = _over_ranks(out, lse, self._communicator)
-        return with_sinks(BlockOutput(out, lse), terms.sinks).out.to(q.dtype)
+        states = [
+            attention_state(
+                *(q, stretch.k, stretch.v),
+                plan=self._plan(layer, seen, stretch),
+                scale=scale,
+                terms=terms,
+                kernels=self._kernels,
+            )
+            for stretch in self._cache.stretches(layer, seen)
+        ]
+        mine = merge_states(*zip(*states, strict=True)) if states else _nothing_seen(q, v)
+        whole = all_reduce_state(*mine, self._communicator)
+        return with_sinks(BlockOutput(*whole), terms.sinks).out.to(q.dtype)
 
     def _plan(self, layer: int, seen: Interleaved, stretch: Stretch) -> AttentionPlan:
         """Each sample's query sees those of its keys that are in the stretch, all earlier ones. One for all layers."""
@@ -130,6 +141,11 @@ class Decode:
             held = stretch.slots.stop - stretch.slots.start
             self._plans[case] = AttentionPlan(_Held(1, tuple(queries)), _Held(held, tuple(keys)), FULL)
         return self._plans[case]
+
+
+def _nothing_seen(q: Tensor, v: Tensor) -> State:
+    out = q.new_zeros((*q.shape[:3], v.size(3)), dtype=accumulation_dtype(q.dtype))
+    return State(out, out.new_full(out.shape[:3], -torch.inf))
 
 
 def _refuse_window(cache: ShardedKVCache, layer: int, window: int | None) -> None:
@@ -154,12 +170,3 @@ class _Held:
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         return self.held
-
-
-def _over_ranks(out: Tensor, lse: Tensor, communicator: Communicator) -> tuple[Tensor, Tensor]:
-    """The merged state of all ranks, to the bit the same on each of them."""
-    states = communicator.all_gather(torch.cat([out, lse.unsqueeze(-1)], dim=-1).contiguous())
-    merged = MergedOutput(out)
-    for state in states:
-        merged.merge(BlockOutput(state[..., :-1], state[..., -1]), in_all_samples(ALL))
-    return merged.result()[:2]

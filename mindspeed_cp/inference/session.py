@@ -14,7 +14,9 @@ from torch import Tensor
 from mindspeed_cp.comm import AgreeingCommunicator, Agreement, Subject
 from mindspeed_cp.inference.cache import ShardedKVCache
 from mindspeed_cp.inference.cached_attention import Decode, Prefill
+from mindspeed_cp.inference.costs import Rates
 from mindspeed_cp.inference.interleave import Span, owner
+from mindspeed_cp.inference.prefill import Strategy
 from mindspeed_cp.inference.sampling import Choice, Sampling
 
 GREEDY = Sampling()
@@ -56,6 +58,7 @@ class Session:
 
     model: the same on all ranks. batch: number of sequences. communicator: the ranks that share them; None for one.
     chunk: tokens of each prompt that go through the model at once, over all ranks. interleave, page: of the cache.
+    strategy, rates: whether K/V or queries travel for a prompt, see prefix_attention.
 
     Raises ValueError for a chunk below 1.
     """
@@ -69,10 +72,13 @@ class Session:
         chunk: int = 2048,
         interleave: int = 64,
         page: int = 256,
+        strategy: Strategy = "auto",
+        rates: Rates | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk} tokens of a prompt at once: give 1 or more.")
         self._model, self._communicator, self._chunk = model, communicator, chunk
+        self._strategy, self._rates = strategy, rates
         rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
         self.cache = ShardedKVCache(
             batch,
@@ -134,7 +140,9 @@ class Session:
             refusal = f"prompt {[bool(each) for each in new].index(False)} is empty; give one token at least."
         words = (
             f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
-            f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, interleave={cache.interleave}"
+            f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
+            f"interleave={cache.interleave}, "
+            f"{self._strategy}, {self._rates}, windows {_digest([[window or 0 for window in cache.windows]])}"
         )
         if self._agreement is not None:
             self._agreement.reach(words, refusal=refusal, device=self._model.device)
@@ -152,7 +160,7 @@ class Session:
                 Span(length + min(start, len(tokens)), length + min(stop, len(tokens)))
                 for length, tokens in zip(before, new, strict=True)
             ]
-            attention = Prefill(self.cache, spans, self._communicator)
+            attention = Prefill(self.cache, spans, self._communicator, strategy=self._strategy, rates=self._rates)
             held = [list(attention.layout.positions(self.cache.rank, sample)) for sample in range(len(new))]
             # The place of each sample's last token, on the rank that has it.
             last = {

@@ -5,15 +5,19 @@ Who sees whom is the plan's (plan.py), in which order owners are met is the sche
 
 from mindspeed_cp.program.steps import Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.program.transports import Transport, cheapest_transport, program
+from mindspeed_cp.program.transposed import Carried, TransposedPlan, transposed
 
 __all__ = [
     "Axis",
+    "Carried",
     "Message",
     "Phase",
     "Program",
     "Step",
     "Transport",
+    "TransposedPlan",
     "cheapest_transport",
     "num_tokens",
     "program",
+    "transposed",
 ]
