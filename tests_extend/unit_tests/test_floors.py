@@ -24,7 +24,7 @@ FLOORS = (
     {"__main__"},
 )
 WITHOUT_TORCH = {*FLOORS[0], *FLOORS[1], "planner"}
-VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex", "diffusers"}
+VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex", "diffusers", "transformers"}
 
 
 class Import(NamedTuple):
