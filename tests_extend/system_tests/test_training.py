@@ -39,6 +39,7 @@ LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddin
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
 OVERLAP = "--use-cp-send-recv-overlap"
+KEEP_OUTPUTS = "--context-parallel-keep-outputs"
 
 
 def double_ring(inner: int) -> str:
@@ -57,7 +58,7 @@ def hybrid(degree: int, inner: int = 1) -> str:
 QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS}"),
     (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
@@ -100,6 +101,8 @@ SLOW = [
     ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
     ("--recompute-granularity selective", 1, 2, RING),
     (f"{RECOMPUTE} --position-embedding-type learned_absolute", 1, 2, ULYSSES),
+    ("--recompute-granularity selective", 1, 2, f"{ULYSSES} {KEEP_OUTPUTS}"),
+    (f"{RECOMPUTE} {INTERLEAVED}", 2, 2, f"{RING} {OVERLAP} {KEEP_OUTPUTS}"),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     (f"{LATENT} --attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
     (f"{LATENT} --rope-type rope --qk-layernorm", 1, 2, ULYSSES),
