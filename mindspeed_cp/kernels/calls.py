@@ -133,18 +133,23 @@ class Call:
     tiles: tuple[Tile, ...]
     _made: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
-    def queries(self, like: Tensor) -> Gathered:
-        """Where the queries are in tensors like [B, N, S, ...]."""
-        return self._gathered("queries", like, lambda: [tile.queries for tile in self.tiles], self.case.num_queries)
+    def queries(self, like: Tensor, held: Sequence[slice] | None = None) -> Gathered:
+        """Where the queries are in tensors like [B, N, s, ...], which hold those tokens of their rank; all for None."""
+        return self._held("queries", like, held, lambda tile: tile.queries, self.case.num_queries)
 
     def keys(self, like: Tensor, held: Sequence[slice] | None = None) -> Gathered:
         """Where the keys are in tensors like [B, G, s, ...], which hold those tokens of the owner; all for None."""
-        what = "keys", None if held is None else tuple((each.start, each.stop) for each in held)
+        return self._held("keys", like, held, lambda tile: tile.keys, self.case.num_keys)
+
+    def _held(
+        self, side: str, like: Tensor, held: Sequence[slice] | None, of: Callable[[Tile], slice], padded_to: int
+    ) -> Gathered:
+        what = side, None if held is None else tuple((each.start, each.stop) for each in held)
 
         def tokens() -> list[slice]:
-            return [tile.keys if held is None else place_within(held, tile.keys) for tile in self.tiles]
+            return [of(tile) if held is None else place_within(held, of(tile)) for tile in self.tiles]
 
-        return self._gathered(what, like, tokens, self.case.num_keys)
+        return self._gathered(what, like, tokens, padded_to)
 
     def terms(self, scale: float, like: Tensor) -> TileTerms:
         """What the kernel is told, but for a boolean mask of the user's. like: in the order [B, N, S, ...]."""
