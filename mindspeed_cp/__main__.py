@@ -123,7 +123,7 @@ def run_script(script: str, argv: list[str]) -> None:
 
 
 def report() -> str:
-    """Versions, device, kernels, terms, and every patch with its state, reason and target; those of one reason together."""
+    """Versions, device, kernels, terms, and every patch with state, reason and target; those of one reason together."""
     import torch
 
     from mindspeed_cp import __version__

@@ -87,11 +87,12 @@ class Terms(AttentionTerms):
             dropout=self.dropout and replace(self.dropout, first_head=self.dropout.first_head + (heads.start or 0)),
         )
 
-    def needs(self, dtype: torch.dtype) -> frozenset[Term]:
+    def needs(self, dtype: torch.dtype, plan: AttentionPlan) -> frozenset[Term]:
         """What kernels have to do for queries of `dtype`; with gradients, where they are wanted now."""
         needs = {
             Term.SOFTCAP: self.softcap is not None,
             Term.ALIBI: self.alibi_slopes is not None,
+            Term.ALIBI_AHEAD: self.alibi_slopes is not None and plan.looks_ahead,
             Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
             Term.WIDE_BIAS: self.bias is not None and torch.promote_types(dtype, self.bias.dtype) != dtype,
