@@ -8,7 +8,6 @@ import torch
 
 from mindspeed_cp.attention import AttentionTerms
 from mindspeed_cp.attention.terms import Terms
-from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.kernels import BlockCase, BlockOutput, Term, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import EfficientKernel
@@ -107,8 +106,7 @@ def test_the_efficient_kernel_adds_a_bias_and_gives_its_gradient(mask, own):
 def test_a_bias_with_more_digits_than_the_queries_is_not_rounded_to_theirs():
     case = BlockCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
     bias = AttentionTerms(bias=torch.zeros(1, 1, 128, 128))
-    plan = PackedBatch.from_cu_seqlens([0, 128], 1).plan
-    needs = {dtype: Terms.of(bias, 1.0).needs(dtype, plan) for dtype in (torch.bfloat16, torch.float32)}
+    needs = {dtype: Terms.of(bias, 1.0).needs(dtype, looks_ahead=True) for dtype in (torch.bfloat16, torch.float32)}
     assert needs[torch.float32] == {Term.BIAS}
     reasons = EfficientKernel().unsupported_reasons(case._replace(terms=needs[torch.bfloat16]))
     assert "takes no bias with more digits than q" in reasons
