@@ -165,6 +165,12 @@ class AttentionPlan:
         return self._readers[key_rank]
 
     @functools.cached_property
+    def looks_ahead(self) -> bool:
+        """Whether a query may see a later key than itself."""
+        bands = (band for each in (self.bands, *self.bands_of.values()) for band in each)
+        return any(band.ahead is None or band.ahead > 0 for band in bands)
+
+    @functools.cached_property
     def starts(self) -> "dict[tuple[int | None, int], int]":
         """Where in the stream of its sample each document begins, counted in keys."""
         lengths: dict[tuple[int | None, int], int] = {}

@@ -125,7 +125,7 @@ class RingAttention:
     def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
         """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
-        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype))
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
         return result
 
