@@ -79,9 +79,7 @@ def attend(
     Raises ValueError for what it is told and does not know.
     """
     if cached_attention is None:
-        raise ValueError(
-            f'attn_implementation="{NAME}" computes within a Session; load the model with "sdpa" elsewhere.'
-        )
+        raise ValueError(f"attention by {NAME!r} is that of a Session; elsewhere use set_attn_implementation('sdpa').")
     unknown = {name: said for name, said in others.items() if not (name in _BESIDE or said is None or said is False)}
     if attention_mask is not None:
         unknown["attention_mask"] = attention_mask

@@ -1,5 +1,7 @@
 """Sessions: any number of ranks writes what a model writes that goes through the whole text for each token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -94,7 +96,7 @@ def test_decoding_sends_states_and_choices_and_no_cached_key_or_value(size):
             counts.append(dict(ranks.traffic.bytes_sent))
         return [
             {kind: after.get(kind, 0) - before.get(kind, 0) for kind in {*before, *after}}
-            for before, after in zip(counts, counts[1:], strict=False)
+            for before, after in pairwise(counts)
         ]
 
     case = DecodeCase(size, 2, HEADS, SIZE, dtype=torch.float64)

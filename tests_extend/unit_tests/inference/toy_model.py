@@ -1,6 +1,7 @@
 """A small language model in plain torch, whose attention is a session's, or dense: the oracle."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class ToyModel:
 
     dtype: torch.dtype = torch.float64
     windows: tuple[int | None, ...] = (None, 9)
-    device: torch.device = torch.device("cpu")
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention, rows: Tensor) -> Tensor:
         """See Model."""
