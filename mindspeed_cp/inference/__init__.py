@@ -14,6 +14,7 @@ from mindspeed_cp.inference.costs import (
     choose_pass,
     decode_sent,
     fit_coefficients,
+    measure_rates,
     pass_kv_bytes,
     pass_q_bytes,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "decode_plan",
     "decode_sent",
     "fit_coefficients",
+    "measure_rates",
     "merge_state",
     "merge_states",
     "pass_kv_bytes",
