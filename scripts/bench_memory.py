@@ -2,9 +2,9 @@
 
 python scripts/bench_memory.py --tokens 8192 --heads 8 --head-size 64
 
-Bytes are counted operation by operation (Note [Peak memory] in mindspeed_cp/benchmark/memory.py): no timing, no GPU, the
-same on every machine. Counted beside ours are DeepSpeed's and yunchang's Ulysses, ring_flash_attn and yunchang's USP, as
-far as they can be imported here; flash_attn itself need not be.
+Bytes are counted operation by operation (Note [Peak memory] in mindspeed_cp/benchmark/memory.py): no timing, no GPU,
+the same on every machine. Counted beside ours are DeepSpeed's and yunchang's Ulysses, ring_flash_attn and yunchang's
+USP, as far as they can be imported here; flash_attn itself need not be.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def _ranks() -> range:
     return range(RANKS)
 
 
-def _of_rank(case: MemoryCase, rank: int, make) -> Counted:  # noqa: ANN001
+def _of_rank(case: MemoryCase, rank: int, make) -> Counted:
     join_fake_group(rank, RANKS)
     return count(make(case, rank), case.inputs())
 

@@ -326,7 +326,7 @@ def gather_heads(
 
 
 def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
-    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; where they lie, if they may be sent so."""
+    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; as they lie, if they may be sent so."""
     if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
         return sequences[0].flatten(2)
     send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))

@@ -191,7 +191,7 @@ def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, T
         "ring_flash_attn zigzag": ("ring_flash_attn", _ring_flash_attn),
         "yunchang USP 2x2, zigzag": ("yunchang", _yunchang_hybrid),
     }
-    found = {}
+    found: dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {}
     for name, (module, make) in makers.items():
         try:
             importlib.import_module(module)
