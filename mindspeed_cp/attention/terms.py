@@ -270,12 +270,14 @@ _BY_POSITION = frozenset({Term.ALIBI}) | _DROPOUT
 
 
 def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
-    """Where a rank's tokens are in the stream, [1 or B, s] int64."""
-    rows: dict[int, list[Tensor]] = {}
-    for run in (plan.keys if of_keys else plan.queries).runs(rank):
+    """Where a rank's tokens are in the stream, [1 or B, s] int64; 0 where a sample is padded."""
+    layout = plan.keys if of_keys else plan.queries
+    num_samples = 1 + max((sample or 0 for sample, _ in plan.starts), default=0)
+    places = torch.zeros(num_samples, layout.num_tokens(rank), dtype=torch.int64)
+    for run in layout.runs(rank):
         first = plan.starts[run.sample, run.document] + run.position
-        rows.setdefault(run.sample or 0, []).append(torch.arange(first, first + run.stop - run.start))
-    return torch.stack([torch.cat(rows[sample]) for sample in sorted(rows)])
+        places[run.sample or 0, run.start : run.stop] = torch.arange(first, first + run.stop - run.start)
+    return places
 
 
 class ParameterGradients:

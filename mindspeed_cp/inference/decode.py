@@ -136,10 +136,10 @@ class _Step:
             raise ValueError(f"method={method!r} is none; give one of {', '.join(map(repr, WAYS))}.")
         layouts, backends = WAYS[method]
         if q_layout not in layouts or backend not in backends:
-            able = [each for each, way in WAYS.items() if q_layout in way[0]]
+            able = " or ".join(each for each, way in WAYS.items() if q_layout in way[0]) or "another layout"
             raise ValueError(
-                f"method={method!r} with q_layout={q_layout!r} and backend={backend!r}: it takes "
-                f"{' or '.join(layouts)} by {' or '.join(backends)}; for queries {q_layout} use {' or '.join(able) or 'replicated ones'}."
+                f"method={method!r} with q_layout={q_layout!r} and backend={backend!r}: it takes queries "
+                f"{' or '.join(layouts)} by {' or '.join(backends)}; for {q_layout} use {able}."
             )
         step = cls(q, k, v, communicator, plan, q_layout, backend, scale, terms, kernels)
         step._check(method)
@@ -192,6 +192,8 @@ class _Step:
             return self._state(self.q, self.k, self.v)
         shapes = [self._shape(rank) for rank in range(self.size)]
         rows = tuple(shape.numel() // self.q.size(3) for shape in shapes)
+        if not any(rows):
+            return self._state(self.q, self.k[: self.q.size(0)], self.v[: self.q.size(0)])
         communicators = RingCommunicators(*[self.communicator] * 3)
         made = _around(rows, self.rank)
         player = Player(made, Phase.FORWARD, RingSchedule(1, self.size), communicators, overlap=True)
@@ -215,7 +217,7 @@ class _Step:
         received = self.communicator.all_to_all(message, Sizes(sent, coming))
         parts = torch.cat([states.get(self.rank, like[:0]), received]).view(self.size, own, like.size(1))
         out, lse = merge_states(parts[..., :-1], parts[..., -1])
-        return State(out.view(*self.q.shape[:3], -1), lse.view(self.q.shape[:3]))
+        return State(out.view(*self.q.shape[:3], self.v.size(3)), lse.view(self.q.shape[:3]))
 
     def _shape(self, owner: int) -> torch.Size:
         """Of an owner's queries."""
@@ -227,8 +229,11 @@ class _Step:
         if self.q_layout == "batch":
             first = sum(self.sequences[:owner])
             samples = slice(first, first + self.sequences[owner])
-            plan = None if self.plan is None else _of_samples(self.plan, samples, self.k.size(0))
-            return self._state(q, self.k[samples], self.v[samples], plan)
+            if self.plan is None:
+                return self._state(q, self.k[samples], self.v[samples])
+            plan = _of_samples(self.plan, samples, self.k.size(0))
+            longest = slice(plan.keys.num_tokens(self.rank))  # Of these: others may be longer.
+            return self._state(q, self.k[samples, :, longest], self.v[samples, :, longest], plan)
         reads, first = self.num_heads // self.k.size(1), owner * q.size(1)
         last = first + q.size(1)
         # One call where its heads read whole groups, or part of a single one; else one for each group.

@@ -95,7 +95,8 @@ def attention_state(
     """
     asked = Asked.of(q, scale, terms, kernels)
     case = asked.case(q, k, v)
-    plan = everything(q.size(2), k.size(2)) if plan is None else plan
+    if plan is None:
+        plan, key_rank = everything(q.size(2), k.size(2)), 0
     check_tokens("q", q, plan.queries.num_tokens(0))
     check_tokens("k", k, plan.keys.num_tokens(key_rank))
     with torch.no_grad(), autocast_off(q.device.type):
