@@ -123,7 +123,8 @@ def adapt(model: Any) -> TransformersModel:
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """The window of each layer, by a PreTrainedConfig.
 
-    Raises ValueError for layers, or rotary embeddings, that a cache cannot serve."""
+    Raises ValueError for layers, or rotary embeddings, that a cache cannot serve.
+    """
     kind = config.model_type
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
@@ -149,7 +150,10 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
 
 
 class Loaded(NamedTuple):
-    """What a folder holds. tokenizer: of transformers. ends: tokens that end a sequence. longest: positions of the model; None where it is open."""
+    """What a folder holds.
+
+    tokenizer: of transformers. ends: tokens that end a sequence. longest: positions of the model; None where open.
+    """
 
     model: TransformersModel
     tokenizer: Any
