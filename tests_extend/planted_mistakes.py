@@ -59,7 +59,7 @@ MISTAKES = {
         "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
-    "lse not merged": Mistake("kernels/merge.py", "    torch.add(anchor, both.log_(), out=lse)\n", "", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    torch.logaddexp(lse, block_lse, out=lse)\n", "", "attention"),
     "message to the wrong peer": Mistake(
         "program/rotation.py",
         "gives = message(self._peer(0, -inner),",
@@ -182,9 +182,21 @@ MISTAKES = {
     ),
     "bias rows of another rank": Mistake(
         "attention/ulysses.py",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias)",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias.flip(2))",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias)",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias.flip(2))",
         "attention/test_terms.py",
+    ),
+    "ALiBi in columns without its rows": Mistake(
+        "kernels/alibi.py", "lse - _of_rows(terms), state", "lse, state", "kernels/test_alibi_in_columns.py"
+    ),
+    "the largest score is another document's": Mistake(
+        "kernels/reference.py",
+        "    if terms.segments is not None:\n        queries_end",
+        "    if False:\n        queries_end",
+        "attention/test_largest.py",
+    ),
+    "a triangle is left out beside a bias": Mistake(
+        "kernels/cuda.py", "if terms.window == TRIANGLE else seen\n", "if False else seen\n", "kernels/test_terms.py"
     ),
     "ALiBi without the distance": Mistake(
         "kernels/bias.py",
@@ -257,6 +269,18 @@ MISTAKES = {
         "tensor_parallel/test_autocast.py",
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
+    "a tile of queries that travel keeps its window": Mistake(
+        "program/transposed.py", "left=tile.right, right=tile.left", "left=tile.left, right=tile.right", "inference"
+    ),
+    "a state of NaN counts": Mistake(
+        "inference/states.py", "return lse.where(lse < torch.inf, -torch.inf)", "return lse", "inference"
+    ),
+    "base 2 taken for e": Mistake(
+        "inference/states.py", "(torch.exp2, torch.log2)", "(torch.exp, torch.log)", "inference"
+    ),
+    "key heads of another rank": Mistake(
+        "inference/decode.py", "groups = slice(begin // reads,", "groups = slice(0 * begin,", "inference"
+    ),
 }
 
 

@@ -87,14 +87,18 @@ class Terms(AttentionTerms):
             dropout=self.dropout and replace(self.dropout, first_head=self.dropout.first_head + (heads.start or 0)),
         )
 
-    @property
-    def needs(self) -> frozenset[Term]:
-        """What kernels have to do; with gradients, where they are wanted now."""
+    def needs(self, dtype: torch.dtype, *, looks_ahead: bool) -> frozenset[Term]:
+        """What kernels have to do for queries of `dtype`; with gradients, where they are wanted now.
+
+        looks_ahead: whether queries may see later keys.
+        """
         needs = {
             Term.SOFTCAP: self.softcap is not None,
             Term.ALIBI: self.alibi_slopes is not None,
+            Term.ALIBI_AHEAD: self.alibi_slopes is not None and looks_ahead,
             Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
+            Term.WIDE_BIAS: self.bias is not None and torch.promote_types(dtype, self.bias.dtype) != dtype,
             Term.BIAS_GRADIENT: is_learnt(self.bias),
             Term.DROPOUT: self._drops and not self._drops_by_kernel,
             Term.KERNEL_DROPOUT: self._drops and self._drops_by_kernel,

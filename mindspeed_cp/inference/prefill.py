@@ -181,7 +181,7 @@ class _Call:
         words, refusal, made = "", None, None
         try:
             asked = Asked.of(q, scale, terms, kernels)
-            case = asked.case(q, k, v)
+            case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
             _check(q, k, plan, rank, size)
             check_terms(terms, q, k, plan, size)
             if strategy == "pass_q" and terms is not None and terms.bias is not None:

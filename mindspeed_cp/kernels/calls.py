@@ -56,7 +56,7 @@ class Place(NamedTuple):
         """What is there: by slices a view [b, H, s, ...], by an index [m] or [n, s] a copy [1 or n, H, m or s, ...]."""
         if isinstance(self.tokens, slice):
             assert isinstance(self.samples, slice)
-            return part(part(x, 0, self.samples), 2, self.tokens)
+            return part(x if self.samples is ALL else part(x, 0, self.samples), 2, self.tokens)
         found = x[self.samples, :, self.tokens]
         return found.movedim(1, 0).unsqueeze(0) if self.tokens.dim() == 1 else found.movedim(2, 1)
 
@@ -75,6 +75,30 @@ def part(x: Tensor, dim: int, of: slice) -> Tensor:
 def in_all_samples(tokens: slice) -> Place:
     """Where these tokens are in every sample."""
     return Place(ALL, tokens)
+
+
+class Views:
+    """Tensors [B, H, S, ...] of which calls take their tokens. Calls at one place share views, one after another."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._at: tuple[Place, slice] | None = None
+        self._taken: tuple[Tensor, ...] = ()
+
+    def take(self, place: Place, heads: slice = ALL) -> tuple[Tensor, ...]:
+        """What is there of some heads: by slices views, by an index copies."""
+        if not isinstance(place.tokens, slice):
+            return tuple(place.take(part(x, 1, heads)) for x in self._tensors)
+        if (place, heads) != self._at:
+            self._taken = tuple(place.take(part(x, 1, heads)) for x in self._tensors)
+            self._at = place, heads
+        return self._taken
+
+    def put(self, place: Place, heads: slice, content: Sequence[Tensor]) -> None:
+        """Write what `take` gives; views have it already."""
+        if not isinstance(place.tokens, slice):
+            for x, each in zip(self._tensors, content, strict=True):
+                place.put(part(x, 1, heads), each)
 
 
 class Gathered(NamedTuple):

@@ -66,8 +66,10 @@ class Term(Enum):
 
     SOFTCAP = "softcap"
     ALIBI = "ALiBi"
+    ALIBI_AHEAD = "ALiBi of later keys"
     SLOPE_GRADIENT = "gradient of ALiBi's slopes"
     BIAS = "bias"
+    WIDE_BIAS = "bias with more digits than q"
     BIAS_GRADIENT = "gradient of a bias"
     DROPOUT = "dropout by position"
     KERNEL_DROPOUT = "dropout by the kernel"
