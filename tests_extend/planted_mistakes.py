@@ -182,8 +182,8 @@ MISTAKES = {
     ),
     "bias rows of another rank": Mistake(
         "attention/ulysses.py",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias)",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias.flip(2))",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias)",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias.flip(2))",
         "attention/test_terms.py",
     ),
     "ALiBi in columns without its rows": Mistake(
