@@ -86,7 +86,6 @@ SLOW = [
     (f"{ODD_HEADS} {STREAM}", 1, 8, hybrid(4)),
     ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
-    (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
     (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
