@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
-Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
+Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"]
 MaskType = Literal["causal", "general"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -16,6 +17,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "attention_mask_type": get_args(MaskType),
 }
 """Fields that take one of a few values, with those values."""
+
+_WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
+"""Those that --cp-window-size says something about."""
 
 
 class ConfigurationError(ValueError):
@@ -60,8 +64,9 @@ class ContextParallelConfig:
         default="ulysses_cp_algo",
         metadata={
             "help": "How attention is computed over the context-parallel ranks: Ulysses (all-to-all over heads), ring "
-            "attention (a double ring with --cp-window-size above 1), or Ulysses inside and a ring outside. By default "
-            "what --cp-comm-type asks for, else Ulysses where the heads allow it, else a hybrid or the ring."
+            "attention (a double ring with --cp-window-size above 1), Ulysses inside and a ring outside, or all K/V "
+            "gathered at once. By default what --cp-comm-type asks for, else Ulysses where the heads allow it, else a "
+            "hybrid or the ring."
         },
     )
     cp_window_size: int = field(
@@ -110,7 +115,7 @@ class ContextParallelConfig:
             return
         if self.context_parallel_algo == "hybrid_cp_algo":
             self._check_degree(size, degree)
-        if self.context_parallel_algo != "ulysses_cp_algo" and self._ring_size % inner:
+        if self.context_parallel_algo in _WITH_RING and self._ring_size % inner:
             raise ConfigurationError(
                 f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
                 f"use {or_list(divisors(self._ring_size))}."
@@ -160,8 +165,14 @@ class ContextParallelConfig:
         """The grid that the algorithm spans over the ranks."""
         if self.context_parallel_size == self.ulysses_size:
             return CPTopology(ulysses=self.ulysses_size)
-        inner = self.cp_window_size if self.cp_window_size > 1 else self._ring_size
+        is_double = self.cp_window_size > 1 and self.context_parallel_algo in _WITH_RING
+        inner = self.cp_window_size if is_double else self._ring_size
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
+
+    @property
+    def transport(self) -> Transport | None:
+        """How K/V travel between those that hold them; None for the cheapest way for what is seen."""
+        return Transport.ALL_GATHER if self.context_parallel_algo == "kvallgather_cp_algo" else None
 
     @property
     def layout(self) -> SequenceLayout:
@@ -178,6 +189,8 @@ class ContextParallelConfig:
             here = f"--context-parallel-algo {self.context_parallel_algo}"
             if self.context_parallel_algo == "ulysses_cp_algo":
                 reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
+            if self.context_parallel_algo == "kvallgather_cp_algo":
+                reason["cp_window_size"] = f"{here}, which has no ring"
             if self.context_parallel_algo != "hybrid_cp_algo":
                 reason["ulysses_degree_in_cp"] = f"{here}; only hybrid_cp_algo reads it"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}

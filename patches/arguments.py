@@ -347,8 +347,8 @@ def _algorithm(text: str) -> str:
     """A value of --context-parallel-algo: argparse says which there are, and not what they mean."""
     if text not in CHOICES["context_parallel_algo"]:
         raise argparse.ArgumentTypeError(
-            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring) or "
-            f"hybrid_cp_algo (Ulysses inside, a ring outside)"
+            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring), hybrid_cp_algo "
+            f"(Ulysses inside, a ring outside) or kvallgather_cp_algo (all K/V gathered at once)"
         )
     return text
 
