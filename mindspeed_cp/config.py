@@ -22,6 +22,13 @@ _WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
 """Those that --cp-window-size says something about."""
 
 
+_OF_ONE_RANK = (
+    *("attention_on_one_rank", "use_alibi", "attention_mask_type"),
+    *("megatron_cp_in_bnsd", "context_parallel_kernels"),
+)
+"""Fields that mean something where one rank's attention is the plugin's."""
+
+
 class ConfigurationError(ValueError):
     """Options that cannot be honoured as they are set: a sentence each, with name, value, rule and a way out."""
 
@@ -102,6 +109,21 @@ class ContextParallelConfig:
             "By default the fastest that can compute the case at hand."
         },
     )
+    use_alibi: bool = field(
+        default=False,
+        metadata={
+            "help": "ALiBi: let the score of a query and a key fall with their distance, in each head by a slope of "
+            "its own; with --context-parallel-size 1 attention is then this plugin's too. Megatron's position "
+            "embedding stays beside it, unless --position-embedding-type none leaves it out."
+        },
+    )
+    attention_on_one_rank: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute attention by this plugin with --context-parallel-size 1 too: dropout then drops what it "
+            "drops on more ranks, and --reset-attention-mask makes no mask."
+        },
+    )
 
     def __post_init__(self) -> None:
         size, inner, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp
@@ -161,6 +183,16 @@ class ContextParallelConfig:
         return 1
 
     @property
+    def computes_attention(self) -> bool:
+        """Whether attention is this plugin's."""
+        return self.context_parallel_size > 1 or self.computes_on_one_rank
+
+    @property
+    def computes_on_one_rank(self) -> bool:
+        """Whether attention is this plugin's where nothing is parallel, too."""
+        return self.attention_on_one_rank or self.use_alibi
+
+    @property
     def topology(self) -> CPTopology:
         """The grid that the algorithm spans over the ranks."""
         if self.context_parallel_size == self.ulysses_size:
@@ -183,9 +215,13 @@ class ContextParallelConfig:
         """A sentence for each flag that is set and changes nothing with this algorithm and size."""
         reason: dict[str, str] = {}
         algorithm_flags = [f.name for f in fields(self) if f.name != "context_parallel_size"]
-        if self.context_parallel_size == 1:
+        if self.context_parallel_size == 1 and self.computes_on_one_rank:
+            travelling = [name for name in algorithm_flags if name not in _OF_ONE_RANK]
+            reason = dict.fromkeys(travelling, "--context-parallel-size 1, where nothing travels")
+        elif self.context_parallel_size == 1:
             reason = dict.fromkeys(algorithm_flags, "--context-parallel-size 1, where attention stays Megatron's own")
         else:
+            reason["attention_on_one_rank"] = "--context-parallel-size above 1, where attention is this plugin's anyway"
             here = f"--context-parallel-algo {self.context_parallel_algo}"
             if self.context_parallel_algo == "ulysses_cp_algo":
                 reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")

@@ -63,13 +63,13 @@ def warn_of_newer(version: str) -> None:
         )
 
 
-def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextParallelConfig:
+def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: Any) -> ContextParallelConfig:
     """Set what the flags set, for programs without Megatron's argument parser.
 
     To be called before `initialize_model_parallel`.
 
     distributed_backend: "gloo" on a machine without an accelerator asks for training on the CPU.
-    flags: fields of ContextParallelConfig, which are the flags with underscores:
+    seed: of attention dropout. flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
     Raises ValueError where a rule is broken (ConfigurationError) or a kernel is not there.
@@ -80,7 +80,7 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
         use_cpu()
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
-    plugin.config = config
+    plugin.config, plugin.seed = config, seed
     plugin.documents, plugin.apart_by, plugin.packing = None, None, Packing()
     return config
 

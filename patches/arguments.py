@@ -7,7 +7,8 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.heads import HeadLayout
-from mindspeed_cp.kernels import KERNELS, BlockCase, Window
+from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
@@ -40,9 +41,11 @@ from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import (
+    WATCHING,
     difference_notes,
     refuse_lost_documents,
     refuse_unloadable_optimizer,
+    refuse_unwatched_scores,
     unsupported,
 )
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -84,7 +87,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
-            result = original(args, *rest, **kwargs)
+            with _without_transformer_engines_rules(args, config):
+                result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_documents(args, config, _release())
                 refuse_unloadable_optimizer(args, config)
@@ -94,7 +98,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
             plugin.packing = Packing(args.packed_sequence_layout)
-            if config.context_parallel_size > 1 and plugin.documents is not None:
+            plugin.seed = args.seed
+            if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
                 args.create_attention_mask_in_dataloader = False
             if int(os.environ.get("RANK", "0")) == 0:
@@ -416,6 +421,7 @@ def _examine_arguments(
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
+        lambda: refuse_unwatched_scores(args, config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 
@@ -529,7 +535,7 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
 
     Raises NotImplementedError where none of the kernels that the user allows can compute one.
     """
-    if config.context_parallel_size == 1 or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
+    if not config.computes_attention or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
         return []
     device = accelerator() or "cpu"
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
@@ -547,6 +553,7 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
             head_size=head_size,
             value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
+            terms=_terms(args, config),
         )
         for num_heads, num_kv_heads in _heads_of_calls(args, config)
     ]
@@ -577,6 +584,22 @@ def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> 
     dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
     of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
     return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
+
+
+def _terms(args: argparse.Namespace, config: ContextParallelConfig) -> frozenset[Term]:
+    """What kernels are told beside who sees whom."""
+    asked = {Term.DROPOUT: bool(args.attention_dropout), Term.ALIBI: config.use_alibi}
+    return frozenset(term for term, is_asked in asked.items() if is_asked)
+
+
+@contextmanager
+def _without_transformer_engines_rules(args: argparse.Namespace, config: ContextParallelConfig) -> Iterator[None]:
+    """Within it Megatron does not ask for the TransformerEngine that would find the largest scores: they are ours."""
+    ours = config.computes_attention or args.transformer_impl == "local"
+    found = {name: getattr(args, name) for name in WATCHING if getattr(args, name, False)} if ours else {}
+    vars(args).update(dict.fromkeys(found, False))
+    yield
+    vars(args).update(found)
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -20,6 +20,7 @@ class Plugin:
     """State handed to every patch when it is made, so that none of them has to look anything up.
 
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
+    seed: of the job, for what is drawn at random; set with the configuration.
     groups: set while Megatron's model-parallel groups exist; None else.
     documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
         patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
@@ -28,6 +29,7 @@ class Plugin:
     """
 
     config: ContextParallelConfig | None = None
+    seed: int = 0
     groups: ContextParallelGroups | None = None
     documents: DocumentRule | None = None
     end_of_document: int | None = None
@@ -53,8 +55,7 @@ class Plugin:
     @property
     def rule(self) -> DocumentRule | None:
         """How documents are found for layers; None where Megatron's own attention reads a mask of them."""
-        alone = self.config is None or self.config.context_parallel_size == 1
-        return None if alone else self.documents
+        return self.documents if self.config is not None and self.config.computes_attention else None
 
     @property
     def place(self) -> tuple[int, int]:

@@ -118,8 +118,8 @@ def _interleaved(value: str, line: CommandLine) -> Ruling:
         return Ruling(Disposition.REFUSED, "a query sees its own token at least; use 1 or more")
     return Ruling(
         Disposition.TRANSLATED,
-        f"in every other layer, from the first on, a query sees {tokens} tokens; MindSpeed has that only in layers that "
-        f"are given a mask, which context parallelism gives to none",
+        f"in every other layer, from the first on, a query sees {tokens} tokens; MindSpeed has that only in layers "
+        f"that are given a mask, which context parallelism gives to none",
         ("--window-size", f"{tokens - 1},0", "--window-attn-skip-freq", "2"),
         differs=True,
     )
@@ -159,7 +159,7 @@ def _opposite(value: str, line: CommandLine) -> Ruling:
         return Ruling(Disposition.NOTED, "it is about later keys, which no query sees")
     return Ruling(
         Disposition.NOTED,
-        "MindSpeed raises the scores of later keys by their distance, and here they fall by it like those of earlier ones",
+        "in MindSpeed the scores of later keys rise with their distance, and here they fall as those of earlier ones",
         differs=True,
     )
 
@@ -180,8 +180,8 @@ MASKS = (
         "N",
         "how far back attention reaches",
         Disposition.NOTED,
-        "the window's tokens before a query's own with --sparse-mode 4, and at CP = 1 without flash attention; not read "
-        "else, there as here",
+        "the window's tokens before a query's own with --sparse-mode 4, and at CP = 1 without flash attention; else "
+        "not read, there as here",
         _reach(_BEHIND),
     ),
     Record(
