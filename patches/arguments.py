@@ -574,6 +574,16 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
     ]
 
 
+@contextmanager
+def _without_transformer_engines_rules(args: argparse.Namespace, config: ContextParallelConfig) -> Iterator[None]:
+    """Within it Megatron does not ask for the TransformerEngine that would find the largest scores: they are ours."""
+    ours = config.computes_attention or args.transformer_impl == "local"
+    found = {name: getattr(args, name) for name in WATCHING if getattr(args, name, False)} if ours else {}
+    vars(args).update(dict.fromkeys(found, False))
+    yield
+    vars(args).update(found)
+
+
 def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[tuple[int, int]]:
     """Query and K/V heads of what ranks give to kernels, each different pair once; none where there are too few."""
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -590,16 +600,6 @@ def _terms(args: argparse.Namespace, config: ContextParallelConfig) -> frozenset
     """What kernels are told beside who sees whom."""
     asked = {Term.DROPOUT: bool(args.attention_dropout), Term.ALIBI: config.use_alibi}
     return frozenset(term for term, is_asked in asked.items() if is_asked)
-
-
-@contextmanager
-def _without_transformer_engines_rules(args: argparse.Namespace, config: ContextParallelConfig) -> Iterator[None]:
-    """Within it Megatron does not ask for the TransformerEngine that would find the largest scores: they are ours."""
-    ours = config.computes_attention or args.transformer_impl == "local"
-    found = {name: getattr(args, name) for name in WATCHING if getattr(args, name, False)} if ours else {}
-    vars(args).update(dict.fromkeys(found, False))
-    yield
-    vars(args).update(found)
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -138,15 +138,16 @@ class LayerAttention:
         packed: Any = None,
         sinks: Tensor | None = None,
         is_training: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of this rank's tokens over those of all ranks, [S, B, N * V], and the largest score of each head.
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
 
         query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
         where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
         mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
         and [S, G, V], and the result is [S, N * V]. sinks: a score for each head that has no value, N floating numbers;
-        its gradient is this rank's part, which data-parallel reducers add up. is_training: whether dropout drops, and
-        the largest scores are found, [N], -inf for heads that this rank has not computed; they are None else.
+        its gradient is this rank's part, which data-parallel reducers add up. is_training: whether dropout drops.
+        watch: told the largest score of each head, [N] in the dtype of sums; -inf for those this rank has not computed.
 
         Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
         documents that do not fit the tokens, and for inference.
@@ -158,19 +159,15 @@ class LayerAttention:
                 query,
             )
         mask_type = mask_type or self.mask_type
-        call = functools.partial(
-            self._attend,
-            terms=self._terms(sinks, is_training, query.device),
-            with_largest=self.watches_scores and is_training,
-        )
+        call = functools.partial(self._attend, terms=self._terms(sinks, is_training, query.device), watch=watch)
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
-            out, largest = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
-            return out[0].transpose(0, 1).flatten(1), largest
+            out = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
+            return out[0].transpose(0, 1).flatten(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
-            out, largest = call(self.causal, q, k, v, plan=plan)
+            out = call(self.causal, q, k, v, plan=plan)
         elif self.apart_by is not None and (attention_mask is None or self.general is None):
             self.refuse(
                 f"{self.apart_by}, and this layer was not told where documents end; import "
@@ -184,24 +181,24 @@ class LayerAttention:
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
             plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
-            out, largest = call(self.causal, q, k, v, plan=plan)
+            out = call(self.causal, q, k, v, plan=plan)
         elif self.general is None:
             if mask_type != "causal":
                 self.refuse(_other_mask_type(mask_type), query)
-            out, largest = call(self.causal, q, k, v)
+            out = call(self.causal, q, k, v)
         elif attention_mask is not None:
             self._check_mask(query, attention_mask)
-            out, largest = call(self.general, q, k, v, visible=~attention_mask)
+            out = call(self.general, q, k, v, visible=~attention_mask)
         elif mask_type in WITHOUT_MASK:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
-            out, largest = call(attention, q, k, v)
+            out = call(attention, q, k, v)
         else:
             self.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
                 f"sees whom; give it one, or build it with the mask type causal or no_mask.",
                 query,
             )
-        return out.permute(2, 0, 1, 3).flatten(2), largest
+        return out.permute(2, 0, 1, 3).flatten(2)
 
     def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
         dropout = self.dropout.draw() if self.dropout is not None and is_training else None
@@ -221,13 +218,15 @@ class LayerAttention:
         v: Tensor,
         *,
         terms: AttentionTerms | None,
-        with_largest: bool,
+        watch: Callable[[Tensor], None] | None,
         plan: AttentionPlan | None = None,
         visible: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if with_largest:
-            return attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
-        return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms), None
+    ) -> Tensor:
+        if watch is None:
+            return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        watch(largest)
+        return out
 
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
@@ -292,7 +291,7 @@ def _wrap_init(
     original: Callable[..., None],
     *,
     adjust: Callable[[Any], None] = lambda config: None,
-    is_ours_alone: Callable[[Plugin, Any], bool],
+    is_ours_alone: Callable[[Plugin, Any], bool] = lambda plugin, config: False,
 ) -> Callable[..., None]:
     """The constructor `original`, which makes a context-parallel layer where its configuration asks for one.
 
@@ -322,7 +321,6 @@ def _wrap_init(
         self.config = config
         self.context_parallel_attention = layer_attention
         if layer_attention is not None and layer_attention.watches_scores:
-            # What Megatron's clip_qk looks for.
             self.current_max_attn_logits = None
 
     return __init__
@@ -354,7 +352,7 @@ def _wrap_forward(
                 named["query"],
             )
         mask_type = named.get("attn_mask_type")
-        out, largest = attention(
+        return attention(
             named["query"],
             named["key"],
             named["value"],
@@ -364,13 +362,16 @@ def _wrap_forward(
             # Megatron's name for them: zeros with --softmax-type off-by-one, a parameter with learnable.
             sinks=getattr(self, "softmax_offset", None),
             is_training=self.training,
+            watch=functools.partial(_keep_largest, self) if attention.watches_scores and self.training else None,
         )
-        if largest is not None:
-            known = self.current_max_attn_logits
-            self.current_max_attn_logits = largest if known is None else torch.maximum(known, largest)
-        return out
 
     return forward
+
+
+def _keep_largest(layer: Any, largest: Tensor) -> None:
+    """Where Megatron's clip_qk looks for it after a step; over its micro-batches."""
+    known = layer.current_max_attn_logits
+    layer.current_max_attn_logits = largest if known is None else torch.maximum(known, largest)
 
 
 def _asked_for(plugin: Plugin, layer_config: Any) -> bool:
@@ -392,10 +393,11 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     """The attention of a layer whose constructor was called with the arguments `named`."""
     layer_config = named["config"]
     pg_collection = named.get("pg_collection")
-    config, groups = plugin.config or ContextParallelConfig(), None
+    config, groups = _of_one_rank(plugin.config), None
     if layer_config.context_parallel_size > 1:
         groups = plugin.groups_over(_context_parallel_group(pg_collection))
         assert plugin.config is not None, "groups_over has a configuration or raises"
+        config = plugin.config
         refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
         config.check_model(
             num_attention_heads=layer_config.num_attention_heads,
@@ -406,9 +408,6 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
     reads_mask = config.attention_mask_type == "general"
-    rate = named["attention_dropout"]
-    rate = layer_config.attention_dropout if rate is None else rate
-    num_heads = layer_config.num_attention_heads // layer_config.tensor_model_parallel_size
     return LayerAttention(
         causal=build_attention(replace(config, attention_mask_type="causal"), groups),
         general=build_attention(config, groups) if reads_mask else None,
@@ -419,32 +418,49 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
-        dropout=_dropout(rate, plugin, named["layer_number"], num_heads, pg_collection),
+        dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
-        slopes=_slopes(layer_config.num_attention_heads, num_heads, pg_collection) if config.use_alibi else None,
+        slopes=_slopes(layer_config, pg_collection) if config.use_alibi else None,
     )
 
 
-def _dropout(rate: float, plugin: Plugin, layer_number: int, num_heads: int, groups: Any) -> LayerDropout | None:
-    return LayerDropout.of_layer(rate, plugin.seed, layer_number, num_heads, groups) if rate else None
+def _of_one_rank(config: ContextParallelConfig | None) -> ContextParallelConfig:
+    """What of the job's configuration is about a layer without context parallelism."""
+    given = config or ContextParallelConfig()
+    return ContextParallelConfig(
+        attention_mask_type=given.attention_mask_type,
+        megatron_cp_in_bnsd=given.megatron_cp_in_bnsd,
+        context_parallel_kernels=given.context_parallel_kernels,
+        use_alibi=given.use_alibi,
+    )
 
 
-def _slopes(all_heads: int, num_heads: int, pg_collection: Any) -> tuple[float, ...]:
+def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_collection: Any) -> LayerDropout | None:
+    """named: holds the layer's number and its rate, the configuration's where it is None."""
+    rate = named["attention_dropout"]
+    rate = layer_config.attention_dropout if rate is None else rate
+    if not rate:
+        return None
+    num_heads = layer_config.num_attention_heads // layer_config.tensor_model_parallel_size
+    return LayerDropout.of_layer(rate, plugin.seed, named["layer_number"], num_heads, pg_collection)
+
+
+def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
     """ALiBi's slopes of the heads that this tensor-parallel rank has."""
     group = getattr(pg_collection, "tp", None)
     if group is None:
         from megatron.core import parallel_state
 
         group = parallel_state.get_tensor_model_parallel_group()
-    first = group.rank() * num_heads
-    return tuple(geometric_slopes(all_heads)[first : first + num_heads])
+    slopes = geometric_slopes(layer_config.num_attention_heads)
+    share = len(slopes) // group.size()
+    return tuple(slopes[group.rank() * share : (group.rank() + 1) * share])
 
 
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
     """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
-    kernels = () if plugin.config is None else plugin.config.context_parallel_kernels
     return LayerAttention(
-        causal=build_attention(ContextParallelConfig(context_parallel_kernels=kernels)),
+        causal=build_attention(replace(_of_one_rank(plugin.config), attention_mask_type="causal")),
         general=None,
         mask_type=layer.attn_mask_type.name,
         scale=layer.softmax_scale * (layer.layer_number if layer.config.apply_query_key_layer_scaling else 1),
@@ -452,10 +468,9 @@ def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
         window=_window(layer.config, vars(layer)),
         packing=plugin.packing,
         dropout=_dropout(
-            layer.attention_dropout.p,
             plugin,
-            layer.layer_number,
-            layer.num_attention_heads_per_partition,
+            layer.config,
+            {"layer_number": layer.layer_number, "attention_dropout": layer.attention_dropout.p},
             getattr(layer, "pg_collection", None),
         ),
     )

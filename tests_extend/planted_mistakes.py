@@ -59,7 +59,7 @@ MISTAKES = {
         "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
         "attention",
     ),
-    "lse not merged": Mistake("kernels/merge.py", "    torch.add(anchor, both.log_(), out=lse)\n", "", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    torch.logaddexp(lse, block_lse, out=lse)\n", "", "attention"),
     "message to the wrong peer": Mistake(
         "program/rotation.py",
         "gives = message(self._peer(0, -inner),",

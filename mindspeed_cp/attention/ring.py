@@ -53,7 +53,7 @@ from mindspeed_cp.kernels import (
     Term,
     TileTerms,
 )
-from mindspeed_cp.kernels.calls import Call, calls, part
+from mindspeed_cp.kernels.calls import Call, Views, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import AttentionPlan, Tile, within
@@ -120,7 +120,7 @@ class RingAttention:
     def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
         """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
-        case = case._replace(masked=terms.visible is not None, terms=terms.needs)
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype))
         result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
         return result
 
@@ -298,18 +298,19 @@ def _forward(
     player = ring.player(made)
     merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
-    key_values = KeyValues(player, k, v)
+    key_values, of_queries = KeyValues(player, k, v), Views(q)
 
     def compute(step: Step, call: Call) -> None:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        tensors = queries.given.take(part(q, 1, heads)), keys.given.take(block.k), keys.given.take(block.v)
+        (q_,) = of_queries.take(queries.given, heads)
+        k_, v_ = keys.given.take(block.k), keys.given.take(block.v)
         tile_terms = told.of(step.owner, call, heads)
-        output = call.kernel.forward(*tensors, tile_terms)
+        output = call.kernel.forward(q_, k_, v_, tile_terms)
         states[call] = output.state
         result = BlockOutput(queries.result(output.out), queries.result(output.lse))
         merged.merge(result, queries.back, heads)
-        largest.add(*tensors[:2], tile_terms, heads)
+        largest.add(q_, k_, tile_terms, heads)
 
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
@@ -333,11 +334,12 @@ def _backward(
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
+    of_queries = Views(dout, q, merged_out, merged_lse)
 
     def compute(step: Step, call: Call) -> Partial:
         heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged_out, merged_lse))
+        d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
             BlockOutput(out, lse, _state(states, call)),

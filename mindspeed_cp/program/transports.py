@@ -8,11 +8,12 @@ Note [Two parts of the own block]
 from collections import Counter
 from enum import Enum
 
-from mindspeed_cp.plan import AttentionPlan, halves
+from mindspeed_cp.plan import halves
 from mindspeed_cp.program.needs import Needs
 from mindspeed_cp.program.rotation import Rotation
 from mindspeed_cp.program.steps import Phase, Program, num_tokens
 from mindspeed_cp.program.straight import Straight
+from mindspeed_cp.program.transposed import Carried
 from mindspeed_cp.schedule import Hop, RingSchedule
 
 _MOST_RUNS = 50_000
@@ -28,7 +29,7 @@ class Transport(Enum):
 
 
 def program(
-    plan: AttentionPlan,
+    plan: Carried,
     schedule: RingSchedule,
     rank: int,
     phase: Phase,
@@ -54,7 +55,7 @@ def program(
     return Program(rank, tuple(maker.steps(first, last)), pieces)
 
 
-def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
+def cheapest_transport(plan: Carried, schedule: RingSchedule) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
 
     Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
@@ -65,7 +66,7 @@ def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport
     return plan.once(("cheapest transport", schedule), lambda: _cheapest(plan, schedule))
 
 
-def _cheapest(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
+def _cheapest(plan: Carried, schedule: RingSchedule) -> Transport:
     owners, readers = range(schedule.size), plan.readers
     met = ((reader // schedule.inner, owner // schedule.inner) for owner in owners for reader in readers(owner))
     if schedule.outer > 1 and any(mine != theirs for mine, theirs in met):

@@ -155,6 +155,42 @@ def test_losses_equal_those_of_cp_1(training, record_property, beside, ranks, si
     assert difference <= 1e-5
 
 
+DROPOUT = "--attention-dropout 0.1"
+WITH_DROPOUT = [
+    pytest.param("", 1, 2, RING, id="ring"),
+    pytest.param(f"{DOCUMENTS} {TWO_SAMPLES} {RECOMPUTE}", 1, 4, double_ring(2), id="double ring, documents"),
+    pytest.param(f"{STREAM} {WINDOW}", 1, 4, hybrid(2), id="hybrid, stream and window"),
+    pytest.param(f"{TENSOR_PARALLEL} --global-batch-size 4", 4, 2, ULYSSES, id="ulysses, TP and DP"),
+    pytest.param(f"{INTERLEAVED} {RECOMPUTE}", 2, 2, RING, id="ring, interleaved stages"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beside", "ranks", "size", "algorithm"), WITH_DROPOUT)
+def test_dropout_drops_what_it_does_with_cp_1(training, beside, ranks, size, algorithm):
+    reference = training.losses(ranks, f"{beside} {DROPOUT} --attention-on-one-rank")
+    losses = training.losses(ranks * size, f"{beside} {DROPOUT} --context-parallel-size {size} {algorithm}")
+    assert len(reference) == ITERATIONS
+    assert largest_difference(reference, losses) <= 1e-5
+    assert largest_difference(reference, training.losses(ranks, beside)) > 1e-3
+
+
+@pytest.mark.slow
+def test_documents_on_one_rank_of_ours_are_those_of_megatrons_own_masks(training):
+    flags = f"{DOCUMENTS} {TWO_SAMPLES}"
+    assert largest_difference(training.losses(1, flags), training.losses(1, f"{flags} --attention-on-one-rank")) <= 1e-5
+
+
+@pytest.mark.slow
+def test_scores_are_clipped_as_with_cp_1(training):
+    clipped = "--bf16 --qk-clip --qk-clip-threshold 0.05"
+    reference = training.losses(1, clipped)
+    losses = training.losses(4, f"{clipped} --context-parallel-size 4 {hybrid(2)}")
+    assert len(reference) == ITERATIONS
+    assert largest_difference(reference, losses) <= 2e-3
+    assert largest_difference(reference, training.losses(1, "--bf16")) > 1e-2
+
+
 @pytest.mark.slow
 def test_packed_stream_has_the_losses_of_megatrons_own_masks(training):
     # One rank's packed streams are ours, its masks Megatron's; rotary embeddings have the same scores in both.
@@ -203,7 +239,7 @@ def test_a_gradient_that_stays_away_changes_the_losses(training):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--context-parallel-size 2 --attention-dropout 0.1", "attention dropout is not available yet"),
+        ("--context-parallel-size 2 --qk-clip", "--qk-clip in fp32: "),
         (
             f"--context-parallel-size 2 {ULYSSES} --num-attention-heads 1",
             "gives each rank 1, fewer than the Ulysses degree 2",

@@ -298,6 +298,7 @@ def test_flags_and_defaults_are_those_of_the_design():
         "--attention-mask-type": "causal",
         "--megatron-cp-in-bnsd": False,
         "--context-parallel-kernels": (),
+        "--attention-on-one-rank": False,
     }
 
 

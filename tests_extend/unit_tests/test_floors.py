@@ -17,7 +17,7 @@ FLOORS = (
     {"config", "patching", "device", "batch"},
     {"kernels", "comm", "choice", "planner"},
     {"attention", "tensor_parallel", "relayout"},
-    {"patches", "testing", "diffusion"},
+    {"patches", "testing", "diffusion", "inference"},
     {"megatron_adaptor", "benchmark"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
