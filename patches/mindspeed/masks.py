@@ -77,7 +77,8 @@ def _reach(name: str) -> Rule:
 
 def _window(name: str, line: CommandLine) -> Ruling:
     """The operator's band: a query sees so many keys before its own and behind it. Said by the first flag of it."""
-    given = [flag for flag in (_MODE, _BEHIND, _AHEAD) if line.has(flag)]
+    is_band = _mode(line) == _BAND
+    given = [flag for flag in (*[_MODE] * is_band, _BEHIND, _AHEAD) if line.has(flag)]
     behind, ahead, length = line.whole(_BEHIND, _ALL), line.whole(_AHEAD, 0), _length(line)
     if behind is None or ahead is None:
         return Ruling(Disposition.NOTED, "the other flags of its window are no numbers")
@@ -85,19 +86,19 @@ def _window(name: str, line: CommandLine) -> Ruling:
         return Ruling(Disposition.NOTED, f"{_SLIDING} says how far attention reaches")
     for flag, tokens in ((_BEHIND, behind), (_AHEAD, ahead)):
         if tokens < 0:
-            reason = f"{flag} {tokens} hides each token from itself; use 0 or more"
-            return Ruling(Disposition.REFUSED if name == flag else Disposition.NOTED, reason)
+            reason = "it hides each token from itself; use 0 or more"
+            return Ruling(Disposition.REFUSED, reason) if name == flag else Ruling(Disposition.NOTED, f"with {flag}")
     if ahead == 0 and length is not None and behind >= length - 1:
         return Ruling(Disposition.NOTED, "it reaches to the start of every sequence: attention is causal")
     if name != given[0]:
         return Ruling(Disposition.NOTED, f"with {given[0]}")
-    there = "; MindSpeed computes causal attention there" if _mode(line) == _BAND else ""
+    there = "; MindSpeed computes causal attention there" * is_band
     return Ruling(
         Disposition.TRANSLATED,
         f"a query sees {behind} tokens before its own and {ahead} behind it{there}",
         ("--window-size", f"{behind},{ahead}"),
         (_BEHIND, _AHEAD),
-        differs=bool(there),
+        differs=is_band,
     )
 
 
