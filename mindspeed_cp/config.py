@@ -91,6 +91,14 @@ class ContextParallelConfig:
         default=False,
         metadata={"help": "Let the next K/V block of a ring travel while the present one is computed."},
     )
+    context_parallel_keep_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "With --recompute-granularity: keep what attention gives, so that a recomputed layer neither "
+            "computes nor sends it again. Costs a layer's attention output and log-sum-exp in each micro-batch under "
+            "way; with Ulysses the exchanged q, k, v and output too."
+        },
+    )
     attention_mask_type: MaskType = field(
         default="causal",
         metadata={

@@ -24,6 +24,7 @@ from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.recomputation import recomputation_patches
 from mindspeed_cp.patches.rotary import rotary_patches
 from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
@@ -113,6 +114,7 @@ registry = PatchRegistry(
         *latent_attention_patches(),
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
+        *recomputation_patches(plugin),
         *document_patches(plugin),
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),

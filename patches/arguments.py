@@ -40,6 +40,7 @@ from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
     WATCHING,
     difference_notes,
@@ -422,6 +423,7 @@ def _examine_arguments(
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
         lambda: refuse_unwatched_scores(args, config),
+        lambda: refuse_kept_outputs(none_for_unknown(args), config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 

@@ -408,9 +408,10 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
     reads_mask = config.attention_mask_type == "general"
+    recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(
-        causal=build_attention(replace(config, attention_mask_type="causal"), groups),
-        general=build_attention(config, groups) if reads_mask else None,
+        causal=build_attention(replace(config, attention_mask_type="causal"), groups, recomputation=recomputation),
+        general=build_attention(config, groups, recomputation=recomputation) if reads_mask else None,
         mask_type=named["attn_mask_type"].name,
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=1.0 / math.sqrt(head_size) if scale is None else scale,

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from mindspeed_cp.attention import Recomputation
 from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
@@ -25,7 +26,8 @@ class Plugin:
     documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
         patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
-    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks.
+    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
+        Megatron's checkpoints, where they keep what attention gives.
     """
 
     config: ContextParallelConfig | None = None
@@ -36,6 +38,7 @@ class Plugin:
     apart_by: str | None = None
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
+    recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -69,6 +70,7 @@ class RingAttention:
     messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
     program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
+    recomputation: of the checkpoints that it runs in; None where it is computed again there.
     """
 
     schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
@@ -78,6 +80,7 @@ class RingAttention:
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
     pieces: int = 1
     transport: Transport | None = None
+    recomputation: Recomputation | None = None
 
     @property
     def rank(self) -> int:
@@ -103,7 +106,9 @@ class RingAttention:
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between the ranks of the ring."""
         parameters = (x for x in terms.tensors if x is not None)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, *parameters)):
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parameters))
+        # A reentrant checkpoint runs its function without gradients first, and what is found there serves with them.
+        if not wanted and (self.recomputation is None or not self.recomputation.is_first_run):
             out, lse, _ = self._apply(q, k, v, plan, terms)
             return out, lse
         # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
@@ -120,7 +125,7 @@ class RingAttention:
     def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
         """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
-        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype))
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
         return result
 
@@ -269,7 +274,9 @@ class _Ring(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states = _forward(ring, plan, terms, case, q, k, v)
+            (out, lse, _), largest, made, states = once(
+                ring.recomputation, case, lambda: _forward(ring, plan, terms, case, q, k, v)
+            )
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
         ctx.terms = terms.with_tensors([None] * len(tensors))

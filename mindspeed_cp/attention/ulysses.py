@@ -16,7 +16,7 @@ Source: DeepSpeed Ulysses, arXiv:2309.14509.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
+from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -46,6 +47,11 @@ class UlyssesAttention:
     groups: tuple[tuple[int, ...], ...]
     group: int
     ring: RingAttention
+
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Of the checkpoints that it runs in."""
+        return self.ring.recomputation
 
     @property
     def rank(self) -> int:
@@ -88,12 +94,15 @@ class UlyssesAttention:
         if terms.bias is not None:
             terms = replace(terms, bias=self._rows_of_bias(terms.bias, order, heads.queries))
         if grouped.keys is grouped.queries:
-            tensors = _ScatterHeads.apply(communicator, order, (heads.queries, heads.keys, heads.keys), q, k, v)
+            tensors = _ScatterHeads.apply(self._exchange(order, heads.queries, heads.keys, heads.keys), q, k, v)
             return _Part(tensors, grouped, terms, order, heads)
-        (q,) = _ScatterHeads.apply(communicator, order, (heads.queries,), q)
+        (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), q)
         order_of_keys = self._order("keys", grouped.keys, grouped)
-        k, v = _ScatterHeads.apply(communicator, order_of_keys, (heads.keys, heads.keys), k, v)
+        k, v = _ScatterHeads.apply(self._exchange(order_of_keys, heads.keys, heads.keys), k, v)
         return _Part((q, k, v), grouped, terms, order, heads)
+
+    def _exchange(self, order: "GroupOrder", *heads: Dealt) -> "_Exchange":
+        return _Exchange(self.communicator, order, heads, self.recomputation)
 
     def _order(self, of: str, layout: Layout, grouped: AttentionPlan) -> "GroupOrder":
         """The order of this group's tokens, made once for all layers of a batch."""
@@ -102,7 +111,7 @@ class UlyssesAttention:
 
     def _back(self, x: Tensor, part: "_Part") -> Tensor:
         """This rank's own tokens of all heads."""
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, part.order, (part.heads.queries,), x)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(part.order, part.heads.queries), x)
         return gathered[0]
 
     def _rows_of_bias(self, bias: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
@@ -110,7 +119,7 @@ class UlyssesAttention:
         if bias.size(1) == 1:
             size = self.communicator.size
             bias, heads = bias.expand(-1, size, -1, -1), head_layout(size, size, size).queries
-        rows: tuple[Tensor] = _ScatterHeads.apply(self.communicator, order, (heads,), bias)
+        rows: tuple[Tensor] = _ScatterHeads.apply(self._exchange(order, heads), bias)
         return rows[0]
 
     def _gather_rows(self, visible: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
@@ -118,7 +127,7 @@ class UlyssesAttention:
         mine = visible.movedim(-2, 0)
         padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
         padded[: len(mine)] = mine
-        gathered = self.communicator.all_gather(padded)
+        gathered = once(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
         rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
         rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
@@ -208,36 +217,46 @@ _THERE, _BACK = "Ulysses: exchange heads for tokens", "Ulysses: exchange tokens 
 """How all-to-alls are called in profiles."""
 
 
+class _Exchange(NamedTuple):
+    """What `scatter_heads` and `gather_heads` take beside tensors, and the checkpoints in which they run."""
+
+    communicator: Communicator
+    order: GroupOrder
+    heads: tuple[Dealt, ...]
+    recomputation: Recomputation | None
+
+    def once(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What an exchange of these tensors gives, or has given."""
+        case = tuple((x.shape, x.dtype) for x in tensors)
+        return once(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
+
+
 class _ScatterHeads(torch.autograd.Function):
     """`scatter_heads`, whose gradient is `gather_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *shards: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
-        return scatter_heads(shards, communicator, order, heads)
+    def forward(ctx: Any, exchange: _Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.once(scatter_heads, shards)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *gather_heads(grads, ctx.communicator, ctx.order, ctx.heads)
+        return None, *gather_heads(grads, *ctx.exchange[:3])
 
 
 class _GatherHeads(torch.autograd.Function):
     """`gather_heads`, whose gradient is `scatter_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *parts: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
-        return gather_heads(parts, communicator, order, heads)
+    def forward(ctx: Any, exchange: _Exchange, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.once(gather_heads, parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *scatter_heads(grads, ctx.communicator, ctx.order, ctx.heads)
+        return None, *scatter_heads(grads, *ctx.exchange[:3])
 
 
 def scatter_heads(
@@ -286,15 +305,11 @@ def gather_heads(
     if not is_even:
         parts = [_added(x, dealt.given[rank]) for x, dealt in zip(parts, heads, strict=True)]
     sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, h, D]
-    if order.is_sorted and len(parts) == 1 and sequences[0].is_contiguous():
-        send = sequences[0].flatten(2)
-    else:
-        send = parts[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
-        for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
-            order.unsort_into(place, sequence)
+    send = _by_member(sequences, order)
     if is_even:
         with in_profiles(_BACK):
             received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
+        del send  # While the heads are joined a pass holds the most.
         shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
         return tuple(x.permute(1, 2, 0, 3) for x in shards)
     batch = send.size(1)
@@ -308,6 +323,16 @@ def gather_heads(
         for each, piece in zip(sums, pieces, strict=True):
             each.add(member, piece)
     return tuple(each.result() for each in sums)
+
+
+def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
+    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; as they lie, if they may be sent so."""
+    if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
+        return sequences[0].flatten(2)
+    send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
+    for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
+        order.unsort_into(place, sequence)
+    return send
 
 
 def _of_member(shards: Sequence[Tensor], heads: Sequence[Dealt], member: int) -> list[Tensor]:

@@ -36,9 +36,14 @@ SINKS = "--softmax-type learnable"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
+ALIBI = "--position-embedding-type alibi --alibi-fusion-attn-type 2"
+BAND = "--sparse-mode 4 --pre-tockens 8 --next-tockens 2"
+
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
+ALL_GATHER = "--cp-comm-type all_gather"
 OVERLAP = "--use-cp-send-recv-overlap"
+KEEP_OUTPUTS = "--context-parallel-keep-outputs"
 
 
 def double_ring(inner: int) -> str:
@@ -57,7 +62,7 @@ def hybrid(degree: int, inner: int = 1) -> str:
 QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS}"),
     (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
@@ -87,6 +92,13 @@ SLOW = [
     (WINDOW, 1, 2, RING),
     (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
+    (f"{GQA} {RECOMPUTE}", 1, 4, f"{ALL_GATHER} {OVERLAP}"),
+    (f"{STREAM} {WINDOW}", 1, 4, ALL_GATHER),
+    (BAND, 1, 4, ALL_GATHER),
+    (ALIBI, 1, 2, ALL_GATHER),
+    (f"{ALIBI} {DOCUMENTS} {TWO_SAMPLES}", 1, 4, hybrid(2)),
+    (f"{ALIBI} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
+    (f"{ALIBI} {BAND}", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
     (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
     ("", 1, 4, ULYSSES),
@@ -100,6 +112,8 @@ SLOW = [
     ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
     ("--recompute-granularity selective", 1, 2, RING),
     (f"{RECOMPUTE} --position-embedding-type learned_absolute", 1, 2, ULYSSES),
+    ("--recompute-granularity selective", 1, 2, f"{ULYSSES} {KEEP_OUTPUTS}"),
+    (f"{RECOMPUTE} {INTERLEAVED}", 2, 2, f"{RING} {OVERLAP} {KEEP_OUTPUTS}"),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     (f"{LATENT} --attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
     (f"{LATENT} --rope-type rope --qk-layernorm", 1, 2, ULYSSES),
