@@ -555,7 +555,6 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
             head_size=head_size,
             value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-            terms=_terms(args, config),
         )
         for num_heads, num_kv_heads in _heads_of_calls(args, config)
     ]
@@ -572,7 +571,11 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         for bands, masked in told
         for pair in pairs
         for case in cases
-        for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
+        for call in calls(
+            AttentionPlan(shards, shards, bands).tiles(*pair),
+            case._replace(masked=masked, terms=_terms(args, config, looks_ahead=bands is FULL)),
+            kernels,
+        )
     ]
 
 
@@ -598,9 +601,13 @@ def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> 
     return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
 
 
-def _terms(args: argparse.Namespace, config: ContextParallelConfig) -> frozenset[Term]:
-    """What kernels are told beside who sees whom."""
-    asked = {Term.DROPOUT: bool(args.attention_dropout), Term.ALIBI: config.use_alibi}
+def _terms(args: argparse.Namespace, config: ContextParallelConfig, *, looks_ahead: bool) -> frozenset[Term]:
+    """What kernels are told beside who sees whom. looks_ahead: whether a query sees later keys."""
+    asked = {
+        Term.DROPOUT: bool(args.attention_dropout),
+        Term.ALIBI: config.use_alibi,
+        Term.ALIBI_AHEAD: config.use_alibi and looks_ahead,
+    }
     return frozenset(term for term, is_asked in asked.items() if is_asked)
 
 
