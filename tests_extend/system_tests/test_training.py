@@ -212,9 +212,10 @@ def test_packed_stream_has_the_losses_of_megatrons_own_masks(training):
 
 
 @pytest.mark.slow
-def test_losses_in_bf16_equal_those_of_cp_1(training):
-    reference = training.losses(1, "--bf16")
-    losses = training.losses(4, f"--bf16 --context-parallel-size 4 {hybrid(2)}")
+@pytest.mark.parametrize(("beside", "algorithm"), [("", hybrid(2)), (f"{ALIBI} {BAND}", ALL_GATHER)])
+def test_losses_in_bf16_equal_those_of_cp_1(training, beside, algorithm):
+    reference = training.losses(1, f"{beside} --bf16")
+    losses = training.losses(4, f"{beside} --bf16 --context-parallel-size 4 {algorithm}")
     assert len(reference) == ITERATIONS
     assert largest_difference(reference, losses) <= 2e-3
 
