@@ -38,7 +38,7 @@ from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaul
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.mindspeed.translate import notes
-from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
@@ -99,6 +99,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
             plugin.packing = Packing(args.packed_sequence_layout)
+            plugin.padding = PaddingCount(args.log_interval) if _packed(args) else None
             plugin.seed = args.seed
             if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
@@ -320,6 +321,11 @@ def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
     if not args.reset_attention_mask:
         return None
     return DocumentRule(positions_restart=args.reset_position_ids, length=_document_length(args))
+
+
+def _packed(args: argparse.Namespace) -> bool:
+    """Whether batches are packed streams."""
+    return any(getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking"))
 
 
 def _apart_by(args: argparse.Namespace) -> str | None:

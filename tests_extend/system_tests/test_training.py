@@ -3,7 +3,7 @@
 import pytest
 
 from system_tests.compare_losses import largest_difference
-from system_tests.training_cases import HAS_TRAINING, ITERATIONS
+from system_tests.training_cases import HAS_TRAINING, ITERATIONS, MODEL_FLAGS
 
 pytestmark = pytest.mark.skipif(not HAS_TRAINING, reason="megatron.training is not installed")
 
@@ -209,6 +209,12 @@ def test_scores_are_clipped_as_with_cp_1(training):
 def test_packed_stream_has_the_losses_of_megatrons_own_masks(training):
     # One rank's packed streams are ours, its masks Megatron's; rotary embeddings have the same scores in both.
     assert largest_difference(training.losses(1, "--reset-attention-mask"), training.losses(1, STREAM)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_log_says_how_many_tokens_pad_the_packed_streams(training):
+    log = training.log(2, [*MODEL_FLAGS, *f"{STREAM} --context-parallel-size 2 {RING}".split()])
+    assert log.count(" padding tokens: 0 of 128 in the packed streams") == ITERATIONS
 
 
 @pytest.mark.slow
