@@ -460,6 +460,7 @@ def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> Non
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
+        num_layers=args.num_layers,
         # Two names of one thing, of which one is given.
         seq_length=lengths.encoder_seq_length if lengths.seq_length is None else lengths.seq_length,
     )

@@ -331,6 +331,8 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     _check_layer(named, config)
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
+    if config.context_parallel_cache_interval and not config.keeps_in(named["layer_number"]):
+        config = replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
     reads_mask = config.attention_mask_type == "general"
     return LayerAttention(
         causal=build_attention(replace(config, attention_mask_type="causal"), groups),

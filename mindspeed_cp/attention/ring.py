@@ -26,6 +26,7 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key h
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import BlockName, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -57,7 +58,7 @@ from mindspeed_cp.kernels.calls import Call, calls, part
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -69,6 +70,7 @@ class RingAttention:
     messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
     program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
+    kept: what stays of others' K/V for the backward pass, see Note [Kept K/V] in program/steps.py.
     """
 
     schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
@@ -78,6 +80,7 @@ class RingAttention:
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
     pieces: int = 1
     transport: Transport | None = None
+    kept: KV = KV.NEITHER
 
     @property
     def rank(self) -> int:
@@ -102,8 +105,7 @@ class RingAttention:
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between the ranks of the ring."""
-        parameters = (x for x in terms.tensors if x is not None)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, *parameters)):
+        if not torch.is_grad_enabled() or not wants_gradients(q, k, v, *terms.tensors):
             out, lse, _ = self._apply(q, k, v, plan, terms)
             return out, lse
         # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
@@ -121,14 +123,17 @@ class RingAttention:
         """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs)
-        result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
+        ring = self
+        if self.kept and not (torch.is_grad_enabled() and wants_gradients(q, k, v, *terms.tensors)):
+            ring = replace(self, kept=KV.NEITHER)
+        result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, q, k, v, *terms.tensors)
         return result
 
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
         transport = self.transport or cheapest_transport(plan, self.schedule)
-        made_for = self.schedule, self.rank, transport, self.pieces, self.kernels, case
+        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.kernels, case
         return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 
     def player(self, made: "RingPass") -> Player:
@@ -156,10 +161,11 @@ def _forward_pass(
     rank: int,
     transport: Transport,
     pieces: int,
+    kept: KV,
     kernels: KernelRegistry,
     case: BlockCase,
 ) -> RingPass:
-    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept)
     share = _share(case, pieces)
     return RingPass(
         transport,
@@ -182,14 +188,15 @@ def _backward_pass(
     Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts, or
     has drawn dropout for the whole by its own coordinates.
     """
-    rank, transport, pieces = forward.program.rank, forward.transport, forward.program.pieces
+    rank, pieces = forward.program.rank, forward.program.pieces
+    again = functools.partial(program, transport=forward.transport, pieces=pieces, kept=forward.program.kept)
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
     def share(step: Step) -> BlockCase:
         return case if step.piece is None else _share(case, pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
-        made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
+        made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
         try:
             each = tuple(
                 _kept(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
@@ -197,7 +204,7 @@ def _backward_pass(
             )
         except NotImplementedError:
             continue
-        return RingPass(transport, made, Phase.BACKWARD, each)
+        return RingPass(forward.transport, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
@@ -236,6 +243,11 @@ _States = dict[Call, tuple[Tensor, ...]]
 """What kernels keep of the calls of the forward pass."""
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether one of them does."""
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
 def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that refuses to be part of a graph: once_differentiable alone drops a second derivative where the
     gradient that comes does not require one.
@@ -269,8 +281,9 @@ class _Ring(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states = _forward(ring, plan, terms, case, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+            (out, lse, _), largest, made, states, kept = _forward(ring, plan, terms, case, q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
+        ctx.num_tensors, ctx.kept = len(tensors), tuple(kept)
         ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
         ctx.terms = terms.with_tensors([None] * len(tensors))
         ctx.set_materialize_grads(False)
@@ -282,18 +295,20 @@ class _Ring(torch.autograd.Function):
     @_never_twice
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.kept, tensors[ctx.num_tensors :], strict=True))
+        del tensors[ctx.num_tensors :]
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:
             dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients, parameters = _backward(ctx, ctx.terms.with_tensors(tensors), dout, q, k, v, out, lse)
+            gradients, parameters = _backward(ctx, ctx.terms.with_tensors(tensors), dout, q, k, v, out, lse, kept)
         return None, None, None, None, *gradients, *parameters
 
 
 def _forward(
     ring: RingAttention, plan: AttentionPlan, terms: Terms, case: BlockCase, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[BlockOutput, Tensor | None, RingPass, _States]:
-    """The merged output over all steps, the largest scores, and what the backward pass needs of each call."""
+) -> tuple[BlockOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
+    """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
     merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
@@ -317,20 +332,28 @@ def _forward(
                 for call in made.calls[number]:
                     compute(step, call)
     if terms.sinks is None:
-        return merged.result(), largest.result, made, states
+        return merged.result(), largest.result, made, states, key_values.kept
     result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
-    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states
+    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states, key_values.kept
 
 
 def _backward(
-    ctx: Any, terms: Terms, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged_out: Tensor, merged_lse: Tensor
+    ctx: Any,
+    terms: Terms,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    merged_out: Tensor,
+    merged_lse: Tensor,
+    kept: dict[BlockName, Tensor],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors]:
     """Gradients of this rank's q, k and v, each rounded once, and its part of those of parameters."""
     ring, plan, case, states = ctx.ring, ctx.plan, ctx.case, ctx.states
     forward_pass: RingPass = ctx.forward_pass
     made = plan.once(forward_pass, lambda: _backward_pass(plan, ring.schedule, forward_pass, case, ring.kernels))
     player = ring.player(made)
-    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
+    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v, kept)
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
 

@@ -3,10 +3,11 @@
 Who sees whom is the plan's (plan.py), in which order owners are met is the schedule's (schedule.py).
 """
 
-from mindspeed_cp.program.steps import Axis, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program.steps import KV, Axis, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.program.transports import Transport, cheapest_transport, program
 
 __all__ = [
+    "KV",
     "Axis",
     "Message",
     "Phase",

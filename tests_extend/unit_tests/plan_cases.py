@@ -16,7 +16,7 @@ from mindspeed_cp.attention import RingAttention, RingCommunicators, UlyssesAtte
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
-from mindspeed_cp.program import Transport
+from mindspeed_cp.program import KV, Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dealt import Dealt
@@ -58,6 +58,7 @@ class PlanCase:
     masked: bool = False
     batch: int = 1
     pieces: int = 1
+    kept: KV = KV.NEITHER
     dtype: torch.dtype = torch.float64
 
     @property
@@ -145,6 +146,7 @@ def attend(
         case.overlap,
         pieces=case.pieces,
         transport=case.transport,
+        kept=case.kept,
     )
     if ulysses is not None:
         groups = tuple(topology.ulysses_ranks(first) for first in range(0, topology.size, topology.ulysses))

@@ -298,6 +298,8 @@ def test_flags_and_defaults_are_those_of_the_design():
         "--cp-window-size": 1,
         "--ulysses-degree-in-cp": None,
         "--use-cp-send-recv-overlap": False,
+        "--context-parallel-kv-cache-policy": None,
+        "--context-parallel-cache-interval": 0,
         "--attention-mask-type": "causal",
         "--megatron-cp-in-bnsd": False,
         "--context-parallel-kernels": (),

@@ -108,6 +108,8 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--cp-window-size",
         "--ulysses-degree-in-cp",
         "--use-cp-send-recv-overlap",
+        "--context-parallel-kv-cache-policy",
+        "--context-parallel-cache-interval",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
         "--context-parallel-kernels",
