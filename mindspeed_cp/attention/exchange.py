@@ -298,7 +298,7 @@ class KeyValues:
         kept = self._player.program.kept
         if kept is not KV.BOTH:
             of_k, of_v = self._block(*name).parts(tokens)
-            k, v = (k, _in_one(of_v)) if kept is KV.KEYS else (_in_one(of_k), v)
+            k, v = (k, in_one(of_v)) if kept is KV.KEYS else (in_one(of_k), v)
         return Block(tokens, k, v)
 
     def _post(self, step: Step) -> None:
@@ -363,7 +363,7 @@ class KeyValues:
         return BlockFormat.of(block.k, block.v).pack(*block.parts(message.tokens))
 
 
-def _in_one(parts: Sequence[Tensor]) -> Tensor:
+def in_one(parts: Sequence[Tensor]) -> Tensor:
     """Tokens [B, G, s, D] one after another; a view where they are one already."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 

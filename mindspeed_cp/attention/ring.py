@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -91,6 +92,15 @@ class RingAttention:
         """Raise ValueError unless the pieces divide the K/V heads."""
         self.check_heads(k.size(1))
 
+    def check_latent(self) -> None:
+        """Raise ValueError where a latent cannot travel here."""
+        self.check_heads(1)
+        if self.kept is KV.KEYS:
+            raise ValueError(
+                "a latent, and --context-parallel-kv-cache-policy half: keys and values are made of the one latent, "
+                "which is kept or not; use full, or leave it out."
+            )
+
     def check_heads(self, num_kv_heads: int) -> None:
         """Raise ValueError unless the pieces divide so many K/V heads."""
         if self.pieces < 1 or num_kv_heads % self.pieces:
@@ -119,15 +129,27 @@ class RingAttention:
         out, _, largest = self._apply(q, k, v, plan, replace(terms, largest=True))
         return out, largest
 
-    def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
-        """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
+    def _apply(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms, latent: Latent | None = None
+    ) -> tuple[Tensor, ...]:
+        """Output, log-sum-exp and, where it is asked for, the largest score of each head.
+
+        latent: what travels in place of k and v, which then only say what they would be like.
+        """
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs)
-        ring = self
-        if self.kept and not (torch.is_grad_enabled() and wants_gradients(q, k, v, *terms.tensors)):
+        expand, weights = None, tuple[Tensor, ...]()
+        if latent is not None:
+            expand, weights, (k, v) = latent.expand, latent.weights, latent.travelling
+        tensors, ring = (*terms.tensors, *weights), self
+        if self.kept and not (torch.is_grad_enabled() and wants_gradients(q, k, v, *tensors)):
             ring = replace(self, kept=KV.NEITHER)
-        result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, q, k, v, *terms.tensors)
+        result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, expand, q, k, v, *tensors)
         return result
+
+    def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
+        """See Attention. plan: between the ranks of the ring."""
+        return self._apply(q, *latent.stand_ins, plan, terms, latent)[0]
 
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
@@ -275,17 +297,19 @@ class _Ring(torch.autograd.Function):
         plan: AttentionPlan,
         terms: Terms,
         case: BlockCase,
+        expand: Expand | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = _forward(ring, plan, terms, case, q, k, v)
+            (out, lse, _), largest, made, states, kept = _forward(ring, plan, terms, case, expansion, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
         ctx.num_tensors, ctx.kept = len(tensors), tuple(kept)
         ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
-        ctx.terms = terms.with_tensors([None] * len(tensors))
+        ctx.terms, ctx.expand = terms.with_tensors([None] * len(terms.tensors)), expand
         ctx.set_materialize_grads(False)
         if largest is not None:
             ctx.mark_non_differentiable(largest)
@@ -296,27 +320,46 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         kept = dict(zip(ctx.kept, tensors[ctx.num_tensors :], strict=True))
-        del tensors[ctx.num_tensors :]
+        terms = ctx.terms.with_tensors(tensors[: len(ctx.terms.tensors)])
+        expansion = _expansion(ctx.expand, terms, tensors[: ctx.num_tensors], backward=True)
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:
             dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients, parameters = _backward(ctx, ctx.terms.with_tensors(tensors), dout, q, k, v, out, lse, kept)
-        return None, None, None, None, *gradients, *parameters
+            gradients, parameters = _backward(ctx, terms, expansion, dout, q, k, v, out, lse, kept)
+        weights = () if expansion is None else expansion.gradients()
+        return None, None, None, None, None, *gradients, *parameters, *weights
+
+
+def _expansion(
+    expand: Expand | None, terms: Terms, tensors: Sequence[Tensor | None], *, backward: bool
+) -> Expansion | None:
+    """How keys and values are made; None where they travel. tensors: those of the terms, and weights after them."""
+    if expand is None:
+        return None
+    weights = [weight for weight in tensors[len(terms.tensors) :] if weight is not None]
+    return Expansion(expand, weights, backward=backward)
 
 
 def _forward(
-    ring: RingAttention, plan: AttentionPlan, terms: Terms, case: BlockCase, q: Tensor, k: Tensor, v: Tensor
+    ring: RingAttention,
+    plan: AttentionPlan,
+    terms: Terms,
+    case: BlockCase,
+    expansion: Expansion | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> tuple[BlockOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
     """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
-    merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
+    merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), _States()
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
     key_values = KeyValues(player, k, v)
 
-    def compute(step: Step, call: Call) -> None:
-        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+    def compute(step: Step, call: Call, block: Block) -> None:
+        heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
         tensors = queries.given.take(part(q, 1, heads)), keys.given.take(block.k), keys.given.take(block.v)
         tile_terms = told.of(step.owner, call, heads)
@@ -329,8 +372,10 @@ def _forward(
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
             with player.step(step.owner):
+                block = key_values.block(step)
+                block = block if expansion is None else expansion.block(block, step.tiles)
                 for call in made.calls[number]:
-                    compute(step, call)
+                    compute(step, call, block)
     if terms.sinks is None:
         return merged.result(), largest.result, made, states, key_values.kept
     result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
@@ -340,6 +385,7 @@ def _forward(
 def _backward(
     ctx: Any,
     terms: Terms,
+    expansion: Expansion | None,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -357,8 +403,8 @@ def _backward(
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
 
-    def compute(step: Step, call: Call) -> Partial:
-        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+    def compute(step: Step, call: Call, block: Block) -> Partial:
+        heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
         d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged_out, merged_lse))
         grads = call.kernel.backward(
@@ -375,7 +421,11 @@ def _backward(
         partials: list[Partial] = []
         if step.tiles:
             with player.step(step.owner):
-                partials = [compute(step, call) for call in made.calls[number]]
+                block = key_values.block(step)
+                block = block if expansion is None else expansion.block(block, step.tiles)
+                partials = [compute(step, call, block) for call in made.calls[number]]
+                if expansion is not None:
+                    partials = expansion.of_payload(block, partials)
         gradients.take(step, partials)
     sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
     return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)
