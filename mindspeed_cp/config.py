@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
+LatentForm = Literal["expanded", "latent", "absorbed"]
 KVCachePolicy = Literal["full", "half"]
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
 MaskType = Literal["causal", "general"]
@@ -16,6 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "context_parallel_algo": get_args(Algorithm),
     "attention_mask_type": get_args(MaskType),
     "context_parallel_kv_cache_policy": get_args(KVCachePolicy),
+    "context_parallel_latent": get_args(LatentForm),
 }
 """Fields that take one of a few values, with those values."""
 
@@ -94,6 +96,14 @@ class ContextParallelConfig:
             "help": "With --context-parallel-kv-cache-policy: layers between two that keep; 0: every layer keeps."
         },
     )
+    context_parallel_latent: LatentForm = field(
+        default="expanded",
+        metadata={
+            "help": "What travels with --multi-latent-attention: the keys and values of all heads; the latent, of "
+            "which each rank makes them again; or the latent as the one key head of queries that the up projection is "
+            "multiplied into."
+        },
+    )
     attention_mask_type: MaskType = field(
         default="causal",
         metadata={
@@ -123,6 +133,12 @@ class ContextParallelConfig:
             if choices and value not in choices and value != option.default:
                 raise ConfigurationError(f"{flag(option.name)} {value} is unknown; use {or_list(choices)}.")
         self._check_interval()
+        form = self.context_parallel_latent
+        if self.context_parallel_kv_cache_policy == "half" and form != "expanded":
+            raise ConfigurationError(
+                f"--context-parallel-kv-cache-policy half with --context-parallel-latent {form}: keys and values are "
+                f"made of the one latent, which is kept or not; use full, or leave it out."
+            )
         if size == 1:
             return
         if self.context_parallel_algo == "hybrid_cp_algo":

@@ -19,6 +19,7 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
+from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.packing import Packing
@@ -111,6 +112,7 @@ registry = PatchRegistry(
         *process_group_patches(plugin),
         *attention_patches(plugin),
         *latent_attention_patches(),
+        *latent_travel_patches(),
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
         *document_patches(plugin),

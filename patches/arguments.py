@@ -35,6 +35,7 @@ from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
+from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
@@ -412,6 +413,7 @@ def _examine_arguments(
         return None, [*of_options, *of_ranks]
     of_model = found_by(
         lambda: _check_model(args, config),
+        lambda: raise_for(latent_blockers(args, config)),
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
@@ -474,6 +476,7 @@ def notes_on_arguments(
         *config.ineffective_flags(),
         *_ineffective_megatron_flags(args, config),
         *_ineffective_document_flags(args),
+        *latent_notes(args, config),
         *difference_notes(args, config, defaults),
         *kernel_notes(args, config),
     ]
@@ -537,6 +540,8 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+        if config.context_parallel_latent == "absorbed":
+            head_size, value_head_size, kv_heads = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank, 1
     case = BlockCase(
         device_type=device,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,

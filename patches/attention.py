@@ -20,6 +20,7 @@ from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, bui
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
 from mindspeed_cp.patches.latent_attention import take_head_sizes
+from mindspeed_cp.patches.latent_travel import UpProjection
 from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import refuse_unsupported
@@ -110,6 +111,7 @@ class LayerAttention:
     size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    latent: how keys and values are made of a payload, which a key then is; None where they are given.
     """
 
     causal: ContextParallelAttention
@@ -120,6 +122,7 @@ class LayerAttention:
     window: Window = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
+    latent: UpProjection | None = None
 
     def __call__(
         self,
@@ -152,14 +155,13 @@ class LayerAttention:
         terms = None if sinks is None else AttentionTerms(sinks=sinks.flatten())
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
-            out = self.causal(
-                q, k, v, scale=self.scale, plan=self._plan_of_stream(query, packed, mask_type), terms=terms
-            )
+            plan = self._plan_of_stream(query, packed, mask_type)
+            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
             return out[0].transpose(0, 1).flatten(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
-            out = self.causal(q, k, v, scale=self.scale, plan=plan, terms=terms)
+            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
         elif self.apart_by is not None and (attention_mask is None or self.general is None):
             self.refuse(
                 f"{self.apart_by}, and this layer was not told where documents end; import "
@@ -173,17 +175,17 @@ class LayerAttention:
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
             plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
-            out = self.causal(q, k, v, scale=self.scale, plan=plan, terms=terms)
+            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
         elif self.general is None:
             if mask_type != "causal":
                 self.refuse(_other_mask_type(mask_type), query)
-            out = self.causal(q, k, v, scale=self.scale, terms=terms)
+            out = self._attended(self.causal, q, k, v, terms=terms)
         elif attention_mask is not None:
             self._check_mask(query, attention_mask)
-            out = self.general(q, k, v, scale=self.scale, visible=~attention_mask, terms=terms)
+            out = self._attended(self.general, q, k, v, visible=~attention_mask, terms=terms)
         elif mask_type in WITHOUT_MASK:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
-            out = attention(q, k, v, scale=self.scale, terms=terms)
+            out = self._attended(attention, q, k, v, terms=terms)
         else:
             self.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
@@ -191,6 +193,15 @@ class LayerAttention:
                 query,
             )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def of_latents(self, up: UpProjection) -> "LayerAttention":
+        """The same where keys are payloads, of which keys and values are made."""
+        return replace(self, latent=up)
+
+    def _attended(self, attention: ContextParallelAttention, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
+        if self.latent is not None:
+            return self.latent.attend(attention, q, k, scale=self.scale, **told)
+        return attention(q, k, v, scale=self.scale, **told)
 
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""

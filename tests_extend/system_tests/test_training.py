@@ -36,6 +36,7 @@ LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddin
 
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
+KEPT = "--context-parallel-kv-cache-policy full"
 OVERLAP = "--use-cp-send-recv-overlap"
 
 
@@ -53,13 +54,20 @@ def hybrid(degree: int, inner: int = 1) -> str:
 # as many other options as go together. The slow ones hold each option once, beside one algorithm: how an option and an
 # algorithm meet is the same for all of them.
 QUICK = [
-    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} --context-parallel-latent latent"),
     (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (f"{GQA} {RECOMPUTE}", 1, 2, f"{RING} --context-parallel-kv-cache-policy half --context-parallel-cache-interval 1"),
+    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{LATENT} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, f"{RING} --context-parallel-latent latent {KEPT}"),
+    (f"{LATENT} {TENSOR_PARALLEL}", 2, 2, f"{ULYSSES} --context-parallel-latent absorbed"),
+    (f"{LATENT} --recompute-granularity selective", 1, 2, f"{RING} --context-parallel-latent latent"),
+    (f"{STREAM} {YARN}", 1, 2, f"{RING} --context-parallel-latent absorbed"),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 4, ULYSSES),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 2, RING),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 4, double_ring(2)),

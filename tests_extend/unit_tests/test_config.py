@@ -300,6 +300,7 @@ def test_flags_and_defaults_are_those_of_the_design():
         "--use-cp-send-recv-overlap": False,
         "--context-parallel-kv-cache-policy": None,
         "--context-parallel-cache-interval": 0,
+        "--context-parallel-latent": "expanded",
         "--attention-mask-type": "causal",
         "--megatron-cp-in-bnsd": False,
         "--context-parallel-kernels": (),

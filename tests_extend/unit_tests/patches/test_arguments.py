@@ -110,6 +110,7 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--use-cp-send-recv-overlap",
         "--context-parallel-kv-cache-policy",
         "--context-parallel-cache-interval",
+        "--context-parallel-latent",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
         "--context-parallel-kernels",
