@@ -9,6 +9,7 @@ setup(
         "mindspeed_cp.benchmark",
         "mindspeed_cp.comm",
         "mindspeed_cp.diffusion",
+        "mindspeed_cp.inference",
         "mindspeed_cp.kernels",
         "mindspeed_cp.launch",
         "mindspeed_cp.patches",

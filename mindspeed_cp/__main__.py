@@ -13,7 +13,7 @@ import typing
 import warnings
 from pathlib import Path
 
-USAGE = """python -m mindspeed_cp                                  versions, device, kernels, patches
+USAGE = """python -m mindspeed_cp                                  versions, device, kernels, terms, patches
        python -m mindspeed_cp check FILE [argument ...]        what becomes of each flag of a launch script
        python -m mindspeed_cp check --flag ...                 the same of flags; nothing is started
        python -m mindspeed_cp script.py [--flag ...]           run a training script with Megatron patched
@@ -123,13 +123,14 @@ def run_script(script: str, argv: list[str]) -> None:
 
 
 def report() -> str:
-    """Versions, device, kernels, and every patch with its state, reason and target; those of one reason together."""
+    """Versions, device, kernels, terms, and every patch with state, reason and target; those of one reason together."""
     import torch
 
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
     from mindspeed_cp.kernels import KERNELS, BlockCase
     from mindspeed_cp.kernels.protocol import TRIANGLE
+    from mindspeed_cp.kernels.taken import table_of_terms
     from mindspeed_cp.patching import Patch, PatchError, targets_by_module
 
     device, capability = accelerator() or "cpu", None
@@ -141,6 +142,8 @@ def report() -> str:
         f"device       {device}",
         f"kernels      {', '.join(KERNELS.names)}",
         f"example      {KERNELS.explain(case)}",
+        "terms        on every algorithm and transport; by kernels that take them as they are:",
+        textwrap.indent(table_of_terms(), "  "),
     ]
     try:
         from mindspeed_cp import megatron_adaptor

@@ -22,6 +22,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Fields that take one of a few values, with those values."""
 
 
+_OF_ONE_RANK = ("attention_on_one_rank", "attention_mask_type", "megatron_cp_in_bnsd", "context_parallel_kernels")
+"""Fields that mean something where one rank's attention is the plugin's."""
+
+
 class ConfigurationError(ValueError):
     """Options that cannot be honoured as they are set: a sentence each, with name, value, rule and a way out."""
 
@@ -104,6 +108,14 @@ class ContextParallelConfig:
             "multiplied into."
         },
     )
+    context_parallel_keep_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "With --recompute-granularity: keep what attention gives, so that a recomputed layer neither "
+            "computes nor sends it again. Costs a layer's attention output and log-sum-exp in each micro-batch under "
+            "way; with Ulysses the exchanged q, k, v and output too."
+        },
+    )
     attention_mask_type: MaskType = field(
         default="causal",
         metadata={
@@ -120,6 +132,14 @@ class ContextParallelConfig:
         metadata={
             "help": "Attention kernels to use, the preferred first, and no others; python -m mindspeed_cp lists them. "
             "By default the fastest that can compute the case at hand."
+        },
+    )
+
+    attention_on_one_rank: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute attention by this plugin with --context-parallel-size 1 too: dropout then drops what it "
+            "drops on more ranks, and --reset-attention-mask makes no mask."
         },
     )
 
@@ -205,6 +225,11 @@ class ContextParallelConfig:
         return 1
 
     @property
+    def computes_attention(self) -> bool:
+        """Whether attention is this plugin's."""
+        return self.context_parallel_size > 1 or self.attention_on_one_rank
+
+    @property
     def topology(self) -> CPTopology:
         """The grid that the algorithm spans over the ranks."""
         if self.context_parallel_size == self.ulysses_size:
@@ -226,9 +251,13 @@ class ContextParallelConfig:
         """A sentence for each flag that is set and changes nothing with this algorithm and size."""
         reason: dict[str, str] = {}
         algorithm_flags = [f.name for f in fields(self) if f.name != "context_parallel_size"]
-        if self.context_parallel_size == 1:
+        if self.context_parallel_size == 1 and self.attention_on_one_rank:
+            travelling = [name for name in algorithm_flags if name not in _OF_ONE_RANK]
+            reason = dict.fromkeys(travelling, "--context-parallel-size 1, where nothing travels")
+        elif self.context_parallel_size == 1:
             reason = dict.fromkeys(algorithm_flags, "--context-parallel-size 1, where attention stays Megatron's own")
         else:
+            reason["attention_on_one_rank"] = "--context-parallel-size above 1, where attention is this plugin's anyway"
             here = f"--context-parallel-algo {self.context_parallel_algo}"
             if self.context_parallel_algo == "ulysses_cp_algo":
                 reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
@@ -264,19 +293,20 @@ class ContextParallelConfig:
                 f"--context-parallel-cache-interval {interval} is not below the {num_layers} layers of the model; use "
                 f"0 to {num_layers - 1}."
             )
-        degree, tensor_parallel = self.ulysses_size, tensor_model_parallel_size
-        heads = {"--num-attention-heads": num_attention_heads}
-        if num_query_groups is not None:
-            heads["--num-query-groups"] = num_query_groups
-        for name, number in heads.items():
-            if degree > 1 and number % (degree * tensor_parallel):
-                broken.append(
-                    f"{name} {number} is not a multiple of the Ulysses degree {degree} ({self._degree_flag}) times "
-                    f"--tensor-model-parallel-size {tensor_parallel}; "
-                    f"use {self._fitting_degrees(list(heads.values()), tensor_parallel)}megatron_cp_algo."
-                )
-                # Its way out is one for all heads.
-                break
+        if num_query_groups is not None and num_attention_heads % num_query_groups:
+            fitting = or_list(divisors(num_attention_heads))
+            broken.append(
+                f"--num-query-groups {num_query_groups} does not divide --num-attention-heads {num_attention_heads}; "
+                f"use {fitting}."
+            )
+        heads, degree = num_attention_heads // tensor_model_parallel_size, self.ulysses_size
+        if heads < degree:
+            broken.append(
+                f"--num-attention-heads {num_attention_heads} with --tensor-model-parallel-size "
+                f"{tensor_model_parallel_size} gives each rank {heads}, fewer than the Ulysses degree {degree} "
+                f"({self._degree_flag}), which wants one at least for each of its ranks; "
+                f"use {self._fitting_degrees(heads)}megatron_cp_algo."
+            )
         if broken:
             raise ConfigurationError(*broken)
 
@@ -302,9 +332,8 @@ class ContextParallelConfig:
         hybrid = self.context_parallel_algo == "hybrid_cp_algo"
         return "--ulysses-degree-in-cp" if hybrid else "--context-parallel-size"
 
-    def _fitting_degrees(self, heads: list[int], tensor_parallel: int) -> str:
-        """Hybrids of this size that would divide the heads, as the middle of a sentence; empty where there is none."""
-        proper = divisors(self.context_parallel_size)[1:-1]
-        fitting = [degree for degree in proper if all(n % (degree * tensor_parallel) == 0 for n in heads)]
+    def _fitting_degrees(self, heads: int) -> str:
+        """Hybrids of this size that would do with so many heads a rank, as the middle of a sentence; else empty."""
+        fitting = [degree for degree in divisors(self.context_parallel_size)[1:-1] if degree <= heads]
         hybrid = "" if self.context_parallel_algo == "hybrid_cp_algo" else "hybrid_cp_algo with "
         return f"{hybrid}a --ulysses-degree-in-cp of {or_list(fitting)}, or " if fitting else ""

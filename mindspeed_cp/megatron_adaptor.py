@@ -25,6 +25,7 @@ from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.recomputation import recomputation_patches
 from mindspeed_cp.patches.rotary import rotary_patches
 from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
@@ -64,13 +65,13 @@ def warn_of_newer(version: str) -> None:
         )
 
 
-def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextParallelConfig:
+def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: Any) -> ContextParallelConfig:
     """Set what the flags set, for programs without Megatron's argument parser.
 
     To be called before `initialize_model_parallel`.
 
     distributed_backend: "gloo" on a machine without an accelerator asks for training on the CPU.
-    flags: fields of ContextParallelConfig, which are the flags with underscores:
+    seed: of attention dropout. flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
     Raises ValueError where a rule is broken (ConfigurationError) or a kernel is not there.
@@ -81,7 +82,7 @@ def configure(*, distributed_backend: str = "nccl", **flags: Any) -> ContextPara
         use_cpu()
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
-    plugin.config = config
+    plugin.config, plugin.seed = config, seed
     plugin.documents, plugin.apart_by, plugin.packing = None, None, Packing()
     return config
 
@@ -115,6 +116,7 @@ registry = PatchRegistry(
         *latent_travel_patches(),
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
+        *recomputation_patches(plugin),
         *document_patches(plugin),
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),

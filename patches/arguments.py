@@ -7,7 +7,8 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,8 @@ import torch
 from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.kernels import KERNELS, BlockCase, Window
+from mindspeed_cp.heads import HeadLayout
+from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
@@ -39,10 +41,13 @@ from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
+    WATCHING,
     difference_notes,
     refuse_lost_documents,
     refuse_unloadable_optimizer,
+    refuse_unwatched_scores,
     unsupported,
 )
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -84,7 +89,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
-            result = original(args, *rest, **kwargs)
+            with _without_transformer_engines_rules(args, config):
+                result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_documents(args, config, _release())
                 refuse_unloadable_optimizer(args, config)
@@ -94,7 +100,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
             plugin.packing = Packing(args.packed_sequence_layout)
-            if config.context_parallel_size > 1 and plugin.documents is not None:
+            plugin.seed = args.seed
+            if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
                 args.create_attention_mask_in_dataloader = False
             if int(os.environ.get("RANK", "0")) == 0:
@@ -417,6 +424,8 @@ def _examine_arguments(
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
+        lambda: refuse_unwatched_scores(args, config),
+        lambda: refuse_kept_outputs(none_for_unknown(args), config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
 
@@ -532,28 +541,30 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
 
     Raises NotImplementedError where none of the kernels that the user allows can compute one.
     """
-    if config.context_parallel_size == 1 or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
+    if not config.computes_attention or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
         return []
     device = accelerator() or "cpu"
-    heads_over = args.tensor_model_parallel_size * config.ulysses_size
-    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
         if config.context_parallel_latent == "absorbed":
-            head_size, value_head_size, kv_heads = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank, 1
-    case = BlockCase(
-        device_type=device,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-        window=Window(),
-        num_heads=args.num_attention_heads // heads_over,
-        num_kv_heads=max(kv_heads // heads_over, 1),
-        num_queries=0,
-        num_keys=0,
-        head_size=head_size,
-        value_head_size=value_head_size,
-        compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-    )
+            head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
+    cases = [
+        BlockCase(
+            device_type=device,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            window=Window(),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            num_queries=0,
+            num_keys=0,
+            head_size=head_size,
+            value_head_size=value_head_size,
+            compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
+            terms=frozenset({Term.DROPOUT} if args.attention_dropout else ()),
+        )
+        for num_heads, num_kv_heads in _heads_of_calls(args, config)
+    ]
     kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
     num_tokens = args.seq_length // config.topology.ring_size
     num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
@@ -566,8 +577,33 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         call
         for bands, masked in told
         for pair in pairs
+        for case in cases
         for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
     ]
+
+
+@contextmanager
+def _without_transformer_engines_rules(args: argparse.Namespace, config: ContextParallelConfig) -> Iterator[None]:
+    """Within it Megatron does not ask for the TransformerEngine that would find the largest scores: they are ours."""
+    ours = config.computes_attention or args.transformer_impl == "local"
+    found = {name: getattr(args, name) for name in WATCHING if getattr(args, name, False)} if ours else {}
+    vars(args).update(dict.fromkeys(found, False))
+    yield
+    vars(args).update(found)
+
+
+def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[tuple[int, int]]:
+    """Query and K/V heads of what ranks give to kernels, each different pair once; none where there are too few."""
+    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    over = args.tensor_model_parallel_size
+    heads, kv_heads = args.num_attention_heads // over, max(kv_heads // over, 1)
+    if args.multi_latent_attention and config.context_parallel_latent == "absorbed":
+        kv_heads = 1
+    if heads < config.ulysses_size or heads % kv_heads:
+        return []  # Said as what stands in the way.
+    dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
+    of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
+    return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -19,11 +19,12 @@ from torch import Tensor
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
+from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection
 from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import refuse_unsupported
+from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.plan import AttentionPlan, Band
 from mindspeed_cp.sharding import SequenceLayout
@@ -49,12 +50,12 @@ def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
     return (
         *_class_patches(
             LOCAL_ATTENTION,
-            functools.partial(_wrap_init, plugin),
+            functools.partial(_wrap_init, plugin, is_ours_alone=_asked_for_or_watched),
             functools.partial(_wrap_forward, alone=functools.partial(_attention_alone, plugin)),
         ),
         *_class_patches(
             TE_ATTENTION,
-            functools.partial(_wrap_init, plugin, adjust=_agree_with_environment),
+            functools.partial(_wrap_init, plugin, is_ours_alone=_asked_for, adjust=_agree_with_environment),
             _wrap_forward,
             needs=("transformer_engine",),
         ),
@@ -112,6 +113,7 @@ class LayerAttention:
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
+    dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
     """
 
     causal: ContextParallelAttention
@@ -123,6 +125,8 @@ class LayerAttention:
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
     latent: UpProjection | None = None
+    dropout: LayerDropout | None = None
+    watches_scores: bool = False
 
     def __call__(
         self,
@@ -133,6 +137,8 @@ class LayerAttention:
         mask_type: str | None = None,
         packed: Any = None,
         sinks: Tensor | None = None,
+        is_training: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
 
@@ -140,7 +146,8 @@ class LayerAttention:
         where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
         mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
         and [S, G, V], and the result is [S, N * V]. sinks: a score for each head that has no value, N floating numbers;
-        its gradient is this rank's part, which data-parallel reducers add up.
+        its gradient is this rank's part, which data-parallel reducers add up. is_training: whether dropout drops.
+        watch: told the largest score of each head, [N] in the dtype of sums; -inf for those this rank has not computed.
 
         Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
         documents that do not fit the tokens, and for inference.
@@ -152,16 +159,15 @@ class LayerAttention:
                 query,
             )
         mask_type = mask_type or self.mask_type
-        terms = None if sinks is None else AttentionTerms(sinks=sinks.flatten())
+        call = functools.partial(self._attend, terms=self._terms(sinks, is_training), watch=watch)
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
-            plan = self._plan_of_stream(query, packed, mask_type)
-            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
+            out = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
             return out[0].transpose(0, 1).flatten(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
-            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
+            out = call(self.causal, q, k, v, plan=plan)
         elif self.apart_by is not None and (attention_mask is None or self.general is None):
             self.refuse(
                 f"{self.apart_by}, and this layer was not told where documents end; import "
@@ -175,17 +181,17 @@ class LayerAttention:
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
             plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
-            out = self._attended(self.causal, q, k, v, plan=plan, terms=terms)
+            out = call(self.causal, q, k, v, plan=plan)
         elif self.general is None:
             if mask_type != "causal":
                 self.refuse(_other_mask_type(mask_type), query)
-            out = self._attended(self.causal, q, k, v, terms=terms)
+            out = call(self.causal, q, k, v)
         elif attention_mask is not None:
             self._check_mask(query, attention_mask)
-            out = self._attended(self.general, q, k, v, visible=~attention_mask, terms=terms)
+            out = call(self.general, q, k, v, visible=~attention_mask)
         elif mask_type in WITHOUT_MASK:
             attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
-            out = self._attended(attention, q, k, v, terms=terms)
+            out = call(attention, q, k, v)
         else:
             self.refuse(
                 f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
@@ -198,10 +204,31 @@ class LayerAttention:
         """The same where keys are payloads, of which keys and values are made."""
         return replace(self, latent=up)
 
-    def _attended(self, attention: ContextParallelAttention, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
+    def _terms(self, sinks: Tensor | None, is_training: bool) -> AttentionTerms | None:
+        dropout = self.dropout.draw() if self.dropout is not None and is_training else None
+        if sinks is None and dropout is None:
+            return None
+        return AttentionTerms(sinks=None if sinks is None else sinks.flatten(), dropout=dropout)
+
+    def _attend(
+        self,
+        attention: ContextParallelAttention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        terms: AttentionTerms | None,
+        watch: Callable[[Tensor], None] | None,
+        plan: AttentionPlan | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         if self.latent is not None:
-            return self.latent.attend(attention, q, k, scale=self.scale, **told)
-        return attention(q, k, v, scale=self.scale, **told)
+            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        if watch is None:
+            return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        watch(largest)
+        return out
 
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
@@ -255,10 +282,15 @@ def _agree_with_environment(config: Any) -> None:
 
 
 def _wrap_init(
-    plugin: Plugin, original: Callable[..., None], *, adjust: Callable[[Any], None] = lambda config: None
+    plugin: Plugin,
+    original: Callable[..., None],
+    *,
+    adjust: Callable[[Any], None] = lambda config: None,
+    is_ours_alone: Callable[[Plugin, Any], bool] = lambda plugin, config: False,
 ) -> Callable[..., None]:
     """The constructor `original`, which makes a context-parallel layer where its configuration asks for one.
 
+    is_ours_alone: whether the attention of one rank is ours too, by its configuration.
     adjust: changes the copy of the configuration that such a layer's original constructor is shown.
     """
 
@@ -267,7 +299,8 @@ def _wrap_init(
         head_sizes = take_head_sizes(original, kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
         config = named["config"]
-        if config.context_parallel_size == 1 and head_sizes is None:
+        is_ours = config.context_parallel_size > 1 or is_ours_alone(plugin, config)
+        if not is_ours and head_sizes is None:
             original(self, *args, **kwargs)
             return
         # Megatron's own constructor sets everything else; it is shown a copy of the configuration that it can honour.
@@ -275,13 +308,15 @@ def _wrap_init(
         if head_sizes is not None:
             head_sizes.fit(named)
         layer_attention = None
-        if config.context_parallel_size > 1:
+        if is_ours:
             layer_attention = _build_layer_attention(plugin, named)
             named["config"].context_parallel_size = 1
             adjust(named["config"])
         original(**named)
         self.config = config
         self.context_parallel_attention = layer_attention
+        if layer_attention is not None and layer_attention.watches_scores:
+            self.current_max_attn_logits = None
 
     return __init__
 
@@ -321,33 +356,59 @@ def _wrap_forward(
             packed=packed,
             # Megatron's name for them: zeros with --softmax-type off-by-one, a parameter with learnable.
             sinks=getattr(self, "softmax_offset", None),
+            is_training=self.training,
+            watch=functools.partial(_keep_largest, self) if attention.watches_scores and self.training else None,
         )
 
     return forward
 
 
+def _keep_largest(layer: Any, largest: Tensor) -> None:
+    """Where Megatron's clip_qk looks for it after a step; over its micro-batches."""
+    known = layer.current_max_attn_logits
+    layer.current_max_attn_logits = largest if known is None else torch.maximum(known, largest)
+
+
+def _asked_for(plugin: Plugin, layer_config: Any) -> bool:
+    """Whether --attention-on-one-rank asks for it."""
+    return plugin.config is not None and plugin.config.attention_on_one_rank
+
+
+def _asked_for_or_watched(plugin: Plugin, layer_config: Any) -> bool:
+    """Or its scores are watched, which Megatron's local class does not know."""
+    return _asked_for(plugin, layer_config) or _watches_scores(layer_config)
+
+
+def _watches_scores(layer_config: Any) -> bool:
+    """Whether --qk-clip or --log-max-attention-logit asks for the largest score of each head."""
+    return any(getattr(layer_config, name, False) for name in WATCHING)
+
+
 def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttention:
     """The attention of a layer whose constructor was called with the arguments `named`."""
     layer_config = named["config"]
-    group = _context_parallel_group(named.get("pg_collection"))
-    groups = plugin.groups_over(group)
-    config = plugin.config
-    assert config is not None, "groups_over has a configuration or raises"
-    refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
-    config.check_model(
-        num_attention_heads=layer_config.num_attention_heads,
-        num_query_groups=layer_config.num_query_groups,
-        tensor_model_parallel_size=layer_config.tensor_model_parallel_size,
-    )
+    pg_collection = named.get("pg_collection")
+    config, groups = _of_one_rank(plugin.config), None
+    if layer_config.context_parallel_size > 1:
+        groups = plugin.groups_over(_context_parallel_group(pg_collection))
+        assert plugin.config is not None, "groups_over has a configuration or raises"
+        config = plugin.config
+        refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
+        config.check_model(
+            num_attention_heads=layer_config.num_attention_heads,
+            num_query_groups=layer_config.num_query_groups,
+            tensor_model_parallel_size=layer_config.tensor_model_parallel_size,
+        )
     _check_layer(named, config)
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
     if config.context_parallel_cache_interval and not config.keeps_in(named["layer_number"]):
         config = replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
     reads_mask = config.attention_mask_type == "general"
+    recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(
-        causal=build_attention(replace(config, attention_mask_type="causal"), groups),
-        general=build_attention(config, groups) if reads_mask else None,
+        causal=build_attention(replace(config, attention_mask_type="causal"), groups, recomputation=recomputation),
+        general=build_attention(config, groups, recomputation=recomputation) if reads_mask else None,
         mask_type=named["attn_mask_type"].name,
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=1.0 / math.sqrt(head_size) if scale is None else scale,
@@ -355,26 +416,47 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
+        dropout=_dropout(plugin, layer_config, named, pg_collection),
+        watches_scores=_watches_scores(layer_config),
     )
+
+
+def _of_one_rank(config: ContextParallelConfig | None) -> ContextParallelConfig:
+    """What of the job's configuration is about a layer without context parallelism."""
+    given = config or ContextParallelConfig()
+    return ContextParallelConfig(
+        attention_mask_type=given.attention_mask_type,
+        megatron_cp_in_bnsd=given.megatron_cp_in_bnsd,
+        context_parallel_kernels=given.context_parallel_kernels,
+    )
+
+
+def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_collection: Any) -> LayerDropout | None:
+    """named: holds the layer's number and its rate, the configuration's where it is None."""
+    rate = named["attention_dropout"]
+    rate = layer_config.attention_dropout if rate is None else rate
+    if not rate:
+        return None
+    num_heads = layer_config.num_attention_heads // layer_config.tensor_model_parallel_size
+    return LayerDropout.of_layer(rate, plugin.seed, named["layer_number"], num_heads, pg_collection)
 
 
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
     """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
-    dropout, scale = layer.attention_dropout.p, layer.softmax_scale
-    if dropout:
-        raise ConfigurationError(
-            f"packed streams in a layer of Megatron's local attention with attention_dropout {dropout}: attention "
-            f"dropout is not available there; set --attention-dropout 0."
-        )
-    kernels = () if plugin.config is None else plugin.config.context_parallel_kernels
     return LayerAttention(
-        causal=build_attention(ContextParallelConfig(context_parallel_kernels=kernels)),
+        causal=build_attention(replace(_of_one_rank(plugin.config), attention_mask_type="causal")),
         general=None,
         mask_type=layer.attn_mask_type.name,
-        scale=scale * layer.layer_number if layer.config.apply_query_key_layer_scaling else scale,
+        scale=layer.softmax_scale * (layer.layer_number if layer.config.apply_query_key_layer_scaling else 1),
         size=1,
         window=_window(layer.config, vars(layer)),
         packing=plugin.packing,
+        dropout=_dropout(
+            plugin,
+            layer.config,
+            {"layer_number": layer.layer_number, "attention_dropout": layer.attention_dropout.p},
+            getattr(layer, "pg_collection", None),
+        ),
     )
 
 
@@ -415,11 +497,6 @@ def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:
         raise ConfigurationError(
             f"a layer of attention type {named['attention_type']!r} with --context-parallel-size "
             f"{config.context_parallel_size}: only self-attention is available; use --context-parallel-size 1."
-        )
-    if named["attention_dropout"]:
-        raise ConfigurationError(
-            f"a layer with attention_dropout {named['attention_dropout']} with --context-parallel-size "
-            f"{config.context_parallel_size}: attention dropout is not available yet; give it 0."
         )
     if config.attention_mask_type == "causal" and (mask_type := named["attn_mask_type"].name) != "causal":
         raise ConfigurationError(_other_mask_type(mask_type))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import ContextParallelAttention, Latent, LatentHeads
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, LatentForm
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, LatentForm, flag
 from mindspeed_cp.patches.blockers import Blocker
+from mindspeed_cp.patches.unsupported import WATCHING
 from mindspeed_cp.patching import Patch
 
 _MLA = "megatron.core.transformer.multi_latent_attention:MLASelfAttention"
@@ -62,7 +63,7 @@ def give_up_projection(layer: Any) -> None:
     Raises ConfigurationError where that is not a linear layer alone.
     """
     attention = getattr(layer.core_attention, "context_parallel_attention", None)
-    if attention is None or attention.causal.config.context_parallel_latent == "expanded":
+    if attention is None or attention.size == 1 or attention.causal.config.context_parallel_latent == "expanded":
         return
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
@@ -132,6 +133,11 @@ def latent_blockers(args: argparse.Namespace, config: ContextParallelConfig) -> 
         reasons.append("--recompute-modules mla_up_proj: nothing is up-projected there; leave one of the two out")
     if getattr(args, "apply_rope_fusion", False):
         reasons.append("fused rotary embeddings, which split the up projection's output; add --no-rope-fusion")
+    reasons += [
+        f"{flag(option)}: the largest scores are not collected there; use expanded"
+        for option in WATCHING
+        if getattr(args, option, False)
+    ]
     if args.transformer_impl != "local":
         reasons.append(
             f"--transformer-impl {args.transformer_impl}, which norms the latent in the up projection; use local, or "

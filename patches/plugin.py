@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from mindspeed_cp.attention import Recomputation
 from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
@@ -20,20 +21,24 @@ class Plugin:
     """State handed to every patch when it is made, so that none of them has to look anything up.
 
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
+    seed: of the job, for what is drawn at random; set with the configuration.
     groups: set while Megatron's model-parallel groups exist; None else.
     documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
         patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
-    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks.
+    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
+        Megatron's checkpoints, where they keep what attention gives.
     """
 
     config: ContextParallelConfig | None = None
+    seed: int = 0
     groups: ContextParallelGroups | None = None
     documents: DocumentRule | None = None
     end_of_document: int | None = None
     apart_by: str | None = None
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
+    recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
@@ -53,8 +58,7 @@ class Plugin:
     @property
     def rule(self) -> DocumentRule | None:
         """How documents are found for layers; None where Megatron's own attention reads a mask of them."""
-        alone = self.config is None or self.config.context_parallel_size == 1
-        return None if alone else self.documents
+        return self.documents if self.config is not None and self.config.computes_attention else None
 
     @property
     def place(self) -> tuple[int, int]:

@@ -46,20 +46,12 @@ _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
 _REFUSALS = (
-    _Refusal(
-        "attention_dropout",
-        lambda rate: bool(rate and rate > 0),
-        "attention dropout is not available yet",
-        "set --attention-dropout 0",
-    ),
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
     _Refusal("use_kitchen_attention", _is_set, _OWN_ATTENTION, "leave it out"),
     _Refusal("cuda_graph_impl", lambda kind: kind not in (None, "none"), _GRAPHS, "use none"),
     _Refusal("enable_cuda_graph", _is_set, _GRAPHS, "leave it out"),
     _Refusal("external_cuda_graph", _is_set, _GRAPHS, "leave it out"),
-    _Refusal("qk_clip", _is_set, "the largest score of each head is not collected", "leave it out"),
-    _Refusal("log_max_attention_logit", _is_set, "the largest score of each head is not collected", "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _PACKED, "leave it out"),
@@ -192,6 +184,33 @@ def refuse_lost_documents(args: argparse.Namespace, config: ContextParallelConfi
             f"Megatron {release} tells the first and the last alone where documents end; use "
             f"--pipeline-model-parallel-size 1, or 2 without virtual stages, or --reset-attention-mask."
         )
+
+
+WATCHING = ("qk_clip", "log_max_attention_logit")
+"""Options that ask for the largest score of each head, by their names among Megatron's arguments."""
+
+
+def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where the largest scores are asked for and Megatron's clip_qk could not take them.
+
+    args: Megatron's arguments, before validate_args.
+    """
+    watching = [flag(name) for name in WATCHING if getattr(args, name, False)]
+    if not watching or not (config.computes_attention or args.transformer_impl == "local"):
+        return
+    broken = []
+    if not args.bf16 and not args.fp16:
+        broken.append(
+            f"{watching[0]} in fp32: Megatron looks for the layers within the module that casts to half precision, at "
+            f"CP = 1 too; use --bf16 or --fp16."
+        )
+    if getattr(args, "qk_clip", False):
+        if not 0.0 < args.qk_clip_alpha < 1.0:
+            broken.append(f"--qk-clip-alpha {args.qk_clip_alpha} is not between 0 and 1; use 0.5.")
+        if args.qk_clip_threshold <= 0:
+            broken.append(f"--qk-clip-threshold {args.qk_clip_threshold} is not above 0; use 100.")
+    if broken:
+        raise ConfigurationError(*broken)
 
 
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:

@@ -59,7 +59,7 @@ MISTAKES = {
         "k, v = self._player.format(self._whole, message).unpack(received * 0)",
         "attention",
     ),
-    "lse not merged": Mistake("kernels/merge.py", "    torch.add(anchor, both.log_(), out=lse)\n", "", "attention"),
+    "lse not merged": Mistake("kernels/merge.py", "    torch.logaddexp(lse, block_lse, out=lse)\n", "", "attention"),
     "message to the wrong peer": Mistake(
         "program/rotation.py",
         "gives = message(self._peer(0, -inner),",
@@ -182,8 +182,8 @@ MISTAKES = {
     ),
     "bias rows of another rank": Mistake(
         "attention/ulysses.py",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias)",
-        "_ScatterHeads.apply(self.communicator, order, (heads,), bias.flip(2))",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias)",
+        "_ScatterHeads.apply(self._exchange(order, heads), bias.flip(2))",
         "attention/test_terms.py",
     ),
     "ALiBi without the distance": Mistake(

@@ -4,6 +4,7 @@ from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
 from mindspeed_cp.attention.latent import Latent, LatentHeads
 from mindspeed_cp.attention.planned import PlannedAttention, local_attention
+from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
@@ -18,6 +19,7 @@ __all__ = [
     "Latent",
     "LatentHeads",
     "PlannedAttention",
+    "Recomputation",
     "RingAttention",
     "RingCommunicators",
     "UlyssesAttention",

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
 from mindspeed_cp.attention.planned import PlannedAttention
+from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
@@ -30,6 +31,7 @@ def build_attention(
     pieces: int = 1,
     traffic: Traffic | None = None,
     reduce_parameters: bool = False,
+    recomputation: Recomputation | None = None,
 ) -> ContextParallelAttention:
     """Attention over the ranks of a group, as configured.
 
@@ -45,13 +47,16 @@ def build_attention(
         `attention.agreement.communicator.traffic`.
     reduce_parameters: whether the gradients of sinks and slopes are summed over the ranks here, for programs without a
         data-parallel reducer that takes in the context-parallel ranks: with one they would count twice.
+    recomputation: of the checkpoints that the attention runs in, which then do not run it again.
 
     Raises ValueError where the group's size is not `config.context_parallel_size`, or a mesh has several dimensions.
     """
     layout = layout or config.layout
     if config.context_parallel_size == 1 and group is None:
-        alone = compose_attention(config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels)
-        return ContextParallelAttention(alone, config, layout)
+        alone = compose_attention(
+            config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels, recomputation=recomputation
+        )
+        return ContextParallelAttention(alone, config, layout, recomputation=recomputation)
     if transport is not None and not isinstance(transport, Transport):
         raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
     groups = _groups(config, group)
@@ -65,11 +70,14 @@ def build_attention(
         kernels=kernels,
         transport=transport,
         pieces=pieces,
+        recomputation=recomputation,
     )
     parameters = None
     if reduce_parameters:
         parameters = groups.parents[2].subset(range(config.context_parallel_size), traffic)
-    return ContextParallelAttention(attention, config, layout, groups.agreement, transport, pieces, parameters)
+    return ContextParallelAttention(
+        attention, config, layout, groups.agreement, transport, pieces, parameters, recomputation
+    )
 
 
 def compose_attention(
@@ -83,12 +91,13 @@ def compose_attention(
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS,
     transport: Transport | None = None,
     pieces: int = 1,
+    recomputation: Recomputation | None = None,
 ) -> Attention:
     """What `build_attention` puts behind its checks, over any kind of communicators: process groups or virtual ranks.
 
     rank: this rank among all context-parallel ranks. ulysses, ring: its group along either axis of the topology, None
     where that has one rank. merge_kernels: what to choose from for merging a ring's blocks, the preferred first.
-    layout, kernels, transport, pieces: see build_attention.
+    layout, kernels, transport, pieces, recomputation: see build_attention.
 
     Raises ValueError where the layout is of another size than the topology, or a configured kernel does not exist.
     """
@@ -111,6 +120,7 @@ def compose_attention(
         transport=transport,
         pieces=pieces,
         kept=KEPT[config.context_parallel_kv_cache_policy],
+        recomputation=recomputation,
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.parameters import with_summed_gradients
+from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
@@ -183,7 +184,7 @@ class ContextParallelAttention:
 
     attention: what computes it. config, layout, transport, pieces: how it was built; the same on all ranks. agreement:
     of these ranks; None for one that is alone. parameters: of these ranks, where the gradients of sinks and slopes are
-    summed over them; None where that is somebody else's to do.
+    summed over them; None where that is somebody else's to do. recomputation: of the checkpoints that it runs in.
     """
 
     attention: Attention
@@ -193,6 +194,7 @@ class ContextParallelAttention:
     transport: Transport | None = None
     pieces: int = 1
     parameters: Communicator | None = None
+    recomputation: Recomputation | None = None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
@@ -320,7 +322,8 @@ class ContextParallelAttention:
             # Whatever it is, the other ranks would wait for this one.
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
         if self.agreement is not None:
-            self.agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
+            agreement, device = self.agreement, getattr(q, "device", None)
+            once(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
         elif refusal is not None:
             raise ValueError(refusal)
         terms = with_summed_gradients(terms, self.parameters)
@@ -351,6 +354,7 @@ class ContextParallelAttention:
         policy = self.config.context_parallel_kv_cache_policy
         transport += f", K/V kept by policy {policy}" * (policy is not None)
         transport += ", gradients of parameters summed" * (self.parameters is not None)
+        transport += ", outputs kept for recomputation" * (self.recomputation is not None)
         return (
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
             f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"

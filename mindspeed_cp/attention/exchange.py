@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
-from mindspeed_cp.program import KV, Axis, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program import KV, Axis, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -42,34 +42,48 @@ class Player:
 
     def step(self, owner: int) -> AbstractContextManager[object]:
         """Within it, what runs has the name of the step in a profile."""
-        return in_profiles(self.name(owner)) if torch._C._autograd._profiler_enabled() else _NOTHING
+        return record_function(self.name(owner)) if _profiler_is_on() else _NOTHING
 
     def post(
         self,
         kind: "_Kind",
-        owner: int,
-        sends: Sequence[tuple[Message, Tensor]],
-        receives: Sequence[Message],
+        exchange: Exchange,
+        sent: Sequence[Tensor],
         whole: "BlockFormat",
     ) -> "_Posted":
-        """Start messages that leave, with their content, and such that come, all along one axis.
-
-        owner: of the step that they are told by. whole: how a message of all heads lies in memory.
-        """
+        """Start an exchange. sent: the content of what leaves. whole: how a message of all heads lies in memory."""
         assert self.communicators is not None, "a program of one rank has no messages"
-        axis = next(message.axis for message in (*receives, *(message for message, _ in sends)))
-        received = []
-        for message in receives:
-            numel = self.format(whole, message).numel(message.num_tokens)
-            received.append((message, whole.like.new_empty(numel)))
-        name, peers = self.name(owner), (self._peers(m for m, _ in sends), self._peers(receives))
-        both = ([Addressed(message.peer, content) for message, content in way] for way in (sends, received))
+        numel = self.format(whole, (exchange.receives or exchange.sends)[0]).numel
+        received = [whole.like.new_empty(numel(message.num_tokens)) for message in exchange.receives]
+        leave = [Addressed(message.peer, content) for message, content in zip(exchange.sends, sent, strict=True)]
+        come = [Addressed(message.peer, content) for message, content in zip(exchange.receives, received, strict=True)]
+        communicator = self.communicators.along(exchange.axis)
         try:
-            with in_profiles(f"{name}: {kind.leaving}"):
-                transfer = self.communicators.along(axis).exchange_all(*both)
+            with self._leaving(kind, exchange):
+                transfer = communicator.exchange_all(leave, come)
         except RuntimeError as error:
-            raise RuntimeError(kind.lost(name, *peers, error)) from error
-        return _Posted(transfer, tuple(sends), tuple(received), name, peers, kind)
+            raise self.lost(kind, exchange, error) from error
+        return _Posted(transfer, exchange, sent, received)
+
+    def _leaving(self, kind: "_Kind", exchange: Exchange) -> AbstractContextManager[object]:
+        if not _profiler_is_on():
+            return _NOTHING
+        return record_function(f"{self.name(exchange.owner)}: {kind.leaving}")
+
+    def wait(self, kind: "_Kind", posted: "_Posted") -> None:
+        """Return when all has arrived, and left. Raises RuntimeError that says which step and which peers it was."""
+        try:
+            with in_profiles(kind.waiting):
+                posted.transfer.wait()
+        except RuntimeError as error:
+            raise self.lost(kind, posted.exchange, error) from error
+
+    def lost(self, kind: "_Kind", exchange: Exchange, error: RuntimeError) -> RuntimeError:
+        """What is raised where an exchange fails."""
+        to, source = self._peers(exchange.sends), self._peers(exchange.receives)
+        return RuntimeError(
+            f"{self.name(exchange.owner)}: {kind.exchange} failed (from ring rank {source}, to {to}): {error}"
+        )
 
     def _peers(self, messages: Iterable[Message]) -> str:
         """The ranks of some messages, in words; this one where there are none."""
@@ -105,9 +119,10 @@ def _name(schedule: RingSchedule, rank: int, phase: Phase, owner: int) -> str:
 
 def in_profiles(name: str) -> AbstractContextManager[object]:
     """Within it, what runs has this name in a profile. Without a profiler it costs one look."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
+    return record_function(name) if _profiler_is_on() else _NOTHING
 
 
+_profiler_is_on = torch._C._autograd._profiler_enabled
 _NOTHING = nullcontext()
 
 
@@ -202,32 +217,26 @@ class _Kind(NamedTuple):
     waiting: str
     exchange: str
 
-    def lost(self, step: str, to: str, source: str, error: RuntimeError) -> str:
-        """What is said of the step that lost one."""
-        return f"{step}: {self.exchange} failed (from ring rank {source}, to {to}): {error}"
-
 
 _KV = _Kind("send K/V on", "ring: wait for K/V", "K/V exchange")
 _GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", "dK/dV exchange")
 
 
 class _Posted(NamedTuple):
-    """Messages under way from this rank, and to it, with their content: it is kept alive until it has left."""
+    """An exchange under way, with the content of its messages: what is sent is kept alive until it has left."""
 
     transfer: Transfer
-    sends: tuple[tuple[Message, Tensor], ...]
-    receives: tuple[tuple[Message, Tensor], ...]
-    step: str
-    peers: tuple[str, str]
-    kind: "_Kind"
+    exchange: Exchange
+    sent: Sequence[Tensor]
+    received: Sequence[Tensor]
 
-    def wait(self) -> None:
-        """Return when all have arrived, and left. Raises RuntimeError that says which step and which peers it was."""
-        try:
-            with in_profiles(self.kind.waiting):
-                self.transfer.wait()
-        except RuntimeError as error:
-            raise RuntimeError(self.kind.lost(self.step, *self.peers, error)) from error
+    def brings(self, owner: int, piece: int | None) -> bool:
+        """Whether a piece of an owner's heads comes with it."""
+        return any((message.owner, message.piece) == (owner, piece) for message in self.exchange.receives)
+
+    def arrived(self) -> Iterator[tuple[Message, Tensor]]:
+        """What has come, once it has been waited for."""
+        return zip(self.exchange.receives, self.received, strict=True)
 
 
 BlockName = tuple[int, int | None]
@@ -247,22 +256,20 @@ class KeyValues:
         own = Block((slice(0, k.size(2)),), k, v)
         self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
         self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
-        self._last_use = player.program.last_uses()
 
     def steps(self) -> Iterator[Step]:
         """The program's steps; with overlap, when one is given, what has to travel meanwhile is on its way."""
-        own = self._player.program.rank, None
-        for number, step in enumerate(self._player.program.steps):
-            if self._player.overlap:
-                self._post(step)
+        program, overlap = self._player.program, self._player.overlap
+        for step, exchanges, done_with in zip(program.steps, program.exchanges, program.done_with, strict=True):
+            if overlap:
+                self._post(exchanges)
             yield step
-            if not self._player.overlap:
+            if not overlap:
                 # Last of all: ranks that skip steps of each other's meet in one order, see Note [Order of messages].
-                self._post(step)
+                self._post(exchanges)
             self._keep(step)
-            for block in [block for block in self._here if self._last_use.get(block, number) <= number]:
-                if block != own:
-                    del self._here[block]
+            for block in done_with:
+                self._here.pop(block, None)
         for axis, piece in list(self._coming):
             self._settle(axis, piece)
 
@@ -301,55 +308,47 @@ class KeyValues:
             k, v = (k, in_one(of_v)) if kept is KV.KEYS else (in_one(of_k), v)
         return Block(tokens, k, v)
 
-    def _post(self, step: Step) -> None:
-        """Start what travels at a step: what comes and goes along an axis is one exchange, or one for each piece.
+    def _post(self, exchanges: Iterable[Exchange]) -> None:
+        """Start what travels at a step.
 
         Pieces travel one after another, and each is waited for by itself: the first is worked on while the next comes.
         """
         packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
-        for axis in (Axis.OUTER, Axis.INNER):
-            receives = [message for message in step.receives if message.axis is axis]
-            sends = [message for message in step.sends if message.axis is axis]
-            for piece in dict.fromkeys(message.piece for message in (*sends, *receives)):
-                coming = [message for message in receives if message.piece == piece]
-                leaving = [self._packed(message, packed) for message in sends if message.piece == piece]
-                self._settle(axis, None)
+        for exchange in exchanges:
+            leaving = [self._packed(message, packed) for message in exchange.sends]
+            axis, piece = exchange.axis, exchange.piece
+            self._settle(axis, None)
+            self._settle(axis, piece)
+            self._coming[axis, piece] = self._player.post(_KV, exchange, leaving, self._whole)
+            if not self._player.overlap:
                 self._settle(axis, piece)
-                told_by = self._told_by(step, coming)
-                self._coming[axis, piece] = self._player.post(_KV, told_by, leaving, coming, self._whole)
-                if not self._player.overlap:
-                    self._settle(axis, piece)
 
-    def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> tuple[Message, Tensor]:
-        """A message with its content, which is that of one already packed where it is the same."""
+    def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> Tensor:
+        """The content of a message, which is that of one already packed where it is the same."""
         content = next((each for other, each in packed if _same_content(message, other)), None)
-        packed.append((message, self._message(message) if content is None else content))
-        return packed[-1]
-
-    @staticmethod
-    def _told_by(step: Step, receives: Sequence[Message]) -> int:
-        """The owner by whose step an exchange is called: the one that comes, if it is one."""
-        return receives[0].owner if len(receives) == 1 else step.owner
+        content = self._message(message) if content is None else content
+        packed.append((message, content))
+        return content
 
     def _settle(self, axis: Axis, piece: int | None) -> None:
         """Wait for what is under way of a piece along an axis."""
         posted = self._coming.pop((axis, piece), None)
         if posted is None:
             return
-        posted.wait()
-        for message, received in posted.receives:
+        self._player.wait(_KV, posted)
+        for message, received in posted.arrived():
             k, v = self._player.format(self._whole, message).unpack(received)
             self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)
 
     def _block(self, owner: int, piece: int | None) -> Block:
         """A block that is at hand, or is waited for; the piece of a whole one where only that is here."""
-        if (owner, piece) not in self._here and (owner, None) not in self._here:
-            for (axis, of_piece), posted in list(self._coming.items()):
-                if any((message.owner, message.piece) == (owner, piece) for message, _ in posted.receives):
-                    self._settle(axis, of_piece)
         if (owner, piece) in self._here:
             return self._here[owner, piece]
-        whole = self._here[owner, None]
+        whole = self._here.get((owner, None))
+        if whole is None:
+            for way in [way for way, posted in self._coming.items() if posted.brings(owner, piece)]:
+                self._settle(*way)
+            return self._here[owner, piece]
         heads = self._player.heads(piece, whole.k.size(1))
         return Block(whole.tokens, part(whole.k, 1, heads), part(whole.v, 1, heads))
 
@@ -429,11 +428,6 @@ class Gradients:
         self._whole = BlockFormat.of(k, v)
         self._own = _OwnerSum((slice(0, k.size(2)),), k, v)
         self._others: dict[tuple[int, int | None], _OwnerSum] = {}
-        self._leaving = {
-            (step.owner, step.piece): step.gives.tokens
-            for step in player.program.steps
-            if step.gives is not None and not step.tiles
-        }
         self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
 
     def take(self, step: Step, partials: Sequence[Partial]) -> None:
@@ -442,16 +436,16 @@ class Gradients:
         self._settle(Axis.HOME, step.piece)
         if step.gives is None and partials:
             self._add(step.owner, step.piece, partials)
-        axis = next((message.axis for message in (step.gives, step.gets) if message), None)
-        if axis is None:
+        exchange = step.gradients
+        if exchange is None:
             return
-        self._settle(axis, step.piece)
-        sends = [] if step.gives is None else [(step.gives, self._content(step, step.gives, partials))]
-        receives = [] if step.gets is None else [step.gets]
-        posted = self._player.post(_GRADIENTS, step.owner, sends, receives, self._whole)
+        way = exchange.axis, exchange.piece
+        self._settle(*way)
+        sent = [] if step.gives is None else [self._content(step, step.gives, partials)]
+        posted = self._player.post(_GRADIENTS, exchange, sent, self._whole)
         if not self._player.overlap:
-            posted.wait()
-        self._coming[axis, step.piece] = posted
+            self._player.wait(_GRADIENTS, posted)
+        self._coming[way] = posted
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's own keys and values, rounded once."""
@@ -465,8 +459,8 @@ class Gradients:
         if posted is None:
             return
         if self._player.overlap:
-            posted.wait()
-        for message, received in posted.receives:
+            self._player.wait(_GRADIENTS, posted)
+        for message, received in posted.arrived():
             self._add_message(message, received)
 
     def _add_message(self, message: Message, received: Tensor) -> None:
@@ -498,7 +492,7 @@ class Gradients:
             self._own.add(partials, self._player.heads(piece, self._k.size(1)))
             return
         if (owner, piece) not in self._others:
-            self._others[owner, piece] = self._sum_of(self._leaving[owner, piece], piece)
+            self._others[owner, piece] = self._sum_of(self._player.program.sums[owner, piece], piece)
         self._others[owner, piece].add(partials)
 
     def _sum_of(self, tokens: tuple[slice, ...], piece: int | None) -> _OwnerSum:

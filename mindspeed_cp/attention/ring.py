@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
+from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -55,7 +56,7 @@ from mindspeed_cp.kernels import (
     Term,
     TileTerms,
 )
-from mindspeed_cp.kernels.calls import Call, calls, part
+from mindspeed_cp.kernels.calls import Call, Views, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import AttentionPlan, Tile, within
@@ -72,6 +73,7 @@ class RingAttention:
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
     program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
     kept: what stays of others' K/V for the backward pass, see Note [Kept K/V] in program/steps.py.
+    recomputation: of the checkpoints that it runs in; None where it is computed again there.
     """
 
     schedule: RingSchedule = RingSchedule(1, 1)  # noqa: RUF009  (it cannot be changed)
@@ -82,6 +84,7 @@ class RingAttention:
     pieces: int = 1
     transport: Transport | None = None
     kept: KV = KV.NEITHER
+    recomputation: Recomputation | None = None
 
     @property
     def rank(self) -> int:
@@ -115,7 +118,7 @@ class RingAttention:
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between the ranks of the ring."""
-        if not torch.is_grad_enabled() or not wants_gradients(q, k, v, *terms.tensors):
+        if not self._serves_gradients(q, k, v, *terms.tensors):
             out, lse, _ = self._apply(q, k, v, plan, terms)
             return out, lse
         # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
@@ -137,15 +140,22 @@ class RingAttention:
         latent: what travels in place of k and v, which then only say what they would be like.
         """
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
-        case = case._replace(masked=terms.visible is not None, terms=terms.needs)
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype))
         expand, weights = None, tuple[Tensor, ...]()
         if latent is not None:
             expand, weights, (k, v) = latent.expand, latent.weights, latent.travelling
         tensors, ring = (*terms.tensors, *weights), self
-        if self.kept and not (torch.is_grad_enabled() and wants_gradients(q, k, v, *tensors)):
+        if self.kept and not self._serves_gradients(q, k, v, *tensors):
             ring = replace(self, kept=KV.NEITHER)
         result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, expand, q, k, v, *tensors)
         return result
+
+    def _serves_gradients(self, *tensors: Tensor | None) -> bool:
+        """Whether what a pass finds is for a backward pass of these."""
+        # A reentrant checkpoint runs its function without gradients first, and what is found there serves with them.
+        if self.recomputation is not None and self.recomputation.is_first_run:
+            return True
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
     def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between the ranks of the ring."""
@@ -265,11 +275,6 @@ _States = dict[Call, tuple[Tensor, ...]]
 """What kernels keep of the calls of the forward pass."""
 
 
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether one of them does."""
-    return any(x is not None and x.requires_grad for x in tensors)
-
-
 def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that refuses to be part of a graph: once_differentiable alone drops a second derivative where the
     gradient that comes does not require one.
@@ -305,7 +310,9 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = _forward(ring, plan, terms, case, expansion, q, k, v)
+            (out, lse, _), largest, made, states, kept = once(
+                ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
+            )
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
         ctx.num_tensors, ctx.kept = len(tensors), tuple(kept)
         ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
@@ -341,6 +348,12 @@ def _expansion(
     return Expansion(expand, weights, backward=backward)
 
 
+def _at_hand(key_values: KeyValues, expansion: Expansion | None, step: Step) -> Block:
+    """K/V of a step. Not to be held: the block is gone after it."""
+    block = key_values.block(step)
+    return block if expansion is None else expansion.block(block, step.tiles)
+
+
 def _forward(
     ring: RingAttention,
     plan: AttentionPlan,
@@ -356,26 +369,29 @@ def _forward(
     player = ring.player(made)
     merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), _States()
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
-    key_values = KeyValues(player, k, v)
+    key_values, of_queries = KeyValues(player, k, v), Views(q)
 
-    def compute(step: Step, call: Call, block: Block) -> None:
+    def compute(step: Step, made: Sequence[Call]) -> None:
+        block = _at_hand(key_values, expansion, step)
+        for call in made:
+            compute_call(step, call, block)
+
+    def compute_call(step: Step, call: Call, block: Block) -> None:
         heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        tensors = queries.given.take(part(q, 1, heads)), keys.given.take(block.k), keys.given.take(block.v)
+        (q_,) = of_queries.take(queries.given, heads)
+        k_, v_ = keys.given.take(block.k), keys.given.take(block.v)
         tile_terms = told.of(step.owner, call, heads)
-        output = call.kernel.forward(*tensors, tile_terms)
+        output = call.kernel.forward(q_, k_, v_, tile_terms)
         states[call] = output.state
         result = BlockOutput(queries.result(output.out), queries.result(output.lse))
         merged.merge(result, queries.back, heads)
-        largest.add(*tensors[:2], tile_terms, heads)
+        largest.add(q_, k_, tile_terms, heads)
 
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
             with player.step(step.owner):
-                block = key_values.block(step)
-                block = block if expansion is None else expansion.block(block, step.tiles)
-                for call in made.calls[number]:
-                    compute(step, call, block)
+                compute(step, made.calls[number])
     if terms.sinks is None:
         return merged.result(), largest.result, made, states, key_values.kept
     result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
@@ -402,11 +418,17 @@ def _backward(
     dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v, kept)
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
+    of_queries = Views(dout, q, merged_out, merged_lse)
 
-    def compute(step: Step, call: Call, block: Block) -> Partial:
+    def compute(step: Step, made: Sequence[Call]) -> list[Partial]:
+        block = _at_hand(key_values, expansion, step)
+        found = [compute_call(step, call, block) for call in made]
+        return found if expansion is None else expansion.of_payload(block, found)
+
+    def compute_call(step: Step, call: Call, block: Block) -> Partial:
         heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
-        d_out, q_, out, lse = (queries.given.take(part(x, 1, heads)) for x in (dout, q, merged_out, merged_lse))
+        d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
             BlockOutput(out, lse, _state(states, call)),
@@ -421,11 +443,7 @@ def _backward(
         partials: list[Partial] = []
         if step.tiles:
             with player.step(step.owner):
-                block = key_values.block(step)
-                block = block if expansion is None else expansion.block(block, step.tiles)
-                partials = [compute(step, call, block) for call in made.calls[number]]
-                if expansion is not None:
-                    partials = expansion.of_payload(block, partials)
+                partials = compute(step, made.calls[number])
         gradients.take(step, partials)
     sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
     return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
-from mindspeed_cp.kernels.calls import ALL, Place, part
+from mindspeed_cp.kernels.calls import ALL, Place, Views, part
 
 
 def _token_major(like: Tensor, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
@@ -33,17 +33,17 @@ class TokenSum:
         self._like = like
         self._single: Tensor | None = None
         self._total: Tensor | None = None
+        self._views = Views()
 
     def add(self, partial: Tensor, place: Place, heads: slice = ALL) -> None:
         """Add the gradient of some tokens and heads, [b, h, s, D] in any dtype, as `place` takes them."""
         if self._is_empty and isinstance(place.tokens, slice) and partial.shape == self._like.shape:
             self._single = partial
             return
-        total = part(self._accumulator(), 1, heads)
-        there = place.take(total)
-        add_(there, partial)
-        if not isinstance(place.tokens, slice):
-            place.put(total, there)
+        self._accumulator()
+        there = self._views.take(place, heads)
+        add_(there[0], partial)
+        self._views.put(place, heads, there)
 
     @property
     def _is_empty(self) -> bool:
@@ -66,6 +66,7 @@ class TokenSum:
             else:
                 self._total = _token_major(self._like, torch.empty).copy_(self._single)
                 self._single = None
+            self._views = Views(self._total)
         return self._total
 
 
@@ -81,6 +82,7 @@ class MergedOutput:
         self._like, self._kernels = like, kernels
         self._single: BlockOutput | None = None
         self._total: BlockOutput | None = None
+        self._views = Views()
 
     @classmethod
     def of(cls, q: Tensor, value_head_size: int, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> "MergedOutput":
@@ -92,12 +94,10 @@ class MergedOutput:
         if self._is_empty and isinstance(place.tokens, slice) and more.out.shape == self._like.shape:
             self._single = more
             return
-        out, lse = (part(x, 1, heads) for x in self._accumulator()[:2])
-        merged = place.take(out), place.take(lse)
-        self.kernel.merge_(*merged, more)
-        if not isinstance(place.tokens, slice):
-            place.put(out, merged[0])
-            place.put(lse, merged[1])
+        self._accumulator()
+        out, lse = self._views.take(place, heads)
+        self.kernel.merge_(out, lse, more)
+        self._views.put(place, heads, (out, lse))
 
     @property
     def _is_empty(self) -> bool:
@@ -122,4 +122,5 @@ class MergedOutput:
             else:
                 single, self._single = self._single, None
                 self._total = BlockOutput(single.out.to(dtype, copy=True), single.lse.to(dtype, copy=True))
+            self._views = Views(self._total.out, self._total.lse)
         return self._total

@@ -87,14 +87,14 @@ class Terms(AttentionTerms):
             dropout=self.dropout and replace(self.dropout, first_head=self.dropout.first_head + (heads.start or 0)),
         )
 
-    @property
-    def needs(self) -> frozenset[Term]:
-        """What kernels have to do; with gradients, where they are wanted now."""
+    def needs(self, dtype: torch.dtype) -> frozenset[Term]:
+        """What kernels have to do for queries of `dtype`; with gradients, where they are wanted now."""
         needs = {
             Term.SOFTCAP: self.softcap is not None,
             Term.ALIBI: self.alibi_slopes is not None,
             Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
+            Term.WIDE_BIAS: self.bias is not None and torch.promote_types(dtype, self.bias.dtype) != dtype,
             Term.BIAS_GRADIENT: is_learnt(self.bias),
             Term.DROPOUT: self._drops and not self._drops_by_kernel,
             Term.KERNEL_DROPOUT: self._drops and self._drops_by_kernel,
@@ -270,12 +270,14 @@ _BY_POSITION = frozenset({Term.ALIBI}) | _DROPOUT
 
 
 def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
-    """Where a rank's tokens are in the stream, [1 or B, s] int64."""
-    rows: dict[int, list[Tensor]] = {}
-    for run in (plan.keys if of_keys else plan.queries).runs(rank):
+    """Where a rank's tokens are in the stream, [1 or B, s] int64; 0 where a sample is padded."""
+    layout = plan.keys if of_keys else plan.queries
+    num_samples = 1 + max((sample or 0 for sample, _ in plan.starts), default=0)
+    places = torch.zeros(num_samples, layout.num_tokens(rank), dtype=torch.int64)
+    for run in layout.runs(rank):
         first = plan.starts[run.sample, run.document] + run.position
-        rows.setdefault(run.sample or 0, []).append(torch.arange(first, first + run.stop - run.start))
-    return torch.stack([torch.cat(rows[sample]) for sample in sorted(rows)])
+        places[run.sample or 0, run.start : run.stop] = torch.arange(first, first + run.stop - run.start)
+    return places
 
 
 class ParameterGradients:

@@ -16,7 +16,7 @@ Source: DeepSpeed Ulysses, arXiv:2309.14509.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -47,6 +48,11 @@ class UlyssesAttention:
     groups: tuple[tuple[int, ...], ...]
     group: int
     ring: RingAttention
+
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Of the checkpoints that it runs in."""
+        return self.ring.recomputation
 
     @property
     def rank(self) -> int:
@@ -96,11 +102,11 @@ class UlyssesAttention:
         one_head = head_layout(num_heads, 1, communicator.size).keys
         sent = q, latent.payload.unsqueeze(1)
         if grouped.keys is grouped.queries:
-            q, payload = _ScatterHeads.apply(communicator, order, (heads.queries, one_head), *sent)
+            q, payload = _ScatterHeads.apply(self._exchange(order, heads.queries, one_head), *sent)
         else:
-            (q,) = _ScatterHeads.apply(communicator, order, (heads.queries,), sent[0])
+            (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), sent[0])
             order_of_keys = self._order("keys", grouped.keys, grouped)
-            (payload,) = _ScatterHeads.apply(communicator, order_of_keys, (one_head,), sent[1])
+            (payload,) = _ScatterHeads.apply(self._exchange(order_of_keys, one_head), sent[1])
         latent = latent.of_heads(payload.squeeze(1), heads.keys.parts[rank], heads.keys.given[rank])
         return self._back(self.ring.of_latent(q, latent, grouped, terms), order, heads)
 
@@ -120,12 +126,15 @@ class UlyssesAttention:
         order = self._order("queries", grouped.queries, grouped)
         terms = self._terms_of_group(terms, order, heads.queries)
         if grouped.keys is grouped.queries:
-            tensors = _ScatterHeads.apply(communicator, order, (heads.queries, heads.keys, heads.keys), q, k, v)
+            tensors = _ScatterHeads.apply(self._exchange(order, heads.queries, heads.keys, heads.keys), q, k, v)
             return _Part(tensors, grouped, terms, order, heads)
-        (q,) = _ScatterHeads.apply(communicator, order, (heads.queries,), q)
+        (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), q)
         order_of_keys = self._order("keys", grouped.keys, grouped)
-        k, v = _ScatterHeads.apply(communicator, order_of_keys, (heads.keys, heads.keys), k, v)
+        k, v = _ScatterHeads.apply(self._exchange(order_of_keys, heads.keys, heads.keys), k, v)
         return _Part((q, k, v), grouped, terms, order, heads)
+
+    def _exchange(self, order: "GroupOrder", *heads: Dealt) -> "_Exchange":
+        return _Exchange(self.communicator, order, heads, self.recomputation)
 
     def _order(self, of: str, layout: Layout, grouped: AttentionPlan) -> "GroupOrder":
         """The order of this group's tokens, made once for all layers of a batch."""
@@ -134,7 +143,7 @@ class UlyssesAttention:
 
     def _back(self, x: Tensor, order: "GroupOrder", heads: "_Heads") -> Tensor:
         """This rank's own tokens of all heads."""
-        gathered: tuple[Tensor] = _GatherHeads.apply(self.communicator, order, (heads.queries,), x)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(order, heads.queries), x)
         return gathered[0]
 
     def _rows_of_bias(self, bias: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
@@ -142,7 +151,7 @@ class UlyssesAttention:
         if bias.size(1) == 1:
             size = self.communicator.size
             bias, heads = bias.expand(-1, size, -1, -1), head_layout(size, size, size).queries
-        rows: tuple[Tensor] = _ScatterHeads.apply(self.communicator, order, (heads,), bias)
+        rows: tuple[Tensor] = _ScatterHeads.apply(self._exchange(order, heads), bias)
         return rows[0]
 
     def _gather_rows(self, visible: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
@@ -150,7 +159,7 @@ class UlyssesAttention:
         mine = visible.movedim(-2, 0)
         padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
         padded[: len(mine)] = mine
-        gathered = self.communicator.all_gather(padded)
+        gathered = once(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
         rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
         rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
@@ -240,36 +249,46 @@ _THERE, _BACK = "Ulysses: exchange heads for tokens", "Ulysses: exchange tokens 
 """How all-to-alls are called in profiles."""
 
 
+class _Exchange(NamedTuple):
+    """What `scatter_heads` and `gather_heads` take beside tensors, and the checkpoints in which they run."""
+
+    communicator: Communicator
+    order: GroupOrder
+    heads: tuple[Dealt, ...]
+    recomputation: Recomputation | None
+
+    def once(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What an exchange of these tensors gives, or has given."""
+        case = tuple((x.shape, x.dtype) for x in tensors)
+        return once(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
+
+
 class _ScatterHeads(torch.autograd.Function):
     """`scatter_heads`, whose gradient is `gather_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *shards: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
-        return scatter_heads(shards, communicator, order, heads)
+    def forward(ctx: Any, exchange: _Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.once(scatter_heads, shards)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *gather_heads(grads, ctx.communicator, ctx.order, ctx.heads)
+        return None, *gather_heads(grads, *ctx.exchange[:3])
 
 
 class _GatherHeads(torch.autograd.Function):
     """`gather_heads`, whose gradient is `scatter_heads`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, communicator: Communicator, order: GroupOrder, heads: Sequence[Dealt], *parts: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.communicator, ctx.order, ctx.heads = communicator, order, heads
-        return gather_heads(parts, communicator, order, heads)
+    def forward(ctx: Any, exchange: _Exchange, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.once(gather_heads, parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *scatter_heads(grads, ctx.communicator, ctx.order, ctx.heads)
+        return None, *scatter_heads(grads, *ctx.exchange[:3])
 
 
 def scatter_heads(

@@ -42,7 +42,10 @@ class RingCommunicators(NamedTuple):
 
     def along(self, axis: Axis) -> Communicator:
         """The one for messages of this axis."""
-        return {Axis.INNER: self.inner, Axis.OUTER: self.outer}.get(axis, self.gradients)
+        return self[_KIND_OF[axis]]
+
+
+_KIND_OF = {Axis.INNER: 0, Axis.OUTER: 1, Axis.HOME: 2, Axis.ACROSS: 2}
 
 
 Kinds = tuple[ProcessGroupCommunicator, ProcessGroupCommunicator, ProcessGroupCommunicator]

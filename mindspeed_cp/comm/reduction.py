@@ -8,6 +8,8 @@ Note [Reduction]
     (gloo's own reduce-scatter is an all-reduce inside, and sends twice as much.)
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,25 @@ def reduce_scatter(communicator: Communicator, parts: Tensor) -> Tensor:
 
 def all_reduce(communicator: Communicator, x: Tensor) -> Tensor:
     """The sum of every rank's `x`, on all of them with the same bits; see Note [Reduction]. `x` is left as it is."""
+    return _all_reduce(communicator, x, _sum)
+
+
+def all_reduce_largest(communicator: Communicator, x: Tensor) -> Tensor:
+    """The largest of every rank's `x`, element by element, as `all_reduce` has their sum; NaN where one is NaN."""
+    return _all_reduce(communicator, x, _largest)
+
+
+def _all_reduce(communicator: Communicator, x: Tensor, reduced: Callable[[Tensor], Tensor]) -> Tensor:
     size, count = communicator.size, x.numel()
     if size == 1:
         return x
     if size == 2:
         # Each sends the whole to the other: as many bytes, in one message instead of two.
-        return _sum(communicator.all_gather(x.contiguous()))
+        return reduced(communicator.all_gather(x.contiguous()))
     padded = x.new_zeros(size, -(-count // size))
     padded.view(-1)[:count] = x.reshape(-1)
-    summed = communicator.all_gather(reduce_scatter(communicator, padded))
-    return summed.view(-1)[:count].view(x.shape)
+    own = reduced(communicator.all_to_all(padded))
+    return communicator.all_gather(own).view(-1)[:count].view(x.shape)
 
 
 def all_reduce_numbers(count: int, size: int) -> int:
@@ -46,6 +57,11 @@ def all_reduce_numbers(count: int, size: int) -> int:
 def _sum(rows: Tensor) -> Tensor:
     """Over the first dim, in its order."""
     return rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype)).to(rows.dtype)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Over the first dim."""
+    return rows.amax(dim=0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

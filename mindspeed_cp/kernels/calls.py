@@ -56,7 +56,7 @@ class Place(NamedTuple):
         """What is there: by slices a view [b, H, s, ...], by an index [m] or [n, s] a copy [1 or n, H, m or s, ...]."""
         if isinstance(self.tokens, slice):
             assert isinstance(self.samples, slice)
-            return part(part(x, 0, self.samples), 2, self.tokens)
+            return part(x if self.samples is ALL else part(x, 0, self.samples), 2, self.tokens)
         found = x[self.samples, :, self.tokens]
         return found.movedim(1, 0).unsqueeze(0) if self.tokens.dim() == 1 else found.movedim(2, 1)
 
@@ -75,6 +75,30 @@ def part(x: Tensor, dim: int, of: slice) -> Tensor:
 def in_all_samples(tokens: slice) -> Place:
     """Where these tokens are in every sample."""
     return Place(ALL, tokens)
+
+
+class Views:
+    """Tensors [B, H, S, ...] of which calls take their tokens. Calls at one place share views, one after another."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._at: tuple[Place, slice] | None = None
+        self._taken: tuple[Tensor, ...] = ()
+
+    def take(self, place: Place, heads: slice = ALL) -> tuple[Tensor, ...]:
+        """What is there of some heads: by slices views, by an index copies."""
+        if not isinstance(place.tokens, slice):
+            return tuple(place.take(part(x, 1, heads)) for x in self._tensors)
+        if (place, heads) != self._at:
+            self._taken = tuple(place.take(part(x, 1, heads)) for x in self._tensors)
+            self._at = place, heads
+        return self._taken
+
+    def put(self, place: Place, heads: slice, content: Sequence[Tensor]) -> None:
+        """Write what `take` gives; views have it already."""
+        if not isinstance(place.tokens, slice):
+            for x, each in zip(self._tensors, content, strict=True):
+                place.put(part(x, 1, heads), each)
 
 
 class Gathered(NamedTuple):
@@ -109,18 +133,23 @@ class Call:
     tiles: tuple[Tile, ...]
     _made: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
-    def queries(self, like: Tensor) -> Gathered:
-        """Where the queries are in tensors like [B, N, S, ...]."""
-        return self._gathered("queries", like, lambda: [tile.queries for tile in self.tiles], self.case.num_queries)
+    def queries(self, like: Tensor, held: Sequence[slice] | None = None) -> Gathered:
+        """Where the queries are in tensors like [B, N, s, ...], which hold those tokens of their rank; all for None."""
+        return self._held("queries", like, held, lambda tile: tile.queries, self.case.num_queries)
 
     def keys(self, like: Tensor, held: Sequence[slice] | None = None) -> Gathered:
         """Where the keys are in tensors like [B, G, s, ...], which hold those tokens of the owner; all for None."""
-        what = "keys", None if held is None else tuple((each.start, each.stop) for each in held)
+        return self._held("keys", like, held, lambda tile: tile.keys, self.case.num_keys)
+
+    def _held(
+        self, side: str, like: Tensor, held: Sequence[slice] | None, of: Callable[[Tile], slice], padded_to: int
+    ) -> Gathered:
+        what = side, None if held is None else tuple((each.start, each.stop) for each in held)
 
         def tokens() -> list[slice]:
-            return [tile.keys if held is None else place_within(held, tile.keys) for tile in self.tiles]
+            return [of(tile) if held is None else place_within(held, of(tile)) for tile in self.tiles]
 
-        return self._gathered(what, like, tokens, self.case.num_keys)
+        return self._gathered(what, like, tokens, padded_to)
 
     def terms(self, scale: float, like: Tensor) -> TileTerms:
         """What the kernel is told, but for a boolean mask of the user's. like: in the order [B, N, S, ...]."""

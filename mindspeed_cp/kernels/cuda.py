@@ -20,6 +20,7 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
     BlockOutput,
+    Term,
     TileTerms,
     cut_window_reasons,
     term_reasons,
@@ -132,11 +133,12 @@ class CudnnKernel:
 
 
 class EfficientKernel:
-    """`aten::_scaled_dot_product_efficient_attention`, from xformers: fp32 as well, older GPUs, and arbitrary masks.
+    """`aten::_scaled_dot_product_efficient_attention`, from xformers: fp32 as well, older GPUs, masks, and a bias.
 
     A mask is an additive bias in the dtype of q, of the mask's own shape. Rows that see no key are told apart here,
     since releases differ in what they give for them: the forward pass sees them unmasked and throws the result away,
-    the backward pass sees them masked with a log-sum-exp of 0, where exp(-inf - 0) is 0.
+    the backward pass sees them masked with a log-sum-exp of 0, where exp(-inf - 0) is 0. The gradient of a bias comes
+    in the dtype of q, for each sample and head.
     """
 
     name = "cuda_efficient"
@@ -149,15 +151,19 @@ class EfficientKernel:
             dtypes += (torch.bfloat16,)
         if case.dtype not in dtypes:
             reasons.append(f"takes {_names(dtypes)} here, not {_names([case.dtype])}")
-        return reasons + _head_size_reasons(case) + cut_window_reasons(case) + term_reasons(case)
+        taken = term_reasons(case, Term.BIAS, Term.BIAS_GRADIENT)
+        return reasons + _head_size_reasons(case) + cut_window_reasons(case) + taken
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""
-        causal = terms.window == TRIANGLE
-        dead = None if terms.visible is None else ~terms.visible.any(dim=-1, keepdim=True)
-        bias = None if terms.visible is None or dead is None else _bias(terms.visible | dead, q)
+        bias, dead = _bias(terms, q, k.size(2)), None
+        if bias is not None:
+            dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
+            bias = _for_all(bias.masked_fill_(dead, 0.0), q)
         out, lse, *random_state = torch.ops.aten._scaled_dot_product_efficient_attention(
-            fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q), bias, True, 0.0, causal, scale=terms.scale
+            *(fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q), bias, True, 0.0),
+            bias is None and terms.window == TRIANGLE,
+            scale=terms.scale,
         )
         lse = lse[:, :, : q.size(2)]
         if dead is not None:
@@ -168,19 +174,21 @@ class EfficientKernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
     ) -> BlockGradients:
         """See BlockKernel.backward."""
-        causal = terms.window == TRIANGLE
+        bias, learnt = _bias(terms, q, k.size(2)), Term.BIAS_GRADIENT in terms.terms
         lse = output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         lse = F.pad(lse, (0, -lse.size(2) % _LSE_ROWS), value=torch.inf)  # As its forward pass does.
-        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dq, dk, dv, dbias = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             *(dout, fit(q), _for_each_query_head(k, q), _for_each_query_head(v, q)),
-            None if terms.visible is None else _bias(terms.visible, q),
+            None if bias is None else _for_all(bias, q),
             # Of the strides of `out` it reads two, and takes it that a token's heads follow each other.
             fit(output.out.transpose(1, 2).contiguous()).transpose(1, 2),
             lse.contiguous(),
             *output.state,
-            *(0.0, [True, True, True, False], causal),
+            *(0.0, [True, True, True, learnt], bias is None and terms.window == TRIANGLE),
             scale=terms.scale,
         )
+        if learnt and terms.bias is not None and terms.gradients is not None:
+            terms.gradients.add_bias(dbias.float().sum_to_size(terms.bias.shape))
         return BlockGradients(dq, _sum_of_groups(dk, k), _sum_of_groups(dv, v))
 
 
@@ -198,11 +206,29 @@ def _sum_of_groups(gradient: Tensor, x: Tensor) -> Tensor:
     return summed
 
 
-def _bias(visible: Tensor, q: Tensor) -> Tensor:
-    """[B, N, S, T]: 0 where `visible`, else -inf; its rows start at multiples of 16 numbers, as SDPA's own."""
-    num_keys = visible.size(-1)
-    bias = q.new_zeros(*visible.shape[:-1], num_keys + -num_keys % _BIAS_COLUMNS)[..., :num_keys]
-    return bias.masked_fill_(~visible, -torch.inf).expand(*q.shape[:3], -1)
+def _bias(terms: TileTerms, q: Tensor, num_keys: int) -> Tensor | None:
+    """A new tensor, [S, T] or of four dims: the bias, and -inf where a key is not seen; None where neither is there.
+
+    Its rows start at multiples of 16 numbers, as SDPA's own. Beside a bias it says a triangle too.
+    """
+    seen, shapes = terms.visible, []
+    if terms.bias is not None:
+        shapes.append(terms.bias.shape)
+        seen = terms.window.visible(q.size(2), num_keys, q.device) if terms.window == TRIANGLE else seen
+    if seen is not None:
+        shapes.append(seen.shape)
+    if not shapes:
+        return None
+    shape = torch.broadcast_shapes(*shapes)
+    bias = q.new_zeros(*shape[:-1], num_keys + -num_keys % _BIAS_COLUMNS)[..., :num_keys]
+    if terms.bias is not None:
+        bias.copy_(terms.bias)
+    return bias if seen is None else bias.masked_fill_(~seen, -torch.inf)
+
+
+def _for_all(bias: Tensor, q: Tensor) -> Tensor:
+    """[B, N, S, T], a view."""
+    return bias.expand(*q.shape[:3], -1)
 
 
 def fit(x: Tensor) -> Tensor:

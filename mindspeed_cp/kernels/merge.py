@@ -5,15 +5,14 @@ Shapes: B batch, N query heads, S query tokens, V value head size.
 Note [Merge]
     Attention over keys A and keys B, each with its log-sum-exp, is exactly attention over both:
 
-        a = exp(lse_A - max(lse_A, lse_B))      b = exp(lse_B - max(lse_A, lse_B))
-        out = a / (a + b) * out_A + b / (a + b) * out_B
-        lse = max(lse_A, lse_B) + log(a + b)
+        weight = 1 / (1 + exp(lse_A - lse_B))
+        out = out_A + weight * (out_B - out_A)
+        lse = log(exp(lse_A) + exp(lse_B))
 
-    The factors come from the difference of the two lse alone. exp(lse_A - lse) is the same number on paper, but has the
+    The weight comes from the difference of the two lse alone. exp(lse_B - lse) is the same number on paper, but has the
     rounding error of lse, which grows with its size.
-    A row that has seen no key yet has lse = -inf and out = 0. Where both are such, the differences would be NaN: they
-    are taken against the lowest number instead, so that a = b = 0 and lse = log(0) = -inf. There a + b = 0 is no
-    divisor; everywhere else it is 1 at least, because one of the two is exp(0): the divisor is max(a + b, 1).
+    A row that has seen no key yet has lse = -inf and out = 0. Where both are such, their difference would be NaN: it is
+    taken from the lowest number instead, so that the weight is 0 and out stays 0. A NaN of either lse stays one.
     Sources: FlashAttention arXiv:2205.14135; Ring Attention arXiv:2310.01889; zhuzilin/ring-flash-attention#34.
 """
 
@@ -69,14 +68,10 @@ class TorchMerge:
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    # The lowest number does for -inf: less it, -inf stays -inf, and exp(-inf) and log(0) are right.
-    anchor = torch.maximum(lse, block_lse).clamp_min_(torch.finfo(lse.dtype).min)
-    seen, added = (lse - anchor).exp_(), (block_lse - anchor).exp_()
-    both = seen + added
-    divisor = both.clamp_min(1.0)
-    seen, added = seen.div_(divisor).unsqueeze_(-1), added.div_(divisor).unsqueeze_(-1)
-    out.mul_(seen).addcmul_(block_out.to(out.dtype), added)
-    torch.add(anchor, both.log_(), out=lse)
+    # The lowest number does for -inf: -inf less it is -inf, whose weight is 0.
+    weight = (block_lse - lse.clamp_min(torch.finfo(lse.dtype).min)).sigmoid_()
+    out.lerp_(block_out.to(out.dtype), weight.unsqueeze_(-1))
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
 def add_(total: Tensor, partial: Tensor) -> None:

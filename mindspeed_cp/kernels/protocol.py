@@ -68,6 +68,7 @@ class Term(Enum):
     ALIBI = "ALiBi"
     SLOPE_GRADIENT = "gradient of ALiBi's slopes"
     BIAS = "bias"
+    WIDE_BIAS = "bias with more digits than q"
     BIAS_GRADIENT = "gradient of a bias"
     DROPOUT = "dropout by position"
     KERNEL_DROPOUT = "dropout by the kernel"

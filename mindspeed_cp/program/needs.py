@@ -2,7 +2,8 @@
 
 from bisect import bisect_left
 
-from mindspeed_cp.plan import AttentionPlan, union
+from mindspeed_cp.plan import union
+from mindspeed_cp.program.transposed import Carried
 from mindspeed_cp.schedule import RingSchedule
 
 Tokens = tuple[slice, ...]
@@ -15,7 +16,7 @@ class Needs:
     place in this order, which is a distance on the grid: the same for a block and all ranks that pass it on.
     """
 
-    def __init__(self, plan: AttentionPlan, schedule: RingSchedule) -> None:
+    def __init__(self, plan: Carried, schedule: RingSchedule) -> None:
         self.plan, self.schedule = plan, schedule
         self._onwards: dict[tuple[int, int], tuple[list[int], list[Tokens]]] = {}
 

@@ -23,7 +23,7 @@ Note [Kept K/V]
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, Flag
 from typing import NamedTuple
@@ -90,6 +90,31 @@ class Step(NamedTuple):
     gets: Message | None = None
     piece: int | None = None
 
+    @property
+    def gradients(self) -> "Exchange | None":
+        """What it gives and gets, as one exchange; None where that is nothing."""
+        first = self.gives or self.gets
+        if first is None:
+            return None
+        return Exchange(first.axis, self.piece, self.owner, some(self.gives), some(self.gets))
+
+
+Block = tuple[int, int | None]
+"""K/V by their owner and the piece of the heads; None for all of them."""
+
+
+class Exchange(NamedTuple):
+    """Messages of a step along one axis, of one piece of the heads: they are posted, and waited for, as one.
+
+    owner: of the step that it is told by in profiles and errors.
+    """
+
+    axis: Axis
+    piece: int | None
+    owner: int
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
 
 @dataclass(frozen=True)
 class Program:
@@ -139,9 +164,32 @@ class Program:
         )
         return tokens // self.pieces * _width(self.kept, key_bytes, value_bytes)
 
-    def last_uses(self) -> dict[tuple[int, int | None], int]:
-        """The number of the last step that works on a block, or sends it, by owner and piece."""
-        last_use: dict[tuple[int, int | None], int] = {}
+    @functools.cached_property
+    def exchanges(self) -> tuple[tuple[Exchange, ...], ...]:
+        """Of each step, in the order in which they are posted: what has to go far first."""
+        return tuple(tuple(_exchanges(step)) for step in self.steps)
+
+    @functools.cached_property
+    def done_with(self) -> tuple[tuple[Block, ...], ...]:
+        """Of each step, the blocks of others that no later one works on, or sends."""
+        last_use = self._last_uses()
+        foreign = [block for block in last_use if block[0] != self.rank]
+        return tuple(
+            tuple(block for block in foreign if last_use[block] == number) for number in range(len(self.steps))
+        )
+
+    @functools.cached_property
+    def sums(self) -> dict[Block, tuple[slice, ...]]:
+        """The tokens of the sums that leave for their owners, see Note [Program]."""
+        return {
+            (step.owner, step.piece): step.gives.tokens
+            for step in self.steps
+            if step.gives is not None and not step.tiles
+        }
+
+    def _last_uses(self) -> dict[Block, int]:
+        """The number of the last step that works on a block, or sends it."""
+        last_use: dict[Block, int] = {}
         for number, step in enumerate(self.steps):
             used = {(step.owner, step.piece)} | {(message.owner, message.piece) for message in step.sends}
             last_use.update(dict.fromkeys(used, number))
@@ -152,8 +200,8 @@ class Program:
 
         A block that is only still being sent is not counted.
         """
-        last_use = self.last_uses()
-        alive: dict[tuple[int, int | None], int] = {}
+        last_use = self._last_uses()
+        alive: dict[Block, int] = {}
         most = 0
         for number, step in enumerate(self.steps):
             for message in step.receives:
@@ -166,6 +214,16 @@ class Program:
 
 def _width(of: KV, key_bytes: int, value_bytes: int) -> int:
     return key_bytes * (KV.KEYS in of) + value_bytes * (KV.VALUES in of)
+
+
+def _exchanges(step: Step) -> Iterator[Exchange]:
+    for axis in (Axis.OUTER, Axis.INNER):
+        sends = [message for message in step.sends if message.axis is axis]
+        receives = [message for message in step.receives if message.axis is axis]
+        for piece in dict.fromkeys(message.piece for message in (*sends, *receives)):
+            coming = tuple(message for message in receives if message.piece == piece)
+            leaving = tuple(message for message in sends if message.piece == piece)
+            yield Exchange(axis, piece, coming[0].owner if len(coming) == 1 else step.owner, leaving, coming)
 
 
 def message(peer: int, owner: int, tokens: tuple[slice, ...], axis: Axis, piece: int | None = None) -> Message | None:

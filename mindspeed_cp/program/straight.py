@@ -14,8 +14,9 @@ Note [Order of messages]
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mindspeed_cp.plan import AttentionPlan, Tile, union
+from mindspeed_cp.plan import Tile, union
 from mindspeed_cp.program.steps import Axis, Message, Step, live, message, some
+from mindspeed_cp.program.transposed import Carried
 from mindspeed_cp.schedule import Hop, RingSchedule
 
 
@@ -27,7 +28,7 @@ class Straight:
     before it is worked on, so that two blocks are in memory, however many ranks there are.
     """
 
-    plan: AttentionPlan
+    plan: Carried
     schedule: RingSchedule
     rank: int
     backward: bool

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from enum import Enum
 
-from mindspeed_cp.plan import AttentionPlan, halves
+from mindspeed_cp.plan import halves
 from mindspeed_cp.program.needs import Needs
 from mindspeed_cp.program.rotation import Rotation
 from mindspeed_cp.program.steps import KV, Phase, Program, Step, live, num_tokens
 from mindspeed_cp.program.straight import Straight
+from mindspeed_cp.program.transposed import Carried
 from mindspeed_cp.schedule import Hop, RingSchedule
 
 _MOST_RUNS = 50_000
@@ -29,7 +30,7 @@ class Transport(Enum):
 
 
 def program(
-    plan: AttentionPlan,
+    plan: Carried,
     schedule: RingSchedule,
     rank: int,
     phase: Phase,
@@ -68,7 +69,7 @@ def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
         yield from live(step._replace(receives=receives, sends=sends))
 
 
-def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
+def cheapest_transport(plan: Carried, schedule: RingSchedule) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
 
     Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
@@ -79,7 +80,7 @@ def cheapest_transport(plan: AttentionPlan, schedule: RingSchedule) -> Transport
     return plan.once(("cheapest transport", schedule), lambda: _cheapest(plan, schedule))
 
 
-def _cheapest(plan: AttentionPlan, schedule: RingSchedule) -> Transport:
+def _cheapest(plan: Carried, schedule: RingSchedule) -> Transport:
     owners, readers = range(schedule.size), plan.readers
     met = ((reader // schedule.inner, owner // schedule.inner) for owner in owners for reader in readers(owner))
     if schedule.outer > 1 and any(mine != theirs for mine, theirs in met):

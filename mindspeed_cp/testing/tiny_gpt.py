@@ -45,10 +45,14 @@ class Sizes:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; features of qkv by key/value head: its queries, its key, its value."""
+    """Causal self-attention; features of qkv by key/value head: its queries, its key, its value.
+
+    attend: gives the output of q [B, N, S, D] over k and v [B, G, S, D]; torch's own at first.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = _causal_attention
         self.heads, self.kv_heads, self.size = sizes.heads, sizes.kv_heads, sizes.hidden // sizes.heads
         self.qkv = nn.Linear(sizes.hidden, (sizes.heads + 2 * sizes.kv_heads) * self.size)
         self.proj = nn.Linear(sizes.hidden, sizes.hidden)
@@ -59,9 +63,13 @@ class Attention(nn.Module):
         groups = self.qkv(x).view(batch, sequence, self.kv_heads, -1, self.size)
         q = groups[..., :-2, :].reshape(batch, sequence, self.heads, self.size).transpose(1, 2)
         k, v = (groups[..., place, :].transpose(1, 2) for place in (-2, -1))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = self.attend(q, k, v)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(x.shape))
         return projected
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class PlainMLP(nn.Module):

@@ -17,6 +17,8 @@ PRINTED = 1e-7
 """The last digit of a loss in a log, relative to it, or a part of that."""
 VALIDATION = re.compile(r"validation loss at iteration\s+(\d+) \| lm loss value: ([-+.\dEeNnAaIiFf]+)")
 
+GRADIENT_NORM = re.compile(r"iteration\s+(\d+)/\s*\d+ .*?grad norm: ([-+.\dEeNnAaIiFf]+)")
+
 
 def losses_in(log: str, line: re.Pattern[str] = ITERATION) -> dict[int, float]:
     """Loss of each iteration in the text of a log, as lines of this kind have it."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -29,6 +29,10 @@ class TrainingPool:
     def validation_losses(self, ranks: int, flags: str) -> dict[int, float]:
         """Loss of each evaluation in the course of training on so many ranks."""
         return self._train(ranks, flags, None, VALIDATION)
+
+    def log(self, ranks: int, flags: Sequence[str]) -> str:
+        """What training with these flags alone prints on the last of so many ranks; see log_of_training."""
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.log_of_training, ranks, _free_port(), flags)[-1]
 
     def refusal(self, ranks: int, flags: str, sabotage: str | None = None) -> str:
         """How training ends that is refused, or fails."""

@@ -47,12 +47,12 @@ def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checko
 @pytest.mark.slow
 def test_feature_script_fails_with_the_command_and_the_last_lines(tmp_path):
     done = run(
-        ["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, CP="4", HEADS="6", HIDDEN="96", OUTPUT=str(tmp_path)
+        ["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, CP="4", HEADS="2", HIDDEN="32", OUTPUT=str(tmp_path)
     )
     assert done.returncode == 1
     assert "ulysses-cp4: training failed\ncommand: " in done.stderr
-    assert "--num-attention-heads 6" in done.stderr.splitlines()[1]
-    assert "error: --num-attention-heads 6 is not a multiple of the Ulysses degree 4" in done.stderr
+    assert "--num-attention-heads 2" in done.stderr.splitlines()[1]
+    assert "error: --num-attention-heads 2 with --tensor-model-parallel-size 1 gives each rank 2, fewer" in done.stderr
 
 
 @pytest.mark.slow

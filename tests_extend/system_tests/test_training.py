@@ -11,6 +11,8 @@ TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
 PIPELINE_PARALLEL = "--pipeline-model-parallel-size 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 GQA = "--group-query-attention --num-query-groups 4"
+FEW_KV_HEADS = "--group-query-attention --num-query-groups 1"
+ODD_HEADS = "--num-attention-heads 6 --kv-channels 16 --group-query-attention --num-query-groups 3"
 MOE = (
     "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather "
     "--moe-router-load-balancing-type none"
@@ -38,6 +40,7 @@ ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
 KEPT = "--context-parallel-kv-cache-policy full"
 OVERLAP = "--use-cp-send-recv-overlap"
+KEEP_OUTPUTS = "--context-parallel-keep-outputs"
 
 
 def double_ring(inner: int) -> str:
@@ -56,7 +59,7 @@ def hybrid(degree: int, inner: int = 1) -> str:
 QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} --context-parallel-latent latent"),
+    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS} --context-parallel-latent latent"),
     (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
@@ -86,6 +89,9 @@ SLOW = [
     (f"{SINKS} {WINDOW} --global-batch-size 4", 2, 2, RING),
     (f"{SINKS} {TENSOR_PARALLEL}", 2, 2, ULYSSES),
     (f"{SINKS} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{FEW_KV_HEADS} {TENSOR_PARALLEL} --sequence-parallel", 2, 4, ULYSSES),
+    (f"{ODD_HEADS} {SINKS}", 1, 4, ULYSSES),
+    (f"{ODD_HEADS} {STREAM}", 1, 8, hybrid(4)),
     ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
     (WINDOW, 1, 4, double_ring(2)),
@@ -103,6 +109,8 @@ SLOW = [
     ("--use-tp-pp-dp-mapping --tensor-model-parallel-size 2", 2, 2, RING),
     ("--recompute-granularity selective", 1, 2, RING),
     (f"{RECOMPUTE} --position-embedding-type learned_absolute", 1, 2, ULYSSES),
+    ("--recompute-granularity selective", 1, 2, f"{ULYSSES} {KEEP_OUTPUTS}"),
+    (f"{RECOMPUTE} {INTERLEAVED}", 2, 2, f"{RING} {OVERLAP} {KEEP_OUTPUTS}"),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, ULYSSES),
     (f"{LATENT} --attention-mask-type general --reset-attention-mask", 1, 4, hybrid(2)),
     (f"{LATENT} --rope-type rope --qk-layernorm", 1, 2, ULYSSES),
@@ -158,6 +166,42 @@ def test_losses_equal_those_of_cp_1(training, record_property, beside, ranks, si
     assert difference <= 1e-5
 
 
+DROPOUT = "--attention-dropout 0.1"
+WITH_DROPOUT = [
+    pytest.param("", 1, 2, RING, id="ring"),
+    pytest.param(f"{DOCUMENTS} {TWO_SAMPLES} {RECOMPUTE}", 1, 4, double_ring(2), id="double ring, documents"),
+    pytest.param(f"{STREAM} {WINDOW}", 1, 4, hybrid(2), id="hybrid, stream and window"),
+    pytest.param(f"{TENSOR_PARALLEL} --global-batch-size 4", 4, 2, ULYSSES, id="ulysses, TP and DP"),
+    pytest.param(f"{INTERLEAVED} {RECOMPUTE}", 2, 2, RING, id="ring, interleaved stages"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beside", "ranks", "size", "algorithm"), WITH_DROPOUT)
+def test_dropout_drops_what_it_does_with_cp_1(training, beside, ranks, size, algorithm):
+    reference = training.losses(ranks, f"{beside} {DROPOUT} --attention-on-one-rank")
+    losses = training.losses(ranks * size, f"{beside} {DROPOUT} --context-parallel-size {size} {algorithm}")
+    assert len(reference) == ITERATIONS
+    assert largest_difference(reference, losses) <= 1e-5
+    assert largest_difference(reference, training.losses(ranks, beside)) > 1e-3
+
+
+@pytest.mark.slow
+def test_documents_on_one_rank_of_ours_are_those_of_megatrons_own_masks(training):
+    flags = f"{DOCUMENTS} {TWO_SAMPLES}"
+    assert largest_difference(training.losses(1, flags), training.losses(1, f"{flags} --attention-on-one-rank")) <= 1e-5
+
+
+@pytest.mark.slow
+def test_scores_are_clipped_as_with_cp_1(training):
+    clipped = "--bf16 --qk-clip --qk-clip-threshold 0.05"
+    reference = training.losses(1, clipped)
+    losses = training.losses(4, f"{clipped} --context-parallel-size 4 {hybrid(2)}")
+    assert len(reference) == ITERATIONS
+    assert largest_difference(reference, losses) <= 2e-3
+    assert largest_difference(reference, training.losses(1, "--bf16")) > 1e-2
+
+
 @pytest.mark.slow
 def test_packed_stream_has_the_losses_of_megatrons_own_masks(training):
     # One rank's packed streams are ours, its masks Megatron's; rotary embeddings have the same scores in both.
@@ -206,8 +250,11 @@ def test_a_gradient_that_stays_away_changes_the_losses(training):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--context-parallel-size 2 --attention-dropout 0.1", "attention dropout is not available yet"),
-        (f"--context-parallel-size 2 {ULYSSES} --num-attention-heads 1", "--num-attention-heads 1 is not a multiple"),
+        ("--context-parallel-size 2 --qk-clip", "--qk-clip in fp32: "),
+        (
+            f"--context-parallel-size 2 {ULYSSES} --num-attention-heads 1",
+            "gives each rank 1, fewer than the Ulysses degree 2",
+        ),
     ],
 )
 def test_training_refuses_in_one_line(training, flags, message):
@@ -267,8 +314,8 @@ def test_a_checkpoint_says_the_model_and_its_heads_are_checked(training, tmp_pat
     model = f"--group-query-attention --num-query-groups 2 --swiglu --rotary-percent 0.5 --train-iters {LONGER}"
     pieces = training.losses(1, f"{model} --save {tmp_path} --save-interval 1000 --exit-interval 3")
     of_checkpoint = f"--use-checkpoint-args --load {tmp_path} --train-iters {LONGER}"
-    message = training.refusal(4, f"{of_checkpoint} --context-parallel-size 4 {ULYSSES}")
-    assert "--num-query-groups 2 is not a multiple of the Ulysses degree 4" in message
+    message = training.refusal(4, f"{of_checkpoint} --num-attention-heads 9 --context-parallel-size 4 {ULYSSES}")
+    assert "--num-query-groups 2 does not divide --num-attention-heads 9" in message
     resumed = training.losses(2, f"{of_checkpoint} --context-parallel-size 2 {RING}")
     # After a resume Megatron logs the mean of the first two iterations at the second.
     resumed[5] = 2 * resumed[5] - resumed[4]

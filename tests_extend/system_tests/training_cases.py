@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,18 @@ from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.patching import PatchError
 from mindspeed_cp.testing.toy_flags import TOY_FLAGS
 from system_tests.compare_losses import ITERATION, losses_in
+from system_tests.conversations import made_up_conversations
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py"
+MEGATRON_LM = os.environ.get("MEGATRON_LM")
+SCRIPT = REPOSITORY / "scripts" / "pretrain_gpt.py" if MEGATRON_LM is None else Path(MEGATRON_LM) / "pretrain_gpt.py"
+"""Megatron-LM's own, unmodified, where a checkout is named."""
+if MEGATRON_LM is not None:
+    # Behind all others: what lies beside the script, and of its megatron what the wheel has not.
+    sys.path.append(MEGATRON_LM)
 
 HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.training") is not None
-"""The wheels of Megatron 0.16 hold megatron.core alone."""
+"""The wheels of Megatron 0.16 hold megatron.core alone, and a checkout the rest."""
 
 MODEL_FLAGS = (
     *TOY_FLAGS,
@@ -67,7 +74,14 @@ def train(
 ) -> dict[int, float]:
     """Train with MODEL_FLAGS and `flags` as one rank of `world_size`; the losses by iteration, on the last rank.
 
-    line: the lines of the log to read them from.
+    line: the lines of the log to read them from. sabotage: see log_of_training.
+    """
+    return losses_in(log_of_training(world_size, port, [*MODEL_FLAGS, *shlex.split(flags)], sabotage), line)
+
+
+def log_of_training(world_size: int, port: int, flags: Sequence[str], sabotage: str | None = None) -> str:
+    """Train ITERATIONS with `flags` as one rank of `world_size`; what it prints, the losses on the last rank.
+
     sabotage: breaks the library, to see that somebody notices. "chunk order" leaves the zigzag's chunks as they were
     received, "lost gradients" forgets what other ranks have found for the gradients of K/V, "nan key" puts a NaN among
     the last rank's keys in a ring, and "killed rank" kills the last rank within a ring, some iterations on.
@@ -75,19 +89,22 @@ def train(
     output = io.StringIO()
     with (
         launched(world_size, port),
-        mock.patch.object(sys, "argv", _command(flags)),
+        mock.patch.object(sys, "argv", [str(SCRIPT), "--train-iters", str(ITERATIONS), *flags]),
+        made_up_conversations() if "--sft" in flags else contextlib.nullcontext(),
         sabotaged(sabotage, world_size),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
         try:
+            import mindspeed_cp.megatron_adaptor  # noqa: F401
+
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"training ended with status {end.code}:\n{output.getvalue()[-2000:]}") from end
         finally:
             forget_run()
-    return losses_in(output.getvalue(), line)
+    return output.getvalue()
 
 
 def run_program(world_size: int, port: int, source: str) -> str:
@@ -99,10 +116,6 @@ def run_program(world_size: int, port: int, source: str) -> str:
         finally:
             forget_run()
     return output.getvalue()
-
-
-def _command(flags: str) -> list[str]:
-    return [str(SCRIPT), "--train-iters", str(ITERATIONS), *MODEL_FLAGS, *shlex.split(flags)]
 
 
 class CoreLayerResult(NamedTuple):

@@ -138,10 +138,14 @@ def efficient_backward(
         "out's stride from token to token is taken to be N * V",
     )
     require(philox_seed.dtype == philox_offset.dtype == torch.long, "the random state is not the forward pass's")
-    require(dropout_p == 0 and list(grad_input_mask) == [True] * 3 + [False], "is called with other options")
+    require(dropout_p == 0 and list(grad_input_mask[:3]) == [True] * 3, "is called with other options")
     lse = logsumexp[:, :, :queries]
     dq, dk, dv = gradients(grad_out_, query, key, value, out, lse, is_causal, scale, attn_bias)
-    return tokens_outside_heads(dq), tokens_outside_heads(dk), tokens_outside_heads(dv), None
+    dbias = None
+    if grad_input_mask[3]:
+        require(attn_bias is not None, "there is no bias to give the gradient of")
+        dbias = gradient_of_scores(grad_out_, query, key, value, out, lse, is_causal, scale, attn_bias).to(query.dtype)
+    return tokens_outside_heads(dq), tokens_outside_heads(dk), tokens_outside_heads(dv), dbias
 
 
 # The packages' functions, on [B, S, N, D].
@@ -366,6 +370,13 @@ def gradients(
     dk, dv = dscores.mT @ q.float(), (probs * keep).mT @ dout
     dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(dim=2) for x in (dk, dv))
     return (dscores @ keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def gradient_of_scores(dout, q, k, v, out, lse, causal, scale, bias) -> Tensor:
+    """That of what is added to them, [B, N, S, T] in fp32."""
+    probs = (scores_of(q, k, causal, scale, bias) - lse.unsqueeze(-1)).exp()
+    delta = (dout.float() * out.float()).sum(dim=-1, keepdim=True)
+    return probs * (dout.float() @ per_query_head(v, q).mT - delta)
 
 
 def scores_of(q, k, causal, scale, bias, softcap=0.0) -> Tensor:

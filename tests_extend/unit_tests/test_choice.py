@@ -1,4 +1,4 @@
-"""The algorithm where none is named: by --cp-comm-type, else by the heads, and always one that the model can use."""
+"""The algorithm where none is named: by --cp-comm-type, else by the heads, so that each goes to one rank."""
 
 import itertools
 import re
@@ -6,33 +6,21 @@ import re
 import pytest
 
 from mindspeed_cp.choice import choice_by_comm_type, choice_by_heads
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.config import ConfigurationError
 
 HEADS = [(8, None), (8, 8), (32, 8), (12, 4), (6, 3), (16, 1), (40, 10), (7, 7)]
 
 
-def fits(config: ContextParallelConfig, heads: int, kv_heads: int | None, tensor_parallel: int) -> bool:
-    try:
-        config.check_model(
-            num_attention_heads=heads, num_query_groups=kv_heads, tensor_model_parallel_size=tensor_parallel
-        )
-    except ConfigurationError:
-        return False
-    return True
-
-
-def configured(size: int, algorithm: str, degree: int | None = None) -> ContextParallelConfig:
-    return ContextParallelConfig(
-        context_parallel_size=size, context_parallel_algo=algorithm, ulysses_degree_in_cp=degree
-    )
+def divides(degree: int, heads: int, kv_heads: int | None, tensor_parallel: int) -> bool:
+    return all(number % (degree * tensor_parallel) == 0 for number in (heads, kv_heads or heads))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_what_the_heads_choose_is_the_first_that_fits_of_ulysses_the_largest_hybrid_and_the_ring(heads, kv_heads):
+def test_what_the_heads_choose_is_what_divides_them_ulysses_the_largest_hybrid_or_the_ring(heads, kv_heads):
     for size, tensor_parallel in itertools.product((2, 3, 4, 6, 8, 16, 64), (1, 2, 4)):
         hybrids = [degree for degree in range(size - 1, 1, -1) if size % degree == 0]
-        candidates = [("ulysses_cp_algo", None), *(("hybrid_cp_algo", degree) for degree in hybrids)]
-        candidates = [each for each in candidates if fits(configured(size, *each), heads, kv_heads, tensor_parallel)]
+        candidates = [("ulysses_cp_algo", None)] * divides(size, heads, kv_heads, tensor_parallel)
+        candidates += [("hybrid_cp_algo", d) for d in hybrids if divides(d, heads, kv_heads, tensor_parallel)]
         choice = choice_by_heads(size, heads, kv_heads, tensor_parallel)
         assert (choice.algorithm, choice.degree) == [*candidates, ("megatron_cp_algo", None)][0], choice
 

@@ -17,14 +17,14 @@ FLOORS = (
     {"config", "patching", "device", "batch"},
     {"kernels", "comm", "choice", "planner"},
     {"attention", "tensor_parallel", "relayout"},
-    {"patches", "testing", "diffusion"},
+    {"patches", "testing", "diffusion", "inference"},
     {"megatron_adaptor", "benchmark"},
     {"launch"},
     # The program starts the adaptor, and so stands above it.
     {"__main__"},
 )
 WITHOUT_TORCH = {*FLOORS[0], *FLOORS[1], "planner"}
-VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex", "diffusers"}
+VENDORS = {"torch_npu", "triton", "flash_attn", "megatron", "transformer_engine", "apex", "diffusers", "transformers"}
 
 
 class Import(NamedTuple):

@@ -144,7 +144,7 @@ def test_adaptor_says_which_megatron_to_install(endings, version):
 def test_report_without_fit_megatron_says_so(endings, version):
     status, out, err = endings[version]["report"]
     assert (status, err) == (0, "")
-    assert _headings(out) == ["mindspeed_cp", "device", "kernels", "example", "patches"]
+    assert _headings(out) == ["mindspeed_cp", "device", "kernels", "example", "terms", "patches"]
     assert out.splitlines()[-1] == f"patches      none: {UNFIT[version]}"
 
 
@@ -234,16 +234,16 @@ def test_report_gives_each_reason_once(programs):
 
 
 @needs_megatron
-def test_report_names_versions_device_and_kernels(programs):
+def test_report_names_versions_device_kernels_and_terms(programs):
     done = programs["last"]
     _, report = _sections(done)
-    assert _headings(report)[:5] == ["mindspeed_cp", "device", "kernels", "example", "megatron"]
+    assert _headings(report)[:6] == ["mindspeed_cp", "device", "kernels", "example", "terms", "megatron"]
 
 
 @needs_megatron
 def test_report_says_which_kernel_would_be_chosen_and_why_not_each_before_it(programs):
     done = programs["last"]
-    example = done.stdout.partition("\nexample ")[2].partition("\nmegatron")[0].splitlines()
+    example = done.stdout.partition("\nexample ")[2].partition("\nterms")[0].splitlines()
     assert "cpu_flash computes causal attention of 4096 queries over 4096 keys" in example[0]
     passed_over = KERNELS.names[: KERNELS.names.index("cpu_flash")]
     assert [line.split(":")[0] for line in example[1:]] == [f"  not {name}" for name in passed_over]

@@ -111,9 +111,11 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--context-parallel-kv-cache-policy",
         "--context-parallel-cache-interval",
         "--context-parallel-latent",
+        "--context-parallel-keep-outputs",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
         "--context-parallel-kernels",
+        "--attention-on-one-rank",
     ]
 
 
@@ -133,22 +135,14 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
     ("flags", "message"),
     [
         (
-            ["--num-attention-heads", "6"],
-            "--num-attention-heads 6 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
-        ),
-        (
             ["--tensor-model-parallel-size", "4"],
-            "--num-attention-heads 8 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 4; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
+            "--num-attention-heads 8 with --tensor-model-parallel-size 4 gives each rank 2, fewer than the Ulysses "
+            "degree 4 (--context-parallel-size), which wants one at least for each of its ranks; use hybrid_cp_algo "
+            "with a --ulysses-degree-in-cp of 2, or megatron_cp_algo.",
         ),
         (
-            ["--group-query-attention", "--num-query-groups", "2"],
-            "--num-query-groups 2 is not a multiple of the Ulysses degree 4 (--context-parallel-size) times "
-            "--tensor-model-parallel-size 1; use hybrid_cp_algo with a --ulysses-degree-in-cp of 2, or "
-            "megatron_cp_algo.",
+            ["--group-query-attention", "--num-query-groups", "3"],
+            "--num-query-groups 3 does not divide --num-attention-heads 8; use 1, 2, 4 or 8.",
         ),
         (
             ["--seq-length", "20"],
@@ -179,10 +173,6 @@ def with_cp4(text):
 
 
 REFUSED_FLAGS = [
-    (
-        ["--attention-dropout", "0.1"],
-        "--attention-dropout 0.1: attention dropout is not available yet; set --attention-dropout 0.",
-    ),
     (["--cache-mla-latents"], "--cache-mla-latents: inference is not available; leave it out."),
     (
         ["--experimental-attention-variant", "dsa"],
@@ -200,11 +190,6 @@ REFUSED_FLAGS = [
     (
         ["--external-cuda-graph"],
         "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
-    ),
-    (["--qk-clip"], "--qk-clip: the largest score of each head is not collected; leave it out."),
-    (
-        ["--log-max-attention-logit"],
-        "--log-max-attention-logit: the largest score of each head is not collected; leave it out.",
     ),
     (
         ["--rl-use-sequence-packing"],
@@ -293,14 +278,14 @@ def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation)
 
 
 def test_all_broken_rules_are_said_at_once(parser):
-    broken = ["--qk-clip", "--cache-mla-latents", "--seq-length", "20", "--cp-window-size", "0"]
+    broken = ["--use-kitchen-attention", "--cache-mla-latents", "--seq-length", "20", "--cp-window-size", "0"]
     args = parser.parse_args([*CP4, *broken])
     args.world_size = 6
     assert refusal_of(config_from_arguments, args).splitlines() == [
         "4 things stand in the way:",
         "  --cp-window-size 0 is below 1; use 1 or more.",
         "  --cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
-        "  --qk-clip with --context-parallel-size 4: the largest score of each head is not collected; leave it out.",
+        "  --use-kitchen-attention with --context-parallel-size 4: it has an attention of its own; leave it out.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]

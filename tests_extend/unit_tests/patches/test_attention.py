@@ -23,6 +23,8 @@ class MaskType(Enum):
 class Layer:
     """A layer with the signature of Megatron's, whose own attention answers by name."""
 
+    training = True
+
     def __init__(self, attention: LayerAttention | None) -> None:
         self.context_parallel_attention = attention
 

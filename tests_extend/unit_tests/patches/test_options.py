@@ -1,6 +1,5 @@
 """Rules about Megatron's options that depend on its own defaults, and on several options at once."""
 
-import argparse
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -9,8 +8,7 @@ import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, config_from_arguments
-from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.arguments import config_from_arguments
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unloadable_optimizer
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -46,27 +44,6 @@ def test_sequence_parallelism_needs_tokens_for_each_tensor_parallel_rank(parser,
         f"--tensor-model-parallel-size 4) = 8, which --sequence-parallel needs; {message}"
     )
     config_from_arguments(parser.parse_args(flags))
-
-
-@pytest.mark.parametrize(
-    ("flags", "spelled"),
-    [
-        ([], "--attention-dropout 0.1 (Megatron's default)"),
-        (["--attention-dropout", "0.2"], "--attention-dropout 0.2"),
-    ],
-)
-def test_a_dropout_that_nobody_asked_for_is_said_to_be_megatrons_default(megatron_arguments, capsys, flags, spelled):
-    plugin = Plugin()
-    patches = {patch.target.partition(":")[2]: patch for patch in argument_patches(plugin, print)}
-    add = patches["add_megatron_arguments"].function(megatron_arguments.add_megatron_arguments)
-    validate = patches["validate_args"].function(lambda args, defaults: args)
-    parser = add(argparse.ArgumentParser(allow_abbrev=False))
-    with pytest.raises(SystemExit):
-        validate(parser.parse_args([*CP2, "--seq-length", "64", *flags]), {})
-    assert capsys.readouterr().err.endswith(
-        f"error: {spelled} with --context-parallel-size 2: attention dropout is not available yet; "
-        f"set --attention-dropout 0.\n"
-    )
 
 
 DRAWS = "each rank draws the random numbers of its own tokens"

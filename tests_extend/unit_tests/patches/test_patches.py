@@ -24,6 +24,7 @@ from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
+from mindspeed_cp.patches.recomputation import recomputation_patches
 from mindspeed_cp.patches.rotary import rotary_patches
 from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
@@ -43,6 +44,7 @@ PATCHES = (
     *latent_attention_patches(),
     *loss_patches(Plugin()),
     *micro_batch_patches(Plugin()),
+    *recomputation_patches(Plugin()),
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
     *rotary_patches(Plugin()),

@@ -1,0 +1,237 @@
+"""What each method sends, and which of pass-KV and pass-Q is cheaper for a cached prefix.
+
+Note [Choice]
+    Of T new and P cached tokens on N ranks, with N_H query and N_KV key/value heads, numbers of e bytes, C operations a
+    second and B bytes a second *achieved* by kernel and link:
+
+        queries are the smaller message where                 T / (T + P) <= 2 N_KV / N_H
+        K/V hide behind the kernel where                      T >= N C N_KV e / (2 N_H B)
+        algorithm 1     pass-KV if either does not speak for queries
+        algorithm 5     with the all-to-all of pass-Q:        2 N_KV / N_H - 4 T B / (N C e) > T / (T + P)  is pass-Q
+
+    Of algorithm 5 the first clause (K/V hide) follows from the second: it is one inequality. With peak rates both are
+    wrong where it matters: the published table is reproduced with 540 Tflop/s and 20 GB/s, not with 800 and 50. The
+    published coefficients of the fitted rule (appendix D) give pass-Q on every row of that table, the full prefill too;
+    none are built in: `fit_coefficients` finds them from one's own samples.
+
+    Every rank has to come to the same: T and P are of all ranks, and rates those that `agreed_rates` gives.
+
+Source: arXiv:2411.01783, algorithms 1 and 5, appendices C and D.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from mindspeed_cp.comm import Communicator
+from mindspeed_cp.comm.reduction import accumulation_dtype, all_reduce_numbers
+from mindspeed_cp.kernels import BlockCase
+from mindspeed_cp.plan import AttentionPlan, Layout
+from mindspeed_cp.program import Phase, Transport, TransposedPlan, cheapest_transport, num_tokens, program
+from mindspeed_cp.schedule import RingSchedule
+
+Pass = Literal["pass_kv", "pass_q"]
+
+
+class Rates(NamedTuple):
+    """What kernel and link achieve: operations and bytes a second. On all ranks the same, see `agreed_rates`."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class Coefficients(NamedTuple):
+    """Of h = new * log T + missing * log(T / (T + P)) + constant; pass-KV where h is above 0."""
+
+    new: float
+    missing: float
+    constant: float
+
+
+class PrefixCase(NamedTuple):
+    """What a choice depends on. new, cached: tokens of the whole batch on all ranks. itemsize: bytes of a number."""
+
+    new: int
+    cached: int
+    num_ranks: int
+    num_heads: int
+    num_kv_heads: int
+    itemsize: int = 2
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, case: BlockCase) -> "PrefixCase":
+        """That of a plan, and of one rank's tensors: the same on all ranks."""
+        new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
+        heads = case.num_heads, case.num_kv_heads
+        return cls(new, max(keys - new, 0), plan.queries.num_ranks, *heads, case.dtype.itemsize)
+
+    @property
+    def missing(self) -> float:
+        """T / (T + P): the share of tokens that the cache does not have."""
+        return self.new / max(self.new + self.cached, 1)
+
+    @property
+    def share(self) -> float:
+        """2 N_KV / N_H: K/V of a token, over its queries."""
+        return 2 * self.num_kv_heads / self.num_heads
+
+
+class Sample(NamedTuple):
+    """Seconds of both ways that were measured for a case."""
+
+    case: PrefixCase
+    pass_kv_s: float
+    pass_q_s: float
+
+
+def choose_pass(
+    case: PrefixCase,
+    rates: Rates | None = None,
+    *,
+    include_all_to_all: bool = True,
+    coefficients: Coefficients | None = None,
+) -> Pass:
+    """The cheaper way for a case; Note [Choice].
+
+    rates: achieved; without them the smaller message decides. include_all_to_all: algorithm 5, else 1. coefficients:
+    of `fit_coefficients`, which then decide alone.
+
+    Raises ValueError for rates that are not above 0.
+    """
+    if not case.new:
+        return "pass_kv"
+    if coefficients is not None:
+        h = (
+            coefficients.new * math.log(case.new)
+            + coefficients.missing * math.log(case.missing)
+            + coefficients.constant
+        )
+        return "pass_kv" if h > 0.0 else "pass_q"
+    if rates is None:
+        return "pass_kv" if case.missing >= case.share else "pass_q"
+    if not min(rates) > 0.0:
+        raise ValueError(f"{rates}: give what kernel and link achieve, above 0, or no rates to compare bytes alone.")
+    flops, bandwidth = rates
+    if include_all_to_all:
+        exposed = 4 * case.new * bandwidth / (case.num_ranks * flops * case.itemsize)
+        return "pass_kv" if case.missing >= case.share - exposed else "pass_q"
+    hidden = case.new >= case.num_ranks * flops * case.share * case.itemsize / (4 * bandwidth)
+    return "pass_kv" if hidden or case.missing >= case.share else "pass_q"
+
+
+def fit_coefficients(samples: Sequence[Sample]) -> Coefficients:
+    """The coefficients whose h comes closest to log(pass-Q / pass-KV) over samples, by least squares.
+
+    Where samples leave a direction open (T + P the same in all, say) the smallest ones. Raises ValueError for fewer
+    than two samples, or times that are not above 0.
+    """
+    if len(samples) < 2 or min(min(sample.pass_kv_s, sample.pass_q_s) for sample in samples) <= 0.0:
+        raise ValueError(f"{len(samples)} samples: give two or more, with the seconds of both ways.")
+    rows = [[math.log(each.case.new), math.log(each.case.missing), 1.0] for each in samples]
+    wanted = [math.log(each.pass_q_s / each.pass_kv_s) for each in samples]
+    inverse = torch.linalg.pinv(torch.tensor(rows, dtype=torch.float64), rtol=1e-10)
+    return Coefficients(*(inverse @ torch.tensor(wanted, dtype=torch.float64)).tolist())
+
+
+def agreed_rates(rates: Rates, communicator: Communicator | None) -> Rates:
+    """The lowest of all ranks' rates, on every rank: what each has measured differs, and choices must not."""
+    if communicator is None:
+        return rates
+    rows = communicator.all_gather(torch.tensor(rates, dtype=torch.float64))
+    return Rates(*rows.amin(dim=0).tolist())
+
+
+class PrefillBytes(NamedTuple):
+    """Bytes that one rank sends. carried: K/V, or queries. home: states of pass-Q, none of pass-KV."""
+
+    carried: int
+    home: int = 0
+
+
+def pass_kv_bytes(
+    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+) -> PrefillBytes:
+    """What a rank sends in `ring_pass_kv_attention`: (N-1) B 2 L G D e, less where not all is seen."""
+    schedule = RingSchedule(1, plan.keys.num_ranks)
+    transport = transport or cheapest_transport(plan, schedule)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport)
+    number = batch * case.num_kv_heads * (case.head_size + case.value_head_size)
+    return PrefillBytes(made.sent().total() * number * case.dtype.itemsize)
+
+
+def pass_q_bytes(
+    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+) -> PrefillBytes:
+    """What a rank sends in `ring_pass_q_attention`: (N-1) B S H (D e + 4 (V + 1)), less where not all is seen."""
+    turned, schedule = TransposedPlan(plan), RingSchedule(1, plan.keys.num_ranks)
+    transport = transport or cheapest_transport(turned, schedule)
+    made = program(turned, schedule, rank, Phase.FORWARD, transport=transport)
+    rows = sum(num_tokens(turned.needed(rank, owner)) for owner in range(schedule.size) if owner != rank)
+    numbers, state = batch * case.num_heads, accumulation_dtype(case.dtype).itemsize
+    return PrefillBytes(
+        made.sent().total() * numbers * case.head_size * case.dtype.itemsize,
+        rows * numbers * (case.value_head_size + 1) * state,
+    )
+
+
+class DecodeCase(NamedTuple):
+    """Sizes of one decode step. queries: of each sequence, 1 but for speculation. dtype: of queries, keys, values."""
+
+    num_ranks: int
+    batch: int
+    num_heads: int
+    head_size: int
+    queries: int = 1
+    value_head_size: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Sent(NamedTuple):
+    """What one rank sends in a decode step, and in how many operations it waits for others."""
+
+    bytes: int
+    operations: int
+
+
+def decode_sent(case: DecodeCase, method: str, backend: str) -> Sent:
+    """What a rank sends in `decode_attention`: nothing of it depends on the context.
+
+    With R = B S H rows of all queries, V the value head size, e bytes of a number and f of a state's, on N ranks:
+
+        tree        a2a         2 (N-1)/N R (V+1) f           all-to-all and all-gather of states
+        tree        all_reduce  2 (N-1)/N R (V+2) f           all-reduce of the maximum; of numerator and denominator
+        allgather_q a2a         (N-1)/N R (D e + (V+1) f)     all-gather of queries; all-to-all of states
+        allgather_q ag_rs       (N-1)/N R (D e + V f) + (N-1) R f        and all-gather of lse, reduce-scatter of out
+        ring_q      a2a         (N-1)/N R (D e + (V+1) f)     N-1 hops of queries; all-to-all of states
+
+    Rows are those that N divides, or padded to it. Raises ValueError for a method that has no such backend.
+    """
+    size, head_size = case.num_ranks, case.head_size
+    values = head_size if case.value_head_size is None else case.value_head_size
+    rows, itemsize = case.batch * case.queries * case.num_heads, case.dtype.itemsize
+    state = accumulation_dtype(case.dtype).itemsize
+    if size == 1:
+        return Sent(0, 0)
+    share = -(-rows // size)
+    queries = (size - 1) * share * head_size * itemsize
+    states = (size - 1) * share * (values + 1) * state
+    two = size == 2  # An all-reduce is one message then.
+    if (method, backend) == ("tree", "a2a"):
+        return Sent(rows * (values + 1) * state if two else 2 * states, 1 if two else 2)
+    if (method, backend) == ("tree", "all_reduce"):
+        numbers = all_reduce_numbers(rows, size) + all_reduce_numbers(rows * (values + 1), size)
+        return Sent(numbers * state, 2 if two else 4)
+    if (method, backend) == ("allgather_q", "a2a"):
+        return Sent(queries + states, 2)
+    if (method, backend) == ("allgather_q", "ag_rs"):
+        return Sent(queries + (size - 1) * rows * state + (size - 1) * share * values * state, 3)
+    if (method, backend) == ("ring_q", "a2a"):
+        return Sent(queries + states, size)
+    raise ValueError(f"method={method!r} has no backend={backend!r}; see decode_attention.")
+
+
+def _tokens(layout: Layout) -> int:
+    """Of all ranks and all samples that are told apart."""
+    return sum(run.stop - run.start for rank in range(layout.num_ranks) for run in layout.runs(rank))

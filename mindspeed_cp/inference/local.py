@@ -1,0 +1,114 @@
+"""Attention of the tiles at hand, without gradients: what a rank computes between two messages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.attention.sinks import with_sinks
+from mindspeed_cp.attention.sums import MergedOutput
+from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles
+from mindspeed_cp.comm.reduction import accumulation_dtype
+from mindspeed_cp.inference.sequences import everything
+from mindspeed_cp.inference.states import State
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels.calls import ALL, Call, calls
+from mindspeed_cp.kernels.precision import autocast_off
+from mindspeed_cp.plan import AttentionPlan, Tile
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks of its kernels. terms: all of the scores, sinks too. kernels: what to choose from."""
+
+    terms: Terms
+    kernels: KernelRegistry = KERNELS
+
+    @classmethod
+    def of(cls, q: Tensor, scale: float | None, terms: AttentionTerms | None, kernels: KernelRegistry) -> "Asked":
+        """Those of a call, with 1 / sqrt(D) by default. Raises ValueError for what inference does not do."""
+        if terms is not None and terms.dropout is not None:
+            raise ValueError("dropout is for training, and these are inference functions; leave it out of the terms.")
+        scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale={scale}: give a finite number above 0, and fold a sign into q.")
+        return cls(Terms.of(terms, scale), kernels)
+
+    def case(self, q: Tensor, k: Tensor, v: Tensor) -> BlockCase:
+        """The case of whole tensors. Raises ValueError where they do not fit together."""
+        return BlockCase.of(q, k, v, TileTerms(self.terms.scale))._replace(terms=self.terms.needs(q.dtype))
+
+    def calls(self, tiles: Sequence[Tile], case: BlockCase) -> tuple[Call, ...]:
+        """The calls of kernels for tiles."""
+        return calls(tiles, case, self.kernels)
+
+    def finished(self, state: BlockOutput | State, dtype: torch.dtype) -> State:
+        """A state over all keys, with sinks, and its output rounded once."""
+        out, lse, _ = with_sinks(BlockOutput(state.out, state.lse), self.terms.sinks)
+        return State(out.to(dtype), lse)
+
+
+def attention_of(
+    made: Sequence[Call],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    told: TermsOfTiles,
+    owner: int,
+    held: Sequence[slice] | None = None,
+) -> BlockOutput:
+    """Output and log-sum-exp of calls over k [B, G, T, D] and v of `owner`, in the dtype of sums; sinks left out.
+
+    q: [B, N, s, D], which holds those tokens of its rank; all of them for None.
+    """
+    merged = MergedOutput.of(q, v.size(3))
+    for call in made:
+        queries, keys = call.queries(q, held), call.keys(k)
+        given = queries.given.take(q), keys.given.take(k), keys.given.take(v)
+        output = call.kernel.forward(*given, told.of(owner, call, ALL))
+        merged.merge(BlockOutput(queries.result(output.out), queries.result(output.lse)), queries.back)
+    return merged.result(accumulation_dtype(q.dtype))
+
+
+def attention_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan | None = None,
+    key_rank: int = 0,
+    scale: float | None = None,
+    terms: AttentionTerms | None = None,
+    kernels: KernelRegistry = KERNELS,
+) -> State:
+    """Attention of queries over the keys at hand, as a state to be merged with others; nothing is sent.
+
+    q: [B, N, S, D]; k: [B, G, T, D]; v: [B, G, T, V]; one floating dtype, any strides.
+    plan: who sees whom between queries of its rank 0 and keys of its rank `key_rank`; without it all see all.
+    scale: 1 / sqrt(D) by default. terms: of the scores; sinks are left out here, since they are beside all keys: add
+        them once, with attention/sinks.py, to the merged state.
+
+    Returns out [B, N, S, V] and lse [B, N, S] in fp32 (fp64 for fp64), 0 and -inf where a query sees no key. No
+    gradients. Raises ValueError where the tensors do not fit together, or the plan.
+    """
+    asked = Asked.of(q, scale, terms, kernels)
+    case = asked.case(q, k, v)
+    plan = everything(q.size(2), k.size(2)) if plan is None else plan
+    check_tokens("q", q, plan.queries.num_tokens(0))
+    check_tokens("k", k, plan.keys.num_tokens(key_rank))
+    with torch.no_grad(), autocast_off(q.device.type):
+        made = plan.once(("state", key_rank, kernels, case), lambda: asked.calls(plan.tiles(0, key_rank), case))
+        told = TermsOfTiles(plan, 0, asked.terms, case.terms, q)
+        out, lse, _ = attention_of(made, q, k, v, told, key_rank)
+    return State(out, lse)
+
+
+def check_tokens(name: str, x: Tensor, planned: int) -> None:
+    """Raise ValueError unless x [B, H, S, D] has as many tokens as the plan."""
+    if x.dim() != 4 or x.size(2) != planned:
+        raise ValueError(
+            f"{name} {tuple(x.shape)} has {x.size(2) if x.dim() == 4 else 'no'} tokens in dim 2, and the plan has "
+            f"{planned} on this rank; give [batch, heads, tokens, head size], by the plan's own layout."
+        )

@@ -1,0 +1,310 @@
+"""Prefill over ranks: new tokens attend to themselves and to what is cached; K/V travel, or the queries do.
+
+    pass-KV     K/V of one owner after another come to a rank's queries; the rank has its output at the end
+
+    pass-Q      queries of one owner after another come to a rank's K/V, which stay where they are
+                    step        0   1   2   3        of four ranks; columns of a row are ranks
+                    owner       0   1   2   3
+                                3   0   1   2
+                                2   3   0   1
+                                1   2   3   0
+                then each rank has a state for every owner: all of them go home in one all-to-all, and are merged there
+
+Both are programs of the plan (program/): pass-KV is the ring that training has, pass-Q the program of the plan in which
+queries and keys have changed places, with the same transports. Only what is seen travels, so that cached prefixes of
+any lengths on any ranks need no padding to the longest. Which of both is cheaper is said in costs.py.
+
+Shapes: B batch, N query heads, G key/value heads, S new tokens of this rank, T cached and new ones, D key head size, V
+value head size.
+
+Source: Context Parallelism for Scalable Million-Token Inference, arXiv:2411.01783, algorithms 2 and 3.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.attention import AttentionTerms, RingAttention, RingCommunicators
+from mindspeed_cp.attention.exchange import KeyValues, Player
+from mindspeed_cp.attention.sums import MergedOutput
+from mindspeed_cp.attention.terms import TermsOfTiles, check_terms, terms_words
+from mindspeed_cp.comm import Agreement, Communicator, Sizes, Subject
+from mindspeed_cp.comm.communicator import AgreeingCommunicator
+from mindspeed_cp.inference.costs import PrefixCase, Rates, choose_pass
+from mindspeed_cp.inference.local import Asked, attention_of, check_tokens
+from mindspeed_cp.inference.states import State
+from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels.calls import Call, in_all_samples, part, place_within
+from mindspeed_cp.kernels.precision import autocast_off
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.program import Phase, Program, Transport, TransposedPlan, cheapest_transport, num_tokens, program
+from mindspeed_cp.program.transposed import transposed
+from mindspeed_cp.schedule import RingSchedule
+
+Strategy = Literal["auto", "pass_kv", "pass_q"]
+
+SUBJECT = Subject("inference", "give all of them the same prompts, plan, scale and strategy")
+
+
+def agreement_of(communicator: AgreeingCommunicator) -> Agreement:
+    """What has the ranks of an engine come to each call alike, or raise alike; see Note [Agreement] in comm/."""
+    return Agreement(communicator.apart, on_host=communicator.on_host, subject=SUBJECT)
+
+
+def ring_pass_kv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan,
+    communicator: Communicator | None,
+    scale: float | None = None,
+    terms: AttentionTerms | None = None,
+    kernels: KernelRegistry = KERNELS,
+    transport: Transport | None = None,
+    overlap: bool = True,
+    agreement: Agreement | None = None,
+) -> State:
+    """Attention of this rank's queries over the keys of all ranks; K/V travel.
+
+    q: [B, N, S, D]; k: [B, G, T, D]; v: [B, G, T, V]; one floating dtype, any strides, by the plan's layouts: queries
+        are new tokens, keys cached and new ones, see prefill_plan.
+    plan: who holds what and sees whom, the same on all ranks. communicator: of these; None for a rank that is alone.
+    scale: 1 / sqrt(D) by default. terms: sinks, softcap, ALiBi, bias. kernels: what to choose from for each tile.
+    transport: how what travels does; the cheapest for the plan by default. overlap: whether it does while a step is
+        computed; the bits are the same.
+    agreement: where given, ranks that come with different plans, shapes or settings all raise, before anything is sent.
+
+    Returns out [B, N, S, V] in the dtype of q, 0 where a query sees no key, and lse [B, N, S] in fp32 (fp64 for fp64).
+    No gradients. Raises ValueError where tensors do not fit together, or the plan.
+    """
+    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_kv")
+    return call.pass_kv()
+
+
+def ring_pass_q_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan,
+    communicator: Communicator | None,
+    scale: float | None = None,
+    terms: AttentionTerms | None = None,
+    kernels: KernelRegistry = KERNELS,
+    transport: Transport | None = None,
+    overlap: bool = True,
+    agreement: Agreement | None = None,
+) -> State:
+    """Attention of this rank's queries over the keys of all ranks; queries travel, and their states come home.
+
+    Arguments, result and errors are those of `ring_pass_kv_attention`; a bias is refused: its rows stay with their
+    queries' rank.
+    """
+    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_q")
+    return call.pass_q()
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan,
+    communicator: Communicator | None,
+    strategy: Strategy = "auto",
+    rates: Rates | None = None,
+    scale: float | None = None,
+    terms: AttentionTerms | None = None,
+    kernels: KernelRegistry = KERNELS,
+    transport: Transport | None = None,
+    overlap: bool = True,
+    agreement: Agreement | None = None,
+) -> State:
+    """Attention of this rank's queries over the keys of all ranks, by the cheaper of both ways.
+
+    strategy: one of them, or "auto": `choose_pass` from the plan's numbers of new and cached tokens, which are the
+    same on all ranks, and `rates`, which have to be: see `agreed_rates`. Without rates it is by the bytes alone.
+    The rest as `ring_pass_kv_attention`; with a bias it is always that one.
+    """
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy={strategy!r} is none; give one of {', '.join(map(repr, get_args(Strategy)))}.")
+    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, rates)
+    chosen = call.chosen(rates) if strategy == "auto" else strategy
+    return call.pass_q() if chosen == "pass_q" else call.pass_kv()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention, once its arguments are in order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: AttentionPlan
+    communicator: Communicator | None
+    asked: Asked
+    case: BlockCase
+    transport: Transport | None
+    overlap: bool
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        communicator: Communicator | None,
+        scale: float | None,
+        terms: AttentionTerms | None,
+        kernels: KernelRegistry,
+        transport: Transport | None,
+        overlap: bool,
+        agreement: Agreement | None,
+        strategy: Strategy,
+        rates: Rates | None = None,
+    ) -> "_Call":
+        """Checked, and agreed on."""
+        rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+        words, refusal, made = "", None, None
+        try:
+            asked = Asked.of(q, scale, terms, kernels)
+            case = asked.case(q, k, v)
+            _check(q, k, plan, rank, size)
+            check_terms(terms, q, k, plan, size)
+            if strategy == "pass_q" and terms is not None and terms.bias is not None:
+                raise ValueError(
+                    "pass_q takes no bias: its rows stay with their queries' rank; use strategy='pass_kv'."
+                )
+            made = cls(q, k, v, plan, communicator, asked, case, transport, overlap)
+            heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
+            words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
+            words += f", {strategy}, {rates}, {transport}"
+        except (ValueError, TypeError, AttributeError) as error:
+            refusal = str(error)
+            if agreement is None:
+                raise
+        if agreement is not None:
+            agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
+        assert made is not None
+        return made
+
+    @property
+    def schedule(self) -> RingSchedule:
+        """A plain ring of all ranks."""
+        return RingSchedule(1, 1 if self.communicator is None else self.communicator.size)
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+        return 0 if self.communicator is None else self.communicator.rank
+
+    @property
+    def communicators(self) -> RingCommunicators | None:
+        """No gradients travel, and nothing between inner rings: one serves for all."""
+        return None if self.communicator is None else RingCommunicators(*[self.communicator] * 3)
+
+    def chosen(self, rates: Rates | None) -> Literal["pass_kv", "pass_q"]:
+        """From numbers that all ranks have."""
+        if self.asked.terms.bias is not None:
+            return "pass_kv"
+        return choose_pass(PrefixCase.of(self.plan, self.case), rates)
+
+    def pass_kv(self) -> State:
+        """The ring of training."""
+        ring = RingAttention(
+            self.schedule, self.communicators, self.overlap, self.asked.kernels, transport=self.transport
+        )
+        with torch.no_grad():
+            return State(*ring.with_lse(self.q, self.k, self.v, self.plan, self.asked.terms))
+
+    def pass_q(self) -> State:
+        """Queries around, states home."""
+        q, plan = self.q, self.plan
+        with torch.no_grad(), autocast_off(q.device.type):
+            made = self._pass()
+            player = Player(made.program, Phase.FORWARD, self.schedule, self.communicators, self.overlap)
+            # What travels are tokens with numbers of heads, as keys do; there are no values beside them.
+            carried = KeyValues(player, q, q[..., :0])
+            states: dict[int, _Owned] = {}
+            for number, step in enumerate(carried.steps()):
+                if step.tiles:
+                    with player.step(step.owner):
+                        block = carried.block(step)
+                        told = TermsOfTiles(plan, step.owner, self.asked.terms, self.case.terms, block.k)
+                        state = attention_of(made.calls[number], block.k, self.k, self.v, told, self.rank, block.tokens)
+                        states[step.owner] = _Owned(block.tokens, state)
+            return self.asked.finished(self._home(states), q.dtype)
+
+    def _pass(self) -> "_PassQ":
+        turned, schedule = TransposedPlan(self.plan), self.schedule
+        transport = self.transport or cheapest_transport(turned, schedule)
+
+        def make() -> _PassQ:
+            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport)
+            tiles = (tuple(map(transposed, step.tiles)) for step in made.steps)
+            return _PassQ(made, tuple(self.asked.calls(each, self.case) for each in tiles))
+
+        return turned.once((schedule, self.rank, transport, self.asked.kernels, self.case), make)
+
+    def _home(self, states: "dict[int, _Owned]") -> BlockOutput:
+        """Each owner gets the states of its queries, in one all-to-all, and merges them."""
+        turned, rank = TransposedPlan(self.plan), self.rank
+        merged = MergedOutput.of(self.q, self.v.size(3))
+        if rank in states:
+            merged.merge(states[rank].state, in_all_samples(slice(0, self.q.size(2))))
+        if self.communicator is not None and self.communicator.size > 1:
+            ranks = range(self.communicator.size)
+            sent = [() if other == rank else turned.needed(rank, other) for other in ranks]
+            coming = [() if other == rank else turned.needed(other, rank) for other in ranks]
+            batch, heads, size = self.q.size(0), self.q.size(1), self.v.size(3)
+            numbers = Sizes([num_tokens(each) for each in sent], [num_tokens(each) for each in coming])
+            like = merged.result().lse  # In the dtype of sums.
+            message = like.new_empty(sum(numbers.sent), batch, heads, size + 1)
+            for owner, place in zip(ranks, message.split(list(numbers.sent)), strict=True):
+                if sent[owner]:
+                    states[owner].pack(sent[owner], place)
+            received = self.communicator.all_to_all(message, numbers)
+            for tokens, rows in zip(coming, received.split(list(numbers.received)), strict=True):
+                for each in tokens:
+                    state = rows[place_within(tokens, each)].permute(1, 2, 0, 3)
+                    merged.merge(BlockOutput(state[..., :-1], state[..., -1]), in_all_samples(each))
+        return merged.result(self.case.dtype if self.case.dtype == torch.float64 else torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _PassQ:
+    """A rank's program, and the calls of kernels for each step."""
+
+    program: Program
+    calls: tuple[tuple[Call, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Owned:
+    """State of those tokens of an owner's queries that have come here."""
+
+    tokens: tuple[slice, ...]
+    state: BlockOutput
+
+    def pack(self, wanted: tuple[slice, ...], message: Tensor) -> None:
+        """Write the states of some tokens into a message [tokens, B, N, V + 1], one after another."""
+        for tokens in wanted:
+            here, there = place_within(self.tokens, tokens), message[place_within(wanted, tokens)]
+            there[..., :-1].copy_(part(self.state.out, 2, here).permute(2, 0, 1, 3))
+            there[..., -1].copy_(part(self.state.lse, 2, here).permute(2, 0, 1))
+
+
+def _check(q: Tensor, k: Tensor, plan: AttentionPlan, rank: int, size: int) -> None:
+    for name, x, layout in (("q", q, plan.queries), ("k", k, plan.keys)):
+        if layout.num_ranks != size:
+            raise ValueError(
+                f"the plan deals {name} to {layout.num_ranks} ranks, and there are {size}; make it for {size}."
+            )
+        check_tokens(name, x, layout.num_tokens(rank))
+        last = max((run.sample for run in layout.runs(rank) if run.sample is not None), default=0)
+        if last >= x.size(0):
+            raise ValueError(f"{name} {tuple(x.shape)} has {x.size(0)} sequences, and the plan has {last + 1} or more.")

@@ -1,0 +1,224 @@
+"""A model that generates with its sequences spread over ranks: prompts in, tokens out, turn after turn on one cache.
+
+Every rank has the whole model and computes its own tokens of a prompt; a new token it computes with the others, each
+over the keys that it keeps. The choice of the rank that keeps a token's position counts.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.comm import AgreeingCommunicator, Agreement, Subject
+from mindspeed_cp.inference.cache import ShardedKVCache
+from mindspeed_cp.inference.cached_attention import Decode, Prefill
+from mindspeed_cp.inference.costs import Rates
+from mindspeed_cp.inference.interleave import Span, owner
+from mindspeed_cp.inference.prefill import Strategy
+from mindspeed_cp.inference.sampling import Choice, Sampling
+
+GREEDY = Sampling()
+
+
+class Model(Protocol):
+    """A causal language model whose attention is somebody else's."""
+
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """Of each layer, how many of the latest positions a query sees, itself among them; None for all."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        ...
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: "Prefill | Decode", rows: Tensor) -> Tensor:
+        """Logits [B, len(rows), vocabulary] of some places of tokens [B, S] at positions [B, S]."""
+        ...
+
+
+class Progress(NamedTuple):
+    """Tokens of the longest prompt that are done, and all of them."""
+
+    done: int
+    of: int
+
+
+class Step(NamedTuple):
+    """What is chosen for each sample; None for one that has ended."""
+
+    choices: tuple[Choice | None, ...]
+
+
+class Session:
+    """A batch of sequences that grow by prompts and by what a model makes of them.
+
+    model: the same on all ranks. batch: number of sequences. communicator: the ranks that share them; None for one.
+    chunk: tokens of each prompt that go through the model at once, over all ranks. interleave, page: of the cache.
+    strategy, rates: whether K/V or queries travel for a prompt, see prefix_attention.
+
+    Raises ValueError for a chunk below 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: int = 1,
+        communicator: AgreeingCommunicator | None = None,
+        *,
+        chunk: int = 2048,
+        interleave: int = 64,
+        page: int = 256,
+        strategy: Strategy = "auto",
+        rates: Rates | None = None,
+    ) -> None:
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk} tokens of a prompt at once: give 1 or more.")
+        self._model, self._communicator, self._chunk = model, communicator, chunk
+        self._strategy, self._rates = strategy, rates
+        rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+        self.cache = ShardedKVCache(
+            batch,
+            model.windows,
+            rank=rank,
+            size=size,
+            interleave=interleave,
+            firsts=tuple(sample % size for sample in range(batch)),
+            page=page,
+        )
+        self._agreement = None
+        if communicator is not None:
+            subject = Subject("generation", "give all ranks the same model, prompts and options")
+            self._agreement = Agreement(communicator.apart, on_host=communicator.on_host, subject=subject)
+        self._last: list[int | None] = [None] * batch
+        """Chosen, and not yet gone through the model."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        ends: frozenset[int] = frozenset(),
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Step]:
+        """Go on with each sequence by its prompt, then give up to so many tokens for each, step by step.
+
+        prompts: tokens of each sequence, one at least in the first turn. ends: tokens after which a sequence ends,
+        until its next prompt. progress: told after each chunk of the prompts.
+
+        Raises ValueError, on every rank, for prompts that are empty or not one for each sequence, and where ranks were
+        given different ones; RuntimeError where a rank is gone.
+        """
+        new = self._agreed(prompts, num_tokens, sampling, ends)
+        logits = self._prefill(new, progress)
+        active = [True] * self.cache.batch
+        for count in range(num_tokens):
+            step = self._choose(logits, active, sampling)
+            for sample, choice in enumerate(step.choices):
+                if choice is not None:
+                    self._last[sample] = choice.token
+                    active[sample] = choice.token not in ends
+            yield step
+            if count + 1 == num_tokens or not any(active):
+                return
+            logits = self._decode(active)
+
+    def _agreed(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling, ends: frozenset[int]
+    ) -> list[list[int]]:
+        """The tokens that are new to the cache, of each sample; the same on all ranks."""
+        new = [[*([] if last is None else [last]), *prompt] for last, prompt in zip(self._last, prompts, strict=False)]
+        cache, refusal = self.cache, None
+        if len(prompts) != cache.batch:
+            refusal = f"{len(prompts)} prompts for a session of {cache.batch} sequences; give one for each."
+        elif not all(new):
+            refusal = f"prompt {[bool(each) for each in new].index(False)} is empty; give one token at least."
+        words = (
+            f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
+            f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
+            f"interleave={cache.interleave}, "
+            f"{self._strategy}, {self._rates}, windows {_digest([[window or 0 for window in cache.windows]])}"
+        )
+        if self._agreement is not None:
+            self._agreement.reach(words, refusal=refusal, device=self._model.device)
+        elif refusal is not None:
+            raise ValueError(refusal)
+        return new
+
+    def _prefill(self, new: list[list[int]], progress: Callable[[Progress], None] | None) -> list[Tensor | None]:
+        """Logits [vocabulary] after the last of the new tokens of each sample, on the rank that has it."""
+        before, longest = self.cache.lengths, max(map(len, new))
+        result: list[Tensor | None] = [None] * len(new)
+        for start in range(0, longest, self._chunk):
+            stop = min(start + self._chunk, longest)
+            spans = [
+                Span(length + min(start, len(tokens)), length + min(stop, len(tokens)))
+                for length, tokens in zip(before, new, strict=True)
+            ]
+            attention = Prefill(self.cache, spans, self._communicator, strategy=self._strategy, rates=self._rates)
+            held = [list(attention.layout.positions(self.cache.rank, sample)) for sample in range(len(new))]
+            # The place of each sample's last token, on the rank that has it.
+            last = {
+                sample: len(positions) - 1
+                for sample, positions in enumerate(held)
+                if positions and positions[-1] == before[sample] + len(new[sample]) - 1
+            }
+            rows = sorted(set(last.values())) or [0]
+            tokens = [
+                [new[sample][each - before[sample]] for each in positions] for sample, positions in enumerate(held)
+            ]
+            logits = self._model(self._padded(tokens), self._padded(held), attention, self._index(rows))
+            for sample, place in last.items():
+                result[sample] = logits[sample, rows.index(place)]
+            if progress is not None:
+                progress(Progress(stop, longest))
+        return result
+
+    def _decode(self, active: Sequence[bool]) -> list[Tensor | None]:
+        """Feed what was chosen last; logits on every rank, None for samples that have ended."""
+        lengths = self.cache.lengths
+        spans = [Span(length, length + going) for length, going in zip(lengths, active, strict=True)]
+        tokens = self._padded([[last or 0] for last in self._last])
+        positions = self._padded([[length] for length in lengths])
+        attention = Decode(self.cache, spans, self._communicator)
+        logits = self._model(tokens, positions, attention, self._index([0]))
+        return [logits[sample, 0] if going else None for sample, going in enumerate(active)]
+
+    def _choose(self, logits: Sequence[Tensor | None], active: Sequence[bool], sampling: Sampling) -> Step:
+        """The choice for each sample, by the rank that keeps the last of its tokens; the same on all ranks."""
+        cache = self.cache
+        mine = torch.zeros((cache.batch, 2), dtype=torch.float64)
+        layout = cache.layout([Span(0, length) for length in cache.lengths])
+        owners = [
+            owner(length - 1, cache.size, cache.interleave, layout.first(sample))
+            for sample, length in enumerate(cache.lengths)
+        ]
+        for sample, (x, going) in enumerate(zip(logits, active, strict=True)):
+            if going and owners[sample] == cache.rank:
+                assert x is not None, "the rank that has a token has its logits"
+                mine[sample] = torch.tensor(sampling.choose(x, sample, cache.lengths[sample]), dtype=torch.float64)
+        if self._communicator is None:
+            chosen = mine.unsqueeze(0)
+        else:
+            chosen = self._communicator.all_gather(mine.to(self._model.device)).cpu()
+        rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(owners)]
+        return Step(
+            tuple(Choice(int(row[0]), row[1]) if going else None for row, going in zip(rows, active, strict=True))
+        )
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B, S], one at least: there are layers that do not take an empty tensor."""
+        longest = max(1, *map(len, rows))
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._model.device)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, device=self._model.device)
+
+
+def _digest(tokens: Sequence[Sequence[int]]) -> str:
+    return hashlib.blake2b(repr([list(each) for each in tokens]).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,50 @@
+"""Megatron's activation checkpoints: with --context-parallel-keep-outputs they do not run attention again."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import Patch
+
+
+def recomputation_patches(plugin: Plugin) -> tuple[Patch, ...]:
+    """The patch of the checkpoint that layers and their attention are recomputed in, fully and selectively."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        kept = plugin.recomputation.around(original)
+
+        @functools.wraps(original)
+        def checkpoint(*args: Any, **kwargs: Any) -> Any:
+            keeps = plugin.config is not None and plugin.config.context_parallel_keep_outputs
+            return (kept if keeps else original)(*args, **kwargs)
+
+        return checkpoint
+
+    return (
+        Patch(
+            target="megatron.core.tensor_parallel.random:checkpoint",
+            aliases=("megatron.core.tensor_parallel:checkpoint",),
+            kind="wrap",
+            function=wrap,
+            why="A recomputed layer would send all of its attention again.",
+            remove_when="Megatron's checkpoint takes a policy that says what is kept.",
+        ),
+    )
+
+
+def refuse_kept_outputs(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where outputs are to be kept for a recomputation that does not come to attention."""
+    if not config.context_parallel_keep_outputs or config.context_parallel_size == 1:
+        return
+    granularity = "selective" if getattr(args, "recompute_activations", False) else args.recompute_granularity
+    modules = getattr(args, "recompute_modules", None) or ["core_attn"]
+    if granularity == "full" or (granularity == "selective" and "core_attn" in modules):
+        return
+    given = "no --recompute-granularity" if granularity is None else f"--recompute-modules {' '.join(modules)}"
+    raise ConfigurationError(
+        f"--context-parallel-keep-outputs with {given}: no attention is recomputed, and nothing would be kept for it; "
+        f"use --recompute-granularity full, or selective with core_attn among --recompute-modules, or leave it out."
+    )
