@@ -20,20 +20,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-
-class Piece(NamedTuple):
-    """Tokens start..stop of a document."""
-
-    document: int
-    start: int
-    stop: int
-
+Piece = tuple[int, int, int]
+"""Document, start and stop: some of its tokens. There are thousands of a batch, so they are plain."""
 
 Area = Callable[[int, int, int], int]
 """Pairs of query and key that tokens start..stop of a document see, by its number."""
 
-_Measured = tuple[float, Piece, int]
-"""Density, piece and area; they are sorted by it."""
+_Measured = tuple[float, int, int, int, int]
+"""Density, document, start, stop and area; they are sorted by it."""
 
 _REACH = 0.75
 """Of the highest density among what is cut: what a rank may still need. At 1 it would need nothing but such pieces."""
@@ -77,7 +71,7 @@ def deal(
     for document in dealt:
         length, its_area = lengths[document], areas[document]
         if length <= most[0] and its_area <= most[1]:
-            pieces.append((its_area / length, Piece(document, 0, length), its_area))
+            pieces.append((its_area / length, document, 0, length, its_area))
         else:
             pieces += _cut(document, length, its_area, most, area)
     _deal_pieces(pieces, area, ranks)
@@ -114,7 +108,7 @@ def _place_whole(
         left, tokens_left = wanted[rank] - its_area, room[rank] - length
         if tokens_left >= 0 and tokens_left * sparsest <= left <= tokens_left * densest + slack:
             room[rank], wanted[rank] = tokens_left, left
-            held[rank].append(Piece(document, 0, length))
+            held[rank].append((document, 0, length))
             whole.add(document)
             if tokens_left:
                 heapq.heapreplace(queue, (-left, rank))
@@ -129,13 +123,12 @@ def _cut(document: int, length: int, its_area: int, most: tuple[float, float], a
     """A document in pieces of as many tokens, the most that they may have. most: tokens, and area on the average."""
     count = min(length, max(math.ceil(length / most[0]), math.ceil(its_area / most[1]) if its_area else 1))
     for number in range(count):
-        piece = Piece(document, length * number // count, length * (number + 1) // count)
-        yield _measured(piece, area)
+        yield _measured(document, length * number // count, length * (number + 1) // count, area)
 
 
-def _measured(piece: Piece, area: Area) -> _Measured:
-    its_area = area(*piece)
-    return its_area / (piece.stop - piece.start), piece, its_area
+def _measured(document: int, start: int, stop: int, area: Area) -> _Measured:
+    its_area = area(document, start, stop)
+    return its_area / (stop - start), document, start, stop, its_area
 
 
 def _deal_pieces(pieces: list[_Measured], area: Area, ranks: _Ranks) -> None:
@@ -145,18 +138,17 @@ def _deal_pieces(pieces: list[_Measured], area: Area, ranks: _Ranks) -> None:
     queue = [(-wanted[rank] / tokens, rank) for rank, tokens in enumerate(room) if tokens]
     heapq.heapify(queue)
     while pieces:
-        _, piece, its_area = pieces.pop()
+        _, document, start, stop, its_area = pieces.pop()
         rank = queue[0][1]
-        document, start, stop = piece
-        if stop - start > room[rank]:
-            middle = stop - room[rank]
-            pieces.append(_measured(Piece(document, start, middle), area))
-            start, piece = middle, Piece(document, middle, stop)
-            its_area = area(document, middle, stop)
         left = room[rank] - stop + start
-        room[rank], wanted[rank] = left, wanted[rank] - its_area
-        held[rank].append(piece)
+        if left < 0:
+            pieces.append(_measured(document, start, start - left, area))
+            start, left = start - left, 0
+            its_area = area(document, start, stop)
+        room[rank] = left
+        wanted[rank] = want = wanted[rank] - its_area
+        held[rank].append((document, start, stop))
         if left:
-            heapq.heapreplace(queue, (-wanted[rank] / left, rank))
+            heapq.heapreplace(queue, (-want / left, rank))
         else:
             heapq.heappop(queue)

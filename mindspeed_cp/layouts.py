@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import ClassVar, Literal, Protocol
 
-from mindspeed_cp.balance import Piece, deal
-from mindspeed_cp.plan import CAUSAL, Band, Layout, Run, pairs_seen
+from mindspeed_cp.balance import Area, Piece, deal
+from mindspeed_cp.plan import CAUSAL, Band, Layout, Run, causal_pairs, pairs_seen
 
 
 class StreamLayout(Layout, Protocol):
@@ -245,8 +245,7 @@ class Balanced(PackedLayout):
         room = [self.num_tokens(rank) for rank in range(self.num_ranks)]
         owed = [0.0] * self.num_ranks
         for lengths in self.samples:
-            bands = [bands_of.get(first + number, self.bands) for number in range(len(lengths))]
-            area = functools.partial(_area, bands, lengths)
+            area = _area_of([bands_of.get(first + number, self.bands) for number in range(len(lengths))], lengths)
             held, owed = deal(lengths, area, room, owed, chunks=self.chunks, keep_whole=self.prefer == "locality")
             dealt.append(held)
             first += len(lengths)
@@ -315,8 +314,11 @@ def _runs_of_chunks(layout: EqualChunks, rank: int) -> tuple[Run, ...]:
     return tuple(_runs_of(chain.from_iterable(chunks), first=0, sample=None))
 
 
-def _area(bands: Sequence[tuple[Band, ...]], lengths: Sequence[int], document: int, start: int, stop: int) -> int:
-    return pairs_seen(bands[document], lengths[document], start, stop)
+def _area_of(bands: Sequence[tuple[Band, ...]], lengths: Sequence[int]) -> Area:
+    """What tokens of documents see, each of which has bands of its own."""
+    if all(each == CAUSAL for each in bands):
+        return lambda document, start, stop: causal_pairs(start, stop)
+    return lambda document, start, stop: pairs_seen(bands[document], lengths[document], start, stop)
 
 
 def _cut_stream(starts: Sequence[int], begin: int, end: int) -> Iterator[Piece]:
@@ -324,7 +326,7 @@ def _cut_stream(starts: Sequence[int], begin: int, end: int) -> Iterator[Piece]:
     number = bisect_right(starts, begin) - 1
     while begin < end:
         stop = min(end, starts[number + 1])
-        yield Piece(number, begin - starts[number], stop - starts[number])
+        yield number, begin - starts[number], stop - starts[number]
         begin, number = stop, number + 1
 
 

@@ -22,7 +22,7 @@ Note [Tiles]
         late        full   \
 
     It makes one tile of keys that lie side by side and are seen by all rows, whatever their positions. What depends on
-    positions (ALiBi, dropout by position) asks for tiles that end where positions jump: `at_gaps`.
+    positions (ALiBi, dropout by position) is told them beside the tile.
 
 Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `window_size`.
 """
@@ -32,7 +32,7 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 _Made = TypeVar("_Made")
@@ -71,7 +71,6 @@ class Tile(NamedTuple):
     """These queries attend to these keys under this window, see Note [Tiles].
 
     queries, keys: tokens of the two ranks. left, right: the window, None where it does not cut the rectangle.
-    distance: the first query's position minus the first key's; None where positions jump within.
     area: pairs of query and key that see each other, one head's share of the work.
     sample: the one it is of; None for all.
     """
@@ -80,7 +79,6 @@ class Tile(NamedTuple):
     keys: slice
     left: int | None
     right: int | None
-    distance: int | None
     area: int
     sample: int | None = None
 
@@ -126,7 +124,7 @@ class AttentionPlan:
     keys: Layout
     bands: tuple[Band, ...] = CAUSAL
     bands_of: Mapping[int, tuple[Band, ...]] = field(default_factory=dict)
-    _tiles: dict[tuple[int, int, bool], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
     _grouped: "dict[tuple[tuple[int, ...], ...], AttentionPlan]" = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -139,20 +137,18 @@ class AttentionPlan:
         for bands in (self.bands, *self.bands_of.values()):
             _check_bands(bands)
 
-    def tiles(self, query_rank: int, key_rank: int, *, at_gaps: bool = False) -> tuple[Tile, ...]:
+    def tiles(self, query_rank: int, key_rank: int) -> tuple[Tile, ...]:
         """What the queries of one rank see of the keys of another: the one answer to who sees whom.
 
-        at_gaps: whether tiles end where positions jump.
-
         Every pair that sees each other is in one tile, and no other pair is in any. There are never more tiles than
-        runs of queries, runs of keys and documents together where a document has one band, or the two of a prefix;
-        unless they end at gaps.
+        runs of queries, runs of keys and documents together where a document has one band, or the two of a prefix.
         """
-        case = query_rank, key_rank, at_gaps
-        if case not in self._tiles:
-            pieces = self._pieces(self._query_runs(query_rank), self._index(key_rank), at_gaps)
-            self._tiles[case] = tuple([piece.tile() for piece in pieces])
-        return self._tiles[case]
+        pair = query_rank, key_rank
+        if pair not in self._tiles:
+            apart = _lie_apart(self.queries.runs(query_rank), self.keys.runs(key_rank))
+            pieces = [] if apart else self._pieces(self._query_runs(query_rank), self._index(key_rank))
+            self._tiles[pair] = tuple([_tile(piece) for piece in pieces])
+        return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
         """Those tokens of `key_rank` that some query of `query_rank` sees, as few slices as possible."""
@@ -167,6 +163,12 @@ class AttentionPlan:
         if key_rank not in self._readers:
             self._readers[key_rank] = self._query_index.ranks_that_see(self.keys.runs(key_rank), self)
         return self._readers[key_rank]
+
+    @functools.cached_property
+    def looks_ahead(self) -> bool:
+        """Whether a query may see a later key than itself."""
+        bands = (band for each in (self.bands, *self.bands_of.values()) for band in each)
+        return any(band.ahead is None or band.ahead > 0 for band in bands)
 
     @functools.cached_property
     def starts(self) -> "dict[tuple[int | None, int], int]":
@@ -241,16 +243,19 @@ class AttentionPlan:
             self._indices[key_rank] = _DocumentIndex(self.keys.runs(key_rank))
         return self._indices[key_rank]
 
-    def _pieces(self, queries: "_DocumentIndex", keys: "_DocumentIndex", at_gaps: bool) -> "list[_Piece]":
+    def _pieces(self, queries: "_DocumentIndex", keys: "_DocumentIndex") -> "list[_Piece]":
         """Document by document, what its queries see of its keys, as few pieces as possible."""
         result: list[_Piece] = []
         for of in queries.shared(keys):
             theirs, bands = keys.runs[of], self.bands_in(of[1])
-            rows = [_seen(run, theirs, bands, at_gaps) for run in queries.runs[of]]
-            one = _as_one(rows, at_gaps)
-            pieces = _merged_rows(_merged_keys(rows, at_gaps), at_gaps) if one is None else [one]
+            rows = [_seen(run, theirs, bands) for run in queries.runs[of]]
+            if len(rows) == 1 and len(rows[0]) < 2:
+                pieces = rows[0]
+            else:
+                one = _merged(chain.from_iterable(rows))
+                pieces = _merged_rows(_merged_keys(rows)) if one is None else [one]
             # Documents of a token or two may go on where the one before them ends.
-            if result and pieces and (merged := _merged_along(result[-1], pieces[0], at_gaps)) is not None:
+            if result and pieces and (merged := _merged_along(result[-1], pieces[0])) is not None:
                 result[-1] = merged
                 result += pieces[1:]
             else:
@@ -348,13 +353,13 @@ def union(slices: Iterable[slice]) -> tuple[slice, ...]:
 
 def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
     """The part of a tile between these queries and these keys; None where they see nothing of each other."""
-    piece = _Piece.of_tile(tile)
-    q0, q1 = max(piece.first_query, queries.start), min(piece.last_query, queries.stop - 1)
-    k0, k1 = max(piece.first_key, keys.start), min(piece.last_key, keys.stop - 1)
+    q0, q1, k0, k1, low, high, _, sample = _piece(tile)
+    q0, q1 = max(q0, queries.start), min(q1, queries.stop - 1)
+    k0, k1 = max(k0, keys.start), min(k1, keys.stop - 1)
     if q0 > q1 or k0 > k1:
         return None
-    part = _cropped(q0, q1, k0, k1, piece.low, piece.high, piece.offset, piece.sample)
-    return None if part is None else part.tile()
+    part = _cropped(q0, q1, k0, k1, low, high, sample)
+    return None if part is None else _tile(part)
 
 
 _MANY_TILES = 8
@@ -447,8 +452,8 @@ def _check_bands(bands: tuple[Band, ...]) -> None:
 
 def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int:
     """Pairs of the queries start..stop of a document of so many tokens and the keys that they see."""
-    if bands == CAUSAL:  # As of most documents, of which there may be thousands.
-        return (stop * (stop + 1) - start * (start + 1)) // 2
+    if bands == CAUSAL:
+        return causal_pairs(start, stop)
     pairs = 0
     for behind, ahead, (first, last) in bands:
         last = length if last is None else min(last, length)
@@ -459,50 +464,37 @@ def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int
     return pairs
 
 
-class _Piece(NamedTuple):
-    """Queries and keys from..to in local tokens; a sees b where low <= b - a <= high, and both bounds are reached.
-
-    offset: what i - j is more than a - b, positions than tokens; None where it is not the same everywhere.
-    """
-
-    first_query: int
-    last_query: int
-    first_key: int
-    last_key: int
-    low: int
-    high: int
-    offset: int | None
-    area: int
-    sample: int | None
-
-    @classmethod
-    def of_tile(cls, tile: Tile) -> "_Piece":
-        """The inverse of `tile`."""
-        q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
-        low = k0 - q1 if tile.left is None else k1 - q1 - tile.left
-        high = k1 - q0 if tile.right is None else tile.right + k1 - q1
-        offset = None if tile.distance is None else tile.distance - q0 + k0
-        return cls(q0, q1, k0, k1, low, high, offset, tile.area, tile.sample)
-
-    def tile(self) -> Tile:
-        """As kernels know it."""
-        q0, q1, k0, k1, low, high, offset, area, sample = self
-        return Tile(
-            slice(q0, q1 + 1),
-            slice(k0, k1 + 1),
-            k1 - q1 - low if low > k0 - q1 else None,
-            high + q1 - k1 if high < k1 - q0 else None,
-            None if offset is None else offset + q0 - k0,
-            area,
-            sample,
-        )
+def causal_pairs(start: int, stop: int) -> int:
+    """`pairs_seen` of CAUSAL, as most documents are, of which there may be thousands."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
 
 
-def _cropped(
-    q0: int, q1: int, k0: int, k1: int, low: int, high: int, offset: int | None, sample: int | None
-) -> _Piece | None:
+_Piece = tuple[int, int, int, int, int, int, int, int | None]
+"""Queries and keys from..to in local tokens, the last included; low and high; area; sample.
+
+a sees b where low <= b - a <= high, and both bounds are reached. Thousands of these are made for a batch: they are
+plain, and compared one by one where min and max would say it shorter.
+"""
+
+
+def _tile(piece: _Piece) -> Tile:
+    """As kernels know it."""
+    q0, q1, k0, k1, low, high, area, sample = piece
+    left = k1 - q1 - low if low > k0 - q1 else None
+    right = high + q1 - k1 if high < k1 - q0 else None
+    return Tile(slice(q0, q1 + 1), slice(k0, k1 + 1), left, right, area, sample)
+
+
+def _piece(tile: Tile) -> _Piece:
+    """The inverse of `_tile`."""
+    q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
+    low = k0 - q1 if tile.left is None else k1 - q1 - tile.left
+    high = k1 - q0 if tile.right is None else tile.right + k1 - q1
+    return q0, q1, k0, k1, low, high, tile.area, tile.sample
+
+
+def _cropped(q0: int, q1: int, k0: int, k1: int, low: int, high: int, sample: int | None) -> _Piece | None:
     """The band in a rectangle, both ends of which are included, cropped; None where nothing sees anything."""
-    # Thousands of these are made for a batch: comparisons, where min and max would say it shorter.
     if k0 - high > q0:
         q0 = k0 - high
     if k1 - low < q1:
@@ -525,7 +517,7 @@ def _cropped(
         area -= late * (late + 1) // 2
     else:
         high = k1 - q0
-    return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
+    return q0, q1, k0, k1, low, high, area, sample
 
 
 def band_area(q0: int, q1: int, k0: int, k1: int, low: int, high: int) -> int:
@@ -546,62 +538,14 @@ def _corner(side: int, rows: int, keys: int) -> int:
     return (side * (side + 1) - sum(each * (each + 1) for each in beyond) + twice * (twice + 1)) // 2
 
 
-def _merged(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
-    """Both as one; None where their union is no band on a rectangle, or positions jump and they may not."""
-    if first.sample != second.sample or (at_gaps and first.offset != second.offset):
+def _merged(pieces: Iterable[_Piece]) -> _Piece | None:
+    """All as one; None where they are none, or their union is no band on a rectangle. They are of one sample."""
+    each = iter(pieces)
+    first = next(each, None)
+    if first is None:
         return None
-    q0, q1 = min(first.first_query, second.first_query), max(first.last_query, second.last_query)
-    k0, k1 = min(first.first_key, second.first_key), max(first.last_key, second.last_key)
-    low, high = min(first.low, second.low), max(first.high, second.high)
-    area = first.area + second.area
-    if band_area(q0, q1, k0, k1, low, high) != area:
-        return None
-    offset = first.offset if first.offset == second.offset else None
-    return _Piece(q0, q1, k0, k1, low, high, offset, area, first.sample)
-
-
-def _merged_keys(rows: list[list[_Piece]], at_gaps: bool) -> Iterator[list[_Piece]]:
-    """The pieces of each row; one that continues the one before it is merged with that."""
-    for row in rows:
-        result: list[_Piece] = []
-        for piece in row:
-            merged = _merged(result[-1], piece, at_gaps) if result else None
-            if merged is None:
-                result.append(piece)
-            else:
-                result[-1] = merged
-        yield result
-
-
-def _merged_rows(rows: Iterable[list[_Piece]], at_gaps: bool) -> list[_Piece]:
-    """The pieces of all rows; one that continues a piece of the row before it is merged with that one."""
-    result: list[_Piece] = []
-    above: dict[tuple[str, int], int] = {}  # Places in `result` by first and by last key: others cannot continue.
-    for row in rows:
-        edges: dict[tuple[str, int], int] = {}
-        for piece in row:
-            place = len(result)
-            for edge in (("first", piece.first_key), ("last", piece.last_key), ("only", 0)):
-                if edge in above and (merged := _merged(result[above[edge]], piece, at_gaps)) is not None:
-                    place = above[edge]
-                    result[place] = merged
-                    break
-            else:
-                result.append(piece)
-            edges["first", piece.first_key] = edges["last", piece.last_key] = place
-        if len(row) == 1:
-            edges["only", 0] = place
-        above = edges
-    return result
-
-
-def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
-    """All pieces of a document as one; None where they are none, or their union is no band on a rectangle."""
-    pieces = [piece for row in rows for piece in row]
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    q0, q1, k0, k1, low, high, offset, area, sample = pieces[0]
-    for first_query, last_query, first_key, last_key, lower, higher, distance, more, _ in pieces[1:]:
+    q0, q1, k0, k1, low, high, area, sample = first
+    for first_query, last_query, first_key, last_key, lower, higher, more, _ in each:
         if first_query < q0:
             q0 = first_query
         if last_query > q1:
@@ -614,20 +558,64 @@ def _as_one(rows: list[list[_Piece]], at_gaps: bool) -> _Piece | None:
             low = lower
         if higher > high:
             high = higher
-        if distance != offset:
-            offset = None
         area += more
-    if (at_gaps and offset is None) or band_area(q0, q1, k0, k1, low, high) != area:
-        return None
-    return _Piece(q0, q1, k0, k1, low, high, offset, area, sample)
+    return (q0, q1, k0, k1, low, high, area, sample) if band_area(q0, q1, k0, k1, low, high) == area else None
 
 
-def _merged_along(first: _Piece, second: _Piece, at_gaps: bool) -> _Piece | None:
+def _merged_keys(rows: list[list[_Piece]]) -> Iterator[list[_Piece]]:
+    """The pieces of each row; one that continues the one before it is merged with that."""
+    for row in rows:
+        result: list[_Piece] = []
+        for piece in row:
+            merged = _merged((result[-1], piece)) if result else None
+            if merged is None:
+                result.append(piece)
+            else:
+                result[-1] = merged
+        yield result
+
+
+def _merged_rows(rows: Iterable[list[_Piece]]) -> list[_Piece]:
+    """The pieces of all rows; one that continues a piece of the row before it is merged with that one."""
+    result: list[_Piece] = []
+    above: dict[tuple[str, int], int] = {}  # Places in `result` by first and by last key: others cannot continue.
+    for row in rows:
+        edges: dict[tuple[str, int], int] = {}
+        for piece in row:
+            _, _, first_key, last_key, *_ = piece
+            place = len(result)
+            for edge in (("first", first_key), ("last", last_key), ("only", 0)):
+                if edge in above and (merged := _merged((result[above[edge]], piece))) is not None:
+                    place = above[edge]
+                    result[place] = merged
+                    break
+            else:
+                result.append(piece)
+            edges["first", first_key] = edges["last", last_key] = place
+        if len(row) == 1:
+            edges["only", 0] = place
+        above = edges
+    return result
+
+
+def _merged_along(first: _Piece, second: _Piece) -> _Piece | None:
     """`_merged` for pieces of different documents: the later queries must not see the last of the earlier keys."""
-    low, high = min(first.low, second.low), max(first.high, second.high)
-    if low <= first.last_key - second.first_query <= high:
+    _, _, _, last_key, low, high, _, sample = first
+    first_query, _, _, _, lower, higher, _, other_sample = second
+    if sample != other_sample or min(low, lower) <= last_key - first_query <= max(high, higher):
         return None
-    return _merged(first, second, at_gaps)
+    return _merged((first, second))
+
+
+def _lie_apart(runs: Sequence[Run], others: Sequence[Run]) -> bool:
+    """Whether all documents of the one come before those of the other: most pairs of many ranks, seen at a glance."""
+    if not runs or not others:
+        return True
+    return _document(runs[-1]) < _document(others[0]) or _document(others[-1]) < _document(runs[0])
+
+
+def _document(run: Run) -> tuple[int, int]:
+    return run.sample or 0, run.document
 
 
 class _DocumentIndex:
@@ -636,15 +624,20 @@ class _DocumentIndex:
     runs: as few as possible.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs: dict[tuple[int | None, int], list[Run]] = {}
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = {(run.sample, run.document): [run] for run in runs}
+        if len(self.runs) == len(runs):
+            return
+        self.runs.clear()
         for run in runs:
-            of = run.sample, run.document
-            before = self.runs.get(of)
+            start, stop, position, document, sample = run
+            before = self.runs.get((sample, document))
             if before is None:
-                self.runs[of] = [run]
-            elif _continues(before[-1], run):
-                before[-1] = before[-1]._replace(stop=run.stop)
+                self.runs[sample, document] = [run]
+                continue
+            first, last, first_position, _, _ = before[-1]
+            if last == start and first_position + last - first == position:
+                before[-1] = Run(first, stop, first_position, document, sample)
             else:
                 before.append(run)
 
@@ -655,17 +648,18 @@ class _DocumentIndex:
         return [of for of in self.runs if of in other.runs]
 
 
-def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool) -> list[_Piece]:
+def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...]) -> list[_Piece]:
     """The pieces of a document's keys that a run of its queries sees, band by band in the order of tokens."""
     pieces: list[_Piece] = []
     q0, stop, query, _, sample = queries
     q1 = stop - 1
     for band in bands:
         behind, ahead, (first, end) = band
-        for k0, stop, key, _, _ in runs if len(runs) < 3 else _reached(queries, runs, band, at_gaps):
-            k1, offset = stop - 1, None
+        for k0, stop, key, _, _ in runs if len(runs) < 3 else _reached(queries, runs, band):
+            k1 = stop - 1
             low, high = k0 - q1, k1 - q0
             if key != _MANY:
+                # Positions are by so much further apart than tokens.
                 offset = query - q0 - key + k0
                 if end is not None and key + k1 - k0 >= end:
                     k1 = k0 + end - 1 - key
@@ -675,8 +669,9 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...], at_gaps: bool)
                     low = offset - behind
                 if ahead is not None:
                     high = offset + ahead
-            piece = _cropped(q0, q1, k0, k1, low, high, offset, sample)
-            if piece is not None:
+            if low <= k0 - q1 and k1 - q0 <= high and q0 <= q1 and k0 <= k1:  # All of it, as mostly.
+                pieces.append((q0, q1, k0, k1, k0 - q1, k1 - q0, (q1 - q0 + 1) * (k1 - k0 + 1), sample))
+            elif (piece := _cropped(q0, q1, k0, k1, low, high, sample)) is not None:
                 pieces.append(piece)
     return pieces
 
@@ -685,7 +680,7 @@ _MANY = -1
 """The position of a run that is many, each of them seen by all."""
 
 
-def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[Run]:
+def _reached(queries: Run, runs: list[Run], band: Band) -> list[Run]:
     """The runs of keys that a query sees something of.
 
     Those that every query sees as a whole are one without a position: they lie side by side.
@@ -695,8 +690,6 @@ def _reached(queries: Run, runs: list[Run], band: Band, at_gaps: bool) -> list[R
     begin = max(0, bisect_right(runs, lowest, key=_position) - 1)
     end = bisect_right(runs, highest, begin, key=_position)
     reached = runs[begin:end]
-    if at_gaps:
-        return reached
     lowest, highest = _limits(band, last, first)
     whole = bisect_left(runs, lowest, begin, end, key=_position)
     whole_end = bisect_right(runs, highest, whole, end, key=_position)

@@ -26,7 +26,8 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             named = bind_by_name(original, args, kwargs)
             t, freqs, group = named["t"], named["freqs"], named["cp_group"]
             if group is None or group.size() == 1:
-                return original(*args, **kwargs)
+                # 0.16 hands on what its batches have, [1, n], and reads one end from it.
+                return original(**{**named, "cu_seqlens": named["cu_seqlens"].flatten()})
             from megatron.core.models.common.embeddings import rope_utils
 
             rank, size = group.rank(), group.size()

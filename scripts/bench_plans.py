@@ -1,6 +1,8 @@
 """Measure what plans are worth: windows against causal attention, and packed documents by each layout.
 
     python scripts/bench_plans.py --ranks 8 --tokens 32768
+    python scripts/bench_plans.py --mix 1 2 3 --gflops 150    mixes of documents, by their seeds
+    python scripts/bench_plans.py --host                        what making plans costs
 
 Ranks are threads of one process, and messages between them cost nothing. The kernel is emulated: it waits for as long
 as an accelerator of --gflops would compute what is seen, so that the slowest rank's work is measured, and what the host
@@ -8,27 +10,32 @@ does beside it. All cases take turns within one run; a time is the median over -
 """
 
 import argparse
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from mindspeed_cp.attention import RingCommunicators, compose_attention
 from mindspeed_cp.batch import PackedBatch
-from mindspeed_cp.benchmark.documents import lognormal_mix
+from mindspeed_cp.benchmark.documents import areas, lognormal_mix
 from mindspeed_cp.benchmark.kernels import EmulatedKernel
 from mindspeed_cp.comm import VirtualCommunicator, VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KernelRegistry
+from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
+from mindspeed_cp.plan import AttentionPlan
 
 HEADS, HEAD_SIZE = 8, 64
 
 
 def cases(tokens: int, ranks: int) -> dict[str, PackedBatch]:
     """What is measured, by name."""
-    whole, packed = [0, tokens], [0, *accumulate(lognormal_mix(1, tokens))]
+    whole = [0, tokens]
     return {
         "causal, zigzag": PackedBatch.from_cu_seqlens(whole, ranks, layout="zigzag"),
         f"window of {tokens // 16}, contiguous": PackedBatch.from_cu_seqlens(
@@ -37,6 +44,14 @@ def cases(tokens: int, ranks: int) -> dict[str, PackedBatch]:
         f"window of {tokens // 16}, zigzag": PackedBatch.from_cu_seqlens(
             whole, ranks, layout="zigzag", window_size=(tokens // 16 - 1, 0)
         ),
+        **mix(1, tokens, ranks),
+    }
+
+
+def mix(seed: int, tokens: int, ranks: int) -> dict[str, PackedBatch]:
+    """Packed documents by each layout."""
+    packed = [0, *accumulate(lognormal_mix(seed, tokens))]
+    return {
         "documents, zigzag over the stream": PackedBatch.from_cu_seqlens(packed, ranks, layout="zigzag"),
         "documents, zigzag by document": PackedBatch.from_cu_seqlens(packed, ranks, layout="zigzag_by_document"),
         "documents, balanced": PackedBatch.from_cu_seqlens(packed, ranks, layout="balanced"),
@@ -67,6 +82,72 @@ def seconds(batch: PackedBatch, ranks: int, flops_per_s: float) -> float:
     return max(end for _, end in spans) - min(start for start, _ in spans)
 
 
+def mixes_measured(args: argparse.Namespace) -> Iterator[str]:
+    """A table of mixes: times as fast as a zigzag over the stream, and in brackets what areas promise."""
+    names = list(mix(1, args.tokens, args.ranks))
+    yield f"| seed | {names[0]}, ms | {' | '.join(names[1:])} |\n|{'---|' * (len(names) + 1)}"
+    for seed in args.mix:
+        batches = mix(seed, args.tokens, args.ranks)
+        most = [max(areas(batch.plan)) for batch in batches.values()]
+        times = medians(batches, args)
+        first = times[names[0]]
+        ratios = [f"{first / times[name]:.2f} ({most[0] / area:.2f})" for name, area in zip(names, most, strict=True)]
+        yield f"| {seed} | {first * 1e3:.0f} | {' | '.join(ratios[1:])} |"
+
+
+def medians(batches: dict[str, PackedBatch], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each case; they take turns."""
+    measured: dict[str, list[float]] = {}
+    # The first makes what the layers of a batch share, and is not counted: here all ranks would make it in one process.
+    for _ in range(args.iterations + 1):
+        for name, batch in batches.items():
+            if args.only in name:
+                measured.setdefault(name, []).append(seconds(batch, args.ranks, args.gflops * 1e9))
+    return {name: statistics.median(each[1:]) for name, each in measured.items()}
+
+
+def host_costs(documents: int = 1000) -> Iterator[str]:
+    """A table of what plans of many documents cost on the host, thread CPU time."""
+    rng = random.Random(1)
+    lengths = tuple(max(1, round(rng.lognormvariate(4.4, 1))) for _ in range(documents))
+    yield "| layout, ranks | own runs ms | runs of all ranks ms | tiles of a rank | us a tile |\n|---|---|---|---|---|"
+    makers: dict[str, Callable[[int, tuple[tuple[int, ...], ...]], PackedLayout]] = {
+        "contiguous": Contiguous,
+        "zigzag over the stream": Zigzag,
+        "zigzag by document": DocumentZigzag,
+        "balanced": Balanced,
+        "balanced, balance first": partial(Balanced, prefer="balance"),
+    }
+    for ranks in (8, 64):
+        for name, make in makers.items():
+            layout = make(ranks, (lengths,))
+
+            def runs(of: Iterable[int], make=make, ranks=ranks) -> None:
+                fresh = make(ranks, (lengths,))
+                for rank in of:
+                    fresh.runs(rank)
+
+            def tiles(layout=layout, ranks=ranks) -> int:
+                plan = AttentionPlan(layout, layout)
+                return sum(len(plan.tiles(3, owner)) for owner in range(ranks))
+
+            runs_ms, all_ms = (best(lambda of=of, runs=runs: runs(of)) * 1e3 for of in ([3], range(ranks)))
+            count = tiles()
+            yield f"| {name}, {ranks} | {runs_ms:.2f} | {all_ms:.1f} | {count} | {best(tiles) / count * 1e6:.1f} |"
+
+
+def best(function: Callable[[], object], times: int = 10) -> float:
+    """Seconds of CPU that this thread needs, the least of some times."""
+    gc.disable()
+    found = []
+    for _ in range(times):
+        start = time.thread_time()
+        function()
+        found.append(time.thread_time() - start)
+    gc.enable()
+    return min(found)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,15 +156,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gflops", type=float, default=150.0, help="of the emulated accelerator, 10^9 a second")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--mix", type=int, nargs="*", help="only mixes of documents, of these seeds")
+    parser.add_argument("--host", action="store_true", help="only what 1,000 documents cost on the host")
     args = parser.parse_args(arguments)
-    measured: dict[str, list[float]] = {}
-    for _ in range(args.iterations + 1):  # The first makes plans and calls, and is not counted.
-        chosen = {name: batch for name, batch in cases(args.tokens, args.ranks).items() if args.only in name}
-        for name, batch in chosen.items():
-            measured.setdefault(name, []).append(seconds(batch, args.ranks, args.gflops * 1e9))
+    if args.host or args.mix:
+        for line in host_costs() if args.host else mixes_measured(args):
+            print(line, flush=True)
+        return
+    median = medians(cases(args.tokens, args.ranks), args)
     print(f"{args.ranks} ranks, {args.tokens} tokens, {HEADS} heads of {HEAD_SIZE}, {args.gflops:g} GFLOP/s")
     print("| | ms | times as fast as |\n|---|---|---|")
-    median = {name: statistics.median(each[1:]) for name, each in measured.items()}
     compared: dict[str, Callable[[str], bool]] = {
         "causal, zigzag": lambda name: name.startswith("window"),
         "documents, zigzag over the stream": lambda name: name.startswith("documents, "),

@@ -186,6 +186,18 @@ MISTAKES = {
         "_ScatterHeads.apply(self._exchange(order, heads), bias.flip(2))",
         "attention/test_terms.py",
     ),
+    "ALiBi in columns without its rows": Mistake(
+        "kernels/alibi.py", "lse - _of_rows(terms), state", "lse, state", "kernels/test_alibi_in_columns.py"
+    ),
+    "the largest score is another document's": Mistake(
+        "kernels/reference.py",
+        "    if terms.segments is not None:\n        queries_end",
+        "    if False:\n        queries_end",
+        "attention/test_largest.py",
+    ),
+    "a triangle is left out beside a bias": Mistake(
+        "kernels/cuda.py", "if terms.window == TRIANGLE else seen\n", "if False else seen\n", "kernels/test_terms.py"
+    ),
     "ALiBi without the distance": Mistake(
         "kernels/bias.py",
         "(queries[:, None, :, None] - keys[:, None, None, :]).abs()",

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 Found = TypeVar("Found")
 
@@ -53,12 +53,14 @@ class Recomputation:
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return checkpoint(function, *args, **kwargs)
-            # A policy counts the operations that it sees, and attention's are there in one of the two runs alone.
-            record = _Record(self._current, hidden="context_fn" in kwargs)
+            record = _Record(self._current)
+            before = _modes()
             self._records.add(record)
 
             @functools.wraps(function)
             def run(*of_function: Any, **named: Any) -> Any:
+                # A policy counts the operations that it sees, and attention's are there in one of the two runs alone.
+                record.is_hidden = len(_modes()) > len(before)
                 with self._within(record):
                     return function(*of_function, **named)
 
@@ -129,17 +131,21 @@ class _Kept(NamedTuple):
 
 
 class _Record:
-    """What one call of a checkpoint has found. outer: of the checkpoint around it. hidden: from dispatch modes."""
+    """What one call of a checkpoint has found. outer: of the checkpoint around it.
 
-    def __init__(self, outer: "_Record | None", *, hidden: bool) -> None:
-        self._outer, self._hidden = outer, hidden
+    is_hidden: whether the checkpoint's dispatch modes see nothing of how it is found.
+    """
+
+    def __init__(self, outer: "_Record | None") -> None:
+        self._outer = outer
+        self.is_hidden = False
         self._found: deque[tuple[object, Any]] = deque()
         self.is_repeated = False
 
     def once(self, case: object, find: Callable[[], Found]) -> Found:
         """See Recomputation.once."""
         if not self.is_repeated:
-            with _disable_modes() if self._hidden else nullcontext():
+            with _disable_modes() if self.is_hidden else nullcontext():
                 found = find() if self._outer is None else self._outer.once(case, find)
             self._found.append((case, _mapped(found, Tensor, lambda x: _Kept(x.detach(), x._version))))
             return found
@@ -160,6 +166,10 @@ class _Record:
         for _, found in self._found:
             _mapped(found, _Kept, lambda kept: aliases.append(kept.alias))
         yield from aliases
+
+
+def _modes() -> list[object]:
+    return cast("list[object]", _get_current_dispatch_mode_stack())
 
 
 def _disable_modes() -> AbstractContextManager[object]:

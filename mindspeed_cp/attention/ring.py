@@ -140,7 +140,7 @@ class RingAttention:
         latent: what travels in place of k and v, which then only say what they would be like.
         """
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
-        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype))
+        case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         expand, weights = None, tuple[Tensor, ...]()
         if latent is not None:
             expand, weights, (k, v) = latent.expand, latent.weights, latent.travelling

@@ -87,11 +87,15 @@ class Terms(AttentionTerms):
             dropout=self.dropout and replace(self.dropout, first_head=self.dropout.first_head + (heads.start or 0)),
         )
 
-    def needs(self, dtype: torch.dtype) -> frozenset[Term]:
-        """What kernels have to do for queries of `dtype`; with gradients, where they are wanted now."""
+    def needs(self, dtype: torch.dtype, *, looks_ahead: bool) -> frozenset[Term]:
+        """What kernels have to do for queries of `dtype`; with gradients, where they are wanted now.
+
+        looks_ahead: whether queries may see later keys.
+        """
         needs = {
             Term.SOFTCAP: self.softcap is not None,
             Term.ALIBI: self.alibi_slopes is not None,
+            Term.ALIBI_AHEAD: self.alibi_slopes is not None and looks_ahead,
             Term.SLOPE_GRADIENT: is_learnt(self.alibi_slopes),
             Term.BIAS: self.bias is not None,
             Term.WIDE_BIAS: self.bias is not None and torch.promote_types(dtype, self.bias.dtype) != dtype,

@@ -337,15 +337,11 @@ def gather_heads(
     if not is_even:
         parts = [_added(x, dealt.given[rank]) for x, dealt in zip(parts, heads, strict=True)]
     sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, h, D]
-    if order.is_sorted and len(parts) == 1 and sequences[0].is_contiguous():
-        send = sequences[0].flatten(2)
-    else:
-        send = parts[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
-        for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
-            order.unsort_into(place, sequence)
+    send = _by_member(sequences, order)
     if is_even:
         with in_profiles(_BACK):
             received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
+        del send  # While the heads are joined a pass holds the most.
         shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
         return tuple(x.permute(1, 2, 0, 3) for x in shards)
     batch = send.size(1)
@@ -359,6 +355,16 @@ def gather_heads(
         for each, piece in zip(sums, pieces, strict=True):
             each.add(member, piece)
     return tuple(each.result() for each in sums)
+
+
+def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
+    """The tokens [S, B, h, D] in order as their members have them, [S, B, W]; as they lie, if they may be sent so."""
+    if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
+        return sequences[0].flatten(2)
+    send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
+    for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
+        order.unsort_into(place, sequence)
+    return send
 
 
 def _of_member(shards: Sequence[Tensor], heads: Sequence[Dealt], member: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ from mindspeed_cp.inference.costs import (
     choose_pass,
     decode_sent,
     fit_coefficients,
+    measure_rates,
     pass_kv_bytes,
     pass_q_bytes,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "decode_sent",
     "fit_coefficients",
     "local_length",
+    "measure_rates",
     "merge_state",
     "merge_states",
     "owner",

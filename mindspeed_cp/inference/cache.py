@@ -148,8 +148,8 @@ class ShardedKVCache:
         """Give pages back that no query from `new` on sees."""
         if self.windows[layer] is not None:
             seen = self.keys(layer, new)
-            if seen.num_tokens(self.rank):
-                self._layers[layer].release(seen.base(self.rank, 0))
+            # A sample that has nothing here at present may get what it has in these slots later.
+            self._layers[layer].release(min(seen.slots(self.rank, sample).start for sample in range(self.batch)))
 
     def _check(self, layer: int, k: Tensor, v: Tensor, new: Sequence[Span], whole: bool) -> None:
         shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"

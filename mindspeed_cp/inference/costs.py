@@ -1,18 +1,19 @@
 """What each method sends, and which of pass-KV and pass-Q is cheaper for a cached prefix.
 
 Note [Choice]
-    Of T new and P cached tokens on N ranks, with N_H query and N_KV key/value heads, numbers of e bytes, C operations a
-    second and B bytes a second *achieved* by kernel and link:
+    Of T new and P cached tokens on N ranks, with N_H query and N_KV key/value heads, numbers of e bytes, states of f,
+    C operations a second and B bytes a second *achieved* by kernel and link:
 
-        queries are the smaller message where                 T / (T + P) <= 2 N_KV / N_H
-        K/V hide behind the kernel where                      T >= N C N_KV e / (2 N_H B)
-        algorithm 1     pass-KV if either does not speak for queries
-        algorithm 5     with the all-to-all of pass-Q:        2 N_KV / N_H - 4 T B / (N C e) > T / (T + P)  is pass-Q
+        queries are the smaller message where    T / (T + P) <= 2 N_KV / N_H
+        K/V hide behind the kernel where         T >= N C N_KV e / (2 N_H B)
+        algorithm 1   pass-Q where queries are the smaller message and K/V do not hide
+        algorithm 5   pass-Q where               f/e T / (T + P) < 2 N_KV / N_H - 4 T B / (N C e)
 
-    Of algorithm 5 the first clause (K/V hide) follows from the second: it is one inequality. With peak rates both are
-    wrong where it matters: the published table is reproduced with 540 Tflop/s and 20 GB/s, not with 800 and 50. The
-    published coefficients of the fitted rule (appendix D) give pass-Q on every row of that table, the full prefill too;
-    none are built in: `fit_coefficients` finds them from one's own samples.
+    Algorithm 5 counts the all-to-all of pass-Q, which nothing hides; the paper has f = e, and here a state is fp32. Its
+    first clause (K/V hide) follows from the second: it is one inequality. With peak rates both are wrong where it
+    matters: the published table is reproduced with 540 Tflop/s and 20 GB/s, not with 800 and 50. The published
+    coefficients of the fitted rule (appendix D) give pass-Q on every row of that table, the full prefill too; none are
+    built in: `fit_coefficients` finds them from one's own samples.
 
     Every rank has to come to the same: T and P are of all ranks, and rates those that `agreed_rates` gives.
 
@@ -20,14 +21,17 @@ Source: arXiv:2411.01783, algorithms 1 and 5, appendices C and D.
 """
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype, all_reduce_numbers
-from mindspeed_cp.kernels import BlockCase
+from mindspeed_cp.inference.local import attention_state
+from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry
 from mindspeed_cp.plan import AttentionPlan, Layout
 from mindspeed_cp.program import Phase, Transport, TransposedPlan, cheapest_transport, num_tokens, program
 from mindspeed_cp.schedule import RingSchedule
@@ -51,7 +55,11 @@ class Coefficients(NamedTuple):
 
 
 class PrefixCase(NamedTuple):
-    """What a choice depends on. new, cached: tokens of the whole batch on all ranks. itemsize: bytes of a number."""
+    """What a choice depends on.
+
+    new, cached: tokens of the whole batch on all ranks. itemsize, state_itemsize: bytes of a number of q, k and v, and
+    of a state.
+    """
 
     new: int
     cached: int
@@ -59,13 +67,14 @@ class PrefixCase(NamedTuple):
     num_heads: int
     num_kv_heads: int
     itemsize: int = 2
+    state_itemsize: int = 4
 
     @classmethod
     def of(cls, plan: AttentionPlan, case: BlockCase) -> "PrefixCase":
         """That of a plan, and of one rank's tensors: the same on all ranks."""
         new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
-        heads = case.num_heads, case.num_kv_heads
-        return cls(new, max(keys - new, 0), plan.queries.num_ranks, *heads, case.dtype.itemsize)
+        heads, sizes = (case.num_heads, case.num_kv_heads), (case.dtype, accumulation_dtype(case.dtype))
+        return cls(new, max(keys - new, 0), plan.queries.num_ranks, *heads, *(each.itemsize for each in sizes))
 
     @property
     def missing(self) -> float:
@@ -95,30 +104,27 @@ def choose_pass(
 ) -> Pass:
     """The cheaper way for a case; Note [Choice].
 
-    rates: achieved; without them the smaller message decides. include_all_to_all: algorithm 5, else 1. coefficients:
-    of `fit_coefficients`, which then decide alone.
+    rates: achieved; without them the fewer bytes decide. include_all_to_all: of the states of pass-Q, so that it is
+    algorithm 5, else 1. coefficients: of `fit_coefficients`, which then decide alone.
 
     Raises ValueError for rates that are not above 0.
     """
     if not case.new:
         return "pass_kv"
     if coefficients is not None:
-        h = (
-            coefficients.new * math.log(case.new)
-            + coefficients.missing * math.log(case.missing)
-            + coefficients.constant
-        )
+        new, missing = math.log(case.new), math.log(case.missing)
+        h = coefficients.new * new + coefficients.missing * missing + coefficients.constant
         return "pass_kv" if h > 0.0 else "pass_q"
+    states = case.missing * case.state_itemsize / case.itemsize if include_all_to_all else 0.0
     if rates is None:
-        return "pass_kv" if case.missing >= case.share else "pass_q"
+        return "pass_q" if case.missing + states < case.share else "pass_kv"
     if not min(rates) > 0.0:
         raise ValueError(f"{rates}: give what kernel and link achieve, above 0, or no rates to compare bytes alone.")
-    flops, bandwidth = rates
+    # What the kernel hides of K/V, in units of the queries of all tokens.
+    hidden = 4 * case.new * rates.bytes_per_s / (case.num_ranks * rates.flops_per_s * case.itemsize)
     if include_all_to_all:
-        exposed = 4 * case.new * bandwidth / (case.num_ranks * flops * case.itemsize)
-        return "pass_kv" if case.missing >= case.share - exposed else "pass_q"
-    hidden = case.new >= case.num_ranks * flops * case.share * case.itemsize / (4 * bandwidth)
-    return "pass_kv" if hidden or case.missing >= case.share else "pass_q"
+        return "pass_q" if states < case.share - hidden else "pass_kv"
+    return "pass_q" if hidden < case.share and case.missing < case.share else "pass_kv"
 
 
 def fit_coefficients(samples: Sequence[Sample]) -> Coefficients:
@@ -141,6 +147,50 @@ def agreed_rates(rates: Rates, communicator: Communicator | None) -> Rates:
         return rates
     rows = communicator.all_gather(torch.tensor(rates, dtype=torch.float64))
     return Rates(*rows.amin(dim=0).tolist())
+
+
+def measure_rates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    communicator: Communicator | None,
+    *,
+    kernels: KernelRegistry = KERNELS,
+    num_bytes: int = 2**24,
+    repeats: int = 3,
+) -> Rates:
+    """What kernel and link achieve here, the same numbers on all ranks; every rank calls it.
+
+    q [B, N, S, D], k [B, G, T, D], v [B, G, T, V]: of a size and dtype that a rank works on at once. num_bytes: of the
+    message that goes to the next rank and comes from the one before; a rank that is alone has an infinite rate.
+    """
+    batch, heads, num_queries, size = q.shape
+    flops = 2 * batch * heads * num_queries * k.size(2) * (size + v.size(3))
+
+    def compute() -> None:
+        attention_state(q, k, v, kernels=kernels).lse.sum().item()  # Waits for an accelerator.
+
+    kernel = flops / _fastest(compute, repeats)
+    if communicator is None or communicator.size == 1:
+        return Rates(kernel, math.inf)
+    after, before = ((communicator.rank + step) % communicator.size for step in (1, -1))
+    sent, received = (torch.ones(num_bytes, dtype=torch.uint8, device=q.device) for _ in range(2))
+
+    def send() -> None:
+        communicator.exchange(sent, after, received, before).wait()
+        received[-1].item()
+
+    return agreed_rates(Rates(kernel, num_bytes / _fastest(send, repeats)), communicator)
+
+
+def _fastest(run: Callable[[], None], repeats: int) -> float:
+    """Seconds, after a first time that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 class PrefillBytes(NamedTuple):

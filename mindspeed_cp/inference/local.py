@@ -36,9 +36,13 @@ class Asked:
             raise ValueError(f"scale={scale}: give a finite number above 0, and fold a sign into q.")
         return cls(Terms.of(terms, scale), kernels)
 
-    def case(self, q: Tensor, k: Tensor, v: Tensor) -> BlockCase:
-        """The case of whole tensors. Raises ValueError where they do not fit together."""
-        return BlockCase.of(q, k, v, TileTerms(self.terms.scale))._replace(terms=self.terms.needs(q.dtype))
+    def case(self, q: Tensor, k: Tensor, v: Tensor, *, looks_ahead: bool) -> BlockCase:
+        """The case of whole tensors. Raises ValueError where they do not fit together.
+
+        looks_ahead: see AttentionPlan.
+        """
+        case = BlockCase.of(q, k, v, TileTerms(self.terms.scale))
+        return case._replace(terms=self.terms.needs(q.dtype, looks_ahead=looks_ahead))
 
     def calls(self, tiles: Sequence[Tile], case: BlockCase) -> tuple[Call, ...]:
         """The calls of kernels for tiles."""
@@ -94,8 +98,9 @@ def attention_state(
     gradients. Raises ValueError where the tensors do not fit together, or the plan.
     """
     asked = Asked.of(q, scale, terms, kernels)
-    case = asked.case(q, k, v)
-    plan = everything(q.size(2), k.size(2)) if plan is None else plan
+    case = asked.case(q, k, v, looks_ahead=plan is None or plan.looks_ahead)
+    if plan is None:
+        plan, key_rank = everything(q.size(2), k.size(2)), 0
     check_tokens("q", q, plan.queries.num_tokens(0))
     check_tokens("k", k, plan.keys.num_tokens(key_rank))
     with torch.no_grad(), autocast_off(q.device.type):

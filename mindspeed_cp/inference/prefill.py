@@ -64,6 +64,7 @@ def ring_pass_kv_attention(
     terms: AttentionTerms | None = None,
     kernels: KernelRegistry = KERNELS,
     transport: Transport | None = None,
+    pieces: int = 1,
     overlap: bool = True,
     agreement: Agreement | None = None,
 ) -> State:
@@ -74,13 +75,16 @@ def ring_pass_kv_attention(
     plan: who holds what and sees whom, the same on all ranks. communicator: of these; None for a rank that is alone.
     scale: 1 / sqrt(D) by default. terms: sinks, softcap, ALiBi, bias. kernels: what to choose from for each tile.
     transport: how what travels does; the cheapest for the plan by default. overlap: whether it does while a step is
-        computed; the bits are the same.
+        computed; the bits are the same. pieces: of the K/V heads that a rotation works on one after another, see Note
+        [Pieces] in program/rotation.py; they divide the K/V heads.
     agreement: where given, ranks that come with different plans, shapes or settings all raise, before anything is sent.
 
     Returns out [B, N, S, V] in the dtype of q, 0 where a query sees no key, and lse [B, N, S] in fp32 (fp64 for fp64).
     No gradients. Raises ValueError where tensors do not fit together, or the plan.
     """
-    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_kv")
+    call = _Call.of(
+        q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_kv", pieces
+    )
     return call.pass_kv()
 
 
@@ -120,6 +124,7 @@ def prefix_attention(
     terms: AttentionTerms | None = None,
     kernels: KernelRegistry = KERNELS,
     transport: Transport | None = None,
+    pieces: int = 1,
     overlap: bool = True,
     agreement: Agreement | None = None,
 ) -> State:
@@ -131,7 +136,9 @@ def prefix_attention(
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is none; give one of {', '.join(map(repr, get_args(Strategy)))}.")
-    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, rates)
+    call = _Call.of(
+        q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, pieces, rates
+    )
     chosen = call.chosen(rates) if strategy == "auto" else strategy
     return call.pass_q() if chosen == "pass_q" else call.pass_kv()
 
@@ -149,6 +156,7 @@ class _Call:
     case: BlockCase
     transport: Transport | None
     overlap: bool
+    pieces: int
 
     @classmethod
     def of(
@@ -165,6 +173,7 @@ class _Call:
         overlap: bool,
         agreement: Agreement | None,
         strategy: Strategy,
+        pieces: int = 1,
         rates: Rates | None = None,
     ) -> "_Call":
         """Checked, and agreed on."""
@@ -172,17 +181,18 @@ class _Call:
         words, refusal, made = "", None, None
         try:
             asked = Asked.of(q, scale, terms, kernels)
-            case = asked.case(q, k, v)
+            case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
             _check(q, k, plan, rank, size)
             check_terms(terms, q, k, plan, size)
             if strategy == "pass_q" and terms is not None and terms.bias is not None:
                 raise ValueError(
                     "pass_q takes no bias: its rows stay with their queries' rank; use strategy='pass_kv'."
                 )
-            made = cls(q, k, v, plan, communicator, asked, case, transport, overlap)
+            made = cls(q, k, v, plan, communicator, asked, case, transport, overlap, pieces)
+            made.ring.check_heads(k.size(1))
             heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
             words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
-            words += f", {strategy}, {rates}, {transport}"
+            words += f", {strategy}, {rates}, {transport}, {pieces} pieces"
         except (ValueError, TypeError, AttributeError) as error:
             refusal = str(error)
             if agreement is None:
@@ -213,13 +223,18 @@ class _Call:
             return "pass_kv"
         return choose_pass(PrefixCase.of(self.plan, self.case), rates)
 
-    def pass_kv(self) -> State:
-        """The ring of training."""
-        ring = RingAttention(
-            self.schedule, self.communicators, self.overlap, self.asked.kernels, transport=self.transport
+    @property
+    def ring(self) -> RingAttention:
+        """The one of training."""
+        kernels, transport = self.asked.kernels, self.transport
+        return RingAttention(
+            self.schedule, self.communicators, self.overlap, kernels, pieces=self.pieces, transport=transport
         )
+
+    def pass_kv(self) -> State:
+        """K/V around; no gradients."""
         with torch.no_grad():
-            return State(*ring.with_lse(self.q, self.k, self.v, self.plan, self.asked.terms))
+            return State(*self.ring.with_lse(self.q, self.k, self.v, self.plan, self.asked.terms))
 
     def pass_q(self) -> State:
         """Queries around, states home."""

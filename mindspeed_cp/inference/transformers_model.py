@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,7 @@ def attend(
     Raises ValueError for what it is told and does not know.
     """
     if cached_attention is None:
-        raise ValueError(
-            f'attn_implementation="{NAME}" computes within a Session; load the model with "sdpa" elsewhere.'
-        )
+        raise ValueError(f"attention by {NAME!r} is that of a Session; elsewhere use set_attn_implementation('sdpa').")
     unknown = {name: said for name, said in others.items() if not (name in _BESIDE or said is None or said is False)}
     if attention_mask is not None:
         unknown["attention_mask"] = attention_mask
@@ -149,9 +147,17 @@ def layer_windows(config: "PreTrainedConfig") -> tuple[int | None, ...]:
     return tuple(window if _LAYER_TYPES[each] else None for each in types)
 
 
-def load(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> "tuple[TransformersModel, PreTrainedTokenizerBase]":
+class Loaded(NamedTuple):
+    """What a folder holds. ends: tokens that end a sequence. longest: positions of the model; None where it is open."""
+
+    model: TransformersModel
+    tokenizer: "PreTrainedTokenizerBase"
+    ends: frozenset[int]
+    longest: int | None
+    dtype: torch.dtype
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Loaded:
     """A model and its tokenizer from a folder. dtype: of the weights; what the folder says by default.
 
     Raises ValueError for a folder without config.json, safetensors or tokenizer, or whose code would have to be run.
@@ -159,15 +165,20 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_folder(folder)
+    only_what_is_there = {"trust_remote_code": False, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return adapt(model.to(device)), tokenizer
+        folder, dtype="auto" if dtype is None else dtype, use_safetensors=True, **only_what_is_there
+    ).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only_what_is_there)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {folder} holds no tokenizer that can be read; add its tokenizer.json.") from error
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # The grouped products of others take no fp64.
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Loaded(adapt(model), tokenizer, frozenset(ends), longest, model.dtype)
 
 
 def check_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from mindspeed_cp.kernels.alibi import AlibiInColumns
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
@@ -133,12 +134,12 @@ def _refusal(kernel: BlockKernel | MergeKernel, reasons: Iterable[str]) -> str:
 
 KERNELS = KernelRegistry(
     (
-        FlashAttnKernel(),
-        CudaFlashKernel(),
-        FlashAttn3Kernel(),
-        CudnnKernel(),
-        EfficientKernel(),
-        NpuKernel(),
+        AlibiInColumns(FlashAttnKernel()),
+        AlibiInColumns(CudaFlashKernel()),
+        AlibiInColumns(FlashAttn3Kernel()),
+        AlibiInColumns(CudnnKernel()),
+        AlibiInColumns(EfficientKernel()),
+        AlibiInColumns(NpuKernel()),
         CpuFlashKernel(),
         ReferenceKernel(),
     ),

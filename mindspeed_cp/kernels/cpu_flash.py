@@ -34,7 +34,8 @@ class CpuFlashKernel:
         # Seen with torch 2.6: it writes outside its buffers.
         if case.num_heads != case.num_kv_heads and Version("2.13") > _TORCH:
             reasons.append("takes no grouped queries before torch 2.13")
-        return reasons + cut_window_reasons(case) + term_reasons(case, Term.ALIBI, Term.BIAS, Term.WIDE_BIAS)
+        taken = Term.ALIBI, Term.ALIBI_AHEAD, Term.BIAS, Term.WIDE_BIAS
+        return reasons + cut_window_reasons(case) + term_reasons(case, *taken)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
         """See BlockKernel.forward."""

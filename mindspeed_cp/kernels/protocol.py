@@ -66,6 +66,7 @@ class Term(Enum):
 
     SOFTCAP = "softcap"
     ALIBI = "ALiBi"
+    ALIBI_AHEAD = "ALiBi of later keys"
     SLOPE_GRADIENT = "gradient of ALiBi's slopes"
     BIAS = "bias"
     WIDE_BIAS = "bias with more digits than q"

@@ -3,6 +3,9 @@
 Shapes: B batch, N query heads, G key/value heads, R = N / G, S queries, T keys, D key head size, V value head size.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,12 +18,16 @@ from mindspeed_cp.kernels.protocol import (
     BlockCase,
     BlockGradients,
     BlockOutput,
+    Positions,
     Term,
     TileTerms,
+    Window,
     one_at_a_time_reasons,
 )
 
 _MOST_BYTES = 2**34
+_HELD = 2**24
+"""Scores that are held to find the largest, in fp32."""
 
 
 class ReferenceKernel:
@@ -79,19 +86,45 @@ class ReferenceKernel:
 def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
     """The largest score of each head as the softmax takes them, [N]; -inf where nothing is seen.
 
-    The scores of one sample and K/V head are held at a time.
+    64 MiB of scores are held at a time: some queries of one sample and K/V head.
     """
     group = q.size(1) // k.size(1)
-    largest = [
-        [
-            _scores(q[one, heads], k[one, kv : kv + 1], terms.part(one, heads)).masked.amax(dim=(0, 1, 3, 4))
-            for kv in range(k.size(1))
-            for heads in (slice(kv * group, (kv + 1) * group),)
-        ]
-        for sample in range(q.size(0))
-        for one in (slice(sample, sample + 1),)
-    ]
-    return torch.stack([torch.cat(each) for each in largest]).amax(dim=0)
+    largest = q.new_full((q.size(1),), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, keys, after in _pieces(q, k, terms):
+        told = _of_tokens(terms, rows, keys, after)
+        for sample in range(q.size(0)):
+            for kv in range(k.size(1)):
+                one, heads = slice(sample, sample + 1), slice(kv * group, (kv + 1) * group)
+                scores = _scores(q[one, heads, rows], k[one, kv : kv + 1, keys], told.part(one, heads)).masked
+                torch.maximum(largest[heads], scores.amax(dim=(0, 1, 3, 4)), out=largest[heads])
+    return largest
+
+
+def _pieces(q: Tensor, k: Tensor, terms: TileTerms) -> Iterator[tuple[slice, slice, int]]:
+    """Queries and the keys of their tile, and how many queries of the tile come after them."""
+    queries_end, keys_end = [0, q.size(2)], [0, k.size(2)]
+    if terms.segments is not None:
+        queries_end, keys_end = terms.segments.queries.tolist(), terms.segments.keys.tolist()
+    for (start, stop), keys in zip(pairwise(queries_end), pairwise(keys_end), strict=True):
+        step = max(1, _HELD // (q.size(1) // k.size(1) * max(1, keys[1] - keys[0])))
+        for row in range(start, stop, step):
+            end = min(row + step, stop)
+            yield slice(row, end), slice(*keys), stop - end
+
+
+def _of_tokens(terms: TileTerms, rows: slice, keys: slice, after: int) -> TileTerms:
+    """Those of some of a tile's queries, with so many after them, and of all its keys."""
+    left, right = terms.window
+    positions = terms.positions
+    return replace(
+        terms,
+        window=Window(None if left is None else left + after, None if right is None else right - after),
+        visible=None if terms.visible is None else terms.visible[..., rows, keys],
+        bias=None if terms.bias is None else terms.bias[..., rows, keys],
+        positions=positions
+        and Positions(positions.queries[:, rows], positions.keys[:, keys], positions.samples[:, rows]),
+        segments=None,
+    )
 
 
 class _Scores(NamedTuple):

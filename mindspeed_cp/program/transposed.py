@@ -75,5 +75,4 @@ class TransposedPlan:
 
 def transposed(tile: Tile) -> Tile:
     """The tile with queries and keys in each other's place; its own inverse."""
-    distance = None if tile.distance is None else -tile.distance
-    return tile._replace(queries=tile.keys, keys=tile.queries, left=tile.right, right=tile.left, distance=distance)
+    return tile._replace(queries=tile.keys, keys=tile.queries, left=tile.right, right=tile.left)

@@ -68,11 +68,16 @@ def imports_of(path: Path, module: str) -> Iterator[Import]:
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             names = ["torch.distributed"]
         yield from (Import(path.name, module, name, node.lineno, inside_function) for name in names)
-        inside_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        inside_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _for_types_alone(node)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside_function)
 
     yield from visit(ast.parse(path.read_text()), False)
+
+
+def _for_types_alone(node: ast.AST) -> bool:
+    """Whether it is `if TYPE_CHECKING:`, which no program runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def violation(found: Import) -> str | None:

@@ -59,7 +59,14 @@ def drawing() -> object:
 def parse_time_check() -> object:
     config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
     model = dict(num_attention_heads=2, hidden_size=16, seq_length=16, kv_channels=None, multi_latent_attention=False)
-    args = Namespace(**model, group_query_attention=False, tensor_model_parallel_size=1, bf16=False, fp16=False)
+    args = Namespace(
+        **model,
+        group_query_attention=False,
+        tensor_model_parallel_size=1,
+        bf16=False,
+        fp16=False,
+        attention_dropout=0.0,
+    )
     return [call.case for call in arguments._calls(args, config)]
 
 

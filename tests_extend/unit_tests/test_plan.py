@@ -85,15 +85,6 @@ def seen_by_definition(plan: AttentionPlan, query_rank: int, key_rank: int) -> I
                         yield mine.sample, query, key
 
 
-def positions_of(layout: Listed, rank: int) -> dict[tuple[int | None, int], int]:
-    """Position of each token."""
-    return {
-        (run.sample, token): run.position + token - run.start
-        for run in layout.runs(rank)
-        for token in range(run.start, run.stop)
-    }
-
-
 def random_plans(count: int) -> Iterator[AttentionPlan]:
     rng = random.Random(1)
     for _ in range(count):
@@ -109,42 +100,25 @@ def pairs_of_ranks(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
     return ((mine, theirs) for mine in range(plan.queries.num_ranks) for theirs in range(plan.keys.num_ranks))
 
 
-@pytest.mark.parametrize("at_gaps", [False, True])
-def test_tiles_hold_every_pair_that_sees_each_other_once_and_no_other(at_gaps):
+def test_tiles_hold_every_pair_that_sees_each_other_once_and_no_other():
     for plan in random_plans(300):
         for pair in pairs_of_ranks(plan):
-            tiles = plan.tiles(*pair, at_gaps=at_gaps)
+            tiles = plan.tiles(*pair)
             seen = Counter(seen_by_tiles(tiles))
             assert seen == Counter(seen_by_definition(plan, *pair)), (plan, pair)
             assert sum(tile.area for tile in tiles) == seen.total()
 
 
-@pytest.mark.parametrize("at_gaps", [False, True])
-def test_tiles_have_no_dead_row_and_no_dead_key_and_no_bound_below_zero_or_without_effect(at_gaps):
+def test_tiles_have_no_dead_row_and_no_dead_key_and_no_bound_below_zero_or_without_effect():
     for plan in random_plans(300):
         for pair in pairs_of_ranks(plan):
-            for tile in plan.tiles(*pair, at_gaps=at_gaps):
+            for tile in plan.tiles(*pair):
                 seen = list(seen_by_tiles((tile,)))
                 assert {query for _, query, _ in seen} == set(range(tile.queries.start, tile.queries.stop))
                 assert {key for _, _, key in seen} == set(range(tile.keys.start, tile.keys.stop))
                 assert all(bound is None or bound >= 0 for bound in (tile.left, tile.right))
                 for without in (tile._replace(left=None), tile._replace(right=None)):
                     assert without == tile or len(list(seen_by_tiles((without,)))) > len(seen)
-
-
-def test_distance_is_that_of_positions_and_tiles_that_end_at_gaps_all_have_one():
-    for plan in random_plans(200):
-        for mine, theirs in pairs_of_ranks(plan):
-            queries, keys = positions_of(plan.queries, mine), positions_of(plan.keys, theirs)
-            merged, split = (plan.tiles(mine, theirs, at_gaps=at_gaps) for at_gaps in (False, True))
-            assert all(tile.distance is not None for tile in split)
-            for tile in merged + split:
-                of = tile.sample
-                distances = {
-                    queries[of, query] - keys[of, key] - (query - tile.queries.start) + (key - tile.keys.start)
-                    for _, query, key in seen_by_tiles((tile,))
-                }
-                assert tile.distance is None or distances == {tile.distance}
 
 
 def test_there_are_never_more_tiles_than_runs_and_documents():

@@ -195,7 +195,7 @@ def test_the_own_block_of_a_causal_zigzag_is_the_late_rectangle_and_two_triangle
     zigzag = EqualChunks(4, 8)
     steps = program(AttentionPlan(zigzag, zigzag), RingSchedule(1, 4), 1, Phase.BACKWARD).steps
     early, late = slice(0, 4), slice(4, 8)
-    assert steps[0].tiles == (Tile(late, early, None, None, None, 16),)
+    assert steps[0].tiles == (Tile(late, early, None, None, 16),)
     assert [(tile.queries, tile.keys, tile.right) for tile in steps[-1].tiles] == [(early, early, 0), (late, late, 0)]
 
 

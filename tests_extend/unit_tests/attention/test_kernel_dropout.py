@@ -1,11 +1,12 @@
 """Dropout by a kernel's own coordinates: only where it is asked for, and the same in both passes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from mindspeed_cp.attention import AttentionTerms, Dropout
+from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.kernels import BlockOutput, KernelRegistry, TileTerms
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
@@ -21,6 +22,14 @@ FLASH = KernelRegistry((OnEmulator(FlashAttnKernel(), emulated_cuda, "cuda", HOP
 DROPOUT = Dropout(rate=0.5, seed=1, by_kernel=True)
 
 
+def dropped(tensors: list[torch.Tensor], keep: torch.Tensor, dtype: torch.dtype) -> Result:
+    """Causal attention of two query heads to a K/V head, its probabilities multiplied with `keep`, in plain torch."""
+    q, k, v, dout = (x.to(dtype).requires_grad_() for x in tensors)
+    scores = (q @ k.repeat_interleave(2, dim=1).mT * 0.5).masked_fill(~causal_mask(q.size(2)), -torch.inf)
+    out = (scores.softmax(dim=-1) * keep.to(dtype)) @ v.repeat_interleave(2, dim=1)
+    return Result(out.detach(), scores.logsumexp(dim=-1).detach(), *torch.autograd.grad(out, (q, k, v), dout))
+
+
 def test_flash_attn_drops_in_its_backward_pass_what_it_has_dropped():
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(2, n, 24, 16, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
@@ -31,35 +40,44 @@ def test_flash_attn_drops_in_its_backward_pass_what_it_has_dropped():
         out = output.out.to(q.dtype)
         grads = FlashAttnKernel().backward(dout, q, k, v, BlockOutput(out, *output[1:]), terms)
     keep = kept_by(*output.state, 0.5, tensors[0], 24)
+    plain, exact = (dropped(tensors, keep, dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert_as_accurate_as(plain, exact, Result(out, output.lse, *grads))
 
-    def plain(dtype: torch.dtype) -> Result:
-        q, k, v, dout = (x.to(dtype).requires_grad_() for x in tensors)
-        scores = (q @ k.repeat_interleave(2, dim=1).mT * 0.5).masked_fill(~causal_mask(24), -torch.inf)
-        out = (scores.softmax(dim=-1) * keep.to(dtype)) @ v.repeat_interleave(2, dim=1)
-        return Result(out.detach(), scores.logsumexp(dim=-1).detach(), *torch.autograd.grad(out, (q, k, v), dout))
 
-    assert_as_accurate_as(plain(torch.bfloat16), plain(torch.float64), Result(out, output.lse, *grads))
+@dataclass(frozen=True)
+class Recording(OnEmulator):
+    """Notes what the forward pass has multiplied each probability of the stream with, [B, N, S, S]."""
+
+    kept: torch.Tensor | None = None
+
+    def forward(self, q, k, v, terms):
+        output = super().forward(q, k, v, terms)
+        keep = kept_by(*output.state, terms.dropout.rate, q, k.size(2))
+        queries, keys, _ = terms.positions
+        self.kept[:, terms.dropout.heads[:, None, None], queries[0][:, None], keys[0]] = keep
+        return output
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_both_passes_drop_the_same_on_every_algorithm(algorithm):
-    """The output is linear in the values, whatever is dropped: their product with their gradient is that of output."""
-    case = replace(case_on(ALGORITHMS[algorithm]), heads=4, tokens=24)
+    case, batch = case_on(ALGORITHMS[algorithm]), PackedBatch.from_cu_seqlens([0, 96], 4)
+    generator = torch.Generator().manual_seed(1)
+    whole = [torch.randn(1, n, 96, 16, generator=generator).bfloat16() for n in (16, 8, 8, 16)]
+    kept = torch.zeros(1, 16, 96, 96)
+    kernels = KernelRegistry((Recording(FlashAttnKernel(), emulated_cuda, "cuda", HOPPER, kept),))
     world = VirtualWorld(case.size, 30.0)
 
     def on_rank(rank):
-        generator = torch.Generator().manual_seed(rank)
-        q, k, v, dout = (torch.randn(1, 16, 24, 16, generator=generator).bfloat16() for _ in range(4))
-        v.requires_grad_()
-        attention = agreeing_attention(case, world, rank, FLASH)
-        out = attention(q, k, v, terms=AttentionTerms(dropout=DROPOUT))
-        (dv,) = torch.autograd.grad(out, v, dout)
-        of_out, of_dv = dout.float() * out.float(), dv.float() * v.float()
-        return torch.stack([of_out.sum(), of_dv.sum(), of_out.square().sum()]).detach()
+        q, k, v, dout = (batch.shard(x, rank, dim=2) for x in whole)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        attention = agreeing_attention(case, world, rank, kernels)
+        out, lse = attention.with_lse(*leaves, scale=0.5, plan=batch.plan, terms=AttentionTerms(dropout=DROPOUT))
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     with emulated_cuda():
-        of_out, of_dv, squares = torch.stack(world.run(on_rank)).sum(dim=0)
-    assert (of_out - of_dv).abs() < 0.02 * squares.sqrt()
+        shards = world.run(on_rank)
+    found = Result(*(batch.restore(each, dim=2) for each in zip(*shards, strict=True)))
+    assert_as_accurate_as(*(dropped(whole, kept, dtype) for dtype in (torch.bfloat16, torch.float64)), found)
 
 
 def test_without_it_the_kernel_is_refused_with_the_way_out():

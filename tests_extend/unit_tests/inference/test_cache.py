@@ -133,6 +133,15 @@ def test_window_keeps_what_it_sees_in_memory_that_does_not_grow():
     assert sizes[-1] * 5 < cache._layers[1].nbytes
 
 
+def test_sample_that_waits_finds_its_page_when_it_goes_on():
+    """Its window has nothing on this rank while the other sample's has moved on by pages."""
+    cache = ShardedKVCache(2, [2], rank=0, size=4, interleave=1, page=2)
+    appended(cache, 0, [Span(0, 4), Span(0, 40)])
+    appended(cache, 0, [Span(4, 4), Span(40, 48)])
+    appended(cache, 0, [Span(4, 9), Span(48, 49)])
+    assert seen(cache, 0, [Span(4, 9), Span(48, 49)]) == [[4, 8], [48]]
+
+
 def test_batch_grows_on_all_ranks_at_once():
     layout = Interleaved(4, tuple([Span(64, 65)] * 4), 64, firsts=(0, 1, 2, 3))
     assert [sum(len(range(*layout.slots(rank, each))) for each in range(4)) for rank in range(4)] == [1, 1, 1, 1]

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from mindspeed_cp.comm import VirtualCommunicator, VirtualWorld
-from mindspeed_cp.inference import Coefficients, PrefixCase, Rates, Sample, agreed_rates, choose_pass, fit_coefficients
+from mindspeed_cp.inference import (
+    Coefficients,
+    PrefixCase,
+    Rates,
+    Sample,
+    agreed_rates,
+    choose_pass,
+    fit_coefficients,
+    measure_rates,
+)
 
 # Llama 3 405B on 4 ranks, 128,000 tokens in all: new ones, milliseconds of pass-KV and of pass-Q.
 MEASURED = [
@@ -26,8 +35,9 @@ MEASURED = [
 ACHIEVED = Rates(540e12, 20e9)
 
 
-def case(new, total=128_000):
-    return PrefixCase(new, total - new, num_ranks=4, num_heads=128, num_kv_heads=8, itemsize=2)
+def case(new, state_itemsize=2):
+    """The paper's; it sends states in two bytes a number."""
+    return PrefixCase(new, 128_000 - new, 4, 128, 8, itemsize=2, state_itemsize=state_itemsize)
 
 
 SAMPLES = [Sample(case(new), kv / 1e3, q / 1e3) for new, kv, q in MEASURED]
@@ -71,8 +81,16 @@ def test_a_link_that_hides_keys_is_already_in_the_inequality_of_algorithm_5():
             assert choose_pass(one, rates) == "pass_kv"
 
 
-def test_without_rates_the_smaller_message_travels():
-    assert [choose_pass(case(new)) for new in (15_999, 16_000)] == ["pass_q", "pass_kv"]
+def test_states_in_fp32_cost_pass_q_twice_as_much():
+    chosen = [choose_pass(case(4000, state_itemsize), ACHIEVED) for state_itemsize in (2, 4)]
+    assert chosen == ["pass_q", "pass_kv"]
+
+
+def test_without_rates_the_fewer_bytes_travel():
+    # 1/8 of the tokens' queries are as many numbers as all K/V; their states in fp32 are twice as many bytes more.
+    chosen = [choose_pass(case(new), include_all_to_all=False) for new in (15_999, 16_000)]
+    assert chosen == ["pass_q", "pass_kv"]
+    assert [choose_pass(case(new, 4)) for new in (5333, 5334)] == ["pass_q", "pass_kv"]
     assert choose_pass(PrefixCase(0, 10, 4, 8, 8)) == "pass_kv"
 
 
@@ -82,6 +100,15 @@ def test_rates_that_all_agree_on_are_the_lowest_of_each_kind():
     found = world.run(lambda rank: agreed_rates(measured[rank], VirtualCommunicator(world, range(3), rank, "rates")))
     assert found == [Rates(2.0, 4.0)] * 3
     assert agreed_rates(measured[0], None) == measured[0]
+
+
+def test_measured_rates_are_the_same_on_all_ranks():
+    x, world = torch.ones(1, 2, 8, 4), VirtualWorld(2, 5.0)
+    found = world.run(
+        lambda rank: measure_rates(x, x, x, VirtualCommunicator(world, range(2), rank, "rates"), num_bytes=64)
+    )
+    assert found[0] == found[1] and min(found[0]) > 0.0
+    assert measure_rates(x, x, x, None).bytes_per_s == torch.inf
 
 
 def test_rates_and_samples_of_nothing_are_refused():

@@ -19,6 +19,7 @@ from mindspeed_cp.inference import (
     take,
 )
 from mindspeed_cp.inference.decode import WAYS
+from unit_tests.dense import dense_attention
 from unit_tests.pairwise import pairwise
 
 WAYS_OF_ALL = [
@@ -115,6 +116,25 @@ def test_decode_equals_dense_attention(row):
     lengths = [31 - 5 * (sample % 3) * row["ragged"] for sample in range(batch)]
     found, given, shares = decode(size, way, lengths, row["queries"], heads, heads // row["share"])
     assert_equal(found, dense(*given, lengths), shares)
+
+
+@pytest.mark.parametrize("way", WAYS_OF_ALL, ids=str)
+def test_without_a_plan_every_query_sees_every_key(way):
+    q, k, v = inputs([9] * 3, 2, 6, 3)
+    size, (method, layout, backend) = 3, way
+    world, shares, keys = (
+        VirtualWorld(size, 20.0),
+        shares_of(size, layout, 6, 3),
+        [slice(0, 4), slice(4, 4), slice(4, 9)],
+    )
+
+    def on_rank(rank):
+        group = VirtualCommunicator(world, range(size), rank, "decode")
+        own = part(q, *shares[rank]), k[:, :, keys[rank]], v[:, :, keys[rank]]
+        return decode_attention(*own, communicator=group, method=method, q_layout=layout, backend=backend), group
+
+    exact = dense_attention(q, k, v, q.new_zeros(*q.shape[:3], 12))
+    assert_equal(world.run(on_rank), State(exact.out, exact.lse), shares)
 
 
 def test_heads_of_a_rank_may_read_parts_of_several_key_heads():

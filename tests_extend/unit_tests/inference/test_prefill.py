@@ -34,6 +34,7 @@ AXES = {
     "place": ["anywhere", "last rank"],
     "transport": [None, *Transport],
     "overlap": [False, True],
+    "pieces": [1, 2],
     "bands": [CAUSAL, (Band(5, 0),), FULL],
 }
 MORE = AXES | {"size": [2, 4, 6, 7, 8], "tokens": [(32, 0), (16, 48), (16, 37), (14, 3), (1, 1000), (7, 0)]}
@@ -50,7 +51,8 @@ def case_of(row):
         row["place"],
         row["share"],
         row["bands"],
-        settings={"transport": row["transport"], "overlap": row["overlap"]},
+        settings={"transport": row["transport"], "overlap": row["overlap"]}
+        | ({"pieces": row["pieces"]} if row["way"] == "pass_kv" else {}),
     )
 
 

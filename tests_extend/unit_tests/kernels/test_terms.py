@@ -106,7 +106,7 @@ def test_the_efficient_kernel_adds_a_bias_and_gives_its_gradient(mask, own):
 def test_a_bias_with_more_digits_than_the_queries_is_not_rounded_to_theirs():
     case = BlockCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
     bias = AttentionTerms(bias=torch.zeros(1, 1, 128, 128))
-    needs = {dtype: Terms.of(bias, 1.0).needs(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    needs = {dtype: Terms.of(bias, 1.0).needs(dtype, looks_ahead=True) for dtype in (torch.bfloat16, torch.float32)}
     assert needs[torch.float32] == {Term.BIAS}
     reasons = EfficientKernel().unsupported_reasons(case._replace(terms=needs[torch.bfloat16]))
     assert "takes no bias with more digits than q" in reasons

@@ -83,7 +83,7 @@ def test_class_of_two_head_sizes_is_given_both():
 @pytest.mark.parametrize("kind", [OneHeadSize, TwoHeadSizes])
 @pytest.mark.parametrize(("given", "scale"), [({"softmax_scale": 0.3}, 0.3), ({}, 0.25)])
 def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given, scale):
-    monkeypatch.setattr(attention, "build_attention", lambda config, groups: groups)
+    monkeypatch.setattr(attention, "build_attention", lambda config, groups, **options: groups)
     plugin = SimpleNamespace(
         packing=Packing(),
         apart_by=None,

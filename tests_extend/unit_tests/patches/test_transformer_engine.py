@@ -62,7 +62,7 @@ CASES = [
 
 @pytest.mark.parametrize(("options", "variable"), CASES)
 def test_variables_of_kernels_that_do_not_run_refuse_no_layer(monkeypatch, options, variable):
-    monkeypatch.setattr(attention, "build_attention", lambda config, groups: groups)
+    monkeypatch.setattr(attention, "build_attention", lambda config, groups, **options: groups)
     monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
     monkeypatch.delenv("NVTE_APPLY_QK_LAYER_SCALING", raising=False)
     if variable is not None:

@@ -1,0 +1,312 @@
+"""Peak memory of one rank's attention, counted: what scripts/bench_memory.py prints, of ours and of others.
+
+Note [Peak memory]
+    A dispatch mode sees every operation, and so every storage when it appears; a weak reference tells when it is gone.
+    What a rank holds at most in a forward and a backward pass is the peak: inputs, the gradient that comes and all that
+    is returned included. It is a number of the program, the same on every machine; the size of a process is not (free
+    memory that an allocator keeps, sockets' buffers). Attention itself is a kernel that gives tensors of the right
+    shapes and computes nothing, the same for all that are counted, so that its workspace is none of theirs: it is what
+    FlashAttention's backward pass takes by its source, and is given apart. Messages do not arrive: ranks are those of
+    torch's fake process group, of which one runs.
+
+Shapes: B batch, S tokens, N heads, D head size.
+"""
+
+import importlib
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention
+from mindspeed_cp.benchmark.cases import Algorithm
+from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
+
+COPIES = ("copy_", "clone", "contiguous", "index_select", "cat", "_to_copy")
+"""Operations of aten that copy."""
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts, while it is entered, the bytes of all storages alive; see Note [Peak memory].
+
+    now, peak: bytes. copied: bytes written by operations that copy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.copied = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count what was there before."""
+        for x in tensors:
+            self._see(x)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter((args, kwargs, result)):
+            if isinstance(x, Tensor):
+                self._see(x)
+        if func.overloadpacket.__name__ in COPIES:
+            self.copied += next(x.nbytes for x in tree_iter(result) if isinstance(x, Tensor))
+        return result
+
+    def _see(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: object) -> None:
+            del self._alive[key]
+            self.now -= nbytes
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+class ShapesKernel:
+    """Gives tensors of the right shapes, in memory as FlashAttention does, and computes nothing."""
+
+    name = "shapes"
+
+    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        """There are none."""
+        return []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+        """See BlockKernel."""
+        return BlockOutput(token_major(q, v.size(3)), q.new_zeros(q.shape[:3], dtype=torch.float32))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
+    ) -> BlockGradients:
+        """See BlockKernel."""
+        return BlockGradients(*(token_major(x, x.size(3)) for x in (q, k, v)))
+
+
+def token_major(like: Tensor, size: int) -> Tensor:
+    """Zeros [B, N, S, size] for one of [B, N, S, D], that lie as [B, S, N, size]."""
+    batch, heads, tokens, _ = like.shape
+    return like.new_zeros((batch, tokens, heads, size)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """What is counted: one rank of a causal attention. tokens: of all ranks."""
+
+    num_ranks: int = 4
+    tokens: int = 8192
+    num_heads: int = 8
+    head_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v and dout of a rank, [S, B, N, D] as Megatron has them."""
+        shape = self.tokens // self.num_ranks, 1, self.num_heads, self.head_size
+        *qkv, dout = (torch.zeros(shape, dtype=self.dtype) for _ in range(4))
+        return [*(x.requires_grad_() for x in qkv), dout]
+
+    @property
+    def workspace(self) -> int:
+        """What FlashAttention's backward pass takes in the largest call: dq in fp32, and a number a row.
+
+        Under Ulysses these are more tokens of fewer heads.
+        """
+        rows = self.tokens // self.num_ranks * self.num_heads
+        return rows * (self.head_size + 1) * 4
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes of a pass. saved: held between the passes beside inputs, dout and output. copied: in the two passes."""
+
+    peak: int
+    saved: int
+    copied_forward: int
+    copied_backward: int
+
+
+def count(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Counted:
+    """What a rank holds in both passes of `attend`; its second run counts, when all that is made once is there."""
+    q, k, v, dout = inputs
+    torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+    with PeakMemory() as counter:
+        counter.hold(q, k, v, dout)
+        out = attend(q, k, v)
+        between, forward = counter.now - dout.nbytes - sum(x.nbytes for x in (q, k, v)) - out.nbytes, counter.copied
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        del gradients
+    return Counted(counter.peak, between, forward, counter.copied - forward)
+
+
+def join_fake_group(rank: int, size: int) -> None:
+    """Make the default group one of which this rank alone runs: nothing is sent, and nothing arrives."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+
+
+def ours(algorithm: Algorithm, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Our attention of tensors [S, B, N, D], on one rank of the fake default group."""
+    group, topology = dist.group.WORLD, algorithm.topology
+    assert group is not None, "join_fake_group has made it"
+    ulysses = ring = None
+    if topology.ulysses > 1:
+        ulysses = ProcessGroupCommunicator(group, ranks=tuple(topology.ulysses_ranks(rank)))
+    if topology.ring_size > 1:
+        along = ProcessGroupCommunicator(group, ranks=tuple(topology.ring_ranks(rank)))
+        ring = RingCommunicators(along, along, along)
+    attention: Attention = compose_attention(
+        algorithm.config, rank=rank, ulysses=ulysses, ring=ring, kernels=KernelRegistry((ShapesKernel(),))
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
+
+    return attend
+
+
+def peers() -> dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+    """What is installed of other implementations, by name; each gives its attention of tensors [S, B, N, D] on a rank.
+
+    They get a flash_attn that gives tensors of the right shapes, as `ShapesKernel` does.
+    """
+    _stand_in_for_flash_attn()
+    makers = {
+        "DeepSpeed Ulysses": ("deepspeed.sequence.layer", _deepspeed),
+        "yunchang Ulysses": ("yunchang", _yunchang_ulysses),
+        "ring_flash_attn zigzag": ("ring_flash_attn", _ring_flash_attn),
+        "yunchang USP 2x2, zigzag": ("yunchang", _yunchang_hybrid),
+    }
+    found: dict[str, Callable[[MemoryCase, int], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {}
+    for name, (module, make) in makers.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            print(f"not counted: {name} ({error})", file=sys.stderr)
+            continue
+        found[name] = make
+    return found
+
+
+def _batch_first(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An attention of [B, S, N, D] as one of [S, B, N, D]; no copy for one sample."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+
+    return attend
+
+
+def _deepspeed(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from deepspeed.sequence.layer import DistributedAttention
+
+    local = sys.modules["flash_attn"].flash_attn_func
+    attention = DistributedAttention(
+        lambda q, k, v, *_, **__: local(q, k, v, causal=True), dist.group.WORLD, scatter_idx=2, gather_idx=1
+    )
+    return _batch_first(lambda q, k, v: attention(q, k, v, batch_dim_idx=0))
+
+
+def _yunchang_ulysses(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from yunchang import UlyssesAttention
+
+    attention = UlyssesAttention(dist.group.WORLD)
+    return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
+
+
+def _yunchang_hybrid(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from yunchang import LongContextAttention, set_seq_parallel_pg
+
+    set_seq_parallel_pg(2, case.num_ranks // 2, rank, case.num_ranks)
+    attention = LongContextAttention(ring_impl_type="zigzag")
+    return _batch_first(lambda q, k, v: attention(q, k, v, causal=True))
+
+
+def _ring_flash_attn(case: MemoryCase, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from ring_flash_attn import zigzag_ring_flash_attn_func
+
+    return _batch_first(lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True))
+
+
+def _stand_in_for_flash_attn() -> None:
+    """Put modules in the place of flash_attn's that give tensors of the right shapes, by the names of its 2.8."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float = 1.0,
+        causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        return_softmax: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        rows = q.size(0), q.size(2), q.size(1)
+        return q.new_zeros((*q.shape[:3], v.size(3))), q.new_zeros(rows, dtype=torch.float32), None, None
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float = 1.0,
+        causal: bool = False,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+        rng_state: Tensor | None = None,
+    ) -> None:
+        return None
+
+    class Local(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, lse, _, _ = forward(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros_like(x) for x in ctx.saved_tensors[:3])
+
+    package = types.ModuleType("flash_attn")
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface.__dict__.update(
+        _flash_attn_forward=forward,
+        _flash_attn_backward=backward,
+        _flash_attn_varlen_forward=forward,
+        _flash_attn_varlen_backward=backward,
+    )
+    package.__dict__.update(
+        __version__="2.8.3",
+        flash_attn_func=lambda q, k, v, *_, **__: Local.apply(q, k, v),
+        flash_attn_interface=interface,
+    )
+    sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})

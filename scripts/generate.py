@@ -1,0 +1,243 @@
+"""Generate text with prompts that are spread over ranks, with a language model of transformers as it is.
+
+    torchrun --nproc-per-node 4 scripts/generate.py --model FOLDER --prompt-file book.txt
+    torchrun --nproc-per-node 4 scripts/generate.py --model FOLDER --prompt-file book.txt --question "Who?" "Why?"
+    torchrun --nproc-per-node 4 scripts/generate.py --demo --compare
+
+FOLDER is one of Hugging Face: config.json, safetensors, tokenizer. --demo trains a small model from the text of
+Python's own library first, in two minutes, and keeps it in --demo-folder. Questions are asked one after another, and
+what is there before them stays in the cache. Several prompts are a batch. --compare generates on one rank too, and
+exits with 1 where the tokens differ at a step at which the best logits are apart.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.inference import Progress, Sampling, Session, Step
+from mindspeed_cp.inference.transformers_model import Loaded, load
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLOSE = {torch.float64: 0.0, torch.float32: 1e-4}
+"""Logits closer than this may change places with the order of additions; 1e-2 for other dtypes."""
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+class Turn(NamedTuple):
+    """Prompts of a turn as text, and as tokens, of each sequence."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+
+
+class Screen:
+    """What rank 0 shows: how far the prompts are, then the text of a single sequence as it comes."""
+
+    def __init__(self, loaded: Loaded, batch: int, shown: bool) -> None:
+        self._tokenizer, self._shown = loaded.tokenizer, shown
+        self._written: list[list[int]] = [[] for _ in range(batch)]
+        self._told = ""
+        self.start = time.monotonic()
+        self.prefill_s = 0.0
+
+    def progress(self, progress: Progress) -> None:
+        """A chunk of the prompts is done."""
+        self.prefill_s = time.monotonic() - self.start
+        if self._shown:
+            rate = progress.done / max(self.prefill_s, 1e-9)
+            end = "\n" if progress.done == progress.of else ""
+            print(
+                f"\rprompt: {progress.done:,} of {progress.of:,} tokens, {rate:,.0f} a second{end}", end="", flush=True
+            )
+
+    def step(self, step: Step) -> None:
+        """A token of each sequence is chosen."""
+        for written, choice in zip(self._written, step.choices, strict=True):
+            if choice is not None:
+                written.append(choice.token)
+        if self._shown and len(self._written) == 1:
+            text = self._tokenizer.decode(self._written[0])
+            if not text.endswith("\ufffd"):  # The rest of a character is yet to come.
+                print(text[len(self._told) :], end="", flush=True)
+                self._told = text
+
+    def finish(self) -> None:
+        """The turn is over."""
+        if not self._shown:
+            return
+        for number, written in enumerate(self._written):
+            if len(self._written) > 1:
+                print(f"--- {number}\n{self._tokenizer.decode(written)}")
+        steps, tokens = max(map(len, self._written)), sum(map(len, self._written))
+        spent = max(time.monotonic() - self.start - self.prefill_s, 1e-9)
+        print(f"\n[{steps} tokens a sequence in {spent:.1f} s, {tokens / spent:.1f} a second]")
+
+
+def generate(
+    session: Session, turns: list[Turn], loaded: Loaded, options: argparse.Namespace, shown: bool
+) -> list[list[Step]]:
+    """All turns; the steps of each."""
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    result = []
+    for turn in turns:
+        screen = Screen(loaded, len(turn.tokens), shown)
+        steps = []
+        for step in session.generate(
+            turn.tokens, options.max_new_tokens, sampling=sampling, ends=loaded.ends, progress=screen.progress
+        ):
+            steps.append(step)
+            screen.step(step)
+        screen.finish()
+        result.append(steps)
+    return result
+
+
+def turns_of(loaded: Loaded, options: argparse.Namespace) -> list[Turn]:
+    """What is asked in each turn. Raises ValueError for what cannot be read, or is longer than the model."""
+    if options.prompt is not None:
+        prompts = options.prompt
+    else:
+        for path in options.prompt_file:
+            if not path.is_file():
+                raise ValueError(f"--prompt-file {path} is no file; give a text file for each sequence.")
+        prompts = [path.read_text(errors="replace") for path in options.prompt_file]
+    questions = options.question or [""]
+    texts = [[prompt + questions[0] for prompt in prompts], *([each] * len(prompts) for each in questions[1:])]
+    turns = [
+        Turn(each, [loaded.tokenizer(text, add_special_tokens=not number)["input_ids"] for text in each])
+        for number, each in enumerate(texts)
+    ]
+    longest = max(sum(len(turn.tokens[sample]) for turn in turns) for sample in range(len(prompts)))
+    needed = longest + len(turns) * options.max_new_tokens
+    if loaded.longest is not None and needed > loaded.longest:
+        raise ValueError(
+            f"prompts and --max-new-tokens {options.max_new_tokens} make {needed} positions, and the model has "
+            f"{loaded.longest} (max_position_embeddings); shorten them, or use a model for longer texts."
+        )
+    return turns
+
+
+def compared(found: list[list[Step]], expected: list[list[Step]], dtype: torch.dtype) -> int:
+    """Say how far both agree; 1 where they part at a step whose best logits are apart."""
+    close, status = CLOSE.get(dtype, 1e-2), 0
+    for turn, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for sample in range(len(theirs[0].choices)):
+            tokens = [[step.choices[sample] for step in steps] for steps in (ours, theirs)]
+            parts = [
+                number
+                for number, (one, other) in enumerate(zip(*tokens, strict=False))
+                if (one and one.token) != (other and other.token)
+            ]
+            said = f"turn {turn}, sequence {sample}: "
+            if not parts and len(ours) == len(theirs):
+                print(f"{said}all {len(theirs)} tokens are those of one rank")
+                continue
+            first = parts[0] if parts else min(len(ours), len(theirs))
+            choice = tokens[1][first] if first < len(theirs) else None
+            margin = 0.0 if choice is None else choice.margin
+            print(f"{said}those of one rank up to step {first}, where the best two logits differ by {margin:.1e}")
+            if margin >= close:
+                status = 1
+            return status  # What follows answers to another text.
+    return status
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="folder of a model: config.json, safetensors, tokenizer")
+    model.add_argument("--demo", action="store_true", help="train a small model first, where --demo-folder has none")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt-file", type=Path, nargs="+", help="a text file for each sequence of a batch")
+    prompts.add_argument("--prompt", nargs="+", help="likewise, the text itself")
+    parser.add_argument("--question", nargs="+", help="put behind the prompt, and then behind what was answered")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="of each turn")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the best token always")
+    parser.add_argument("--top-k", type=int, help="draw among the k best tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the best tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same tokens, on any number of ranks")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of weights and cache; that of the folder by default")
+    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt at once, over all ranks")
+    parser.add_argument("--interleave", type=int, default=64, help="tokens of a stripe of the cache")
+    parser.add_argument("--prefill", choices=("auto", "pass_kv", "pass_q"), default="auto", help="what travels")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a rank waits for another")
+    parser.add_argument("--compare", action="store_true", help="generate on one rank too")
+    parser.add_argument("--demo-folder", type=Path, default=Path("runs/text_model"))
+    parser.add_argument("--demo-seconds", type=float, default=120.0, help="how long it is trained")
+    return parser
+
+
+def main() -> int:
+    """Read the command line, generate, say what it took; the exit status."""
+    transformers.utils.logging.disable_progress_bar()
+    parser = arguments()
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if "WORLD_SIZE" in os.environ:
+        if device.type != "cpu":
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+            getattr(torch, device.type).set_device(device)
+        # Training the demo's model takes longer than ranks are to wait for each other later.
+        timeout = timedelta(seconds=options.timeout + (options.demo_seconds + 60.0) * options.demo)
+        dist.init_process_group(BACKENDS[device.type], timeout=timeout)
+    communicator = ProcessGroupCommunicator() if dist.is_initialized() else None
+    rank = 0 if communicator is None else communicator.rank
+    try:
+        return run(options, device, communicator, rank)
+    except ValueError as error:
+        if rank == 0:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(
+    options: argparse.Namespace, device: torch.device, communicator: ProcessGroupCommunicator | None, rank: int
+) -> int:
+    folder = options.demo_folder if options.demo else options.model
+    if options.demo:
+        import text_model
+
+        if rank == 0:
+            text_model.train(folder, options.demo_seconds, lambda said: print(said, flush=True))
+        if communicator is not None:
+            dist.barrier()
+        if options.prompt is None and options.prompt_file is None:
+            options.prompt_file = [text_model.library() / text_model.HELD_OUT]
+    elif options.prompt is None and options.prompt_file is None:
+        raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
+    loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
+    turns = turns_of(loaded, options)
+    sizes = {"chunk": options.chunk, "interleave": options.interleave, "strategy": options.prefill}
+    session = Session(loaded.model, len(turns[0].tokens), communicator, **sizes)
+    found = generate(session, turns, loaded, options, shown=rank == 0)
+    memory = torch.tensor([session.cache.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+    rows = memory[None] if communicator is None else communicator.all_gather(memory.to(device)).cpu()
+    if rank == 0:
+        for number, (cache, peak) in enumerate(rows.tolist()):
+            print(f"rank {number}: {cache / 2**20:.2f} MiB of K/V, {peak / 2**20:.0f} MiB at most in all")
+    if not options.compare or rank:
+        return 0
+    alone = Session(loaded.model, len(turns[0].tokens), **sizes)
+    expected = generate(alone, turns, loaded, options, shown=False)
+    print(f"one rank: {alone.cache.nbytes / 2**20:.2f} MiB of K/V")
+    return compared(found, expected, loaded.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
