@@ -13,6 +13,7 @@ from packaging.version import Version
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import batches
+from mindspeed_cp.patches.any_length import any_length_patches
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
@@ -83,7 +84,7 @@ def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: A
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.seed = config, seed
-    plugin.documents, plugin.apart_by, plugin.packing = None, None, Packing()
+    plugin.documents, plugin.apart_by, plugin.packing, plugin.length = None, None, Packing(), None
     return config
 
 
@@ -120,6 +121,7 @@ registry = PatchRegistry(
         *document_patches(plugin),
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),
+        *any_length_patches(plugin),
         *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),

@@ -24,6 +24,7 @@ from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
+from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
     Blocker,
     PartialArguments,
@@ -89,7 +90,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
-            with _without_transformer_engines_rules(args, config):
+            with _without_transformer_engines_rules(args, config), equal_lengths(args, config):
                 result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_documents(args, config, _release())
@@ -99,6 +100,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
+            plugin.length = length_of(args, config)
             plugin.packing = Packing(args.packed_sequence_layout)
             plugin.seed = args.seed
             if plugin.rule is not None:
@@ -419,6 +421,7 @@ def _examine_arguments(
     except UnknownValueError:
         return None, [*of_options, *of_ranks]
     of_model = found_by(
+        lambda: refuse_length(none_for_unknown(args), config),
         lambda: _check_model(args, config),
         lambda: raise_for(latent_blockers(args, config)),
         lambda: check_kernels(args, config),
@@ -465,15 +468,11 @@ def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     if args.num_attention_heads is None:
         return
-    lengths = none_for_unknown(args)
     config.check_model(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        sequence_parallel=args.sequence_parallel,
         num_layers=args.num_layers,
-        # Two names of one thing, of which one is given.
-        seq_length=lengths.encoder_seq_length if lengths.seq_length is None else lengths.seq_length,
     )
 
 

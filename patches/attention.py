@@ -22,7 +22,7 @@ from mindspeed_cp.documents import Window
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection
-from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
+from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents, plan_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -113,6 +113,7 @@ class LayerAttention:
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
+    length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
     """
 
@@ -125,6 +126,7 @@ class LayerAttention:
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
     latent: UpProjection | None = None
+    length: int | None = None
     dropout: LayerDropout | None = None
     watches_scores: bool = False
 
@@ -175,12 +177,12 @@ class LayerAttention:
                 f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch.",
                 query,
             )
-        elif self.window != CAUSAL_WINDOW:
+        elif self.window != CAUSAL_WINDOW or self.length is not None:
             if attention_mask is not None and self.general is not None:
                 self.refuse(
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
-            plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
+            plan = self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
             out = call(self.causal, q, k, v, plan=plan)
         elif self.general is None:
             if mask_type != "causal":
@@ -233,6 +235,11 @@ class LayerAttention:
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.causal.refuse(reason, query)
+
+    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
+        if self.length is not None:
+            return plan_of_length(self.length, self.size, window)
+        return _plan_of_window(query.size(0), self.size, window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, mask_type: str) -> AttentionPlan:
         tokens = query.size(0) * self.size
@@ -416,6 +423,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
+        length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
     )

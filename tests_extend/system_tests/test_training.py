@@ -33,6 +33,7 @@ DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 STREAM = "--dataloader-inter-document-masking"
 WINDOW = "--window-size 8,0 --window-attn-skip-freq 2"
 SINKS = "--softmax-type learnable"
+ODD = "--seq-length 61"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
@@ -60,10 +61,16 @@ QUICK = [
     ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
     (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS} --context-parallel-latent latent"),
-    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK} {ODD}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
+    (ODD, 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (f"{YARN} {RECOMPUTE} {ODD}", 1, 4, ULYSSES),
+    (f"{DOCUMENTS} {TWO_SAMPLES} {ODD}", 1, 4, hybrid(2)),
+    (f"{INTERLEAVED} {ODD}", 2, 2, RING),
+    (f"{WINDOW} {ODD} --position-embedding-type learned_absolute", 1, 2, RING),
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{GQA} {RECOMPUTE}", 1, 2, f"{RING} --context-parallel-kv-cache-policy half --context-parallel-cache-interval 1"),
     (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),

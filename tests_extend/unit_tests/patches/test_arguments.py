@@ -145,8 +145,8 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
             "--num-query-groups 3 does not divide --num-attention-heads 8; use 1, 2, 4 or 8.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
         (
             ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "3"],
@@ -290,7 +290,7 @@ def test_all_broken_rules_are_said_at_once(parser):
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
     args.cp_window_size = 1
-    assert "  --seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24." in refusal_of(
+    assert "  --seq-length 3 is below --context-parallel-size 4; use 4 or more." in refusal_of(
         config_from_arguments, args
     )
 
@@ -455,8 +455,8 @@ def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, val
             "--cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
     ],
 )
