@@ -104,9 +104,9 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch
     note_documents(plugin, batch)
-    if cut_whole(plugin, batch):
-        return batch
     rank, size = plugin.place
+    if size == 1 or cut_whole(plugin, batch):
+        return batch
     layout = SequenceLayout(size=size)
     for name, dim in {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}.items():
         if batch.get(name) is not None:
