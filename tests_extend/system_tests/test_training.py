@@ -90,7 +90,6 @@ SLOW = [
     (f"{ODD_HEADS} {STREAM}", 1, 8, hybrid(4)),
     ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
-    (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
     (f"{GQA} {RECOMPUTE}", 1, 4, f"{ALL_GATHER} {OVERLAP}"),
     (f"{STREAM} {WINDOW}", 1, 4, ALL_GATHER),
