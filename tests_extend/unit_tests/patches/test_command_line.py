@@ -73,7 +73,7 @@ FLAG_SETS = [
     (f"{RING} --stage sft --is-instruction-dataset --prompt-type qwen", ["--stage", "--is-instruction-dataset"]),
     (f"{RING} --lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_proj", ["--lora-target-modules"]),
     (f"{RING} --recompute-activation-function --enable-recompute-layers-per-pp-rank --recompute-granularity full", []),
-    (f"{RING} --qk-clip --attention-dropout 0.1 --seq-length 60 --geglu", ["--qk-clip", "--seq-length", "--geglu"]),
+    (f"{RING} --qk-clip --attention-dropout 0.1 --seq-length 3 --geglu", ["--qk-clip", "--seq-length", "--geglu"]),
     (
         f"{RING} --profile-level level1 --profile-with-cpu --use-ema --npu-deterministic --use-fused-rmsnrm",
         ["--use-ema", "--use-fused-rmsnrm"],

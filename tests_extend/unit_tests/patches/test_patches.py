@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_cp.patches.any_length import any_length_patches
 from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.batches import batch_patches
@@ -20,8 +21,10 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
+from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
+from mindspeed_cp.patches.padding import padding_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.recomputation import recomputation_patches
@@ -42,12 +45,15 @@ PATCHES = (
     *process_group_patches(Plugin()),
     *attention_patches(Plugin()),
     *latent_attention_patches(),
+    *latent_travel_patches(),
     *loss_patches(Plugin()),
     *micro_batch_patches(Plugin()),
     *recomputation_patches(Plugin()),
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
     *rotary_patches(Plugin()),
+    *padding_patches(Plugin()),
+    *any_length_patches(Plugin()),
     *sft_data_patches(),
     *torch_norm_patches(),
     *dataset_helper_patches(),

@@ -26,7 +26,7 @@ def examined(parser, monkeypatch):
 
 
 def test_rules_that_do_not_read_it_are_checked(examined):
-    blockers, _ = examined(f"{MODEL} {RING} --seq-length 62")
+    blockers, _ = examined(f"{MODEL} {RING} --seq-length 3")
     assert blockers == ["--seq-length"]
 
 
