@@ -24,6 +24,7 @@ from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
+from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
     Blocker,
     PartialArguments,
@@ -37,8 +38,9 @@ from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
+from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
-from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
@@ -88,7 +90,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
-            with _without_transformer_engines_rules(args, config):
+            with _without_transformer_engines_rules(args, config), equal_lengths(args, config):
                 result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_documents(args, config, _release())
@@ -98,7 +100,9 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
+            plugin.length = length_of(args, config)
             plugin.packing = Packing(args.packed_sequence_layout)
+            plugin.padding = PaddingCount(args.log_interval) if _packed(args) else None
             plugin.seed = args.seed
             if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
@@ -322,6 +326,11 @@ def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
     return DocumentRule(positions_restart=args.reset_position_ids, length=_document_length(args))
 
 
+def _packed(args: argparse.Namespace) -> bool:
+    """Whether batches are packed streams."""
+    return any(getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking"))
+
+
 def _apart_by(args: argparse.Namespace) -> str | None:
     """The flag that keeps documents apart."""
     flags = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")
@@ -353,8 +362,8 @@ def _algorithm(text: str) -> str:
     """A value of --context-parallel-algo: argparse says which there are, and not what they mean."""
     if text not in CHOICES["context_parallel_algo"]:
         raise argparse.ArgumentTypeError(
-            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring) or "
-            f"hybrid_cp_algo (Ulysses inside, a ring outside)"
+            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring), hybrid_cp_algo "
+            f"(Ulysses inside, a ring outside) or kvallgather_cp_algo (all K/V gathered at once)"
         )
     return text
 
@@ -418,7 +427,9 @@ def _examine_arguments(
     except UnknownValueError:
         return None, [*of_options, *of_ranks]
     of_model = found_by(
+        lambda: refuse_length(none_for_unknown(args), config),
         lambda: _check_model(args, config),
+        lambda: raise_for(latent_blockers(args, config)),
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
@@ -463,14 +474,11 @@ def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     if args.num_attention_heads is None:
         return
-    lengths = none_for_unknown(args)
     config.check_model(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        sequence_parallel=args.sequence_parallel,
-        # Two names of one thing, of which one is given.
-        seq_length=lengths.encoder_seq_length if lengths.seq_length is None else lengths.seq_length,
+        num_layers=args.num_layers,
     )
 
 
@@ -482,6 +490,7 @@ def notes_on_arguments(
         *config.ineffective_flags(),
         *_ineffective_megatron_flags(args, config),
         *_ineffective_document_flags(args),
+        *latent_notes(args, config),
         *difference_notes(args, config, defaults),
         *kernel_notes(args, config),
     ]
@@ -543,6 +552,8 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+        if config.context_parallel_latent == "absorbed":
+            head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
     cases = [
         BlockCase(
             device_type=device,
@@ -555,7 +566,6 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
             head_size=head_size,
             value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-            terms=frozenset({Term.DROPOUT} if args.attention_dropout else ()),
         )
         for num_heads, num_kv_heads in _heads_of_calls(args, config)
     ]
@@ -572,7 +582,11 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         for bands, masked in told
         for pair in pairs
         for case in cases
-        for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
+        for call in calls(
+            AttentionPlan(shards, shards, bands).tiles(*pair),
+            case._replace(masked=masked, terms=_terms(args, config, looks_ahead=bands is FULL)),
+            kernels,
+        )
     ]
 
 
@@ -591,11 +605,23 @@ def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> 
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     over = args.tensor_model_parallel_size
     heads, kv_heads = args.num_attention_heads // over, max(kv_heads // over, 1)
+    if args.multi_latent_attention and config.context_parallel_latent == "absorbed":
+        kv_heads = 1
     if heads < config.ulysses_size or heads % kv_heads:
         return []  # Said as what stands in the way.
     dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
     of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
     return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
+
+
+def _terms(args: argparse.Namespace, config: ContextParallelConfig, *, looks_ahead: bool) -> frozenset[Term]:
+    """What kernels are told beside who sees whom. looks_ahead: whether a query sees later keys."""
+    asked = {
+        Term.DROPOUT: bool(args.attention_dropout),
+        Term.ALIBI: config.use_alibi,
+        Term.ALIBI_AHEAD: config.use_alibi and looks_ahead,
+    }
+    return frozenset(term for term, is_asked in asked.items() if is_asked)
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -19,9 +19,11 @@ from torch import Tensor
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
+from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
-from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
+from mindspeed_cp.patches.latent_travel import UpProjection
+from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents, plan_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -111,7 +113,10 @@ class LayerAttention:
     size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    latent: how keys and values are made of a payload, which a key then is; None where they are given.
+    length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
+    slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
     """
 
     causal: ContextParallelAttention
@@ -122,8 +127,11 @@ class LayerAttention:
     window: Window = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
+    latent: UpProjection | None = None
+    length: int | None = None
     dropout: LayerDropout | None = None
     watches_scores: bool = False
+    slopes: tuple[float, ...] | None = None
 
     def __call__(
         self,
@@ -156,7 +164,7 @@ class LayerAttention:
                 query,
             )
         mask_type = mask_type or self.mask_type
-        call = functools.partial(self._attend, terms=self._terms(sinks, is_training), watch=watch)
+        call = functools.partial(self._attend, terms=self._terms(sinks, is_training, query.device), watch=watch)
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
             out = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
@@ -172,12 +180,12 @@ class LayerAttention:
                 f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch.",
                 query,
             )
-        elif self.window != CAUSAL_WINDOW:
+        elif self.window != CAUSAL_WINDOW or self.length is not None:
             if attention_mask is not None and self.general is not None:
                 self.refuse(
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
-            plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
+            plan = self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
             out = call(self.causal, q, k, v, plan=plan)
         elif self.general is None:
             if mask_type != "causal":
@@ -197,11 +205,19 @@ class LayerAttention:
             )
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _terms(self, sinks: Tensor | None, is_training: bool) -> AttentionTerms | None:
+    def of_latents(self, up: UpProjection) -> "LayerAttention":
+        """The same where keys are payloads, of which keys and values are made."""
+        return replace(self, latent=up)
+
+    def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
         dropout = self.dropout.draw() if self.dropout is not None and is_training else None
-        if sinks is None and dropout is None:
+        if sinks is None and dropout is None and self.slopes is None:
             return None
-        return AttentionTerms(sinks=None if sinks is None else sinks.flatten(), dropout=dropout)
+        return AttentionTerms(
+            sinks=None if sinks is None else sinks.flatten(),
+            alibi_slopes=None if self.slopes is None else _on_device(self.slopes, device),
+            dropout=dropout,
+        )
 
     def _attend(
         self,
@@ -215,6 +231,8 @@ class LayerAttention:
         plan: AttentionPlan | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
+        if self.latent is not None:
+            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
         if watch is None:
             return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
         out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
@@ -224,6 +242,11 @@ class LayerAttention:
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.causal.refuse(reason, query)
+
+    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
+        if self.length is not None:
+            return plan_of_length(self.length, self.size, window)
+        return _plan_of_window(query.size(0), self.size, window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, mask_type: str) -> AttentionPlan:
         tokens = query.size(0) * self.size
@@ -253,6 +276,13 @@ class LayerAttention:
                 f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
                 query,
             )
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for all layers."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -361,8 +391,8 @@ def _keep_largest(layer: Any, largest: Tensor) -> None:
 
 
 def _asked_for(plugin: Plugin, layer_config: Any) -> bool:
-    """Whether --attention-on-one-rank asks for it."""
-    return plugin.config is not None and plugin.config.attention_on_one_rank
+    """Whether the configuration asks for it: --attention-on-one-rank, --use-alibi."""
+    return plugin.config is not None and plugin.config.computes_on_one_rank
 
 
 def _asked_for_or_watched(plugin: Plugin, layer_config: Any) -> bool:
@@ -393,6 +423,8 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     _check_layer(named, config)
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
+    if config.context_parallel_cache_interval and not config.keeps_in(named["layer_number"]):
+        config = replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
     reads_mask = config.attention_mask_type == "general"
     recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(
@@ -405,8 +437,10 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
+        length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
+        slopes=_slopes(layer_config, pg_collection) if config.use_alibi else None,
     )
 
 
@@ -417,6 +451,7 @@ def _of_one_rank(config: ContextParallelConfig | None) -> ContextParallelConfig:
         attention_mask_type=given.attention_mask_type,
         megatron_cp_in_bnsd=given.megatron_cp_in_bnsd,
         context_parallel_kernels=given.context_parallel_kernels,
+        use_alibi=given.use_alibi,
     )
 
 
@@ -428,6 +463,18 @@ def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_col
         return None
     num_heads = layer_config.num_attention_heads // layer_config.tensor_model_parallel_size
     return LayerDropout.of_layer(rate, plugin.seed, named["layer_number"], num_heads, pg_collection)
+
+
+def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
+    """ALiBi's slopes of the heads that this tensor-parallel rank has."""
+    group = getattr(pg_collection, "tp", None)
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+    slopes = geometric_slopes(layer_config.num_attention_heads)
+    share = len(slopes) // group.size()
+    return tuple(slopes[group.rank() * share : (group.rank() + 1) * share])
 
 
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:

@@ -108,10 +108,14 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--cp-window-size",
         "--ulysses-degree-in-cp",
         "--use-cp-send-recv-overlap",
+        "--context-parallel-kv-cache-policy",
+        "--context-parallel-cache-interval",
+        "--context-parallel-latent",
         "--context-parallel-keep-outputs",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
         "--context-parallel-kernels",
+        "--use-alibi",
         "--attention-on-one-rank",
     ]
 
@@ -142,8 +146,8 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
             "--num-query-groups 3 does not divide --num-attention-heads 8; use 1, 2, 4 or 8.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
         (
             ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "3"],
@@ -287,7 +291,7 @@ def test_all_broken_rules_are_said_at_once(parser):
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
     args.cp_window_size = 1
-    assert "  --seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24." in refusal_of(
+    assert "  --seq-length 3 is below --context-parallel-size 4; use 4 or more." in refusal_of(
         config_from_arguments, args
     )
 
@@ -452,8 +456,8 @@ def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, val
             "--cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
     ],
 )
@@ -573,7 +577,6 @@ def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
             "--context-parallel-algo ulysses_cp_algo contradicts --cp-comm-type p2p, which is megatron_cp_algo; leave "
             "out one of them.",
         ),
-        (["--cp-comm-type", "all_gather"], "gathering all K/V is not available yet"),
         (["--cp-comm-type", "p2p", "a2a"], "one algorithm is used in all layers"),
         (["--ulysses-degree-in-cp", "2"], "--ulysses-degree-in-cp 2 without --context-parallel-algo: it belongs to"),
         (["--cp-window-size", "2"], "--cp-window-size 2 without --context-parallel-algo: it belongs to"),
