@@ -7,12 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_CLOSE = {torch.float64: 0.0, torch.float32: 1e-4}
+"""Logits closer than this; 1e-2 in other dtypes."""
+
 
 class Choice(NamedTuple):
-    """A token, and by how much the best logit is above the second best."""
+    """A token, the best logit, and by how much that is above the second best."""
 
     token: int
+    best: float
     margin: float
+
+    def is_close(self, dtype: torch.dtype) -> bool:
+        """Whether the best two logits may change places with the order of additions, in a model of this dtype.
+
+        Those of a model in bf16 are rounded to bf16: they differ by steps that grow with their size.
+        """
+        return self.margin < max(_CLOSE.get(dtype, 1e-2), 2 * torch.finfo(dtype).eps * abs(self.best))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +51,16 @@ class Sampling:
         """The token for a position of a sample. logits: [vocabulary]."""
         logits = logits.double().cpu()
         best = logits.topk(min(2, logits.numel()))
-        margin = (best.values[0] - best.values[-1]).item()
+        highest, margin = best.values[0].item(), (best.values[0] - best.values[-1]).item()
         if not self.temperature:
-            return Choice(int(best.indices[0]), margin)
+            return Choice(int(best.indices[0]), highest, margin)
         ordered, tokens = (logits / self.temperature).sort(descending=True, stable=True)
         probabilities = ordered[: self.top_k].softmax(0)
         # Those before which less than p has come: at least one.
         kept = probabilities[probabilities.cumsum(0) - probabilities < self.top_p]
         edges = kept.cumsum(0)
         drawn = self._uniform(sample, position) * edges[-1]
-        return Choice(int(tokens[min(int((edges <= drawn).sum()), len(kept) - 1)]), margin)
+        return Choice(int(tokens[min(int((edges <= drawn).sum()), len(kept) - 1)]), highest, margin)
 
     def _uniform(self, sample: int, position: int) -> float:
         """A number from 0 to 1."""

@@ -192,7 +192,7 @@ class Session:
     def _choose(self, logits: Sequence[Tensor | None], active: Sequence[bool], sampling: Sampling) -> Step:
         """The choice for each sample, by the rank that keeps the last of its tokens; the same on all ranks."""
         cache = self.cache
-        mine = torch.zeros((cache.batch, 2), dtype=torch.float64)
+        mine = torch.zeros((cache.batch, 3), dtype=torch.float64)
         layout = cache.layout([Span(0, length) for length in cache.lengths])
         owners = [
             owner(length - 1, cache.size, cache.interleave, layout.first(sample))
@@ -208,7 +208,7 @@ class Session:
             chosen = self._communicator.all_gather(mine.to(self._model.device)).cpu()
         rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(owners)]
         return Step(
-            tuple(Choice(int(row[0]), row[1]) if going else None for row, going in zip(rows, active, strict=True))
+            tuple(Choice(int(row[0]), *row[1:]) if going else None for row, going in zip(rows, active, strict=True))
         )
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
