@@ -9,12 +9,16 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
+LatentForm = Literal["expanded", "latent", "absorbed"]
+KVCachePolicy = Literal["full", "half"]
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"]
 MaskType = Literal["causal", "general"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "context_parallel_algo": get_args(Algorithm),
     "attention_mask_type": get_args(MaskType),
+    "context_parallel_kv_cache_policy": get_args(KVCachePolicy),
+    "context_parallel_latent": get_args(LatentForm),
 }
 """Fields that take one of a few values, with those values."""
 
@@ -91,6 +95,27 @@ class ContextParallelConfig:
         default=False,
         metadata={"help": "Let the next K/V block of a ring travel while the present one is computed."},
     )
+    context_parallel_kv_cache_policy: KVCachePolicy | None = field(
+        default=None,
+        metadata={
+            "help": "What a ring keeps of the keys and values that it receives, so that they do not travel again in "
+            "the backward pass: full keeps both, half the keys. By default nothing is kept."
+        },
+    )
+    context_parallel_cache_interval: int = field(
+        default=0,
+        metadata={
+            "help": "With --context-parallel-kv-cache-policy: layers between two that keep; 0: every layer keeps."
+        },
+    )
+    context_parallel_latent: LatentForm = field(
+        default="expanded",
+        metadata={
+            "help": "What travels with --multi-latent-attention: the keys and values of all heads; the latent, of "
+            "which each rank makes them again; or the latent as the one key head of queries that the up projection is "
+            "multiplied into."
+        },
+    )
     context_parallel_keep_outputs: bool = field(
         default=False,
         metadata={
@@ -138,17 +163,41 @@ class ContextParallelConfig:
         for name in ("context_parallel_size", "cp_window_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{flag(name)} {getattr(self, name)} is below 1; use 1 or more.")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigurationError(f"{flag(name)} {getattr(self, name)} is unknown; use {or_list(choices)}.")
+        for option in fields(self):
+            value, choices = getattr(self, option.name), CHOICES.get(option.name, ())
+            if choices and value not in choices and value != option.default:
+                raise ConfigurationError(f"{flag(option.name)} {value} is unknown; use {or_list(choices)}.")
+        self._check_interval()
+        form = self.context_parallel_latent
+        if self.context_parallel_kv_cache_policy == "half" and form != "expanded":
+            raise ConfigurationError(
+                f"--context-parallel-kv-cache-policy half with --context-parallel-latent {form}: keys and values are "
+                f"made of the one latent, which is kept or not; use full, or leave it out."
+            )
         if size == 1:
             return
         if self.context_parallel_algo == "hybrid_cp_algo":
             self._check_degree(size, degree)
+        policy = self.context_parallel_kv_cache_policy
+        if policy and self.context_parallel_algo not in _WITH_RING:
+            raise ConfigurationError(
+                f"--context-parallel-kv-cache-policy {policy} keeps what a ring receives, and --context-parallel-algo "
+                f"{self.context_parallel_algo} has no ring; use megatron_cp_algo or hybrid_cp_algo, or leave it out."
+            )
         if self.context_parallel_algo in _WITH_RING and self._ring_size % inner:
             raise ConfigurationError(
                 f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
                 f"use {or_list(divisors(self._ring_size))}."
+            )
+
+    def _check_interval(self) -> None:
+        interval = self.context_parallel_cache_interval
+        if interval < 0:
+            raise ConfigurationError(f"--context-parallel-cache-interval {interval} is below 0; use 0 or more.")
+        if interval and not self.context_parallel_kv_cache_policy:
+            raise ConfigurationError(
+                f"--context-parallel-cache-interval {interval} is of the layers that keep K/V, and none does without "
+                f"--context-parallel-kv-cache-policy; use full or half, or leave it out."
             )
 
     def _check_degree(self, size: int, degree: int | None) -> None:
@@ -209,6 +258,11 @@ class ContextParallelConfig:
         inner = self.cp_window_size if is_double else self._ring_size
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
 
+    def keeps_in(self, layer_number: int) -> bool:
+        """Whether this layer keeps K/V for its backward pass. layer_number: from 1 on."""
+        interval = self.context_parallel_cache_interval
+        return self.context_parallel_kv_cache_policy is not None and (layer_number - 1) % (interval + 1) == 0
+
     @property
     def transport(self) -> Transport | None:
         """How K/V travel between those that hold them; None for the cheapest way for what is seen."""
@@ -248,18 +302,25 @@ class ContextParallelConfig:
         tensor_model_parallel_size: int = 1,
         sequence_parallel: bool = False,
         seq_length: int | None = None,
+        num_layers: int | None = None,
     ) -> None:
         """Raise ConfigurationError with all broken rules unless a model of this shape can be split as configured.
 
         num_query_groups: number of K/V heads, where it is not the number of attention heads.
         sequence_parallel: whether the tensor-parallel ranks split each rank's tokens among themselves.
-        seq_length: tokens of a whole sequence, where it is known beforehand.
+        seq_length: tokens of a whole sequence, num_layers: layers of the model, where they are known beforehand.
         """
         if self.context_parallel_size == 1:
             return
         broken = []
         if seq_length is not None:
             broken += self._broken_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
+        interval = self.context_parallel_cache_interval
+        if num_layers is not None and interval >= num_layers:
+            broken.append(
+                f"--context-parallel-cache-interval {interval} is not below the {num_layers} layers of the model; use "
+                f"0 to {num_layers - 1}."
+            )
         if num_query_groups is not None and num_attention_heads % num_query_groups:
             fitting = or_list(divisors(num_attention_heads))
             broken.append(

@@ -13,12 +13,14 @@ from packaging.version import Version
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import batches
+from mindspeed_cp.patches.any_length import any_length_patches
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
+from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.packing import Packing
@@ -84,6 +86,7 @@ def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: A
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.seed = config, seed
     plugin.documents, plugin.apart_by, plugin.packing, plugin.padding = None, None, Packing(), None
+    plugin.length = None
     return config
 
 
@@ -113,6 +116,7 @@ registry = PatchRegistry(
         *process_group_patches(plugin),
         *attention_patches(plugin),
         *latent_attention_patches(),
+        *latent_travel_patches(),
         *loss_patches(plugin),
         *micro_batch_patches(plugin),
         *recomputation_patches(plugin),
@@ -120,6 +124,7 @@ registry = PatchRegistry(
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),
         *padding_patches(plugin),
+        *any_length_patches(plugin),
         *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),

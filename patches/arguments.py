@@ -24,6 +24,7 @@ from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
+from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
     Blocker,
     PartialArguments,
@@ -37,6 +38,7 @@ from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
+from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
@@ -88,7 +90,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                     use_cpu()
             except ConfigurationError as error:
                 _exit_with(error)
-            with _without_transformer_engines_rules(args, config):
+            with _without_transformer_engines_rules(args, config), equal_lengths(args, config):
                 result = original(args, *rest, **kwargs)
             try:
                 refuse_lost_documents(args, config, _release())
@@ -98,6 +100,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.config = config
             plugin.documents = _document_rule(args)
             plugin.apart_by = _apart_by(args)
+            plugin.length = length_of(args, config)
             plugin.packing = Packing(args.packed_sequence_layout)
             plugin.padding = PaddingCount(args.log_interval) if _packed(args) else None
             plugin.seed = args.seed
@@ -424,7 +427,9 @@ def _examine_arguments(
     except UnknownValueError:
         return None, [*of_options, *of_ranks]
     of_model = found_by(
+        lambda: refuse_length(none_for_unknown(args), config),
         lambda: _check_model(args, config),
+        lambda: raise_for(latent_blockers(args, config)),
         lambda: check_kernels(args, config),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
@@ -469,14 +474,11 @@ def _broken_sizes(args: argparse.Namespace) -> list[Blocker]:
 def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     if args.num_attention_heads is None:
         return
-    lengths = none_for_unknown(args)
     config.check_model(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        sequence_parallel=args.sequence_parallel,
-        # Two names of one thing, of which one is given.
-        seq_length=lengths.encoder_seq_length if lengths.seq_length is None else lengths.seq_length,
+        num_layers=args.num_layers,
     )
 
 
@@ -488,6 +490,7 @@ def notes_on_arguments(
         *config.ineffective_flags(),
         *_ineffective_megatron_flags(args, config),
         *_ineffective_document_flags(args),
+        *latent_notes(args, config),
         *difference_notes(args, config, defaults),
         *kernel_notes(args, config),
     ]
@@ -549,6 +552,8 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+        if config.context_parallel_latent == "absorbed":
+            head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
     cases = [
         BlockCase(
             device_type=device,
@@ -600,6 +605,8 @@ def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> 
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     over = args.tensor_model_parallel_size
     heads, kv_heads = args.num_attention_heads // over, max(kv_heads // over, 1)
+    if args.multi_latent_attention and config.context_parallel_latent == "absorbed":
+        kv_heads = 1
     if heads < config.ulysses_size or heads % kv_heads:
         return []  # Said as what stands in the way.
     dealt = HeadLayout(heads, kv_heads, config.ulysses_size)

@@ -22,7 +22,8 @@ from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
-from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents
+from mindspeed_cp.patches.latent_travel import UpProjection
+from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents, plan_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -112,6 +113,8 @@ class LayerAttention:
     size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    latent: how keys and values are made of a payload, which a key then is; None where they are given.
+    length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
     slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
     """
@@ -124,6 +127,8 @@ class LayerAttention:
     window: Window = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
+    latent: UpProjection | None = None
+    length: int | None = None
     dropout: LayerDropout | None = None
     watches_scores: bool = False
     slopes: tuple[float, ...] | None = None
@@ -175,12 +180,12 @@ class LayerAttention:
                 f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch.",
                 query,
             )
-        elif self.window != CAUSAL_WINDOW:
+        elif self.window != CAUSAL_WINDOW or self.length is not None:
             if attention_mask is not None and self.general is not None:
                 self.refuse(
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
-            plan = self._planned(query, mask_type, lambda window: _plan_of_window(query.size(0), self.size, window))
+            plan = self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
             out = call(self.causal, q, k, v, plan=plan)
         elif self.general is None:
             if mask_type != "causal":
@@ -199,6 +204,10 @@ class LayerAttention:
                 query,
             )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def of_latents(self, up: UpProjection) -> "LayerAttention":
+        """The same where keys are payloads, of which keys and values are made."""
+        return replace(self, latent=up)
 
     def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
         dropout = self.dropout.draw() if self.dropout is not None and is_training else None
@@ -222,6 +231,8 @@ class LayerAttention:
         plan: AttentionPlan | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
+        if self.latent is not None:
+            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
         if watch is None:
             return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
         out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
@@ -231,6 +242,11 @@ class LayerAttention:
     def refuse(self, reason: str, query: Tensor) -> NoReturn:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.causal.refuse(reason, query)
+
+    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
+        if self.length is not None:
+            return plan_of_length(self.length, self.size, window)
+        return _plan_of_window(query.size(0), self.size, window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, mask_type: str) -> AttentionPlan:
         tokens = query.size(0) * self.size
@@ -407,6 +423,8 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     _check_layer(named, config)
     head_size = named.get("k_channels") or layer_config.kv_channels
     scale = named["softmax_scale"]
+    if config.context_parallel_cache_interval and not config.keeps_in(named["layer_number"]):
+        config = replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
     reads_mask = config.attention_mask_type == "general"
     recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(
@@ -419,6 +437,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
+        length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
         slopes=_slopes(layer_config, pg_collection) if config.use_alibi else None,

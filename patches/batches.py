@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mindspeed_cp.patches.any_length import cut_whole
 from mindspeed_cp.patches.documents import note_documents
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -56,7 +57,7 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
                 _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
                 return batch
             note_documents(plugin, batch)
-            return original(*args, **kwargs)
+            return batch if cut_whole(plugin, batch) else original(*args, **kwargs)
 
         return cut_samples
 
@@ -104,6 +105,8 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     note_documents(plugin, batch)
     rank, size = plugin.place
+    if size == 1 or cut_whole(plugin, batch):
+        return batch
     layout = SequenceLayout(size=size)
     for name, dim in {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}.items():
         if batch.get(name) is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mindspeed_cp.patches.latent_travel import give_up_projection
 from mindspeed_cp.patching import Patch
 
 
@@ -48,6 +49,7 @@ def latent_attention_patches() -> tuple[Patch, ...]:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
+            give_up_projection(self)
             if self.tp_group.size() > 1:
                 self.linear_kv_down_proj.register_forward_hook(functools.partial(_gather_latent, self))
 

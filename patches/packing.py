@@ -125,6 +125,16 @@ def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> Atte
     return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)
 
 
+def layout_of_length(num_tokens: int, num_ranks: int) -> StreamLayout:
+    """How a sample of any length is cut as a zigzag over the ranks."""
+    return _samples(((0, num_tokens),), num_ranks).layout
+
+
+def plan_of_length(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+    """Who sees whom in samples of any length without documents."""
+    return _plan(_samples(((0, num_tokens),), num_ranks), window)
+
+
 @functools.lru_cache(maxsize=32)
 def _samples(ends: tuple[Ends, ...], num_ranks: int) -> PackedBatch:
     return PackedBatch.from_cu_seqlens(ends, num_ranks, layout="zigzag")

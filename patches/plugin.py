@@ -26,6 +26,7 @@ class Plugin:
     documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
         patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
+    length: tokens of a whole sample where the ranks have unequal shards; None where they have equal ones.
     stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
         Megatron's checkpoints, where they keep what attention gives.
     padding: what pads packed streams, where there are some; set by the arguments patch.
@@ -37,6 +38,7 @@ class Plugin:
     documents: DocumentRule | None = None
     end_of_document: int | None = None
     apart_by: str | None = None
+    length: int | None = None
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
     padding: PaddingCount | None = None

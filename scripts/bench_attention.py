@@ -29,6 +29,7 @@ from mindspeed_cp.benchmark import ranks
 from mindspeed_cp.benchmark.cases import Algorithm, algorithms_for
 from mindspeed_cp.benchmark.expected import ExpectedPass
 from mindspeed_cp.benchmark.ranks import PassOfRank, RunOfRank
+from mindspeed_cp.config import CHOICES
 from mindspeed_cp.planner import AttentionShape, Network, Sent, busiest_link_seconds, predicted_bytes, predicted_seconds
 from mindspeed_cp.program import Phase
 from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, why_not_here
@@ -185,6 +186,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, for rings with overlap")
+    parser.add_argument(
+        "--policies",
+        choices=CHOICES["context_parallel_kv_cache_policy"],
+        nargs="*",
+        default=[],
+        help="of kept K/V, for rings with overlap",
+    )
     parser.add_argument("--algorithms", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args(arguments)
@@ -247,7 +255,7 @@ def _settings(
                 head_size=args.head_size,
                 element_size=args.dtype_bytes,
             )
-            algorithms = algorithms_for(case, cluster.network.num_ranks, args.pieces)
+            algorithms = algorithms_for(case, cluster.network.num_ranks, args.pieces, args.policies)
             if args.algorithms:
                 algorithms = [each for each in algorithms if any(part in each.name for part in args.algorithms)]
             for algorithm in algorithms:

@@ -22,6 +22,9 @@ from system_tests.model_cases import ALGORITHMS, Difference, ModelRuns  # noqa: 
 def main() -> int:
     """Print the table; the exit status."""
     names = [*takewhile(lambda word: not word.startswith("--"), sys.argv[1:])]
+    if unknown := [name for name in names if name not in TOY_MODELS]:
+        print(f"there is no toy of {unknown[0]!r}; there are {', '.join(TOY_MODELS)}.", file=sys.stderr)
+        return 2
     further = tuple(sys.argv[1 + len(names) :])
     # In 16 bits a rounding may choose another expert.
     most = Difference(5e-3, 5e-2) if {"--bf16", "--fp16"} & {*further} else Difference(1e-5, 1e-3)

@@ -55,8 +55,8 @@ MISTAKES = {
     ),
     "stale K/V": Mistake(
         "attention/exchange.py",
-        "k, v = self._player.format(self._whole, message.piece).unpack(received)",
-        "k, v = self._player.format(self._whole, message.piece).unpack(received * 0)",
+        "k, v = self._player.format(self._whole, message).unpack(received)",
+        "k, v = self._player.format(self._whole, message).unpack(received * 0)",
         "attention",
     ),
     "lse not merged": Mistake("kernels/merge.py", "    torch.logaddexp(lse, block_lse, out=lse)\n", "", "attention"),

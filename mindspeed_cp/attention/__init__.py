@@ -2,6 +2,7 @@
 
 from mindspeed_cp.attention.build import build_attention, compose_attention
 from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.latent import Latent, LatentHeads
 from mindspeed_cp.attention.planned import PlannedAttention, local_attention
 from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
@@ -15,6 +16,8 @@ __all__ = [
     "AttentionTerms",
     "ContextParallelAttention",
     "Dropout",
+    "Latent",
+    "LatentHeads",
     "PlannedAttention",
     "Recomputation",
     "RingAttention",

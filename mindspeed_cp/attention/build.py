@@ -11,11 +11,14 @@ from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
-from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
-from mindspeed_cp.program import Transport
+from mindspeed_cp.program import KV, Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.sharding import SequenceLayout
+
+KEPT: dict[KVCachePolicy | None, KV] = {None: KV.NEITHER, "half": KV.KEYS, "full": KV.BOTH}
+"""What a ring keeps for the backward pass, by the flag."""
 
 
 def build_attention(
@@ -118,6 +121,7 @@ def compose_attention(
         merge_kernels=merge_kernels,
         transport=config.transport if transport is None else transport,
         pieces=pieces,
+        kept=KEPT[config.context_parallel_kv_cache_policy],
         recomputation=recomputation,
     )
     attention: RingAttention | UlyssesAttention = ring_attention

@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.parameters import with_summed_gradients
 from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
@@ -112,6 +113,29 @@ class Attention(Protocol):
 
         The latter is [N] in fp32 (fp64 for fp64 inputs), without a gradient: scores as the softmax takes them, sinks
         left out; -inf for heads that this rank has not computed. QK-clip takes the largest over all ranks.
+        """
+        ...
+
+    def check_latent(self) -> None:
+        """Raise ValueError where a latent cannot travel."""
+        ...
+
+    def of_latent(
+        self,
+        q: Tensor,
+        latent: Latent,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> Tensor:
+        """The output over keys and values that are made of a latent, which travels in their place.
+
+        latent: of this rank's tokens; of the dtype of q, as what is made of it.
+
+        Returns [B, N, S, V], differentiable in the payload and the weights too; the gradients of weights are this
+        rank's part of them.
         """
         ...
 
@@ -240,6 +264,27 @@ class ContextParallelAttention:
             return _empty(call.q, call.k, call.v), nothing
         return self.attention.with_largest(*call.tensors, **call.told)
 
+    def check_latent(self) -> None:
+        """See Attention."""
+        self.attention.check_latent()
+
+    @_outside_graphs
+    def of_latent(
+        self,
+        q: Tensor,
+        latent: Latent,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> Tensor:
+        """See Attention; else as the call."""
+        call = self.prepare(q, q, q, scale=scale, visible=visible, plan=plan, terms=terms, latent=latent)
+        if call.is_empty:
+            return _empty(call.q, latent.payload, call.v)
+        return self.attention.of_latent(call.q, latent, **call.told)
+
     def prepare(
         self,
         q: Tensor,
@@ -251,21 +296,28 @@ class ContextParallelAttention:
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
         wanted: str = "output",
+        latent: Latent | None = None,
     ) -> PreparedCall:
         """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does.
 
-        wanted: what is asked back, in words that all ranks have to agree on.
+        wanted: what is asked back, in words that all ranks have to agree on. latent: in place of k and v, which are not
+        looked at then; the call has such as say what is made of it.
         """
         words, refusal, factor = "", None, 1.0
         try:
             refuse_other_plans(plan)
-            q, k, v = in_one_dtype(q, k, v)
+            if latent is None:
+                q, k, v = in_one_dtype(q, k, v)
+            else:
+                self.check_latent()
+                k, v = latent.stand_ins
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
             factor = number(scale, q)
             check_terms(terms, q, k, plan, self.layout.size)
             words = f"{_words(q, k, v, factor, visible, plan)}{terms_words(terms)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != "output")
+            words += "" if latent is None else f"; made of {latent.words}"
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
@@ -299,6 +351,8 @@ class ContextParallelAttention:
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
         transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
         transport += f" in {self.pieces} pieces" * (self.pieces > 1)
+        policy = self.config.context_parallel_kv_cache_policy
+        transport += f", K/V kept by policy {policy}" * (policy is not None)
         transport += ", gradients of parameters summed" * (self.parameters is not None)
         transport += ", outputs kept for recomputation" * (self.recomputation is not None)
         return (

@@ -5,7 +5,7 @@ see program/; here it is played: `KeyValues` has what is at hand, `Gradients` ad
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
-from mindspeed_cp.program import Axis, Exchange, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program import KV, Axis, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -53,7 +53,7 @@ class Player:
     ) -> "_Posted":
         """Start an exchange. sent: the content of what leaves. whole: how a message of all heads lies in memory."""
         assert self.communicators is not None, "a program of one rank has no messages"
-        numel = self.format(whole, exchange.piece).numel
+        numel = self.format(whole, (exchange.receives or exchange.sends)[0]).numel
         received = [whole.like.new_empty(numel(message.num_tokens)) for message in exchange.receives]
         leave = [Addressed(message.peer, content) for message, content in zip(exchange.sends, sent, strict=True)]
         come = [Addressed(message.peer, content) for message, content in zip(exchange.receives, received, strict=True)]
@@ -96,9 +96,18 @@ class Player:
         share = num_heads // self.program.pieces
         return slice(piece * share, (piece + 1) * share)
 
-    def format(self, whole: "BlockFormat", piece: int | None) -> "BlockFormat":
-        """The format of a piece of the heads; the whole one for None."""
-        return whole if piece is None else whole._replace(num_heads=whole.num_heads // self.program.pieces)
+    def format(self, whole: "BlockFormat", message: Message) -> "BlockFormat":
+        """How a message lies in memory. whole: how one with the keys and values of all heads does."""
+        return self._format(whole, message.piece, message.carries)
+
+    def format_kept(self, whole: "BlockFormat", piece: int | None) -> "BlockFormat":
+        """How what is kept of a block lies in memory."""
+        return self._format(whole, piece, self.program.kept)
+
+    def _format(self, whole: "BlockFormat", piece: int | None, carries: KV) -> "BlockFormat":
+        if piece is not None:
+            whole = whole._replace(num_heads=whole.num_heads // self.program.pieces)
+        return whole if carries is KV.BOTH else whole.only(carries)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -138,8 +147,15 @@ class BlockFormat(NamedTuple):
         """Numbers in a message of so many tokens."""
         return num_tokens * self.batch * self.num_heads * (self.head_size + self.value_head_size)
 
+    def only(self, carries: KV) -> "BlockFormat":
+        """The format of these alone: the others have no numbers."""
+        return self._replace(
+            head_size=self.head_size if KV.KEYS in carries else 0,
+            value_head_size=self.value_head_size if KV.VALUES in carries else 0,
+        )
+
     def unpack(self, message: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a message as k [B, G, S, D] and v [B, G, S, V]."""
+        """Views of a message as k [B, G, S, D] and v [B, G, S, V]; of size 0 where it does not carry them."""
         num_tokens = message.numel() // self.numel(1)
         values_from = num_tokens * self.batch * self.num_heads * self.head_size
         begin = int(message.storage_offset())
@@ -183,6 +199,16 @@ class Block(NamedTuple):
         """Where the owner's tokens `keys`, all of which are here, are in k and v."""
         return place_within(self.tokens, keys)
 
+    def only(self, carries: KV) -> "Block":
+        """With these alone: the others have no numbers."""
+        k, v = (x if which in carries else x.narrow(3, 0, 0) for x, which in ((self.k, KV.KEYS), (self.v, KV.VALUES)))
+        return self._replace(k=k, v=v)
+
+    def parts(self, tokens: Iterable[slice]) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of k and of v of some of the owner's tokens, all of which are here."""
+        places = [self.place(each) for each in tokens]
+        return [part(self.k, 2, place) for place in places], [part(self.v, 2, place) for place in places]
+
 
 class _Kind(NamedTuple):
     """How messages of a kind are called: while they leave, while they are waited for, and where they are lost."""
@@ -213,14 +239,19 @@ class _Posted(NamedTuple):
         return zip(self.exchange.receives, self.received, strict=True)
 
 
+BlockName = tuple[int, int | None]
+"""A block by its owner, and the piece of the heads; None for all."""
+
+
 class KeyValues:
     """The K/V that a rank has at hand in the course of a program: its own, and what has arrived and is still needed.
 
-    k, v: its own.
+    k, v: its own. kept: in a backward pass what the forward pass has kept; in that it is filled.
     """
 
-    def __init__(self, player: Player, k: Tensor, v: Tensor) -> None:
+    def __init__(self, player: Player, k: Tensor, v: Tensor, kept: Mapping["BlockName", Tensor] | None = None) -> None:
         self._player = player
+        self.kept: dict[BlockName, Tensor] = dict(kept or {})
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
         self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
@@ -236,6 +267,7 @@ class KeyValues:
             if not overlap:
                 # Last of all: ranks that skip steps of each other's meet in one order, see Note [Order of messages].
                 self._post(exchanges)
+            self._keep(step)
             for block in done_with:
                 self._here.pop(block, None)
         for axis, piece in list(self._coming):
@@ -244,9 +276,37 @@ class KeyValues:
     def block(self, step: Step) -> "Block":
         """K/V of the step's owner, waited for where they have not arrived; of its piece of the heads.
 
-        Not to be kept: the block is gone after the step.
+        Not to be held: the block is gone after the step.
         """
-        return self._block(step.owner, step.piece)
+        name = step.owner, step.piece
+        return self._with_kept(name) if self._is_backward and name in self.kept else self._block(*name)
+
+    @property
+    def _is_backward(self) -> bool:
+        return self._player.phase is Phase.BACKWARD
+
+    def _keep(self, step: Step) -> None:
+        """Keep of the block of a step what the program says: what has come as it is, or a copy of less."""
+        name = step.owner, step.piece
+        tokens = self._player.program.keeps.get(name)
+        if tokens is None or self._is_backward:
+            return
+        block = self._block(*name)
+        if block.message is not None and block.tokens == tokens and self._player.program.kept is KV.BOTH:
+            self.kept[name] = block.message
+            return
+        only = block.only(self._player.program.kept)
+        self.kept[name] = BlockFormat.of(only.k, only.v).pack(*only.parts(tokens))
+
+    def _with_kept(self, name: "BlockName") -> Block:
+        """The block of a step, as much of it as is seen: from what was kept, and what has come for the rest."""
+        tokens, (_, piece) = self._player.program.keeps[name], name
+        k, v = self._player.format_kept(self._whole, piece).unpack(self.kept[name])
+        kept = self._player.program.kept
+        if kept is not KV.BOTH:
+            of_k, of_v = self._block(*name).parts(tokens)
+            k, v = (k, in_one(of_v)) if kept is KV.KEYS else (in_one(of_k), v)
+        return Block(tokens, k, v)
 
     def _post(self, exchanges: Iterable[Exchange]) -> None:
         """Start what travels at a step.
@@ -277,7 +337,7 @@ class KeyValues:
             return
         self._player.wait(_KV, posted)
         for message, received in posted.arrived():
-            k, v = self._player.format(self._whole, message.piece).unpack(received)
+            k, v = self._player.format(self._whole, message).unpack(received)
             self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)
 
     def _block(self, owner: int, piece: int | None) -> Block:
@@ -297,10 +357,14 @@ class KeyValues:
         block = self._block(message.owner, message.piece)
         if block.message is not None and block.tokens == message.tokens:
             return block.message
-        places = [block.place(tokens) for tokens in message.tokens]
-        return BlockFormat.of(block.k, block.v).pack(
-            *([part(x, 2, place) for place in places] for x in (block.k, block.v))
-        )
+        if message.carries is not KV.BOTH:
+            block = block.only(message.carries)
+        return BlockFormat.of(block.k, block.v).pack(*block.parts(message.tokens))
+
+
+def in_one(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens [B, G, s, D] one after another; a view where they are one already."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 
 
 def _same_content(message: Message, other: Message) -> bool:
@@ -400,7 +464,7 @@ class Gradients:
             self._add_message(message, received)
 
     def _add_message(self, message: Message, received: Tensor) -> None:
-        dk, dv = self._player.format(self._whole, message.piece).unpack(received)
+        dk, dv = self._player.format(self._whole, message).unpack(received)
         if len(message.tokens) == 1:
             self._add(message.owner, message.piece, [Partial.of_slice(message.tokens[0], dk, dv)])
             return
@@ -420,7 +484,7 @@ class Gradients:
                 total = self._others.pop((step.owner, step.piece))
             dk, dv = total.unrounded()
             found = [dk], [dv]
-        return self._player.format(self._whole, gives.piece).pack(*found)
+        return self._player.format(self._whole, gives).pack(*found)
 
     def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
         """Add to the sum for an owner, which is of all heads where it is this rank's own."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mindspeed_cp.attention.call import check_plan, default_scale, refuse_mask
+from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import AttentionTerms, Terms
 from mindspeed_cp.attention.ulysses import UlyssesAttention
@@ -80,6 +81,23 @@ class PlannedAttention:
     ) -> tuple[Tensor, Tensor]:
         """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
         return self.attention.with_largest(q, k, v, *self._told(q, scale, visible, plan, terms))
+
+    def check_latent(self) -> None:
+        """See RingAttention."""
+        self.attention.check_latent()
+
+    def of_latent(
+        self,
+        q: Tensor,
+        latent: Latent,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> Tensor:
+        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        return self.attention.of_latent(q, latent, *self._told(q, scale, visible, plan, terms))
 
     def _told(
         self,

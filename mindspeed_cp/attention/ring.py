@@ -26,6 +26,7 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key h
 Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18485.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
@@ -58,7 +60,7 @@ from mindspeed_cp.kernels.calls import Call, Views, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -70,6 +72,7 @@ class RingAttention:
     messages travel while a step is computed; the results are the same to the bit. kernels: what to choose from for each
     tile. merge_kernels: what to choose from for merging them, the preferred first. pieces: see Note [Pieces] in
     program/rotation.py; it divides the K/V heads. transport: how K/V travel; None is the cheapest for the plan at hand.
+    kept: what stays of others' K/V for the backward pass, see Note [Kept K/V] in program/steps.py.
     recomputation: of the checkpoints that it runs in; None where it is computed again there.
     """
 
@@ -80,6 +83,7 @@ class RingAttention:
     merge_kernels: Sequence[MergeKernel] = MERGE_KERNELS
     pieces: int = 1
     transport: Transport | None = None
+    kept: KV = KV.NEITHER
     recomputation: Recomputation | None = None
 
     @property
@@ -90,6 +94,15 @@ class RingAttention:
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError unless the pieces divide the K/V heads."""
         self.check_heads(k.size(1))
+
+    def check_latent(self) -> None:
+        """Raise ValueError where a latent cannot travel here."""
+        self.check_heads(1)
+        if self.kept is KV.KEYS:
+            raise ValueError(
+                "a latent, and --context-parallel-kv-cache-policy half: keys and values are made of the one latent, "
+                "which is kept or not; use full, or leave it out."
+            )
 
     def check_heads(self, num_kv_heads: int) -> None:
         """Raise ValueError unless the pieces divide so many K/V heads."""
@@ -105,10 +118,7 @@ class RingAttention:
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between the ranks of the ring."""
-        parameters = (x for x in terms.tensors if x is not None)
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parameters))
-        # A reentrant checkpoint runs its function without gradients first, and what is found there serves with them.
-        if not wanted and (self.recomputation is None or not self.recomputation.is_first_run):
+        if not self._serves_gradients(q, k, v, *terms.tensors):
             out, lse, _ = self._apply(q, k, v, plan, terms)
             return out, lse
         # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
@@ -122,18 +132,40 @@ class RingAttention:
         out, _, largest = self._apply(q, k, v, plan, replace(terms, largest=True))
         return out, largest
 
-    def _apply(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, ...]:
-        """Output, log-sum-exp and, where it is asked for, the largest score of each head."""
+    def _apply(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms, latent: Latent | None = None
+    ) -> tuple[Tensor, ...]:
+        """Output, log-sum-exp and, where it is asked for, the largest score of each head.
+
+        latent: what travels in place of k and v, which then only say what they would be like.
+        """
         case = BlockCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
-        result: tuple[Tensor, ...] = _Ring.apply(self, plan, terms, case, q, k, v, *terms.tensors)
+        expand, weights = None, tuple[Tensor, ...]()
+        if latent is not None:
+            expand, weights, (k, v) = latent.expand, latent.weights, latent.travelling
+        tensors, ring = (*terms.tensors, *weights), self
+        if self.kept and not self._serves_gradients(q, k, v, *tensors):
+            ring = replace(self, kept=KV.NEITHER)
+        result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, expand, q, k, v, *tensors)
         return result
+
+    def _serves_gradients(self, *tensors: Tensor | None) -> bool:
+        """Whether what a pass finds is for a backward pass of these."""
+        # A reentrant checkpoint runs its function without gradients first, and what is found there serves with them.
+        if self.recomputation is not None and self.recomputation.is_first_run:
+            return True
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+    def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
+        """See Attention. plan: between the ranks of the ring."""
+        return self._apply(q, *latent.stand_ins, plan, terms, latent)[0]
 
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
         transport = self.transport or cheapest_transport(plan, self.schedule)
-        made_for = self.schedule, self.rank, transport, self.pieces, self.kernels, case
+        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.kernels, case
         return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 
     def player(self, made: "RingPass") -> Player:
@@ -161,10 +193,11 @@ def _forward_pass(
     rank: int,
     transport: Transport,
     pieces: int,
+    kept: KV,
     kernels: KernelRegistry,
     case: BlockCase,
 ) -> RingPass:
-    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept)
     share = _share(case, pieces)
     return RingPass(
         transport,
@@ -187,14 +220,15 @@ def _backward_pass(
     Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts, or
     has drawn dropout for the whole by its own coordinates.
     """
-    rank, transport, pieces = forward.program.rank, forward.transport, forward.program.pieces
+    rank, pieces = forward.program.rank, forward.program.pieces
+    again = functools.partial(program, transport=forward.transport, pieces=pieces, kept=forward.program.kept)
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
     def share(step: Step) -> BlockCase:
         return case if step.piece is None else _share(case, pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
-        made = program(plan, schedule, rank, Phase.BACKWARD, transport=transport, pieces=pieces, in_two=in_two)
+        made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
         try:
             each = tuple(
                 _kept(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
@@ -202,7 +236,7 @@ def _backward_pass(
             )
         except NotImplementedError:
             continue
-        return RingPass(transport, made, Phase.BACKWARD, each)
+        return RingPass(forward.transport, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
@@ -268,18 +302,21 @@ class _Ring(torch.autograd.Function):
         plan: AttentionPlan,
         terms: Terms,
         case: BlockCase,
+        expand: Expand | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states = once(
-                ring.recomputation, case, lambda: _forward(ring, plan, terms, case, q, k, v)
+            (out, lse, _), largest, made, states, kept = once(
+                ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
             )
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
+        ctx.num_tensors, ctx.kept = len(tensors), tuple(kept)
         ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
-        ctx.terms = terms.with_tensors([None] * len(tensors))
+        ctx.terms, ctx.expand = terms.with_tensors([None] * len(terms.tensors)), expand
         ctx.set_materialize_grads(False)
         if largest is not None:
             ctx.mark_non_differentiable(largest)
@@ -289,26 +326,58 @@ class _Ring(torch.autograd.Function):
     @_never_twice
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.kept, tensors[ctx.num_tensors :], strict=True))
+        terms = ctx.terms.with_tensors(tensors[: len(ctx.terms.tensors)])
+        expansion = _expansion(ctx.expand, terms, tensors[: ctx.num_tensors], backward=True)
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:
             dout, out = _with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients, parameters = _backward(ctx, ctx.terms.with_tensors(tensors), dout, q, k, v, out, lse)
-        return None, None, None, None, *gradients, *parameters
+            gradients, parameters = _backward(ctx, terms, expansion, dout, q, k, v, out, lse, kept)
+        weights = () if expansion is None else expansion.gradients()
+        return None, None, None, None, None, *gradients, *parameters, *weights
+
+
+def _expansion(
+    expand: Expand | None, terms: Terms, tensors: Sequence[Tensor | None], *, backward: bool
+) -> Expansion | None:
+    """How keys and values are made; None where they travel. tensors: those of the terms, and weights after them."""
+    if expand is None:
+        return None
+    weights = [weight for weight in tensors[len(terms.tensors) :] if weight is not None]
+    return Expansion(expand, weights, backward=backward)
+
+
+def _at_hand(key_values: KeyValues, expansion: Expansion | None, step: Step) -> Block:
+    """K/V of a step. Not to be held: the block is gone after it."""
+    block = key_values.block(step)
+    return block if expansion is None else expansion.block(block, step.tiles)
 
 
 def _forward(
-    ring: RingAttention, plan: AttentionPlan, terms: Terms, case: BlockCase, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[BlockOutput, Tensor | None, RingPass, _States]:
-    """The merged output over all steps, the largest scores, and what the backward pass needs of each call."""
+    ring: RingAttention,
+    plan: AttentionPlan,
+    terms: Terms,
+    case: BlockCase,
+    expansion: Expansion | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[BlockOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
+    """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
-    merged, states = MergedOutput.of(q, v, ring.merge_kernels), _States()
+    merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), _States()
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
     key_values, of_queries = KeyValues(player, k, v), Views(q)
 
-    def compute(step: Step, call: Call) -> None:
-        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+    def compute(step: Step, made: Sequence[Call]) -> None:
+        block = _at_hand(key_values, expansion, step)
+        for call in made:
+            compute_call(step, call, block)
+
+    def compute_call(step: Step, call: Call, block: Block) -> None:
+        heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
         (q_,) = of_queries.take(queries.given, heads)
         k_, v_ = keys.given.take(block.k), keys.given.take(block.v)
@@ -322,29 +391,42 @@ def _forward(
     for number, step in enumerate(key_values.steps()):
         if step.tiles:
             with player.step(step.owner):
-                for call in made.calls[number]:
-                    compute(step, call)
+                compute(step, made.calls[number])
     if terms.sinks is None:
-        return merged.result(), largest.result, made, states
+        return merged.result(), largest.result, made, states, key_values.kept
     result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
-    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states
+    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states, key_values.kept
 
 
 def _backward(
-    ctx: Any, terms: Terms, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, merged_out: Tensor, merged_lse: Tensor
+    ctx: Any,
+    terms: Terms,
+    expansion: Expansion | None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    merged_out: Tensor,
+    merged_lse: Tensor,
+    kept: dict[BlockName, Tensor],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors]:
     """Gradients of this rank's q, k and v, each rounded once, and its part of those of parameters."""
     ring, plan, case, states = ctx.ring, ctx.plan, ctx.case, ctx.states
     forward_pass: RingPass = ctx.forward_pass
     made = plan.once(forward_pass, lambda: _backward_pass(plan, ring.schedule, forward_pass, case, ring.kernels))
     player = ring.player(made)
-    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v)
+    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v, kept)
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
     of_queries = Views(dout, q, merged_out, merged_lse)
 
-    def compute(step: Step, call: Call) -> Partial:
-        heads, block = player.heads(step.piece, q.size(1)), key_values.block(step)
+    def compute(step: Step, made: Sequence[Call]) -> list[Partial]:
+        block = _at_hand(key_values, expansion, step)
+        found = [compute_call(step, call, block) for call in made]
+        return found if expansion is None else expansion.of_payload(block, found)
+
+    def compute_call(step: Step, call: Call, block: Block) -> Partial:
+        heads = player.heads(step.piece, q.size(1))
         queries, keys = call.queries(q), call.keys(k, block.tokens)
         d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
@@ -361,7 +443,7 @@ def _backward(
         partials: list[Partial] = []
         if step.tiles:
             with player.step(step.owner):
-                partials = [compute(step, call) for call in made.calls[number]]
+                partials = compute(step, made.calls[number])
         gradients.take(step, partials)
     sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
     return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)

@@ -85,9 +85,9 @@ class MergedOutput:
         self._views = Views()
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> "MergedOutput":
-        """For queries q [B, N, S, D] and values v [B, G, T, V]."""
-        return cls(q.new_empty(()).expand(*q.shape[:3], v.size(3)), kernels)
+    def of(cls, q: Tensor, value_head_size: int, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> "MergedOutput":
+        """For queries q [B, N, S, D] and values of head size V."""
+        return cls(q.new_empty(()).expand(*q.shape[:3], value_head_size), kernels)
 
     def merge(self, more: BlockOutput, place: Place, heads: slice = ALL) -> None:
         """Add the attention of some queries and heads over some more keys, as `place` takes them."""

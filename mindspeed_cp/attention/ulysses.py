@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
+from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation, once
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
@@ -67,13 +68,14 @@ class UlyssesAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
         """See Attention. plan: between all context-parallel ranks."""
         part = self._exchanged(q, k, v, plan, terms)
-        return self._back(self.ring(*part.tensors, part.plan, part.terms), part)
+        return self._back(self.ring(*part.tensors, part.plan, part.terms), part.order, part.heads)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between all context-parallel ranks."""
         part = self._exchanged(q, k, v, plan, terms)
         out, lse = self.ring.with_lse(*part.tensors, part.plan, part.terms)
-        return self._back(out, part), self._back(lse.unsqueeze(-1), part).squeeze(-1)
+        back = functools.partial(self._back, order=part.order, heads=part.heads)
+        return back(out), back(lse.unsqueeze(-1)).squeeze(-1)
 
     def with_largest(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
         """See Attention. plan: between all context-parallel ranks."""
@@ -81,18 +83,48 @@ class UlyssesAttention:
         out, mine = self.ring.with_largest(*part.tensors, part.plan, part.terms)
         largest = mine.new_full((q.size(1),), -torch.inf)
         largest[part.heads.queries.parts[self.communicator.rank]] = mine
-        return self._back(out, part), largest
+        return self._back(out, part.order, part.heads), largest
+
+    def check_latent(self) -> None:
+        """See RingAttention."""
+        self.ring.check_latent()
+
+    def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
+        """See Attention. plan: between all context-parallel ranks.
+
+        Each rank gets the payloads of its group, all of them, and makes keys and values of its own heads.
+        """
+        communicator, grouped = self.communicator, plan.of_groups(self.groups)
+        rank, num_heads = communicator.rank, q.size(1)
+        heads = head_layout(num_heads, latent.stand_ins[0].size(1), communicator.size)
+        order = self._order("queries", grouped.queries, grouped)
+        terms = self._terms_of_group(terms, order, heads.queries)
+        one_head = head_layout(num_heads, 1, communicator.size).keys
+        sent = q, latent.payload.unsqueeze(1)
+        if grouped.keys is grouped.queries:
+            q, payload = _ScatterHeads.apply(self._exchange(order, heads.queries, one_head), *sent)
+        else:
+            (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), sent[0])
+            order_of_keys = self._order("keys", grouped.keys, grouped)
+            (payload,) = _ScatterHeads.apply(self._exchange(order_of_keys, one_head), sent[1])
+        latent = latent.of_heads(payload.squeeze(1), heads.keys.parts[rank], heads.keys.given[rank])
+        return self._back(self.ring.of_latent(q, latent, grouped, terms), order, heads)
+
+    def _terms_of_group(self, terms: Terms, order: "GroupOrder", heads: Dealt) -> Terms:
+        """Those of all queries of the group, for this rank's heads."""
+        terms = terms.of_heads(heads.parts[self.communicator.rank])
+        if terms.visible is not None:
+            terms = replace(terms, visible=self._gather_rows(terms.visible, order, heads))
+        if terms.bias is not None:
+            terms = replace(terms, bias=self._rows_of_bias(terms.bias, order, heads))
+        return terms
 
     def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> "_Part":
         """What this rank attends with: all tokens of its group for its part of the heads."""
         communicator, grouped = self.communicator, plan.of_groups(self.groups)
         heads = head_layout(q.size(1), k.size(1), communicator.size)
         order = self._order("queries", grouped.queries, grouped)
-        terms = terms.of_heads(heads.queries.parts[communicator.rank])
-        if terms.visible is not None:
-            terms = replace(terms, visible=self._gather_rows(terms.visible, order, heads.queries))
-        if terms.bias is not None:
-            terms = replace(terms, bias=self._rows_of_bias(terms.bias, order, heads.queries))
+        terms = self._terms_of_group(terms, order, heads.queries)
         if grouped.keys is grouped.queries:
             tensors = _ScatterHeads.apply(self._exchange(order, heads.queries, heads.keys, heads.keys), q, k, v)
             return _Part(tensors, grouped, terms, order, heads)
@@ -109,9 +141,9 @@ class UlyssesAttention:
         assert isinstance(layout, GroupedLayout)
         return grouped.once(("order of", of, self.group), lambda: group_order(layout, self.group))
 
-    def _back(self, x: Tensor, part: "_Part") -> Tensor:
+    def _back(self, x: Tensor, order: "GroupOrder", heads: "_Heads") -> Tensor:
         """This rank's own tokens of all heads."""
-        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(part.order, part.heads.queries), x)
+        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(order, heads.queries), x)
         return gathered[0]
 
     def _rows_of_bias(self, bias: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:

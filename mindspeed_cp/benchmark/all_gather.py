@@ -55,7 +55,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, attention: AllGatherAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gathered = attention.communicator.all_gather(torch.cat([k, v]).movedim(2, 0).contiguous())
         keys, values = attention.layout.restore(gathered.flatten(0, 1), dim=0).movedim(0, 2).chunk(2)
-        merged = MergedOutput.of(q, v)
+        merged = MergedOutput.of(q, v.size(3))
         for tile in attention.tiles(q.size(2)):
             block = (q[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
             output = attention.kernel.forward(*block, TileTerms(default_scale(q), Window(tile.left, tile.right)))

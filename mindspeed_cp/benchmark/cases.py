@@ -1,9 +1,10 @@
 """What is measured: the algorithms that fit a shape."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, divisors
+from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy, divisors
 from mindspeed_cp.planner import AttentionShape
 from mindspeed_cp.topology import CPTopology
 
@@ -15,7 +16,7 @@ class Algorithm:
     """A way to compute attention.
 
     topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as the ring is set, see
-    RingAttention.
+    RingAttention. policy: what it keeps, by the flag.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Algorithm:
     topology: CPTopology
     overlap: bool = False
     pieces: int = 1
+    policy: KVCachePolicy | None = None
 
     @property
     def config(self) -> ContextParallelConfig:
@@ -36,11 +38,14 @@ class Algorithm:
             ulysses_degree_in_cp=topology.ulysses if topology.ulysses > 1 else None,
             cp_window_size=topology.inner if topology.outer > 1 else 1,
             use_cp_send_recv_overlap=self.overlap,
+            context_parallel_kv_cache_policy=self.policy,
         )
 
 
-def algorithms_for(shape: AttentionShape, num_ranks: int, pieces: int = 1) -> list[Algorithm]:
-    """All that can compute `shape` on so many ranks, the baselines first; rings also in so many pieces."""
+def algorithms_for(
+    shape: AttentionShape, num_ranks: int, pieces: int = 1, policies: Sequence[KVCachePolicy] = ()
+) -> list[Algorithm]:
+    """All that can compute `shape` on so many ranks, the baselines first; rings also in pieces, and such that keep."""
     everyone = CPTopology(inner=num_ranks)
     found = [
         Algorithm(name="single device", kind="single device", topology=everyone),
@@ -60,6 +65,10 @@ def algorithms_for(shape: AttentionShape, num_ranks: int, pieces: int = 1) -> li
         for name, grid in grids.items():
             found.append(Algorithm(name=name, topology=grid))
             found.append(Algorithm(name=f"{name}, overlap", topology=grid, overlap=True))
+            for policy in policies:
+                found.append(
+                    Algorithm(name=f"{name}, overlap, keeps {policy}", topology=grid, overlap=True, policy=policy)
+                )
             if pieces > 1 and shape.num_kv_heads // ulysses % pieces == 0:
                 in_pieces = f"{name}, overlap, {pieces} pieces"
                 found.append(Algorithm(name=in_pieces, topology=grid, overlap=True, pieces=pieces))

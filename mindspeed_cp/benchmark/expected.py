@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mindspeed_cp.attention.build import KEPT
 from mindspeed_cp.benchmark.cases import Algorithm
 from mindspeed_cp.planner import AttentionPass, AttentionShape, Compute, Event, Post, Wait, all_to_all
 from mindspeed_cp.program import Phase
@@ -45,6 +46,7 @@ class ExpectedPass:
             flops_per_s=self.flops_per_s,
             overlap=algorithm.overlap,
             pieces=algorithm.pieces,
+            kept=KEPT[algorithm.policy],
         )
 
     def _whole_s(self) -> float:

@@ -67,7 +67,7 @@ def attention_of(
 
     q: [B, N, s, D], which holds those tokens of its rank; all of them for None.
     """
-    merged = MergedOutput.of(q, v)
+    merged = MergedOutput.of(q, v.size(3))
     for call in made:
         queries, keys = call.queries(q, held), call.keys(k)
         given = queries.given.take(q), keys.given.take(k), keys.given.take(v)

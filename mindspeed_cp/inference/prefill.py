@@ -268,7 +268,7 @@ class _Call:
     def _home(self, states: "dict[int, _Owned]") -> BlockOutput:
         """Each owner gets the states of its queries, in one all-to-all, and merges them."""
         turned, rank = TransposedPlan(self.plan), self.rank
-        merged = MergedOutput.of(self.q, self.v)
+        merged = MergedOutput.of(self.q, self.v.size(3))
         if rank in states:
             merged.merge(states[rank].state, in_all_samples(slice(0, self.q.size(2))))
         if self.communicator is not None and self.communicator.size > 1:

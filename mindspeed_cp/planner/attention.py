@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -44,7 +44,7 @@ class AttentionPass:
 
     plan: who sees whom, between the ranks of the ring; None is causal attention on zigzag shards.
     flops_per_s: floating-point operations a second of the kernel. launch_s: what each tile takes beside them.
-    overlap, pieces, transport: as the ring is set, see RingAttention.
+    overlap, pieces, transport, kept: as the ring is set, see RingAttention.
     """
 
     topology: CPTopology
@@ -55,6 +55,7 @@ class AttentionPass:
     overlap: bool = False
     pieces: int = 1
     transport: Transport | None = None
+    kept: KV = KV.NEITHER
     plan: AttentionPlan | None = None
 
     def events(self, rank: int) -> Iterator[Event]:
@@ -82,14 +83,15 @@ class AttentionPass:
         held = range(self.topology.ring_size)
         queries = self.shape.q_bytes(sum(plan.queries.num_tokens(rank) for rank in held))
         keys = self.shape.kv_bytes(sum(plan.keys.num_tokens(rank) for rank in held))
-        travelling = sum(self.program(rank).sent().total() for rank in held)
+        of_each = self.shape.kv_bytes(1) // 2
+        travelling = sum(self.program(rank).sent_bytes(of_each, of_each).total() for rank in held)
         # Each of the Ulysses ranks has such a ring, of its part of the heads.
-        return (2 * queries + keys) * (ulysses - 1) // ulysses + self.shape.kv_bytes(travelling)
+        return (2 * queries + keys) * (ulysses - 1) // ulysses + travelling
 
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
-        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport)
+        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport, self.kept)
 
     @property
     def _plan(self) -> AttentionPlan:
@@ -106,7 +108,7 @@ class AttentionPass:
         ) -> Iterator[Event]:
             to: dict[int, int] = {}
             for message in sends:
-                share = 1 if message.piece is None else self.pieces
+                share = (1 if message.piece is None else self.pieces) * (1 if message.carries is KV.BOTH else 2)
                 peer = ranks[message.peer]
                 to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
             yield Post((axis, piece), to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)), axis)
@@ -168,11 +170,17 @@ def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
 
 @functools.lru_cache(maxsize=1024)
 def ring_program(
-    plan: AttentionPlan, schedule: RingSchedule, rank: int, phase: Phase, pieces: int, transport: Transport | None
+    plan: AttentionPlan,
+    schedule: RingSchedule,
+    rank: int,
+    phase: Phase,
+    pieces: int,
+    transport: Transport | None,
+    kept: KV,
 ) -> Program:
     """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
     transport = transport or cheapest_transport(plan, schedule)
-    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces)
+    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept)
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:

@@ -14,16 +14,21 @@ Note [Program]
     A step works on what has arrived, or is this rank's own. Kept gradients and those that come in are added to one sum
     for each owner, in the order of the steps; a step without tiles that gives, gives that sum. What is left in the end
     is the sum for this rank itself.
+
+Note [Kept K/V]
+    A forward pass may keep the keys, the values or both that its steps have worked on. In the backward pass these do
+    not travel again: messages carry the rest, and where nothing is left there are none. What is kept of a block is what
+    this rank's own queries see of it, which may be less than it has received to pass on.
 """
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag
 from typing import NamedTuple
 
-from mindspeed_cp.plan import Tile
+from mindspeed_cp.plan import Tile, union
 
 
 class Axis(Enum):
@@ -42,10 +47,20 @@ class Phase(Enum):
     BACKWARD = "backward"
 
 
+class KV(Flag):
+    """Keys, values, both of them or neither."""
+
+    NEITHER = 0
+    KEYS = 1
+    VALUES = 2
+    BOTH = 3
+
+
 class Message(NamedTuple):
     """Tokens of `owner`'s K/V, or of their gradients, to or from `peer`.
 
-    peer, owner: ring ranks. piece: which of the pieces of the K/V heads; None for all.
+    peer, owner: ring ranks. piece: which of the pieces of the K/V heads; None for all. carries: which of the two it
+    holds, see Note [Kept K/V].
     """
 
     peer: int
@@ -53,6 +68,7 @@ class Message(NamedTuple):
     tokens: tuple[slice, ...]
     axis: Axis
     piece: int | None = None
+    carries: KV = KV.BOTH
 
     @property
     def num_tokens(self) -> int:
@@ -102,19 +118,51 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of one rank. pieces: into how many the heads are cut where they are."""
+    """The steps of one rank.
+
+    pieces: into how many the heads are cut where they are. kept: what a forward pass keeps of others' K/V, or a
+    backward pass has of them, see Note [Kept K/V].
+    """
 
     rank: int
     steps: tuple[Step, ...]
     pieces: int = 1
+    kept: KV = KV.NEITHER
 
     def sent(self) -> Counter[Axis]:
         """Tokens that leave this rank along each axis; a token of one piece of the heads counts 1 / pieces."""
+        return self._sent(lambda message: 1)
+
+    def sent_bytes(self, key_bytes: int, value_bytes: int) -> Counter[Axis]:
+        """Bytes that leave this rank along each axis, where a token's keys and values in all heads have so many."""
+        return self._sent(lambda message: _width(message.carries, key_bytes, value_bytes))
+
+    def _sent(self, width: Callable[[Message], int]) -> Counter[Axis]:
+        """Tokens that leave along each axis, each as often as its message is wide."""
         sent: Counter[Axis] = Counter()
         for step in self.steps:
             for message in (*step.sends, *some(step.gives)):
-                sent[message.axis] += message.num_tokens * (1 if message.piece is not None else self.pieces)
-        return Counter({axis: tokens // self.pieces for axis, tokens in sent.items()})
+                tokens = message.num_tokens * (1 if message.piece is not None else self.pieces)
+                sent[message.axis] += tokens * width(message)
+        return Counter({axis: number // self.pieces for axis, number in sent.items()})
+
+    @functools.cached_property
+    def keeps(self) -> dict[tuple[int, int | None], tuple[slice, ...]]:
+        """The tokens of others that are kept, by owner and piece."""
+        if not self.kept:
+            return {}
+        return {
+            (step.owner, step.piece): union(tile.keys for tile in step.tiles)
+            for step in self.steps
+            if step.tiles and step.owner != self.rank
+        }
+
+    def kept_bytes(self, key_bytes: int, value_bytes: int) -> int:
+        """Bytes that are kept, where a token's keys and values in all heads have so many."""
+        tokens = sum(
+            num_tokens(tokens) * (1 if piece is not None else self.pieces) for (_, piece), tokens in self.keeps.items()
+        )
+        return tokens // self.pieces * _width(self.kept, key_bytes, value_bytes)
 
     @functools.cached_property
     def exchanges(self) -> tuple[tuple[Exchange, ...], ...]:
@@ -162,6 +210,10 @@ class Program:
             most = max(most, sum(alive.values()))
             alive = {block: tokens for block, tokens in alive.items() if last_use[block] > number}
         return most // self.pieces
+
+
+def _width(of: KV, key_bytes: int, value_bytes: int) -> int:
+    return key_bytes * (KV.KEYS in of) + value_bytes * (KV.VALUES in of)
 
 
 def _exchanges(step: Step) -> Iterator[Exchange]:

@@ -6,12 +6,13 @@ Note [Two parts of the own block]
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from enum import Enum
 
 from mindspeed_cp.plan import halves
 from mindspeed_cp.program.needs import Needs
 from mindspeed_cp.program.rotation import Rotation
-from mindspeed_cp.program.steps import Phase, Program, num_tokens
+from mindspeed_cp.program.steps import KV, Phase, Program, Step, live, num_tokens
 from mindspeed_cp.program.straight import Straight
 from mindspeed_cp.program.transposed import Carried
 from mindspeed_cp.schedule import Hop, RingSchedule
@@ -37,12 +38,13 @@ def program(
     transport: Transport = Transport.ROTATION,
     pieces: int = 1,
     in_two: bool = True,
+    kept: KV = KV.NEITHER,
 ) -> Program:
     """What `rank` does. Everything that depends on it reads this: attention, bytes, memory, predictions and drawings.
 
     plan: between the ring's ranks. pieces: of the heads, in a rotation, see Note [Pieces] in rotation.py. in_two:
-    whether a backward pass does the own block in two parts, see Note [Two parts of the own block]. Steps at which
-    nothing is computed and nothing travels are left out.
+    whether a backward pass does the own block in two parts, see Note [Two parts of the own block]. kept: see Note
+    [Kept K/V] in steps.py. Steps at which nothing is computed and nothing travels are left out.
     """
     backward = phase is Phase.BACKWARD
     own = plan.tiles(rank, rank)
@@ -52,7 +54,19 @@ def program(
         maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
     else:
         maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER), 1
-    return Program(rank, tuple(maker.steps(first, last)), pieces)
+    steps = maker.steps(first, last)
+    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept)
+
+
+def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, with messages that carry the K/V that are not kept; none where that is nothing."""
+    carries = KV.BOTH & ~kept
+    for step in steps:
+        receives, sends = (
+            tuple(message._replace(carries=carries) for message in way if carries)
+            for way in (step.receives, step.sends)
+        )
+        yield from live(step._replace(receives=receives, sends=sends))
 
 
 def cheapest_transport(plan: Carried, schedule: RingSchedule) -> Transport:

@@ -170,16 +170,14 @@ ATTENTION = (
         --attention-mask-type {causal,general}
         --megatron-cp-in-bnsd
         --fix-sub-seq-length N
-        """,
-    ),
-    *noted(
-        "how partial outputs, keys and values are kept and sent",
-        "one way of doing it, with the same results",
-        """
-        --use-fused-ring-attention-update
         --context-parallel-kv-cache-policy {full,half}
         --context-parallel-cache-interval N
         """,
+    ),
+    *noted(
+        "how partial outputs are merged",
+        "one way of doing it, with the same results",
+        "--use-fused-ring-attention-update",
     ),
     *noted(
         "Ulysses of a larger degree than there are K/V heads",

@@ -33,6 +33,7 @@ DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 STREAM = "--dataloader-inter-document-masking"
 WINDOW = "--window-size 8,0 --window-attn-skip-freq 2"
 SINKS = "--softmax-type learnable"
+ODD = "--seq-length 61"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
@@ -42,6 +43,7 @@ BAND = "--sparse-mode 4 --pre-tockens 8 --next-tockens 2"
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
 ALL_GATHER = "--cp-comm-type all_gather"
+KEPT = "--context-parallel-kv-cache-policy full"
 OVERLAP = "--use-cp-send-recv-overlap"
 KEEP_OUTPUTS = "--context-parallel-keep-outputs"
 
@@ -60,13 +62,26 @@ def hybrid(degree: int, inner: int = 1) -> str:
 # as many other options as go together. The slow ones hold each option once, beside one algorithm: how an option and an
 # algorithm meet is the same for all of them.
 QUICK = [
-    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}"),
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS}"),
-    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
+    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS} --context-parallel-latent latent"),
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK} {ODD}", 2, 2, RING),
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
+    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
+    (ODD, 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (f"{YARN} {RECOMPUTE} {ODD}", 1, 4, ULYSSES),
+    (f"{DOCUMENTS} {TWO_SAMPLES} {ODD}", 1, 4, hybrid(2)),
+    (f"{INTERLEAVED} {ODD}", 2, 2, RING),
+    (f"{WINDOW} {ODD} --position-embedding-type learned_absolute", 1, 2, RING),
+    ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
+    (f"{GQA} {RECOMPUTE}", 1, 2, f"{RING} --context-parallel-kv-cache-policy half --context-parallel-cache-interval 1"),
+    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
+    (f"{LATENT} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, f"{RING} --context-parallel-latent latent {KEPT}"),
+    (f"{LATENT} {TENSOR_PARALLEL}", 2, 2, f"{ULYSSES} --context-parallel-latent absorbed"),
+    (f"{LATENT} --recompute-granularity selective", 1, 2, f"{RING} --context-parallel-latent latent"),
+    (f"{STREAM} {YARN}", 1, 2, f"{RING} --context-parallel-latent absorbed"),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 4, ULYSSES),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 2, RING),
     (f"{DOCUMENTS} {TWO_SAMPLES}", 1, 4, double_ring(2)),

@@ -6,7 +6,7 @@ Shapes: B batch, N query heads, G key/value heads, S tokens of the stream, D key
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from mindspeed_cp.attention import RingAttention, RingCommunicators, UlyssesAtte
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
-from mindspeed_cp.program import Transport
+from mindspeed_cp.program import KV, Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dealt import Dealt
@@ -58,6 +58,7 @@ class PlanCase:
     masked: bool = False
     batch: int = 1
     pieces: int = 1
+    kept: KV = KV.NEITHER
     dtype: torch.dtype = torch.float64
 
     @property
@@ -134,21 +135,30 @@ def plan_of(case: PlanCase) -> AttentionPlan:
     return AttentionPlan(case.layout, case.layout, case.bands, case.bands_of)
 
 
-def attend(
-    case: PlanCase, rank: int, plan: AttentionPlan, ulysses: Communicator | None, ring: RingCommunicators | None
-) -> Found:
-    """What a rank gets. ulysses, ring: its groups along either axis; None where that has one rank."""
-    topology, given, tokens = case.topology, inputs(case), case.layout.tokens(rank)
+def attention_of(
+    case: PlanCase, rank: int, ulysses: Communicator | None, ring: RingCommunicators | None
+) -> RingAttention | UlyssesAttention:
+    """That of a rank. ulysses, ring: its groups along either axis; None where that has one rank."""
+    topology = case.topology
     attention: RingAttention | UlyssesAttention = RingAttention(
         RingSchedule(topology.outer, topology.inner),
         ring,
         case.overlap,
         pieces=case.pieces,
         transport=case.transport,
+        kept=case.kept,
     )
     if ulysses is not None:
         groups = tuple(topology.ulysses_ranks(first) for first in range(0, topology.size, topology.ulysses))
         attention = UlyssesAttention(ulysses, groups, rank // topology.ulysses, attention)  # type: ignore[arg-type]
+    return attention
+
+
+def attend(
+    case: PlanCase, rank: int, plan: AttentionPlan, ulysses: Communicator | None, ring: RingCommunicators | None
+) -> Found:
+    """What a rank gets. ulysses, ring: see attention_of."""
+    attention, given, tokens = attention_of(case, rank, ulysses, ring), inputs(case), case.layout.tokens(rank)
     q, k, v, dout, dlse = (x[:, :, tokens] for x in given[:5])
     for x in (q, k, v):
         x.requires_grad_()
@@ -168,18 +178,28 @@ def restored(case: PlanCase, shards: Sequence[Found]) -> Found:
 def attend_virtually(
     case: PlanCase, communicator: Callable[..., Communicator] = VirtualCommunicator, timeout_s: float = 20.0
 ) -> list[Found]:
-    """What each rank gets. As over process groups, a ring without overlap has a single channel."""
-    topology, plan = case.topology, plan_of(case)
-    world = VirtualWorld(topology.size, timeout_s)
+    """What each rank gets."""
+    plan = plan_of(case)
+    return on_virtual_ranks(case, lambda *place: attend(case, place[0], plan, *place[1:]), communicator, timeout_s)
 
-    def on_rank(rank: int) -> Found:
+
+def on_virtual_ranks(
+    case: PlanCase,
+    run: Callable[[int, Communicator | None, RingCommunicators | None], Any],
+    communicator: Callable[..., Communicator] = VirtualCommunicator,
+    timeout_s: float = 20.0,
+) -> list[Any]:
+    """What each rank gets from `run`. As over process groups, a ring without overlap has a single channel."""
+    topology, world = case.topology, VirtualWorld(case.topology.size, timeout_s)
+
+    def on_rank(rank: int) -> Any:
         ulysses, ring = None, None
         if topology.ulysses > 1:
             ulysses = communicator(world, topology.ulysses_ranks(rank), rank, "ulysses")
         if topology.ring_size > 1:
             kinds = [kind if case.overlap else "ring" for kind in RingCommunicators._fields]
             ring = RingCommunicators(*(communicator(world, topology.ring_ranks(rank), rank, kind) for kind in kinds))
-        return attend(case, rank, plan, ulysses, ring)
+        return run(rank, ulysses, ring)
 
     return world.run(on_rank)
 

@@ -32,6 +32,7 @@ class Case:
     overlap: bool = False
     pieces: int = 1
     bnsd: bool = False
+    kv_cache_policy: Literal["full", "half"] | None = None
     heads: int = 1
     kv_heads: int = 1
     batch: int = 1
@@ -69,6 +70,7 @@ class Case:
             use_cp_send_recv_overlap=self.overlap,
             attention_mask_type="causal" if self.mask == "causal" else "general",
             megatron_cp_in_bnsd=self.bnsd,
+            context_parallel_kv_cache_policy=self.kv_cache_policy,
         )
 
     @property

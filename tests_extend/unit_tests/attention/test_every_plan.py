@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mindspeed_cp.attention.build import KEPT
 from mindspeed_cp.comm import Addressed, Transfer, VirtualCommunicator
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 from mindspeed_cp.program import Transport
@@ -66,6 +67,7 @@ AXES = {
     "overlap": [False, True],
     "batch": [1, 2],
     "pieces": [1, 2],
+    "kept": list(KEPT.values()),
 }
 
 
@@ -95,6 +97,7 @@ def case_of(row: dict[str, Any]) -> PlanCase:
         masked=row["bands"] == "mask",
         batch=row["batch"],
         pieces=row["pieces"],
+        kept=row["kept"],
     )
 
 

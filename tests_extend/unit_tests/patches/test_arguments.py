@@ -108,6 +108,9 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--cp-window-size",
         "--ulysses-degree-in-cp",
         "--use-cp-send-recv-overlap",
+        "--context-parallel-kv-cache-policy",
+        "--context-parallel-cache-interval",
+        "--context-parallel-latent",
         "--context-parallel-keep-outputs",
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
@@ -143,8 +146,8 @@ def test_arguments_that_keep_the_rules_give_the_configuration(parser):
             "--num-query-groups 3 does not divide --num-attention-heads 8; use 1, 2, 4 or 8.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
         (
             ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", "3"],
@@ -288,7 +291,7 @@ def test_all_broken_rules_are_said_at_once(parser):
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]
     args.cp_window_size = 1
-    assert "  --seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24." in refusal_of(
+    assert "  --seq-length 3 is below --context-parallel-size 4; use 4 or more." in refusal_of(
         config_from_arguments, args
     )
 
@@ -453,8 +456,8 @@ def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, val
             "--cache-mla-latents with --context-parallel-size 4: inference is not available; leave it out.",
         ),
         (
-            ["--seq-length", "20"],
-            "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
+            ["--seq-length", "3"],
+            "--seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def run(megatron_arguments, monkeypatch):
 def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(SystemExit) as stop:
-        run(f"{MODEL} {RING} {FUSED} --seq-length 60 --fix-router --use-fused-swiglo --seed x --swiglu y e s")
+        run(f"{MODEL} {RING} {FUSED} --seq-length 3 --fix-router --use-fused-swiglo --seed x --swiglu y e s")
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "pretrain_gpt.py: error: 6 things stand in the way:",
@@ -131,7 +131,7 @@ def test_everything_is_said_at_once_and_no_usage_is_printed(run, monkeypatch, ca
         "  --use-fused-swiglo: neither this Megatron nor MindSpeed has this flag; did you mean --use-fused-swiglu?",
         "  --seed x: it takes a whole number; give it one.",
         "  y e s: no flag takes this; leave it out.",
-        "  --seq-length 60 is not a multiple of 2 * --context-parallel-size 4 = 8; use 56 or 64.",
+        "  --seq-length 3 is below --context-parallel-size 4; use 4 or more.",
         "  --context-parallel-size 4 * --tensor-model-parallel-size 1 * --pipeline-model-parallel-size 1 = 4 does not "
         "divide the 6 ranks; use a --context-parallel-size of 1, 2, 3 or 6, or a multiple of 4 ranks.",
     ]

@@ -40,8 +40,8 @@ def test_sequence_parallelism_needs_tokens_for_each_tensor_parallel_rank(parser,
     with pytest.raises(ConfigurationError) as refusal:
         config_from_arguments(parser.parse_args([*flags, "--sequence-parallel"]))
     assert str(refusal.value) == (
-        f"--seq-length {lengths[1]} is not a multiple of --context-parallel-size 2 * lcm(2, "
-        f"--tensor-model-parallel-size 4) = 8, which --sequence-parallel needs; {message}"
+        f"--seq-length {lengths[1]} is not a multiple of --context-parallel-size 2 * --tensor-model-parallel-size 4 = "
+        f"8, which --sequence-parallel needs; {message}"
     )
     config_from_arguments(parser.parse_args(flags))
 
