@@ -278,7 +278,7 @@ def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation)
 
 
 def test_all_broken_rules_are_said_at_once(parser):
-    broken = ["--use-kitchen-attention", "--cache-mla-latents", "--seq-length", "20", "--cp-window-size", "0"]
+    broken = ["--use-kitchen-attention", "--cache-mla-latents", "--seq-length", "3", "--cp-window-size", "0"]
     args = parser.parse_args([*CP4, *broken])
     args.world_size = 6
     assert refusal_of(config_from_arguments, args).splitlines() == [

@@ -76,7 +76,7 @@ FLAG_SETS = [
     (f"{RING} --stage sft --is-instruction-dataset --prompt-type qwen", ["--stage", "--is-instruction-dataset"]),
     (f"{RING} --lora-r 8 --lora-alpha 16 --lora-target-modules linear_qkv linear_proj", ["--lora-target-modules"]),
     (f"{RING} --recompute-activation-function --enable-recompute-layers-per-pp-rank --recompute-granularity full", []),
-    (f"{RING} --qk-clip --attention-dropout 0.1 --seq-length 60 --geglu", ["--qk-clip", "--seq-length", "--geglu"]),
+    (f"{RING} --qk-clip --attention-dropout 0.1 --seq-length 3 --geglu", ["--qk-clip", "--seq-length", "--geglu"]),
     (
         f"{RING} --profile-level level1 --profile-with-cpu --use-ema --npu-deterministic --use-fused-rmsnrm",
         ["--use-ema", "--use-fused-rmsnrm"],
@@ -185,7 +185,7 @@ def test_a_few_letters_are_not_taken_for_a_flag_without_effect(parser):
 
 def test_rules_are_not_judged_where_a_checkpoint_may_say_otherwise(run, capsys):
     with pytest.raises(SystemExit):
-        run(f"{MODEL} {RING} --seq-length 60 --fix-router --use-checkpoint-args")
+        run(f"{MODEL} {RING} --seq-length 3 --fix-router --use-checkpoint-args")
     assert capsys.readouterr().err == f"pretrain_gpt.py: error: {FIXED_ROUTER}\n"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_cp.patches.any_length import any_length_patches
 from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.batches import batch_patches
@@ -20,6 +21,7 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
+from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.plugin import Plugin
@@ -42,12 +44,14 @@ PATCHES = (
     *process_group_patches(Plugin()),
     *attention_patches(Plugin()),
     *latent_attention_patches(),
+    *latent_travel_patches(),
     *loss_patches(Plugin()),
     *micro_batch_patches(Plugin()),
     *recomputation_patches(Plugin()),
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
     *rotary_patches(Plugin()),
+    *any_length_patches(Plugin()),
     *sft_data_patches(),
     *torch_norm_patches(),
     *dataset_helper_patches(),
