@@ -21,10 +21,11 @@ _COMM_TYPES: dict[str, Algorithm] = {
     "p2p": "megatron_cp_algo",
     "a2a": "ulysses_cp_algo",
     "a2a+p2p": "hybrid_cp_algo",
+    "all_gather": "kvallgather_cp_algo",
+    "allgather": "kvallgather_cp_algo",
 }
-"""TransformerEngine's names: K/V passed on from rank to rank, all-to-all over the heads, and both."""
-
-_NOT_YET = ("all_gather", "allgather")
+"""TransformerEngine's names, and a second spelling of Megatron's: K/V passed on from rank to rank, all-to-all over the
+heads, both, and all K/V gathered at once."""
 
 
 def choice_by_comm_type(comm_types: Sequence[str], sizes: Sequence[int] | None, size: int) -> Choice:
@@ -33,19 +34,15 @@ def choice_by_comm_type(comm_types: Sequence[str], sizes: Sequence[int] | None, 
     comm_types: one for all layers or one for each. sizes: --hierarchical-context-parallel-sizes, the ranks that
     exchange heads and those that pass K/V on. size: --context-parallel-size.
 
-    Raises ConfigurationError for kinds that are not there, or several of them, and for sizes that do not fit.
+    Raises ConfigurationError for unknown kinds, for several algorithms, and for sizes that do not fit.
     """
     kinds = list(dict.fromkeys(comm_types))
     spelled = f"--cp-comm-type {' '.join(kinds)}"
-    if unknown := [kind for kind in kinds if kind not in (*_COMM_TYPES, *_NOT_YET)]:
+    if unknown := [kind for kind in kinds if kind not in _COMM_TYPES]:
         raise ConfigurationError(f"--cp-comm-type {unknown[0]} is unknown; use {or_list(_COMM_TYPES)}.")
-    if waiting := [kind for kind in kinds if kind in _NOT_YET]:
-        raise ConfigurationError(
-            f"--cp-comm-type {waiting[0]}: gathering all K/V is not available yet; use p2p, which computes the same."
-        )
-    if len(kinds) > 1:
+    if len({_COMM_TYPES[kind] for kind in kinds}) > 1:
         raise ConfigurationError(f"{spelled}: one algorithm is used in all layers; name one of them.")
-    (kind,) = kinds
+    kind = kinds[0]
     if kind != "a2a+p2p":
         return Choice(_COMM_TYPES[kind], None, f"{spelled} asks for it")
     proper = [divisor for divisor in divisors(size) if 1 < divisor < size]

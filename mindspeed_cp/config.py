@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
 LatentForm = Literal["expanded", "latent", "absorbed"]
 KVCachePolicy = Literal["full", "half"]
-Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
+Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"]
 MaskType = Literal["causal", "general"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -21,8 +22,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """Fields that take one of a few values, with those values."""
 
+_WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
+"""Those that --cp-window-size says something about."""
 
-_OF_ONE_RANK = ("attention_on_one_rank", "attention_mask_type", "megatron_cp_in_bnsd", "context_parallel_kernels")
+
+_OF_ONE_RANK = (
+    *("attention_on_one_rank", "use_alibi", "attention_mask_type"),
+    *("megatron_cp_in_bnsd", "context_parallel_kernels"),
+)
 """Fields that mean something where one rank's attention is the plugin's."""
 
 
@@ -68,8 +75,9 @@ class ContextParallelConfig:
         default="ulysses_cp_algo",
         metadata={
             "help": "How attention is computed over the context-parallel ranks: Ulysses (all-to-all over heads), ring "
-            "attention (a double ring with --cp-window-size above 1), or Ulysses inside and a ring outside. By default "
-            "what --cp-comm-type asks for, else Ulysses where the heads allow it, else a hybrid or the ring."
+            "attention (a double ring with --cp-window-size above 1), Ulysses inside and a ring outside, or all K/V "
+            "gathered at once. By default what --cp-comm-type asks for, else Ulysses where the heads allow it, else a "
+            "hybrid or the ring."
         },
     )
     cp_window_size: int = field(
@@ -134,7 +142,14 @@ class ContextParallelConfig:
             "By default the fastest that can compute the case at hand."
         },
     )
-
+    use_alibi: bool = field(
+        default=False,
+        metadata={
+            "help": "ALiBi: let the score of a query and a key fall with their distance, in each head by a slope of "
+            "its own; with --context-parallel-size 1 attention is then this plugin's too. Megatron's position "
+            "embedding stays beside it, unless --position-embedding-type none leaves it out."
+        },
+    )
     attention_on_one_rank: bool = field(
         default=False,
         metadata={
@@ -164,12 +179,12 @@ class ContextParallelConfig:
         if self.context_parallel_algo == "hybrid_cp_algo":
             self._check_degree(size, degree)
         policy = self.context_parallel_kv_cache_policy
-        if policy and self.context_parallel_algo == "ulysses_cp_algo":
+        if policy and self.context_parallel_algo not in _WITH_RING:
             raise ConfigurationError(
                 f"--context-parallel-kv-cache-policy {policy} keeps what a ring receives, and --context-parallel-algo "
-                f"ulysses_cp_algo has no ring; use megatron_cp_algo or hybrid_cp_algo, or leave it out."
+                f"{self.context_parallel_algo} has no ring; use megatron_cp_algo or hybrid_cp_algo, or leave it out."
             )
-        if self.context_parallel_algo != "ulysses_cp_algo" and self._ring_size % inner:
+        if self.context_parallel_algo in _WITH_RING and self._ring_size % inner:
             raise ConfigurationError(
                 f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
                 f"use {or_list(divisors(self._ring_size))}."
@@ -227,20 +242,31 @@ class ContextParallelConfig:
     @property
     def computes_attention(self) -> bool:
         """Whether attention is this plugin's."""
-        return self.context_parallel_size > 1 or self.attention_on_one_rank
+        return self.context_parallel_size > 1 or self.computes_on_one_rank
+
+    @property
+    def computes_on_one_rank(self) -> bool:
+        """Whether attention is this plugin's where nothing is parallel, too."""
+        return self.attention_on_one_rank or self.use_alibi
 
     @property
     def topology(self) -> CPTopology:
         """The grid that the algorithm spans over the ranks."""
         if self.context_parallel_size == self.ulysses_size:
             return CPTopology(ulysses=self.ulysses_size)
-        inner = self.cp_window_size if self.cp_window_size > 1 else self._ring_size
+        is_double = self.cp_window_size > 1 and self.context_parallel_algo in _WITH_RING
+        inner = self.cp_window_size if is_double else self._ring_size
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
 
     def keeps_in(self, layer_number: int) -> bool:
         """Whether this layer keeps K/V for its backward pass. layer_number: from 1 on."""
         interval = self.context_parallel_cache_interval
         return self.context_parallel_kv_cache_policy is not None and (layer_number - 1) % (interval + 1) == 0
+
+    @property
+    def transport(self) -> Transport | None:
+        """How K/V travel between those that hold them; None for the cheapest way for what is seen."""
+        return Transport.ALL_GATHER if self.context_parallel_algo == "kvallgather_cp_algo" else None
 
     @property
     def layout(self) -> SequenceLayout:
@@ -251,7 +277,7 @@ class ContextParallelConfig:
         """A sentence for each flag that is set and changes nothing with this algorithm and size."""
         reason: dict[str, str] = {}
         algorithm_flags = [f.name for f in fields(self) if f.name != "context_parallel_size"]
-        if self.context_parallel_size == 1 and self.attention_on_one_rank:
+        if self.context_parallel_size == 1 and self.computes_on_one_rank:
             travelling = [name for name in algorithm_flags if name not in _OF_ONE_RANK]
             reason = dict.fromkeys(travelling, "--context-parallel-size 1, where nothing travels")
         elif self.context_parallel_size == 1:
@@ -261,6 +287,8 @@ class ContextParallelConfig:
             here = f"--context-parallel-algo {self.context_parallel_algo}"
             if self.context_parallel_algo == "ulysses_cp_algo":
                 reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
+            if self.context_parallel_algo == "kvallgather_cp_algo":
+                reason["cp_window_size"] = f"{here}, which has no ring"
             if self.context_parallel_algo != "hybrid_cp_algo":
                 reason["ulysses_degree_in_cp"] = f"{here}; only hybrid_cp_algo reads it"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}

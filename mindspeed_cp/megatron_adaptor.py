@@ -24,6 +24,7 @@ from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
 from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.padding import padding_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.recomputation import recomputation_patches
@@ -84,7 +85,8 @@ def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: A
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.seed = config, seed
-    plugin.documents, plugin.apart_by, plugin.packing, plugin.length = None, None, Packing(), None
+    plugin.documents, plugin.apart_by, plugin.packing, plugin.padding = None, None, Packing(), None
+    plugin.length = None
     return config
 
 
@@ -121,6 +123,7 @@ registry = PatchRegistry(
         *document_patches(plugin),
         *batches.batch_patches(plugin),
         *rotary_patches(plugin),
+        *padding_patches(plugin),
         *any_length_patches(plugin),
         *sft_data_patches(),
         *torch_norm_patches(),

@@ -82,7 +82,7 @@ def start_line(config: ContextParallelConfig, choice: Choice | None, kernels: st
     parts: list[Any] = [f"Ulysses {grid.ulysses}"] * (grid.ulysses > 1)
     if grid.ring_size > 1:
         ring = f"ring {grid.inner}" if grid.outer == 1 else f"inner ring {grid.inner} x outer ring {grid.outer}"
-        parts.append(ring)
+        parts.append(ring if config.transport is None else f"all-gather of K/V {grid.inner}")
     overlap = ""
     if grid.ring_size > 1:
         turn_on = "" if config.use_cp_send_recv_overlap else " (--use-cp-send-recv-overlap hides transfers)"

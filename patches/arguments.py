@@ -40,7 +40,7 @@ from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
-from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
@@ -102,6 +102,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.apart_by = _apart_by(args)
             plugin.length = length_of(args, config)
             plugin.packing = Packing(args.packed_sequence_layout)
+            plugin.padding = PaddingCount(args.log_interval) if _packed(args) else None
             plugin.seed = args.seed
             if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
@@ -325,6 +326,11 @@ def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
     return DocumentRule(positions_restart=args.reset_position_ids, length=_document_length(args))
 
 
+def _packed(args: argparse.Namespace) -> bool:
+    """Whether batches are packed streams."""
+    return any(getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking"))
+
+
 def _apart_by(args: argparse.Namespace) -> str | None:
     """The flag that keeps documents apart."""
     flags = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")
@@ -356,8 +362,8 @@ def _algorithm(text: str) -> str:
     """A value of --context-parallel-algo: argparse says which there are, and not what they mean."""
     if text not in CHOICES["context_parallel_algo"]:
         raise argparse.ArgumentTypeError(
-            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring) or "
-            f"hybrid_cp_algo (Ulysses inside, a ring outside)"
+            f"{text} is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring and the double ring), hybrid_cp_algo "
+            f"(Ulysses inside, a ring outside) or kvallgather_cp_algo (all K/V gathered at once)"
         )
     return text
 
@@ -560,7 +566,6 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
             head_size=head_size,
             value_head_size=value_head_size,
             compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-            terms=frozenset({Term.DROPOUT} if args.attention_dropout else ()),
         )
         for num_heads, num_kv_heads in _heads_of_calls(args, config)
     ]
@@ -577,7 +582,11 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         for bands, masked in told
         for pair in pairs
         for case in cases
-        for call in calls(AttentionPlan(shards, shards, bands).tiles(*pair), case._replace(masked=masked), kernels)
+        for call in calls(
+            AttentionPlan(shards, shards, bands).tiles(*pair),
+            case._replace(masked=masked, terms=_terms(args, config, looks_ahead=bands is FULL)),
+            kernels,
+        )
     ]
 
 
@@ -603,6 +612,16 @@ def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> 
     dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
     of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
     return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
+
+
+def _terms(args: argparse.Namespace, config: ContextParallelConfig, *, looks_ahead: bool) -> frozenset[Term]:
+    """What kernels are told beside who sees whom. looks_ahead: whether a query sees later keys."""
+    asked = {
+        Term.DROPOUT: bool(args.attention_dropout),
+        Term.ALIBI: config.use_alibi,
+        Term.ALIBI_AHEAD: config.use_alibi and looks_ahead,
+    }
+    return frozenset(term for term, is_asked in asked.items() if is_asked)
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
+from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection
@@ -115,6 +116,7 @@ class LayerAttention:
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
     length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
+    slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
     """
 
     causal: ContextParallelAttention
@@ -129,6 +131,7 @@ class LayerAttention:
     length: int | None = None
     dropout: LayerDropout | None = None
     watches_scores: bool = False
+    slopes: tuple[float, ...] | None = None
 
     def __call__(
         self,
@@ -161,7 +164,7 @@ class LayerAttention:
                 query,
             )
         mask_type = mask_type or self.mask_type
-        call = functools.partial(self._attend, terms=self._terms(sinks, is_training), watch=watch)
+        call = functools.partial(self._attend, terms=self._terms(sinks, is_training, query.device), watch=watch)
         if packed is not None:
             q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
             out = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
@@ -206,11 +209,15 @@ class LayerAttention:
         """The same where keys are payloads, of which keys and values are made."""
         return replace(self, latent=up)
 
-    def _terms(self, sinks: Tensor | None, is_training: bool) -> AttentionTerms | None:
+    def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
         dropout = self.dropout.draw() if self.dropout is not None and is_training else None
-        if sinks is None and dropout is None:
+        if sinks is None and dropout is None and self.slopes is None:
             return None
-        return AttentionTerms(sinks=None if sinks is None else sinks.flatten(), dropout=dropout)
+        return AttentionTerms(
+            sinks=None if sinks is None else sinks.flatten(),
+            alibi_slopes=None if self.slopes is None else _on_device(self.slopes, device),
+            dropout=dropout,
+        )
 
     def _attend(
         self,
@@ -269,6 +276,13 @@ class LayerAttention:
                 f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
                 query,
             )
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for all layers."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -377,8 +391,8 @@ def _keep_largest(layer: Any, largest: Tensor) -> None:
 
 
 def _asked_for(plugin: Plugin, layer_config: Any) -> bool:
-    """Whether --attention-on-one-rank asks for it."""
-    return plugin.config is not None and plugin.config.attention_on_one_rank
+    """Whether the configuration asks for it: --attention-on-one-rank, --use-alibi."""
+    return plugin.config is not None and plugin.config.computes_on_one_rank
 
 
 def _asked_for_or_watched(plugin: Plugin, layer_config: Any) -> bool:
@@ -426,6 +440,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
+        slopes=_slopes(layer_config, pg_collection) if config.use_alibi else None,
     )
 
 
@@ -436,6 +451,7 @@ def _of_one_rank(config: ContextParallelConfig | None) -> ContextParallelConfig:
         attention_mask_type=given.attention_mask_type,
         megatron_cp_in_bnsd=given.megatron_cp_in_bnsd,
         context_parallel_kernels=given.context_parallel_kernels,
+        use_alibi=given.use_alibi,
     )
 
 
@@ -447,6 +463,18 @@ def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_col
         return None
     num_heads = layer_config.num_attention_heads // layer_config.tensor_model_parallel_size
     return LayerDropout.of_layer(rate, plugin.seed, named["layer_number"], num_heads, pg_collection)
+
+
+def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
+    """ALiBi's slopes of the heads that this tensor-parallel rank has."""
+    group = getattr(pg_collection, "tp", None)
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+    slopes = geometric_slopes(layer_config.num_attention_heads)
+    share = len(slopes) // group.size()
+    return tuple(slopes[group.rank() * share : (group.rank() + 1) * share])
 
 
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:

@@ -116,5 +116,8 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padded: Tensor | None) -> None:
     rank, size = plugin.place
+    if plugin.padding is not None:
+        ends = [plugin.packing.ends(each)[-1] for each in (cu_seqlens, padded) if each is not None]
+        plugin.padding.add(ends[-1], ends[-1] - ends[0])
     if size > 1:
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)

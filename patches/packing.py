@@ -97,6 +97,29 @@ class Packing:
         return _positions(layout, rank, like.device, over_stream)
 
 
+@dataclass
+class PaddingCount:
+    """Tokens of the packed streams that this rank has been given a part of, since they were last asked for.
+
+    log_interval: iterations between two questions.
+    """
+
+    log_interval: int
+    _tokens: int = 0
+    _padding: int = 0
+
+    def add(self, num_tokens: int, padding: int) -> None:
+        """A stream of so many tokens, and how many of them pad its documents."""
+        self._tokens += num_tokens
+        self._padding += padding
+
+    def take(self) -> str:
+        """The number in words; counting starts anew."""
+        said = f" padding tokens: {self._padding} of {self._tokens} in the packed streams of this data-parallel rank"
+        self._tokens = self._padding = 0
+        return said
+
+
 def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:
     """Who sees whom in samples that are cut as a zigzag over each. documents: see above."""
     return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)

@@ -12,7 +12,7 @@ from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
-from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 
 
@@ -29,6 +29,7 @@ class Plugin:
     length: tokens of a whole sample where the ranks have unequal shards; None where they have equal ones.
     stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
         Megatron's checkpoints, where they keep what attention gives.
+    padding: what pads packed streams, where there are some; set by the arguments patch.
     """
 
     config: ContextParallelConfig | None = None
@@ -40,6 +41,7 @@ class Plugin:
     length: int | None = None
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
+    padding: PaddingCount | None = None
     recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 

@@ -79,7 +79,11 @@ def main() -> int:
     parser.add_argument("--mbit", type=float, default=50.0, help="of each rank's link")
     parser.add_argument("--gflops", type=float, default=20.0, help="of the emulated accelerator")
     parser.add_argument("--new", type=int, default=256, help="tokens of a question behind a context")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], help="of a prefill"
+    )
+    parser.add_argument("--decode-contexts", type=int, nargs="+", default=[4096, 16384, 65536, 262144, 1048576])
+    parser.add_argument("--ratio-mbit", type=float, default=12.5, help="of each link, in the prefill against its link")
     parser.add_argument("--full", type=int, default=4096, help="tokens of a prefill with nothing cached")
     parser.add_argument("--pieces", type=int, default=2, help="of the K/V heads, in the prefill against its link")
     parser.add_argument("--batch", type=int, default=4, help="sequences that are decoded")
@@ -94,28 +98,29 @@ def main() -> int:
     with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
         both = prefills(cluster, cases, heads, flops, args.repeats)
         print_prefills(both, heads, rates)
+        contexts = args.decode_contexts
+        steps = decodes(cluster, WAYS, heads, contexts, args.batch, flops, 5 * args.repeats)
+        alone = {context: max(cluster.call(measure_alone, heads, context, args.batch, flops)) for context in contexts}
+    print(f"\n| decode | bytes | operations | {' | '.join(f'ms at {context}' for context in contexts)} |")
+    print("|---" * (3 + len(contexts)) + "|")
+    for way in WAYS:
+        found = [steps[way, context] for context in contexts]
+        assert len({(each.bytes, each.operations) for each in found}) == 1, "what is sent depends on the context"
+        times = " | ".join(f"{1e3 * each.seconds:.1f}" for each in found)
+        print(f"| {way} | {found[0].bytes} | {found[0].operations} | {times} |")
+    print(f"| one rank | 0 | 0 | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in alone.values())} |")
+    network = {"fast_mbit": args.ratio_mbit, "slow_mbit": args.ratio_mbit}
+    with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
         print("\n| link / kernel | kernel ms | link ms | prefill ms | over the larger |\n|---|---|---|---|---|")
         for ratio, each in ratios(cluster, Prefill(args.full, 0), heads, RATIOS, args.repeats, args.pieces).items():
             times = " | ".join(f"{1e3 * seconds:.0f}" for seconds in (each.kernel, each.link, each.prefill))
             print(f"| {ratio:g} | {times} | {each.over_larger:.2f} |", flush=True)
-        steps = decodes(cluster, WAYS, heads, args.contexts, args.batch, flops, args.repeats)
-        alone = {
-            context: max(cluster.call(measure_alone, heads, context, args.batch, flops)) for context in args.contexts
-        }
-    print(f"\n| decode | bytes | operations | {' | '.join(f'ms at {context}' for context in args.contexts)} |")
-    print("|---" * (3 + len(args.contexts)) + "|")
-    for way in WAYS:
-        found = [steps[way, context] for context in args.contexts]
-        assert len({(each.bytes, each.operations) for each in found}) == 1, "what is sent depends on the context"
-        times = " | ".join(f"{1e3 * each.seconds:.2f}" for each in found)
-        print(f"| {way} | {found[0].bytes} | {found[0].operations} | {times} |")
-    print(f"| one rank | 0 | 0 | {' | '.join(f'{1e3 * seconds:.2f}' for seconds in alone.values())} |")
     if args.picture:
         prefill_s = {
             name: {context: both[Prefill(args.new, context), way].seconds for context in args.contexts}
             for name, way in (("pass-KV", "pass_kv"), ("pass-Q", "pass_q"))
         }
-        decode_s = {str(way): {context: steps[way, context].seconds for context in args.contexts} for way in WAYS}
+        decode_s = {str(way): {context: steps[way, context].seconds for context in contexts} for way in WAYS}
         draw(prefill_s, decode_s | {"one rank": alone}, args.picture)
     return 0
 

@@ -6,14 +6,19 @@
 #   bash scripts/test_megatron_matrix.sh 0.16.1 0.19.2     # some
 #   MEGATRON_LM_0_16_1=/path/to/Megatron-LM bash scripts/test_megatron_matrix.sh 0.16.1
 #
-# A checkout named like that is trained with its own pretrain_gpt.py too. It is the only training there is for 0.16.1,
+# With a checkout named like that all trainings run its own pretrain_gpt.py. It is the only training there is for 0.16.1,
 # whose wheel holds megatron.core alone. Environments and results stay in .matrix/<release>.
+#
+#   MEGATRON_LM_NEWEST=/path/to/Megatron-LM bash scripts/test_megatron_matrix.sh newest
+#
+# takes the newest torch and Megatron that pip finds, made anew each time; with a checkout, such as one of Megatron's main
+# branch, its megatron.core and megatron.training instead of the wheel's.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repository"
 
 # The oldest runs on the oldest Python and torch that are supported.
-declare -A pythons=([0.16.1]="3.10 3.11 3.12" [0.17.1]=3.12 [0.18.2]=3.12 [0.19.2]=3.12)
+declare -A pythons=([0.16.1]="3.10 3.11 3.12" [0.17.1]=3.12 [0.18.2]=3.12 [0.19.2]=3.12 [newest]=3.12)
 declare -A torches=([0.16.1]=2.6.0 [0.17.1]=2.13.0 [0.18.2]=2.13.0 [0.19.2]=2.13.0)
 releases=("$@")
 if [[ ${#releases[@]} -eq 0 ]]; then
@@ -25,17 +30,27 @@ done
 
 # test_release RELEASE: make its environment and run what concerns it, results in .matrix/RELEASE/*.xml.
 test_release() {
-    local folder=$repository/.matrix/$1 checkout=MEGATRON_LM_${1//./_} failures=0
+    local folder=$repository/.matrix/$1 checkout=${1//./_} failures=0
+    checkout=MEGATRON_LM_${checkout^^}
     mkdir -p "$folder"
     rm -f "$folder"/*.xml
-    printf 'megatron-core==%s\ntorch==%s\n' "$1" "${torches[$1]}" >"$folder/constraints.txt"
+    if [[ $1 == newest ]]; then
+        rm -rf "$folder/venv"
+        : >"$folder/constraints.txt"
+    else
+        printf 'megatron-core==%s\ntorch==%s\n' "$1" "${torches[$1]}" >"$folder/constraints.txt"
+    fi
     VENV=$folder/venv CONSTRAINTS=$folder/constraints.txt EXTRAS=megatron,tests PYTHON_VERSIONS=${pythons[$1]}
     source scripts/environment.sh
     if [[ -n ${!checkout:-} ]]; then
         export MEGATRON_LM=${!checkout}
+        if [[ $1 == newest ]]; then
+            export PYTHONPATH=$MEGATRON_LM${PYTHONPATH:+:$PYTHONPATH}
+        fi
     else
         unset MEGATRON_LM
     fi
+    "$PYTHON" -W ignore -c 'import torch, megatron.core as core; print("megatron.core", core.__version__, "torch", torch.__version__)'
     local pytest=("$PYTHON" -m pytest --quiet --disable-warnings -p no:cacheprovider)
     OMP_NUM_THREADS=1 "${pytest[@]}" --junitxml "$folder/patches.xml" tests_extend/unit_tests/patches || failures=1
     OMP_NUM_THREADS=1 "${pytest[@]}" --junitxml "$folder/system.xml" -m every_release tests_extend/system_tests || failures=1

@@ -25,6 +25,8 @@ that they add to Megatron's: what each does there, and what becomes of it here.
 - **translated**: Megatron or the plugin spells it otherwise; they are given their own spelling
 - **refused**: it would change the results and has no counterpart; the reason and a way out
 
+Where something else is computed than MindSpeed would, or than the flag promises, a line says so at the start.
+
 A flag or value that your release of Megatron has itself is Megatron's, whatever is said here. N is a whole number, X a
 number, S text, and `...` means several.
 """

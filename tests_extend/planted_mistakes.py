@@ -269,6 +269,18 @@ MISTAKES = {
         "tensor_parallel/test_autocast.py",
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
+    "a tile of queries that travel keeps its window": Mistake(
+        "program/transposed.py", "left=tile.right, right=tile.left", "left=tile.left, right=tile.right", "inference"
+    ),
+    "a state of NaN counts": Mistake(
+        "inference/states.py", "return lse.where(lse < torch.inf, -torch.inf)", "return lse", "inference"
+    ),
+    "base 2 taken for e": Mistake(
+        "inference/states.py", "(torch.exp2, torch.log2)", "(torch.exp, torch.log)", "inference"
+    ),
+    "key heads of another rank": Mistake(
+        "inference/decode.py", "groups = slice(begin // reads,", "groups = slice(0 * begin,", "inference"
+    ),
 }
 
 

@@ -40,7 +40,8 @@ def build_attention(
         have to make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
-    transport: how a ring's K/V travel; by default the cheapest for the plan at hand, see `cheapest_transport`.
+    transport: how a ring's K/V travel; by default as configured, else the cheapest for the plan at hand, see
+        `cheapest_transport`.
     pieces: of the K/V heads that a ring works on one after another, so that they travel one by one;
         `planner.best_pieces` finds how many are worth it. They divide the K/V heads of a rank.
     traffic: where to count what this rank sends of its tensors. What ranks agree on beforehand is counted in
@@ -59,6 +60,7 @@ def build_attention(
         return ContextParallelAttention(alone, config, layout, recomputation=recomputation)
     if transport is not None and not isinstance(transport, Transport):
         raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
+    transport = config.transport if transport is None else transport
     groups = _groups(config, group)
     ulysses, ring = groups.along(config.topology, traffic)
     attention = compose_attention(
@@ -117,7 +119,7 @@ def compose_attention(
         overlap=config.use_cp_send_recv_overlap,
         kernels=kernels,
         merge_kernels=merge_kernels,
-        transport=transport,
+        transport=config.transport if transport is None else transport,
         pieces=pieces,
         kept=KEPT[config.context_parallel_kv_cache_policy],
         recomputation=recomputation,

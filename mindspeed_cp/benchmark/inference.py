@@ -81,9 +81,17 @@ class Decode(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of the slowest rank, and the bytes and operations of the busiest one."""
+    """Median seconds, of the slowest rank each time, and the bytes and operations of the busiest one."""
 
     seconds: float
+    bytes: int
+    operations: int
+
+
+class Runs(NamedTuple):
+    """What one rank has measured: seconds of each run, and what it sends in one."""
+
+    seconds: list[float]
     bytes: int
     operations: int
 
@@ -107,8 +115,8 @@ _WAYS: dict[Pass, Callable[..., State]] = {"pass_kv": ring_pass_kv_attention, "p
 # In a rank's process.
 
 
-def measure_prefill(prefill: Prefill, heads: Heads, way: Pass, flops_per_s: float, pieces: int) -> Measured:
-    """One prefill."""
+def measure_prefill(prefill: Prefill, heads: Heads, way: Pass, flops_per_s: float, pieces: int, repeats: int) -> Runs:
+    """Some prefills."""
     communicator = ProcessGroupCommunicator()
     rank, kernels = communicator.rank, KernelRegistry((EmulatedKernel(flops_per_s),))
     plan = prefill.plan(communicator.size)
@@ -121,11 +129,11 @@ def measure_prefill(prefill: Prefill, heads: Heads, way: Pass, flops_per_s: floa
     def run() -> None:
         _WAYS[way](q, k, k, plan=plan, communicator=communicator, kernels=kernels, **settings)
 
-    return _measured(run, communicator)
+    return _measured(run, communicator, repeats)
 
 
-def measure_decode(decode: Decode, heads: Heads, context: int, batch: int, flops_per_s: float) -> Measured:
-    """One step of one layer; as many sequences as `batch`, each with so many tokens of context."""
+def measure_decode(decode: Decode, heads: Heads, context: int, batch: int, flops_per_s: float, repeats: int) -> Runs:
+    """Some steps of one layer; as many sequences as `batch`, each with so many tokens of context."""
     communicator = ProcessGroupCommunicator()
     size, kernels = communicator.size, KernelRegistry((EmulatedKernel(flops_per_s),))
     own = {"heads": (batch, heads.query // size), "batch": (batch // size, heads.query)}
@@ -135,7 +143,7 @@ def measure_decode(decode: Decode, heads: Heads, context: int, batch: int, flops
     def run() -> None:
         decode_attention(q, k, k, communicator=communicator, kernels=kernels, **decode._asdict())
 
-    return _measured(run, communicator)
+    return _measured(run, communicator, repeats)
 
 
 def measure_alone(heads: Heads, context: int, batch: int, flops_per_s: float) -> float:
@@ -151,47 +159,46 @@ def _everywhere_the_same(batch: int, heads: Heads, num_tokens: int) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=heads.dtype).expand(batch, heads.kv, num_tokens, heads.size)
 
 
-def _measured(run: Callable[[], None], communicator: ProcessGroupCommunicator) -> Measured:
-    """A second run, which all ranks begin at one moment."""
+def _measured(run: Callable[[], None], communicator: ProcessGroupCommunicator, repeats: int) -> Runs:
+    """Runs that all ranks begin at one moment, after one that does not count."""
     run()
-    communicator.traffic.clear()
-    moment = torch.tensor([time.time() + _START_IN_S], dtype=torch.float64)
-    dist.broadcast(moment, 0)
-    wait_until(time.perf_counter() + float(moment) - time.time())
-    began = time.perf_counter()
-    run()
-    traffic = communicator.traffic
-    return Measured(time.perf_counter() - began, traffic.bytes_sent.total(), traffic.calls.total())
+    traffic, seconds = communicator.traffic, []
+    for _ in range(repeats):
+        traffic.clear()
+        moment = torch.tensor([time.time() + _START_IN_S], dtype=torch.float64)
+        dist.broadcast(moment, 0)
+        wait_until(time.perf_counter() + float(moment) - time.time())
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return Runs(seconds, traffic.bytes_sent.total(), traffic.calls.total())
 
 
 # In the process that has the cluster.
 
 
 def prefills(
-    cluster: Cluster, cases: Sequence[Prefill], heads: Heads, flops_per_s: float, repeats: int, pieces: int = 1
+    cluster: Cluster, cases: Sequence[Prefill], heads: Heads, flops_per_s: float, repeats: int
 ) -> dict[tuple[Prefill, Pass], Measured]:
-    """Each case both ways, in turns."""
-    settings = [(case, way) for _ in range(repeats) for case in cases for way in _WAYS]
-    runs: dict[tuple[Prefill, Pass], list[Measured]] = {}
-    for case, way in settings:
-        found = _slowest(cluster.call(measure_prefill, case, heads, way, flops_per_s, pieces))
-        runs.setdefault((case, way), []).append(found)
-    return {setting: _median(each) for setting, each in runs.items()}
+    """Each case both ways."""
+    settings = [(case, way) for case in cases for way in _WAYS]
+    return {
+        (case, way): _of_ranks(cluster.call(measure_prefill, case, heads, way, flops_per_s, 1, repeats))
+        for case, way in settings
+    }
 
 
 def ratios(
     cluster: Cluster, case: Prefill, heads: Heads, wanted: Sequence[float], repeats: int, pieces: int
 ) -> dict[float, Ratio]:
-    """Pass-KV with a kernel that takes 1 / ratio of what the link takes; the median of the prefills."""
-    flops = case.flops(cluster.network.num_ranks, heads)
-    found: dict[float, list[Ratio]] = {}
-    for _ in range(repeats):
-        for ratio in wanted:
-            link = _slowest(cluster.call(measure_prefill, case, heads, "pass_kv", float("inf"), pieces)).seconds
-            kernel = link / ratio
-            whole = _slowest(cluster.call(measure_prefill, case, heads, "pass_kv", flops / kernel, pieces)).seconds
-            found.setdefault(ratio, []).append(Ratio(whole, link, kernel))
-    return {ratio: sorted(each, key=lambda one: one.over_larger)[len(each) // 2] for ratio, each in found.items()}
+    """Pass-KV with a kernel that takes 1 / ratio of what the link takes."""
+    flops, found = case.flops(cluster.network.num_ranks, heads), {}
+    for ratio in wanted:
+        link = _of_ranks(cluster.call(measure_prefill, case, heads, "pass_kv", float("inf"), pieces, repeats)).seconds
+        rate = flops * ratio / link
+        whole = _of_ranks(cluster.call(measure_prefill, case, heads, "pass_kv", rate, pieces, repeats)).seconds
+        found[ratio] = Ratio(whole, link, link / ratio)
+    return found
 
 
 def decodes(
@@ -203,19 +210,14 @@ def decodes(
     flops_per_s: float,
     repeats: int,
 ) -> dict[tuple[Decode, int], Measured]:
-    """A step by each way, at each context, in turns."""
-    runs: dict[tuple[Decode, int], list[Measured]] = {}
-    for _ in range(repeats):
-        for context in contexts:
-            for way in ways:
-                found = _slowest(cluster.call(measure_decode, way, heads, context, batch, flops_per_s))
-                runs.setdefault((way, context), []).append(found)
-    return {setting: _median(each) for setting, each in runs.items()}
+    """Steps by each way, at each context."""
+    return {
+        (way, context): _of_ranks(cluster.call(measure_decode, way, heads, context, batch, flops_per_s, repeats))
+        for context in contexts
+        for way in ways
+    }
 
 
-def _slowest(ranks: Sequence[Measured]) -> Measured:
-    return Measured(*map(max, zip(*ranks, strict=True)))
-
-
-def _median(runs: Sequence[Measured]) -> Measured:
-    return runs[0]._replace(seconds=statistics.median(run.seconds for run in runs))
+def _of_ranks(ranks: Sequence[Runs]) -> Measured:
+    seconds = statistics.median(map(max, zip(*(each.seconds for each in ranks), strict=True)))
+    return Measured(seconds, max(each.bytes for each in ranks), max(each.operations for each in ranks))

@@ -11,16 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mindspeed_cp.attention import AttentionTerms
 from mindspeed_cp.inference.cached_attention import Decode, Prefill
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "mindspeed_cp"
 """Of the attention function, in transformers' interface."""
@@ -102,8 +99,10 @@ def _spelled(argument: tuple[str, object]) -> str:
     return f"{name} {tuple(said.shape)}" if isinstance(said, Tensor) else f"{name}={said!r}"
 
 
-def adapt(model: "PreTrainedModel") -> TransformersModel:
+def adapt(model: Any) -> TransformersModel:
     """A model whose attention runs over a sharded cache from now on.
+
+    model: a PreTrainedModel of transformers with a head for the next token.
 
     Raises ValueError where layers have no attention, or one that the cache cannot serve.
     """
@@ -121,8 +120,11 @@ def adapt(model: "PreTrainedModel") -> TransformersModel:
     return TransformersModel(model.eval(), windows)
 
 
-def layer_windows(config: "PreTrainedConfig") -> tuple[int | None, ...]:
-    """The window of each layer. Raises ValueError for layers, or rotary embeddings, that a cache cannot serve."""
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """The window of each layer, by a PreTrainedConfig.
+
+    Raises ValueError for layers, or rotary embeddings, that a cache cannot serve.
+    """
     kind = config.model_type
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
@@ -148,10 +150,13 @@ def layer_windows(config: "PreTrainedConfig") -> tuple[int | None, ...]:
 
 
 class Loaded(NamedTuple):
-    """What a folder holds. ends: tokens that end a sequence. longest: positions of the model; None where it is open."""
+    """What a folder holds.
+
+    tokenizer: of transformers. ends: tokens that end a sequence. longest: positions of the model; None where open.
+    """
 
     model: TransformersModel
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Any
     ends: frozenset[int]
     longest: int | None
     dtype: torch.dtype

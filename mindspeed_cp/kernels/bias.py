@@ -11,6 +11,17 @@ from torch import Tensor
 from mindspeed_cp.kernels.protocol import TileTerms
 
 
+def geometric_slopes(num_heads: int) -> list[float]:
+    """ALiBi's slope of each head, as its paper has them: a geometric sequence that ends at 2^-8.
+
+    Where the heads are no power of two, the greatest below it comes first, then every second one of twice as many.
+    """
+    whole = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * head / whole) for head in range(1, whole + 1)]
+    between = [2.0 ** (-4 * head / whole) for head in range(1, 2 * whole, 2)]
+    return slopes + between[: num_heads - whole]
+
+
 def distances(terms: TileTerms) -> Tensor:
     """|i - j| between the positions of queries and keys, [1 or B, 1, S, T] int64."""
     assert terms.positions is not None, "ALiBi is about positions"

@@ -1,4 +1,4 @@
-"""Attention, its context parallelism, masks and rotary embedding.
+"""Attention, its context parallelism and rotary embedding; who sees whom is in masks.
 
 Source: Ascend/MindSpeed, docs/zh/features and mindspeed/features_manager/{context_parallel,transformer};
 Ascend/MindSpeed-LLM, mindspeed_llm/core/models/common/embeddings/rotary_pos_embedding.py and
@@ -17,7 +17,23 @@ from mindspeed_cp.patches.mindspeed.record import (
     spelled_otherwise,
 )
 
-_BAND = "sliding windows are not available yet; leave it out"
+
+def _algorithm(ours: str) -> Rule:
+    def rule(value: str, line: CommandLine) -> Ruling:
+        return Ruling(
+            Disposition.TRANSLATED, "the same results, in the order of the ranks", ("--context-parallel-algo", ours)
+        )
+
+    return rule
+
+
+def _by_hand(value: str, line: CommandLine) -> Ruling:
+    return Ruling(
+        Disposition.NOTED,
+        "its masks are set by a call of MindSpeed's, which is not here; with --attention-mask-type general the batch's "
+        "mask says who sees whom, and causal attention is computed else",
+        differs=True,
+    )
 
 
 def _shape_order(value: str, line: CommandLine) -> Ruling:
@@ -33,34 +49,6 @@ def _mask_type(value: str, line: CommandLine) -> Ruling:
             "it leaves out the batch's mask; use --attention-mask-type general, which takes the mask that is there",
         )
     return Ruling(Disposition.TRANSLATED, "--attention-mask-type", ("--attention-mask-type", value))
-
-
-def _sparse_mode(value: str, line: CommandLine) -> Ruling:
-    if value in ("0", "2"):
-        return Ruling(Disposition.NOTED, "--attention-mask-type says who sees whom")
-    return Ruling(
-        Disposition.REFUSED,
-        "bands, prefixes and unmasked attention have no mode here; use 0 or 2, or --attention-mask-type general with "
-        "the batch's mask",
-    )
-
-
-def _reaches_back(value: str, line: CommandLine) -> Ruling:
-    # Two names of one thing, of which one is given.
-    length = line.whole("--seq-length", line.whole("--encoder-seq-length"))
-    if length is None:
-        return Ruling(
-            Disposition.REFUSED, "it is a sliding window unless it reaches --seq-length; give that, or leave it out"
-        )
-    if int(value) >= length:
-        return Ruling(Disposition.NOTED, "it reaches back to the start of every sequence")
-    return Ruling(Disposition.REFUSED, _BAND)
-
-
-def _reaches_ahead(value: str, line: CommandLine) -> Ruling:
-    if int(value) >= 0:
-        return Ruling(Disposition.NOTED, "the mask alone says what lies ahead")
-    return Ruling(Disposition.REFUSED, _BAND)
 
 
 _ORIGINAL = "--rope-scaling-original-max-position-embeddings"
@@ -166,9 +154,7 @@ def _rotary_base(value: str, line: CommandLine) -> Ruling:
     return Ruling(Disposition.REFUSED, "Megatron takes whole numbers alone; use one")
 
 
-_ADAPTIVE = "attention scheduled by the mask is not available; megatron_cp_algo with --attention-mask-type general"
-_OF_ADAPTIVE = "it belongs to adaptive_cp_algo, which is refused"
-_OF_ALIBI = "it belongs to --position-embedding-type alibi, which is refused"
+_OF_ADAPTIVE = "it belongs to adaptive_cp_algo, whose results the ring computes without it"
 _OF_SCALING = "it belongs to --rope-scaling-type"
 
 ATTENTION = (
@@ -177,7 +163,7 @@ ATTENTION = (
         "attention over context-parallel ranks",
         "the plugin's own flag",
         """
-        --context-parallel-algo {ulysses_cp_algo,megatron_cp_algo,hybrid_cp_algo}
+        --context-parallel-algo {ulysses_cp_algo,megatron_cp_algo,hybrid_cp_algo,kvallgather_cp_algo}
         --cp-window-size N
         --ulysses-degree-in-cp N
         --use-cp-send-recv-overlap
@@ -195,7 +181,7 @@ ATTENTION = (
     ),
     *noted(
         "Ulysses of a larger degree than there are K/V heads",
-        "K/V heads that the degree divides are exchanged as they are; others need hybrid_cp_algo or megatron_cp_algo",
+        "Ulysses takes any number of K/V heads, and sends each once to every rank that reads it",
         """
         --use-ulysses-allgather-kv
         --kv-head-repeat-before-uly-alltoall
@@ -209,8 +195,15 @@ ATTENTION = (
         --adaptive-cp-without-coarse
         --adaptive-cp-dynamic-attn-mask
         --adaptive-cp-only-reschedule
-        --adaptive-cp-manually-set-mask-list
         """,
+    ),
+    Record(
+        "--adaptive-cp-manually-set-mask-list",
+        "",
+        "masks that a program of one's own sets",
+        Disposition.NOTED,
+        "no such masks here: the batch's, with --attention-mask-type general, else causal attention",
+        _by_hand,
     ),
     *noted(
         "which operator computes attention",
@@ -221,16 +214,6 @@ ATTENTION = (
         --mla-fa-without-pad
         --mla-fa-divide-qk
         --padded-base-length N
-        """,
-    ),
-    *noted(
-        "attention biased by distance",
-        _OF_ALIBI,
-        """
-        --alibi-fusion-attn-type N
-        --alibi-diagonal-opposite
-        --square-alibi-mask
-        --fill-neg-inf
         """,
     ),
     Record(
@@ -248,39 +231,6 @@ ATTENTION = (
         Disposition.TRANSLATED,
         "--attention-mask-type; full is refused, it leaves out the batch's mask",
         _mask_type,
-    ),
-    Record(
-        "--sparse-mode",
-        "N",
-        "the attention operator's kind of mask",
-        Disposition.NOTED,
-        "0 and 2 noted, --attention-mask-type says who sees whom; bands, prefixes and unmasked attention refused",
-        _sparse_mode,
-    ),
-    Record(
-        "--pre-tockens",
-        "N",
-        "how far back attention reaches",
-        Disposition.NOTED,
-        "noted from --seq-length on; below it, or where that is unknown, it is a sliding window, refused",
-        _reaches_back,
-    ),
-    Record(
-        "--next-tockens",
-        "N",
-        "how far ahead attention reaches",
-        Disposition.NOTED,
-        "noted from 0 on; below it is a sliding window, refused",
-        _reaches_ahead,
-    ),
-    *refused(
-        "sliding windows",
-        _BAND,
-        """
-        --sliding-window N
-        --interleave-sliding-window N
-        --sliding-window-size N
-        """,
     ),
     *refused(
         "another formula for the scores",
@@ -351,29 +301,19 @@ ATTENTION = (
 )
 
 ATTENTION_VALUES = (
-    *records(
-        Disposition.REFUSED,
-        "attention scheduled by the mask",
-        f"{_ADAPTIVE} computes the same",
-        "--context-parallel-algo adaptive_cp_algo",
-    ),
-    *records(
-        Disposition.REFUSED,
-        "attention scheduled by the mask, Ulysses inside",
-        f"{_ADAPTIVE}, or hybrid_cp_algo with it, computes the same",
-        "--context-parallel-algo hybrid_adaptive_cp_algo",
-    ),
-    *records(
-        Disposition.REFUSED,
-        "gathers all keys and values",
-        "gathering all K/V is not available yet; megatron_cp_algo computes the same",
-        "--context-parallel-algo kvallgather_cp_algo",
-    ),
-    *records(
-        Disposition.REFUSED,
-        "attention biased by distance",
-        "attention bias is not available yet; use rope or learned_absolute",
-        "--position-embedding-type alibi",
+    *(
+        Record(
+            "--context-parallel-algo",
+            theirs,
+            f"attention scheduled by the mask{inside}",
+            Disposition.TRANSLATED,
+            f"{ours}: the same results, in the order of the ranks",
+            _algorithm(ours),
+        )
+        for theirs, ours, inside in (
+            ("adaptive_cp_algo", "megatron_cp_algo", ""),
+            ("hybrid_adaptive_cp_algo", "hybrid_cp_algo", ", Ulysses inside"),
+        )
     ),
     *records(
         Disposition.REFUSED,

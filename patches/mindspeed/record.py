@@ -21,12 +21,15 @@ class Ruling(NamedTuple):
     sentence: why, or what is done; for a refusal its reason, then "; " and a way out. No full stop.
     flags: what takes its place on the command line; empty unless it is translated.
     drops: flags beside it that go with it, because `flags` says what they said.
+    differs: whether something else is computed than MindSpeed would, or than the flag promises: the sentence says so,
+    and is a line of its own when the job starts.
     """
 
     disposition: Disposition
     sentence: str
     flags: tuple[str, ...] = ()
     drops: tuple[str, ...] = ()
+    differs: bool = False
 
 
 class CommandLine:

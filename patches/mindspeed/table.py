@@ -7,6 +7,7 @@ define. Their launchers, searches and data tools have parsers of their own.
 
 from mindspeed_cp.patches.mindspeed.attention import ATTENTION, ATTENTION_VALUES
 from mindspeed_cp.patches.mindspeed.experts import EXPERTS, EXPERTS_VALUES
+from mindspeed_cp.patches.mindspeed.masks import MASKS, MASKS_VALUES
 from mindspeed_cp.patches.mindspeed.models import MODELS, MODELS_VALUES
 from mindspeed_cp.patches.mindspeed.older import OLDER
 from mindspeed_cp.patches.mindspeed.operators import OPERATORS
@@ -15,6 +16,7 @@ from mindspeed_cp.patches.mindspeed.record import Record
 
 SECTIONS: dict[str, tuple[Record, ...]] = {
     "Attention and its context parallelism": ATTENTION,
+    "Who sees whom": MASKS,
     "Mixtures of experts": EXPERTS,
     "The model": MODELS,
     "Operators, communication, memory, reports": OPERATORS,
@@ -23,7 +25,7 @@ SECTIONS: dict[str, tuple[Record, ...]] = {
 }
 """Flags, by subject."""
 
-VALUES: tuple[Record, ...] = (*ATTENTION_VALUES, *EXPERTS_VALUES, *MODELS_VALUES, *PROGRAMS_VALUES)
+VALUES: tuple[Record, ...] = (*ATTENTION_VALUES, *MASKS_VALUES, *EXPERTS_VALUES, *MODELS_VALUES, *PROGRAMS_VALUES)
 """Values of Megatron's flags that MindSpeed adds: `values` is the value, its beginning before `*`, or `X` for a number
 that is not written as a whole one."""
 

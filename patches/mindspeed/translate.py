@@ -23,13 +23,14 @@ class Given(NamedTuple):
 class Finding(NamedTuple):
     """What became of a flag.
 
-    flag: name and values as given. sentence: why; no full stop. flags: what takes its place.
+    flag: name and values as given. sentence: why; no full stop. flags: what takes its place. differs: see Ruling.
     """
 
     flag: str
     disposition: Disposition
     sentence: str
     flags: tuple[str, ...] = ()
+    differs: bool = False
 
 
 class Translation(NamedTuple):
@@ -87,7 +88,9 @@ def translate(argv: Sequence[str], known: Mapping[str, Collection[str] | None]) 
         if ruling is None:
             words += each.words
             continue
-        findings.append(Finding(" ".join(each.words), ruling.disposition, ruling.sentence, ruling.flags))
+        findings.append(
+            Finding(" ".join(each.words), ruling.disposition, ruling.sentence, ruling.flags, ruling.differs)
+        )
         words += ruling.flags
     return Translation(tuple(findings), tuple(words))
 
@@ -142,10 +145,12 @@ def _pairs(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def notes(findings: Iterable[Finding]) -> list[str]:
-    """A sentence for all flags that change no result, and one for all that were translated."""
+    """A sentence for all flags that change no result, one for all that were translated, one for each that differs."""
+    findings = tuple(findings)
     by_disposition: dict[Disposition, list[Finding]] = {}
     for each in findings:
-        by_disposition.setdefault(each.disposition, []).append(each)
+        if not (each.differs and each.disposition is Disposition.NOTED):
+            by_disposition.setdefault(each.disposition, []).append(each)
     sentences = []
     if noted := by_disposition.get(Disposition.NOTED):
         names = ", ".join(dict.fromkeys(each.flag.partition(" ")[0] for each in noted))
@@ -153,4 +158,4 @@ def notes(findings: Iterable[Finding]) -> list[str]:
     if translated := by_disposition.get(Disposition.TRANSLATED):
         pairs = "; ".join(f"{each.flag} as {' '.join(each.flags)}" for each in translated if each.flags)
         sentences.append(f"flags of MindSpeed's are taken as Megatron's: {pairs}.")
-    return sentences
+    return [*sentences, *(f"{each.flag}: {each.sentence}." for each in findings if each.differs)]

@@ -3,7 +3,7 @@
 import pytest
 
 from system_tests.compare_losses import largest_difference
-from system_tests.training_cases import HAS_TRAINING, ITERATIONS
+from system_tests.training_cases import HAS_TRAINING, ITERATIONS, MODEL_FLAGS
 
 pytestmark = pytest.mark.skipif(not HAS_TRAINING, reason="megatron.training is not installed")
 
@@ -37,8 +37,12 @@ ODD = "--seq-length 61"
 TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
 
+ALIBI = "--position-embedding-type alibi --alibi-fusion-attn-type 2"
+BAND = "--sparse-mode 4 --pre-tockens 8 --next-tockens 2"
+
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 RING = "--context-parallel-algo megatron_cp_algo"
+ALL_GATHER = "--cp-comm-type all_gather"
 KEPT = "--context-parallel-kv-cache-policy full"
 OVERLAP = "--use-cp-send-recv-overlap"
 KEEP_OUTPUTS = "--context-parallel-keep-outputs"
@@ -101,8 +105,14 @@ SLOW = [
     (f"{ODD_HEADS} {STREAM}", 1, 8, hybrid(4)),
     ("--softmax-type off-by-one", 1, 4, double_ring(2)),
     (WINDOW, 1, 2, RING),
-    (WINDOW, 1, 4, double_ring(2)),
     (WINDOW, 1, 4, hybrid(2)),
+    (f"{GQA} {RECOMPUTE}", 1, 4, f"{ALL_GATHER} {OVERLAP}"),
+    (f"{STREAM} {WINDOW}", 1, 4, ALL_GATHER),
+    (BAND, 1, 4, ALL_GATHER),
+    (ALIBI, 1, 2, ALL_GATHER),
+    (f"{ALIBI} {DOCUMENTS} {TWO_SAMPLES}", 1, 4, hybrid(2)),
+    (f"{ALIBI} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
+    (f"{ALIBI} {BAND}", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     ("--attention-mask-type general --reset-attention-mask", 1, 2, RING),
     (f"{INTERLEAVED} {LOSS_MASK}", 2, 2, RING),
     ("", 1, 4, ULYSSES),
@@ -216,9 +226,16 @@ def test_packed_stream_has_the_losses_of_megatrons_own_masks(training):
 
 
 @pytest.mark.slow
-def test_losses_in_bf16_equal_those_of_cp_1(training):
-    reference = training.losses(1, "--bf16")
-    losses = training.losses(4, f"--bf16 --context-parallel-size 4 {hybrid(2)}")
+def test_the_log_says_how_many_tokens_pad_the_packed_streams(training):
+    log = training.log(2, [*MODEL_FLAGS, *f"{STREAM} --context-parallel-size 2 {RING}".split()])
+    assert log.count(" padding tokens: 0 of 128 in the packed streams") == ITERATIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beside", "algorithm"), [("", hybrid(2)), (f"{ALIBI} {BAND}", ALL_GATHER)])
+def test_losses_in_bf16_equal_those_of_cp_1(training, beside, algorithm):
+    reference = training.losses(1, f"{beside} --bf16")
+    losses = training.losses(4, f"{beside} --bf16 --context-parallel-size 4 {algorithm}")
     assert len(reference) == ITERATIONS
     assert largest_difference(reference, losses) <= 2e-3
 

@@ -37,6 +37,7 @@ def test_without_heads_it_is_ulysses():
         (["a2a+p2p"], [2, 4], "hybrid_cp_algo", 2),
         (["a2a+p2p"], [1, 8], "megatron_cp_algo", None),
         (["a2a+p2p"], [8, 1], "ulysses_cp_algo", None),
+        (["all_gather", "allgather"], None, "kvallgather_cp_algo", None),
     ],
 )
 def test_cp_comm_type_names_the_algorithm(comm_types, sizes, algorithm, degree):
@@ -46,9 +47,7 @@ def test_cp_comm_type_names_the_algorithm(comm_types, sizes, algorithm, degree):
 @pytest.mark.parametrize(
     ("comm_types", "sizes", "message"),
     [
-        (["ring"], None, "--cp-comm-type ring is unknown; use p2p, a2a or a2a+p2p."),
-        (["all_gather"], None, "--cp-comm-type all_gather: gathering all K/V is not available yet; use p2p"),
-        (["allgather"], None, "--cp-comm-type allgather: gathering all K/V is not available yet; use p2p"),
+        (["ring"], None, "--cp-comm-type ring is unknown; use p2p, a2a, a2a+p2p, all_gather or allgather."),
         (["p2p", "a2a", "p2p"], None, "--cp-comm-type p2p a2a: one algorithm is used in all layers; name one of them."),
         (["a2a+p2p"], None, "whose product is --context-parallel-size 8, not none; use 2 4 or 4 2."),
         (["a2a+p2p"], [2, 2], "whose product is --context-parallel-size 8, not 2 2; use 2 4 or 4 2."),

@@ -31,7 +31,8 @@ BROKEN_RULES = [
     (dict(inner=-1), "--cp-window-size -1 is below 1; use 1 or more."),
     (
         dict(algorithm="ring"),
-        "--context-parallel-algo ring is unknown; use ulysses_cp_algo, megatron_cp_algo or hybrid_cp_algo.",
+        "--context-parallel-algo ring is unknown; use ulysses_cp_algo, megatron_cp_algo, hybrid_cp_algo "
+        "or kvallgather_cp_algo.",
     ),
     (
         dict(size=4, attention_mask_type="full"),
@@ -302,6 +303,7 @@ def test_flags_and_defaults_are_those_of_the_design():
         "--attention-mask-type": "causal",
         "--megatron-cp-in-bnsd": False,
         "--context-parallel-kernels": (),
+        "--use-alibi": False,
         "--attention-on-one-rank": False,
     }
 

@@ -49,7 +49,15 @@ def whole(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(1, n, 96, 16, generator=generator).bfloat16().to(dtype) for n in (4, 2, 2, 4)]
 
 
-@pytest.mark.parametrize(("name", "algorithm"), [*((name, "ring") for name in WRAPPED), ("flash_attn", "hybrid")])
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [
+        ("flash_attn", "hybrid"),
+        ("cuda_efficient", "ring"),
+        ("npu", "ring"),
+        *(pytest.param(name, "double ring", marks=pytest.mark.slow) for name in WRAPPED),
+    ],
+)
 def test_fused_kernels_take_alibi_on_every_tile_of_causal_documents(name, algorithm):
     alone = PackedBatch.from_cu_seqlens(CU_SEQLENS, 1)
     plain, exact = (

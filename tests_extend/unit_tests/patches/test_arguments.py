@@ -115,6 +115,7 @@ def test_flags_have_a_group_of_their_own_in_the_help(parser):
         "--attention-mask-type",
         "--megatron-cp-in-bnsd",
         "--context-parallel-kernels",
+        "--use-alibi",
         "--attention-on-one-rank",
     ]
 
@@ -576,7 +577,6 @@ def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
             "--context-parallel-algo ulysses_cp_algo contradicts --cp-comm-type p2p, which is megatron_cp_algo; leave "
             "out one of them.",
         ),
-        (["--cp-comm-type", "all_gather"], "gathering all K/V is not available yet"),
         (["--cp-comm-type", "p2p", "a2a"], "one algorithm is used in all layers"),
         (["--ulysses-degree-in-cp", "2"], "--ulysses-degree-in-cp 2 without --context-parallel-algo: it belongs to"),
         (["--cp-window-size", "2"], "--cp-window-size 2 without --context-parallel-algo: it belongs to"),

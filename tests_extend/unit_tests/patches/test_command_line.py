@@ -43,13 +43,10 @@ FLAG_SETS = [
     (f"{ULYSSES} --group-query-attention --num-query-groups 4 --kv-head-repeat-before-uly-alltoall --swiglu", []),
     (f"{ULYSSES} --group-query-attention --num-query-groups 2 --kv-head-repeat-before-uly-alltoall", []),
     (f"{RING} --shape-order BNSD --sparse-mode 2 --pre-tockens 65536 --next-tockens 0", []),
-    (f"{RING} --sparse-mode 4 --pre-tockens 32", ["--sparse-mode", "--pre-tockens"]),
-    (
-        "--context-parallel-size 4 --context-parallel-algo adaptive_cp_algo --attention-mask-on-cpu",
-        ["--context-parallel-algo"],
-    ),
-    ("--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo", ["--context-parallel-algo"]),
-    (f"{RING} --position-embedding-type alibi --alibi-fusion-attn-type 2", ["--position-embedding-type"]),
+    (f"{RING} --sparse-mode 4 --pre-tockens 32", []),
+    ("--context-parallel-size 4 --context-parallel-algo adaptive_cp_algo --attention-mask-on-cpu", []),
+    ("--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo", []),
+    (f"{RING} --position-embedding-type alibi --alibi-fusion-attn-type 2", []),
     (f"{RING} {EXPERTS} --moe-permutation-async-comm --moe-token-dispatcher-type alltoall_seq", []),
     (
         f"{RING} {EXPERTS} --moe-intermediate-size 32 --n-shared-experts 2 --first-k-dense-replace 1",
@@ -81,10 +78,7 @@ FLAG_SETS = [
         f"{RING} --profile-level level1 --profile-with-cpu --use-ema --npu-deterministic --use-fused-rmsnrm",
         ["--use-ema", "--use-fused-rmsnrm"],
     ),
-    (
-        "--context-parallel-size 1 --use-ascend-coc --coc-mode 2 --tp-2d --tp-x 2 --tp-y 2 --sliding-window 8",
-        ["--sliding-window"],
-    ),
+    ("--context-parallel-size 1 --use-ascend-coc --coc-mode 2 --tp-2d --tp-x 2 --tp-y 2 --sliding-window 8", []),
     (f"{RING} --tokenizer-model a {TOKENIZER} --micro-batch-size one", ["--tokenizer-type", "--micro-batch-size"]),
 ]
 

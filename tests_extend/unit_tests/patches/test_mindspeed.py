@@ -109,6 +109,15 @@ TRANSLATED = [
     ),
     ("--optimizer-selection fused_torch_adamw", ""),
     ("--pre-tockens 64 --next-tockens 0 --sparse-mode 2", ""),
+    ("--sparse-mode 5", "--attention-mask-type general"),
+    ("--sparse-mode 4 --pre-tockens 16 --next-tockens 3", "--window-size 16,3"),
+    ("--pre-tockens 16", "--window-size 16,0"),
+    ("--next-tockens 3", "--window-size 1048576,3"),
+    ("--sliding-window 16", "--window-size 16,0"),
+    ("--interleave-sliding-window 16", "--window-size 15,0 --window-attn-skip-freq 2"),
+    ("--position-embedding-type alibi", "--position-embedding-type none --use-alibi"),
+    ("--context-parallel-algo adaptive_cp_algo", "--context-parallel-algo megatron_cp_algo"),
+    ("--context-parallel-algo hybrid_adaptive_cp_algo", "--context-parallel-algo hybrid_cp_algo"),
 ]
 
 # What is not the same there and here, and the end of the answer.
@@ -169,9 +178,17 @@ DIFFERENT = [
     ("--moe-token-dispatcher-type alltoall_seq --moe-expert-capacity-factor 1.5", "use alltoall."),
     ("--moe-model-type deepspeed_moe", "use megatron_moe."),
     ("--cp-attention-mask-type full", "use --attention-mask-type general, which takes the mask that is there."),
-    ("--sparse-mode 4", "use 0 or 2, or --attention-mask-type general with the batch's mask."),
-    ("--pre-tockens 63", "sliding windows are not available yet; leave it out."),
-    ("--next-tockens -1", "sliding windows are not available yet; leave it out."),
+    ("--sparse-mode 9", "MindSpeed has no such mode; use 0 to 8."),
+    (
+        "--sparse-mode 6 --attention-mask-type causal",
+        "--attention-mask-type causal says otherwise; leave out one of them.",
+    ),
+    ("--sparse-mode 4 --pre-tockens 16 --window-size 8,0", "--window-size 8,0 says otherwise; leave out one of them."),
+    ("--sparse-mode 4 --pre-tockens -1", "it hides each token from itself; use 0 or more."),
+    ("--sparse-mode 4 --next-tockens -1", "it hides each token from itself; use 0 or more."),
+    ("--sliding-window -1", "it is a number of tokens before a query's own; use 0 or more."),
+    ("--interleave-sliding-window 0", "a query sees its own token at least; use 1 or more."),
+    ("--alibi-fusion-attn-type 1", "MindSpeed has 0 and 2; use one of them."),
     ("--rotary-base 10000.5", "Megatron takes whole numbers alone; use one."),
     ("--rotary-base=-1e6", "a rotary base is 1 or more; use a whole number."),
     ("--partial-rotary-factor nan", "it takes a number; give it one."),
@@ -297,17 +314,6 @@ def test_what_is_not_the_same_is_refused(parser, flags, end):
     (blocker,) = examine([*MODEL, *flags.split()], parser).blockers
     assert blocker.sentence.endswith(end)
     assert ends_well(blocker) or "needs" in end
-
-
-@pytest.mark.parametrize("length", [[], ["--encoder-seq-length", "17"], ["--seq-length", "17"]])
-def test_a_reach_of_less_than_the_sequence_or_of_an_unknown_part_of_it_is_refused(length):
-    (finding,) = translate(
-        [*length, "--pre-tockens", "16"], {"--seq-length": None, "--encoder-seq-length": None}
-    ).findings
-    assert finding.disposition is Disposition.REFUSED
-    if length:
-        (finding,) = translate([*length, "--pre-tockens", "17"], {length[0]: None}).findings
-        assert finding.disposition is Disposition.NOTED
 
 
 def test_a_flag_or_value_that_megatron_has_is_megatron_s():
