@@ -24,6 +24,7 @@ from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
 from mindspeed_cp.patches.micro_batch import micro_batch_patches
+from mindspeed_cp.patches.padding import padding_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.recomputation import recomputation_patches
@@ -51,6 +52,7 @@ PATCHES = (
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
     *rotary_patches(Plugin()),
+    *padding_patches(Plugin()),
     *any_length_patches(Plugin()),
     *sft_data_patches(),
     *torch_norm_patches(),
