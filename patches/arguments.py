@@ -46,6 +46,7 @@ from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
     WATCHING,
     difference_notes,
+    refuse_dropout_rate,
     refuse_lost_documents,
     refuse_unloadable_optimizer,
     refuse_unwatched_scores,
@@ -434,6 +435,7 @@ def _examine_arguments(
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
         lambda: refuse_unwatched_scores(args, config),
+        lambda: refuse_dropout_rate(args, config),
         lambda: refuse_kept_outputs(none_for_unknown(args), config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]

@@ -190,6 +190,15 @@ WATCHING = ("qk_clip", "log_max_attention_logit")
 """Options that ask for the largest score of each head, by their names among Megatron's arguments."""
 
 
+def refuse_dropout_rate(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError for a share of probabilities that attention cannot drop."""
+    if config.computes_attention and not 0.0 <= args.attention_dropout < 1.0:
+        raise ConfigurationError(
+            f"--attention-dropout {args.attention_dropout} is not from 0 on and below 1, the share of probabilities "
+            f"that is dropped; use 0.1, or 0 for none."
+        )
+
+
 def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where the largest scores are asked for and Megatron's clip_qk could not take them.
 
