@@ -321,7 +321,7 @@ MISTAKES = {
         "attention/ring.py",
         "*tensors, *kept.values())",
         '*tensors, *plan.once((ring.rank, "kept", *kept), lambda: tuple(kept.values())))',
-        "attention",
+        "attention/test_kept.py",
     ),
     "half keeps the values": Mistake(
         "attention/build.py", '"half": KV.KEYS', '"half": KV.VALUES', "attention/test_kept.py"
