@@ -320,7 +320,7 @@ MISTAKES = {
     "the kept K/V of another layer": Mistake(
         "attention/ring.py",
         "*tensors, *kept.values())",
-        '*tensors, *plan.once((ring.rank, "kept", *kept), lambda: tuple(kept.values())))',
+        "*tensors, *plan.once((ring.communicators, *kept), lambda: tuple(kept.values())))",
         "attention/test_kept.py",
     ),
     "half keeps the values": Mistake(
