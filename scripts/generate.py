@@ -24,6 +24,7 @@ import torch.distributed as dist
 import transformers
 
 from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.device import accelerator
 from mindspeed_cp.inference import Progress, Sampling, Session, Step
 from mindspeed_cp.inference.transformers_model import Loaded, load
 
@@ -181,6 +182,8 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     parser = arguments()
     options = parser.parse_args()
+    if options.device not in ("cpu", accelerator()):
+        parser.error(f"--device {options.device}: torch finds none here; use --device {accelerator() or 'cpu'}.")
     device = torch.device(options.device)
     if "WORLD_SIZE" in os.environ:
         if device.type != "cpu":
@@ -217,6 +220,8 @@ def run(
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
     elif options.prompt is None and options.prompt_file is None:
         raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
     loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
     turns = turns_of(loaded, options)
     sizes = {"chunk": options.chunk, "interleave": options.interleave, "strategy": options.prefill}

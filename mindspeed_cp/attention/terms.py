@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
@@ -242,13 +243,11 @@ class TermsOfTiles:
         batch = self._q.size(0)
         queries, keys = call.queries(self._q).given, call.keys(self._q).given
         alike = isinstance(queries.tokens, slice) and call.tiles[0].sample is None
-        samples = torch.arange(batch, device=self._q.device)[:, None, None]
-        rows = [
-            (queries, self._place(self._rank, of_keys=False)),
-            (keys, self._place(owner, of_keys=True)),
-            (queries, samples.expand(-1, 1, self._q.size(2)).squeeze(1)),
-        ]
-        placed = [place.take((x if alike else x.expand(batch, -1)).unsqueeze(1)).squeeze(1) for place, x in rows]
+        of_queries, of_keys = self._place(self._rank, of_keys=False), self._place(owner, of_keys=True)
+        # As long as what calls count in: of queries that travel there may be less at hand.
+        samples = torch.arange(batch, device=self._q.device)[:, None].expand(-1, of_queries.size(1))
+        rows = [(queries, of_queries), (keys, of_keys), (queries, samples)]
+        placed = [place.take((x if alike else _of_batch(x, batch)).unsqueeze(1)).squeeze(1) for place, x in rows]
         return Positions(*placed)
 
     def _dropout(self, dropout: Dropout, heads: slice) -> DropoutTerms:
@@ -282,6 +281,11 @@ def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
         first = plan.starts[run.sample, run.document] + run.position
         places[run.sample or 0, run.start : run.stop] = torch.arange(first, first + run.stop - run.start)
     return places
+
+
+def _of_batch(places: Tensor, batch: int) -> Tensor:
+    """[B, s]; a plan does not know of samples without tokens behind the last one that has some."""
+    return places.expand(batch, -1) if places.size(0) == 1 else F.pad(places, (0, 0, 0, batch - places.size(0)))
 
 
 class ParameterGradients:

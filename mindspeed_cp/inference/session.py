@@ -106,16 +106,17 @@ class Session:
         ends: frozenset[int] = frozenset(),
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Step]:
-        """Go on with each sequence by its prompt, then give up to so many tokens for each, step by step.
+        """Go on with each sequence by its prompt, then give up to so many tokens for each, step by step; 0 for none.
 
         prompts: tokens of each sequence, one at least in the first turn. ends: tokens after which a sequence ends,
         until its next prompt. progress: told after each chunk of the prompts.
 
-        Raises ValueError, on every rank, for prompts that are empty or not one for each sequence, and where ranks were
-        given different ones; RuntimeError where a rank is gone.
+        Raises ValueError, on every rank, for prompts that are empty or not one for each sequence, for num_tokens below
+        0, and where ranks were given different ones; RuntimeError where a rank is gone.
         """
         new = self._agreed(prompts, num_tokens, sampling, ends)
         logits = self._prefill(new, progress)
+        self._last = [None] * self.cache.batch  # A turn that asks for no token chooses none.
         active = [True] * self.cache.batch
         for count in range(num_tokens):
             step = self._choose(logits, active, sampling)
@@ -138,6 +139,8 @@ class Session:
             refusal = f"{len(prompts)} prompts for a session of {cache.batch} sequences; give one for each."
         elif not all(new):
             refusal = f"prompt {[bool(each) for each in new].index(False)} is empty; give one token at least."
+        elif num_tokens < 0:
+            refusal = f"num_tokens={num_tokens} for each sequence: give 0, for the prompts alone, or more."
         words = (
             f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
             f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
