@@ -41,7 +41,7 @@ def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProx
 
 
 _MASK_IS_MADE = "create_attention_mask_in_dataloader"
-_PACKED = "packed sequences are not available yet"
+_RL_LOOP = "Megatron's loop of reinforcement learning has not been tried; programs may give layers its PackedSeqParams"
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
@@ -54,7 +54,7 @@ _REFUSALS = (
     _Refusal("external_cuda_graph", _is_set, _GRAPHS, "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
-    _Refusal("rl_use_sequence_packing", _is_set, _PACKED, "leave it out"),
+    _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
     _Refusal(
         "hybrid_context_parallel",
         _is_set,

@@ -270,7 +270,10 @@ MISTAKES = {
     ),
     "patch not restored": Mistake("patching.py", "            self._applied[patch].undo()\n", "", "test_patching.py"),
     "a tile of queries that travel keeps its window": Mistake(
-        "program/transposed.py", "left=tile.right, right=tile.left", "left=tile.left, right=tile.right", "inference"
+        "program/transposed.py",
+        "left=tile.right, right=tile.left",
+        "left=tile.left, right=tile.right",
+        "test_transposed.py",
     ),
     "a state of NaN counts": Mistake(
         "inference/states.py", "return lse.where(lse < torch.inf, -torch.inf)", "return lse", "inference"
@@ -280,6 +283,72 @@ MISTAKES = {
     ),
     "key heads of another rank": Mistake(
         "inference/decode.py", "groups = slice(begin // reads,", "groups = slice(0 * begin,", "inference"
+    ),
+    "a recomputation's draw is counted": Mistake(
+        "patches/dropout.py",
+        "states: dict[str, Any] = get_cuda_rng_tracker().states_",
+        'states: dict[str, Any] = self.__dict__.setdefault("states", {})',
+        "patches/test_dropout.py",
+    ),
+    "the count of draws is changed in a checkpoint's hands": Mistake(
+        "patches/dropout.py",
+        "states[name] = torch.tensor(drawn + 1, dtype=torch.int64)",
+        "states.setdefault(name, torch.zeros((), dtype=torch.int64)).add_(1)",
+        "patches/test_dropout.py",
+    ),
+    "all micro-batches draw alike": Mistake(
+        "patches/dropout.py", "torch.tensor(drawn + 1,", "torch.tensor(drawn,", "patches/test_dropout.py"
+    ),
+    "the output of another call of the checkpoint": Mistake(
+        "attention/recomputation.py",
+        "record = _Record(self._current)",
+        "record = next(iter(self._records), None) or _Record(self._current)",
+        "attention/test_recomputation.py",
+    ),
+    "the last output of a checkpoint first": Mistake(
+        "attention/recomputation.py",
+        "self._found.popleft()[1]",
+        "self._found.pop()[1]",
+        "attention/test_recomputation.py",
+    ),
+    "an output that was made for another case": Mistake(
+        "attention/recomputation.py",
+        "if self._found and self._found[0][0] == case:",
+        "if self._found:",
+        "attention/test_recomputation.py",
+    ),
+    "the kept K/V of another layer": Mistake(
+        "attention/ring.py",
+        "*tensors, *kept.values())",
+        "*tensors, *plan.once((ring.communicators, *kept), lambda: tuple(kept.values())))",
+        "attention/test_kept.py",
+    ),
+    "half keeps the values": Mistake(
+        "attention/build.py", '"half": KV.KEYS', '"half": KV.VALUES', "attention/test_kept.py"
+    ),
+    "what is kept travels, and not the rest": Mistake(
+        "program/transports.py",
+        "carries = KV.BOTH & ~kept",
+        "carries = kept if kept in (KV.KEYS, KV.VALUES) else KV.BOTH & ~kept",
+        "attention/test_kept.py",
+    ),
+    "keys travel for values": Mistake(
+        "attention/exchange.py",
+        "((self.k, KV.KEYS), (self.v, KV.VALUES))",
+        "((self.v, KV.KEYS), (self.k, KV.VALUES))",
+        "attention/test_every_plan.py",
+    ),
+    "a latent's gradient added twice": Mistake(
+        "attention/latent.py",
+        "total.add(more, partial.place(block.tokens))",
+        "total.add(2 * more, partial.place(block.tokens))",
+        "attention/test_latent.py",
+    ),
+    "a latent's weights get their gradient twice": Mistake(
+        "attention/latent.py",
+        "        self._add(wanted[1:])\n",
+        "        self._add(wanted[1:])\n        self._add(wanted[1:])\n",
+        "attention/test_latent.py",
     ),
 }
 

@@ -69,15 +69,12 @@ QUICK = [
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
-    (f"{PIPELINE_PARALLEL} {LOSS_MASK}", 2, 2, RING),
-    (ODD, 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{YARN} {RECOMPUTE} {ODD}", 1, 4, ULYSSES),
     (f"{DOCUMENTS} {TWO_SAMPLES} {ODD}", 1, 4, hybrid(2)),
     (f"{INTERLEAVED} {ODD}", 2, 2, RING),
     (f"{WINDOW} {ODD} --position-embedding-type learned_absolute", 1, 2, RING),
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{GQA} {RECOMPUTE}", 1, 2, f"{RING} --context-parallel-kv-cache-policy half --context-parallel-cache-interval 1"),
-    (f"{YARN} {RECOMPUTE}", 1, 4, hybrid(2)),
     (f"{LATENT} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, f"{RING} --context-parallel-latent latent {KEPT}"),
     (f"{LATENT} {TENSOR_PARALLEL}", 2, 2, f"{ULYSSES} --context-parallel-latent absorbed"),
     (f"{LATENT} --recompute-granularity selective", 1, 2, f"{RING} --context-parallel-latent latent"),
@@ -90,10 +87,9 @@ SLOW = [
     (f"--reset-attention-mask {RECOMPUTE} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
     ("--reset-attention-mask --fix-sub-seq-length 20", 1, 2, RING),
     (STREAM, 1, 4, ULYSSES),
-    (f"{STREAM} {RECOMPUTE}", 1, 2, RING),
     (STREAM, 1, 4, double_ring(2)),
     (STREAM, 1, 4, f"{hybrid(2)} --packed-sequence-layout balanced"),
-    (f"{STREAM} {MTP}", 1, 2, RING),
+    (f"{STREAM} {MTP} {RECOMPUTE}", 1, 2, RING),
     (f"{STREAM} {YARN}", 1, 2, RING),
     (f"{STREAM} {WINDOW} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
     (WINDOW, 1, 4, ULYSSES),
@@ -109,7 +105,6 @@ SLOW = [
     (f"{GQA} {RECOMPUTE}", 1, 4, f"{ALL_GATHER} {OVERLAP}"),
     (f"{STREAM} {WINDOW}", 1, 4, ALL_GATHER),
     (BAND, 1, 4, ALL_GATHER),
-    (ALIBI, 1, 2, ALL_GATHER),
     (f"{ALIBI} {DOCUMENTS} {TWO_SAMPLES}", 1, 4, hybrid(2)),
     (f"{ALIBI} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES),
     (f"{ALIBI} {BAND}", 1, 4, f"{double_ring(2)} {OVERLAP}"),
@@ -185,7 +180,6 @@ def test_losses_equal_those_of_cp_1(training, record_property, beside, ranks, si
 
 DROPOUT = "--attention-dropout 0.1"
 WITH_DROPOUT = [
-    pytest.param("", 1, 2, RING, id="ring"),
     pytest.param(f"{DOCUMENTS} {TWO_SAMPLES} {RECOMPUTE}", 1, 4, double_ring(2), id="double ring, documents"),
     pytest.param(f"{STREAM} {WINDOW}", 1, 4, hybrid(2), id="hybrid, stream and window"),
     pytest.param(f"{TENSOR_PARALLEL} --global-batch-size 4", 4, 2, ULYSSES, id="ulysses, TP and DP"),

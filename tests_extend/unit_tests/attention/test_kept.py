@@ -102,6 +102,21 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     assert made == [{}] * 4
 
 
+def test_layers_have_what_they_have_kept_themselves():
+    def gradients(policy):
+        case, world = case_on(CPTopology(inner=2), kv_cache_policy=policy), VirtualWorld(2, cases.VIRTUAL_TIMEOUT_S)
+
+        def on_rank(rank):
+            attention = cases.virtual_attention(case, world, rank)
+            x = shard_of(case, inputs(case).q, rank).requires_grad_()
+            inside = torch.sin(attention(x, x, x))
+            return torch.autograd.grad(attention(inside, inside, inside).square().sum(), x)[0]
+
+        return torch.stack(world.run(on_rank))
+
+    torch.testing.assert_close(gradients("full"), gradients(None), rtol=0, atol=1e-12)
+
+
 def test_every_nth_layer_keeps():
     def layers(**options):
         config = ContextParallelConfig(context_parallel_size=2, context_parallel_algo="megatron_cp_algo", **options)

@@ -204,6 +204,17 @@ def test_a_second_recomputation_computes_anew():
     assert len(computed) == 2 and torch.equal(first[0], again[0])
 
 
+def test_what_was_found_for_another_case_is_not_used():
+    recomputation, x, cases = Recomputation(), torch.ones(3, requires_grad=True), iter((2.0, 3.0))
+
+    def run(x: Tensor) -> Tensor:
+        case = next(cases)
+        return torch.sin(x) * recomputation.once(case, lambda: x.detach() * case)
+
+    recomputation.around(CHECKPOINTS["reentrant"])(run, x).sum().backward()
+    torch.testing.assert_close(x.grad, 3.0 * torch.cos(x.detach()))
+
+
 def test_an_output_that_was_written_to_is_refused():
     recomputation, x = Recomputation(), torch.ones(3, requires_grad=True)
 

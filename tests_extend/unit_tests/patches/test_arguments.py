@@ -194,7 +194,8 @@ REFUSED_FLAGS = [
     ),
     (
         ["--rl-use-sequence-packing"],
-        "--rl-use-sequence-packing: packed sequences are not available yet; leave it out.",
+        "--rl-use-sequence-packing: Megatron's loop of reinforcement learning has not been tried; programs may give "
+        "layers its PackedSeqParams; leave it out.",
     ),
     (
         ["--hybrid-context-parallel"],

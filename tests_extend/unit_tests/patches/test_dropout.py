@@ -28,10 +28,14 @@ def tracker(adaptor):
 
 def test_a_layer_draws_anew_for_each_micro_batch_and_again_for_its_recomputation(tracker):
     at_first = tracker.get_states()
-    first, second = DROPOUT.draw(), DROPOUT.draw()
+    first = DROPOUT.draw()
+    between = tracker.get_states()
+    second = DROPOUT.draw()
     afterwards = tracker.get_states()
-    tracker.set_states(at_first)  # As a checkpoint does, which took them before the layer had ever drawn.
-    assert DROPOUT.draw() == first
+    # As checkpoints do; the first one has taken them before the layer had ever drawn.
+    for taken, drawn in ((at_first, first), (between, second)):
+        tracker.set_states(taken)
+        assert DROPOUT.draw() == drawn
     tracker.set_states(afterwards)
     keys = {first.key, second.key, DROPOUT.draw().key}
     # Layers draw apart from each other, and so do data-parallel ranks.

@@ -75,6 +75,7 @@ def exact(whole, visible):
     ("params", "changes", "visible"),
     [
         (packed([0, 2, 6]), {}, seen([0, 0, 1, 1, 1, 1])),
+        # As Megatron's bins of reinforcement learning: filled up with documents of no tokens.
         (packed([0, 2, 6, 6, 6]), {}, seen([0, 0, 1, 1, 1, 1])),
         (packed([0, 2, 6]), {"window": (1, 0)}, seen([0, 0, 1, 1, 1, 1], behind=1)),
         (packed([0, 2, 6]), {"mask_type": "no_mask", "window": (1, 0)}, seen([0, 0, 1, 1, 1, 1], ahead=None)),
