@@ -26,7 +26,7 @@ _WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
 """Those that --cp-window-size says something about."""
 
 
-_OF_ONE_RANK = (
+OF_ONE_RANK = (
     *("attention_on_one_rank", "use_alibi", "attention_mask_type"),
     *("megatron_cp_in_bnsd", "context_parallel_kernels"),
 )
@@ -278,7 +278,7 @@ class ContextParallelConfig:
         reason: dict[str, str] = {}
         algorithm_flags = [f.name for f in fields(self) if f.name != "context_parallel_size"]
         if self.context_parallel_size == 1 and self.computes_on_one_rank:
-            travelling = [name for name in algorithm_flags if name not in _OF_ONE_RANK]
+            travelling = [name for name in algorithm_flags if name not in OF_ONE_RANK]
             reason = dict.fromkeys(travelling, "--context-parallel-size 1, where nothing travels")
         elif self.context_parallel_size == 1:
             reason = dict.fromkeys(algorithm_flags, "--context-parallel-size 1, where attention stays Megatron's own")

@@ -35,16 +35,19 @@ _WANT_EQUAL_SHARDS = {
 
 def length_of(args: argparse.Namespace, config: ContextParallelConfig) -> int | None:
     """Tokens of a whole sample where the ranks get unequal shards of it; None where equal ones, or nothing is known."""
-    # Two names of one thing, of which one is given.
-    length: int | None = args.encoder_seq_length if args.seq_length is None else args.seq_length
-    size = config.context_parallel_size
+    length, size = _length(args), config.context_parallel_size
     return length if size > 1 and length is not None and length % (2 * size) else None
+
+
+def _length(args: argparse.Namespace) -> int | None:
+    """Tokens of a whole sample, which has two names, of which one is given."""
+    length: int | None = args.encoder_seq_length if args.seq_length is None else args.seq_length
+    return length
 
 
 def refuse_length(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where the ranks cannot be given such shards."""
-    if (length := length_of(args, config)) is None:
-        length = args.encoder_seq_length if args.seq_length is None else args.seq_length
+    length = _length(args)
     size, tensor_parallel = config.context_parallel_size, args.tensor_model_parallel_size
     if size == 1 or length is None:
         return

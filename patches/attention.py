@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, MaskType, or_list
+from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType, or_list
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.dropout import LayerDropout
@@ -25,6 +24,7 @@ from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection
 from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents, plan_of_length
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.process_groups import layer_group
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.plan import AttentionPlan, Band
@@ -411,7 +411,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     pg_collection = named.get("pg_collection")
     config, groups = _of_one_rank(plugin.config), None
     if layer_config.context_parallel_size > 1:
-        groups = plugin.groups_over(_context_parallel_group(pg_collection))
+        groups = plugin.groups_over(layer_group(pg_collection, "cp"))
         assert plugin.config is not None, "groups_over has a configuration or raises"
         config = plugin.config
         refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
@@ -447,12 +447,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
 def _of_one_rank(config: ContextParallelConfig | None) -> ContextParallelConfig:
     """What of the job's configuration is about a layer without context parallelism."""
     given = config or ContextParallelConfig()
-    return ContextParallelConfig(
-        attention_mask_type=given.attention_mask_type,
-        megatron_cp_in_bnsd=given.megatron_cp_in_bnsd,
-        context_parallel_kernels=given.context_parallel_kernels,
-        use_alibi=given.use_alibi,
-    )
+    return ContextParallelConfig(**{name: getattr(given, name) for name in OF_ONE_RANK})
 
 
 def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_collection: Any) -> LayerDropout | None:
@@ -467,11 +462,7 @@ def _dropout(plugin: Plugin, layer_config: Any, named: Mapping[str, Any], pg_col
 
 def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
     """ALiBi's slopes of the heads that this tensor-parallel rank has."""
-    group = getattr(pg_collection, "tp", None)
-    if group is None:
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_tensor_model_parallel_group()
+    group = layer_group(pg_collection, "tp")
     slopes = geometric_slopes(layer_config.num_attention_heads)
     share = len(slopes) // group.size()
     return tuple(slopes[group.rank() * share : (group.rank() + 1) * share])
@@ -516,16 +507,6 @@ def _window(layer_config: Any, named: Mapping[str, Any]) -> Window:
 def _field_defaults(layer_config: Any) -> dict[str, object]:
     """Defaults of the fields of a TransformerConfig."""
     return {name: field.default for name, field in getattr(layer_config, "__dataclass_fields__", {}).items()}
-
-
-def _context_parallel_group(pg_collection: Any) -> dist.ProcessGroup:
-    """The layer's own group where it was given one, else Megatron's."""
-    group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
-    if group is None:
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_context_parallel_group()
-    return group
 
 
 def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.kernels import Dropout
+from mindspeed_cp.patches.process_groups import layer_group
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,7 @@ class LayerDropout:
 
         pg_collection: the layer's process groups, where it was given some of its own; else Megatron's are asked.
         """
-        from megatron.core import parallel_state
-
-        data_parallel = getattr(pg_collection, "dp", None)
-        tensor_parallel = getattr(pg_collection, "tp", None)
-        if data_parallel is None:
-            data_parallel = parallel_state.get_data_parallel_group()
-        if tensor_parallel is None:
-            tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+        data_parallel, tensor_parallel = layer_group(pg_collection, "dp"), layer_group(pg_collection, "tp")
         return cls(rate, seed, layer_number, data_parallel.rank(), tensor_parallel.rank() * num_heads)
 
     def draw(self) -> Dropout:

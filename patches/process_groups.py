@@ -11,6 +11,13 @@ from mindspeed_cp.patching import Patch, bind_by_name
 
 PARALLEL_STATE = "megatron.core.parallel_state"
 
+_OF_MEGATRON = {
+    "cp": "get_context_parallel_group",
+    "dp": "get_data_parallel_group",
+    "tp": "get_tensor_model_parallel_group",
+}
+"""Who gives Megatron's group along an axis, by the name that the axis has among a layer's process groups."""
+
 
 def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of megatron.core.parallel_state."""
@@ -71,3 +78,16 @@ def _check_size(plugin: Plugin, context_parallel_size: int) -> None:
             f"initialize_model_parallel(context_parallel_size={context_parallel_size}) after mindspeed_cp was "
             f"configured with context_parallel_size={configured}; give both the same."
         )
+
+
+def layer_group(pg_collection: Any, axis: str) -> Any:
+    """A layer's own group along an axis where it was given one, else Megatron's.
+
+    pg_collection: the layer's process groups, or None. axis: "cp", "dp" or "tp".
+    """
+    group = getattr(pg_collection, axis, None)
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = getattr(parallel_state, _OF_MEGATRON[axis])()
+    return group

@@ -28,7 +28,7 @@ from mindspeed_cp.attention.exchange import KeyValues, Player
 from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.terms import terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Sizes
-from mindspeed_cp.inference.local import attention_state
+from mindspeed_cp.inference.local import agreed, attention_state
 from mindspeed_cp.inference.sequences import Spans
 from mindspeed_cp.inference.states import (
     AllReduceBackend,
@@ -84,17 +84,12 @@ def decode_attention(
     Returns out, like q with V in place of D and in its dtype, and lse in fp32 (fp64 for fp64). No gradients. Raises
     ValueError for a method that has no such layout or backend, and tensors that do not fit.
     """
-    words, refusal, step = "", None, None
-    try:
+
+    def come() -> tuple[_Step, str]:
         step = _Step.of(q, k, v, communicator, plan, method, q_layout, backend, scale, terms, kernels)
-        words = f"{step.words}, {method} by {backend}, queries {q_layout}{terms_words(terms)}, scale {scale}"
-    except (ValueError, TypeError, AttributeError) as error:
-        refusal = str(error)
-        if agreement is None:
-            raise
-    if agreement is not None:
-        agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
-    assert step is not None
+        return step, f"{step.words}, {method} by {backend}, queries {q_layout}{terms_words(terms)}, scale {scale}"
+
+    step = agreed(agreement, come, q)
     with torch.no_grad():
         state = {"tree": step.tree, "allgather_q": step.allgather_q, "ring_q": step.ring_q}[method]()
         out, lse, _ = with_sinks(BlockOutput(*state), None if terms is None else terms.sinks)

@@ -1,8 +1,9 @@
 """Attention of the tiles at hand, without gradients: what a rank computes between two messages."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles
+from mindspeed_cp.comm import Agreement
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.sequences import everything
 from mindspeed_cp.inference.states import State
@@ -17,6 +19,8 @@ from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry
 from mindspeed_cp.kernels.calls import ALL, Call, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.plan import AttentionPlan, Tile
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,26 @@ class Asked:
         """A state over all keys, with sinks, and its output rounded once."""
         out, lse, _ = with_sinks(BlockOutput(state.out, state.lse), self.terms.sinks)
         return State(out.to(dtype), lse)
+
+
+def agreed(agreement: Agreement | None, come: Callable[[], tuple[_Made, str]], q: Tensor) -> _Made:
+    """What a rank comes to a call with, once all have come alike; at once where there is no agreement.
+
+    come: gives it, and in words what of it has to be the same on all ranks. q: the queries.
+
+    Raises what `come` does, or, with an agreement, ValueError on all ranks where one has come otherwise or could not.
+    """
+    words, refusal, made = "", None, None
+    try:
+        made, words = come()
+    except (ValueError, TypeError, AttributeError) as error:
+        refusal = str(error)
+        if agreement is None:
+            raise
+    if agreement is not None:
+        agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
+    assert made is not None, "a refusal has raised"
+    return made
 
 
 def attention_of(

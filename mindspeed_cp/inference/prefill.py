@@ -33,7 +33,7 @@ from mindspeed_cp.attention.terms import TermsOfTiles, check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Sizes, Subject
 from mindspeed_cp.comm.communicator import AgreeingCommunicator
 from mindspeed_cp.inference.costs import PrefixCase, Rates, choose_pass
-from mindspeed_cp.inference.local import Asked, attention_of, check_tokens
+from mindspeed_cp.inference.local import Asked, agreed, attention_of, check_tokens
 from mindspeed_cp.inference.states import State
 from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry
 from mindspeed_cp.kernels.calls import Call, in_all_samples, part, place_within
@@ -178,8 +178,8 @@ class _Call:
     ) -> "_Call":
         """Checked, and agreed on."""
         rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
-        words, refusal, made = "", None, None
-        try:
+
+        def come() -> "tuple[_Call, str]":
             asked = Asked.of(q, scale, terms, kernels)
             case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
             _check(q, k, plan, rank, size)
@@ -192,15 +192,9 @@ class _Call:
             made.ring.check_heads(k.size(1))
             heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
             words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
-            words += f", {strategy}, {rates}, {transport}, {pieces} pieces"
-        except (ValueError, TypeError, AttributeError) as error:
-            refusal = str(error)
-            if agreement is None:
-                raise
-        if agreement is not None:
-            agreement.reach(words, refusal=refusal, device=getattr(q, "device", None))
-        assert made is not None
-        return made
+            return made, f"{words}, {strategy}, {rates}, {transport}, {pieces} pieces"
+
+        return agreed(agreement, come, q)
 
     @property
     def schedule(self) -> RingSchedule:
