@@ -21,12 +21,17 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import transformers
 
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.inference import Progress, Sampling, Session, Step
 from mindspeed_cp.inference.transformers_model import Loaded, load
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    print(f"generate.py: error: {error}; pip install '.[inference]' in a clone brings it along.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from mindspeed_cp.diffusion import ParallelMesh
 from mindspeed_cp.diffusion.pipeline import parallelize_pipeline
-from shapes_model import paint, pipeline, train
+
+try:
+    from shapes_model import paint, pipeline, train
+except ModuleNotFoundError as error:
+    print(f"generate_image.py: error: {error}; pip install '.[diffusion]' in a clone brings it along.", file=sys.stderr)
+    raise SystemExit(2) from None
 
 TOLERANCE, SCALE = 1e-3, 6
 
