@@ -50,7 +50,7 @@ find_python() {
 
 make_environment() {
     local python stamp
-    stamp=$(cat "$repository"/{pyproject.toml,setup.py} "$CONSTRAINTS" | cksum)
+    stamp=$({ cat "$repository"/{pyproject.toml,setup.py} "$CONSTRAINTS" && echo "$EXTRAS"; } | cksum)
     if [[ ! -f $VENV/complete || $(<"$VENV/complete") != "$stamp" ]]; then
         python=$(find_python) || return 1
         echo "making the environment $VENV with $("$python" --version) (torch and Megatron; some minutes the first time)"
