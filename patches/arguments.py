@@ -304,7 +304,7 @@ def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["zigzag_by_document", "balanced"],
         default="zigzag_by_document",
         help="How packed streams (--sft, --dataloader-inter-document-masking) are dealt to the context-parallel ranks: "
-        "an early and a late stretch of each document, or documents whole or in pieces, so that all compute as much.",
+        "an early and a late stretch of each document, or documents whole or cut, so that all compute as much.",
     )
 
 

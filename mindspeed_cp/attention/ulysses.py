@@ -359,9 +359,9 @@ def gather_heads(
     with in_profiles(_BACK):
         messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
     for member, message in enumerate(messages):
-        pieces = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
-        for each, piece in zip(sums, pieces, strict=True):
-            each.add(member, piece)
+        shares = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
+        for each, share in zip(sums, shares, strict=True):
+            each.add(member, share)
     return tuple(each.result() for each in sums)
 
 
@@ -420,9 +420,9 @@ class _HeadSum:
         part = self._parts[member]
         return int((part.stop - part.start) * self._like.size(3))
 
-    def add(self, member: int, piece: Tensor) -> None:
+    def add(self, member: int, share: Tensor) -> None:
         """Add what a member has sent, [s, B, width]."""
-        self._total[:, :, self._parts[member]] += piece.unflatten(-1, (-1, self._like.size(3)))
+        self._total[:, :, self._parts[member]] += share.unflatten(-1, (-1, self._like.size(3)))
 
     def result(self) -> Tensor:
         """[B, H, s, D], rounded once."""
@@ -437,4 +437,4 @@ def _width(tensors: Sequence[Tensor]) -> int:
 def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
     widths = [x.size(-2) * x.size(-1) for x in like]
-    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
+    return [each.unflatten(-1, x.shape[-2:]) for each, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -90,7 +90,7 @@ def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
     """
     group = q.size(1) // k.size(1)
     largest = q.new_full((q.size(1),), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, keys, after in _pieces(q, k, terms):
+    for rows, keys, after in _portions(q, k, terms):
         told = _of_tokens(terms, rows, keys, after)
         for sample in range(q.size(0)):
             for kv in range(k.size(1)):
@@ -100,7 +100,7 @@ def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
     return largest
 
 
-def _pieces(q: Tensor, k: Tensor, terms: TileTerms) -> Iterator[tuple[slice, slice, int]]:
+def _portions(q: Tensor, k: Tensor, terms: TileTerms) -> Iterator[tuple[slice, slice, int]]:
     """Queries and the keys of their tile, and how many queries of the tile come after them."""
     queries_end, keys_end = [0, q.size(2)], [0, k.size(2)]
     if terms.segments is not None:
