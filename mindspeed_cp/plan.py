@@ -403,8 +403,11 @@ def _parts(tiles: tuple[Tile, ...], rectangles: Sequence[tuple[slice, slice]]) -
     return tuple(part for part in parts if part is not None)
 
 
-def check_runs(layout: Layout) -> None:
-    """Raise ValueError unless every token of every rank is in one run, and every position of a document in one rank."""
+def check_runs(layout: Layout, *, whole: bool = True) -> None:
+    """Raise ValueError unless every token of every rank is in one run, and every position of a document in one rank.
+
+    whole: whether the latter is asked; queries may be those of some positions alone.
+    """
     held: dict[tuple[int | None, int], list[tuple[int, int, int]]] = {}
     for rank in range(layout.num_ranks):
         runs, num_tokens = layout.runs(rank), layout.num_tokens(rank)
@@ -426,15 +429,18 @@ def check_runs(layout: Layout) -> None:
             raise ValueError(f"rank {rank}: some runs are of all samples and some of one; give each a sample, or none.")
         for sample, run in place.items():
             if run.stop != num_tokens:
-                raise ValueError(f"rank {rank}: runs of sample {sample} end at {run.stop}, of {num_tokens} tokens.")
-    for (sample, document), parts in held.items():
+                raise ValueError(
+                    f"rank {rank}: runs of sample {sample} end at {run.stop}, of {num_tokens} tokens; give runs of all."
+                )
+    for (sample, document), parts in held.items() if whole else ():
         parts.sort()
         ends = [0, *(last for _, last, _ in parts)]
         for expected, (first, _, rank) in zip(ends, parts, strict=False):
             if first != expected:
                 what = "is held twice" if first < expected else "is held by no rank"
                 raise ValueError(
-                    f"position {min(first, expected)} of document {document}, sample {sample}, {what}: see rank {rank}."
+                    f"position {min(first, expected)} of document {document}, sample {sample}, {what}: see rank "
+                    f"{rank}; give each position to one rank."
                 )
 
 
