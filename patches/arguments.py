@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from mindspeed_cp.choice import Choice
-from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
+from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.heads import HeadLayout
 from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
@@ -346,9 +347,11 @@ def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
-    # Where no algorithm is named, one is chosen.
-    default = None if option.name == "context_parallel_algo" else option.default
-    shared = {"help": option.metadata["help"], "default": default}
+    default, text = option.default, option.metadata["help"]
+    if option.name == "context_parallel_algo":  # Where none is named, one is chosen.
+        default = None
+        text += " By default what --cp-comm-type asks for, else Ulysses where the heads allow it, a hybrid or the ring."
+    shared = {"help": text, "default": default}
     if hint is bool:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:

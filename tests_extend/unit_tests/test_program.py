@@ -170,7 +170,7 @@ def test_what_travels_is_what_was_counted_by_hand(grid, bands, rank, sent):
 def test_blocks_in_memory_do_not_grow_with_the_ring(inner, held):
     zigzag = EqualChunks(inner, 8)
     for phase in Phase:
-        assert program(AttentionPlan(zigzag, zigzag, FULL), RingSchedule(1, inner), 0, phase).held() == held
+        assert program(AttentionPlan(zigzag, zigzag, FULL), RingSchedule(1, inner), 0, phase).held_bytes(1, 0) == held
 
 
 def test_a_window_makes_no_hop_that_nobody_needs():
