@@ -396,13 +396,6 @@ def settled(
     return found
 
 
-def config_from_arguments(
-    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
-) -> ContextParallelConfig:
-    """The configuration of `settled`."""
-    return settled(args, defaults).config
-
-
 def _examine_arguments(
     args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({}), *, at_start: bool = False
 ) -> tuple[Settled | None, list[Blocker]]:
