@@ -39,12 +39,14 @@ def program(
     pieces: int = 1,
     in_two: bool = True,
     kept: KV = KV.NEITHER,
+    ahead: bool = False,
 ) -> Program:
     """What `rank` does. Everything that depends on it reads this: attention, bytes, memory, predictions and drawings.
 
     plan: between the ring's ranks. pieces: of the heads, in a rotation, see Note [Pieces] in rotation.py. in_two:
     whether a backward pass does the own block in two parts, see Note [Two parts of the own block]. kept: see Note
-    [Kept K/V] in steps.py. Steps at which nothing is computed and nothing travels are left out.
+    [Kept K/V] in steps.py. ahead: whether what goes straight is posted as early as there is room, see Note [Room] in
+    straight.py; only for ranks that compute while messages travel. Steps at which nothing is computed and nothing travels are left out.
     """
     backward = phase is Phase.BACKWARD
     own = plan.tiles(rank, rank)
@@ -53,9 +55,10 @@ def program(
     if transport is Transport.ROTATION:
         maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
     else:
-        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER), 1
+        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER, ahead), 1
     steps = maker.steps(first, last)
-    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept)
+    room = maker.room if isinstance(maker, Straight) else 0
+    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept, room)
 
 
 def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
