@@ -52,8 +52,8 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             rank, size = group.rank(), group.size()
             if (longest := plugin.packing.longest(named["cu_seqlens"])) > freqs.size(0):
                 raise ValueError(
-                    f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens with "
-                    f"what pads it; make as many, as Megatron's get_rotary_seq_len says."
+                    f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens "
+                    f"with what pads it; make as many, as Megatron's get_rotary_seq_len says."
                 )
             # Frequencies for each token of the stream are Megatron's second form: positions that do not begin anew.
             positions = plugin.packing.positions(
