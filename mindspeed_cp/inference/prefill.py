@@ -250,7 +250,7 @@ class _Call:
 
     def _pass(self) -> "_PassQ":
         turned, schedule = TransposedPlan(self.plan), self.schedule
-        transport = self.transport or cheapest_transport(turned, schedule)
+        transport = self.transport or cheapest_transport(turned, schedule, ahead=self.overlap)
 
         def make() -> _PassQ:
             made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport, ahead=self.overlap)

@@ -13,10 +13,10 @@ Note [Order of messages]
 Note [Room]
     Ranks that compute as much in all do not at each step: whole documents make one rank's own block large, and
     another's small. If K/V leave when the block before theirs is worked on, and gradients are waited for one by one,
-    whoever comes early to a step waits for the one who comes late, at step after step. So both go ahead: K/V are
-    posted as early as there is room for them, two blocks for what is at hand or comes (what one step ahead takes where
-    all is needed) and one for what leaves; gradients are waited for when more than a block of them is on its way.
-    Where only parts of blocks travel, as with packed documents, that is mostly everything, from the first step on.
+    whoever comes early to a step waits for the one who comes late, at step after step. So both go ahead, as far as
+    there is room: two blocks for K/V that are at hand or come (what one step ahead takes where all is needed), two for
+    what leaves, and two for gradients either way. Where only parts of blocks travel, as with packed documents, that is
+    mostly everything, from the first step on.
 """
 
 import functools
@@ -34,8 +34,8 @@ class Straight:
     """How one rank takes part.
 
     backward: whether gradients travel home. at_once: whether all K/V travel at the first step, whatever the room; else
-    each while the one before it is worked on, or with `ahead` earlier, where there is room: see Note [Room]. Then two
-    blocks are in memory, however many ranks there are.
+    each while the one before it is worked on, or with `ahead` earlier, where there is room: see Note [Room]. Then no
+    more than two blocks come or are at hand, however many ranks there are.
     """
 
     plan: Carried
@@ -45,15 +45,10 @@ class Straight:
     at_once: bool
     ahead: bool
 
-    @property
-    def room(self) -> int:
-        """Tokens of gradients that may be on their way before the first are waited for: a block of them."""
-        return self._block if self.ahead and self.backward else 0
-
     @functools.cached_property
-    def _block(self) -> int:
-        """Tokens of the largest block."""
-        return max(map(self.plan.keys.num_tokens, range(self.schedule.size)))
+    def room(self) -> int:
+        """Tokens that may be on their way, either way, see Note [Room]; 0 where each message waits for its step."""
+        return 2 * max(map(self.plan.keys.num_tokens, range(self.schedule.size))) if self.ahead else 0
 
     def steps(self, own: tuple[Tile, ...], rest: tuple[Tile, ...]) -> Iterator[Step]:
         """All steps. own: what is computed of this rank's own block at the first. rest: what is at the last."""
@@ -72,15 +67,10 @@ class Straight:
         if self.at_once:
             return len(messages)
         due = min(place + 1, len(messages))
-        if not self.ahead:
-            return due
-        coming, leaving = ([each[way].num_tokens if each[way] else 0 for each in messages] for way in (0, 1))
+        coming, leaving = ([0 if each[way] is None else each[way].num_tokens for each in messages] for way in (0, 1))
+        at_hand = max(0, place - 1)
         while posted < len(messages) and (
-            posted < due
-            or (
-                sum(coming[max(0, place - 1) : posted + 1]) <= 2 * self._block
-                and sum(leaving[place : posted + 1]) <= self._block
-            )
+            posted < due or max(sum(coming[at_hand : posted + 1]), sum(leaving[place : posted + 1])) <= self.room
         ):
             posted += 1
         return posted
