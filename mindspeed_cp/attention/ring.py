@@ -42,7 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -321,7 +321,7 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = once(
+            (out, lse, _), largest, made, states, kept = replay(
                 ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
             )
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
