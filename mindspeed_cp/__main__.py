@@ -36,7 +36,9 @@ def main() -> None:
     elif first:
         run_script(first, sys.argv[1:])
     else:
-        print(report())
+        with _silence():
+            text = report()
+        print(text)
 
 
 def help_text() -> str:

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import Block, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
@@ -64,7 +64,7 @@ from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, BlockName, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
