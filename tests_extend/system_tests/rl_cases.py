@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LENGTHS = (5, 17, 9, 30, 12, 3, 22, 8, 1)
-BIN_SIZE, MOST_IN_A_BIN, PAD, VOCABULARY = 47, 4, 0, 64
+BIN_SIZE, MOST_IN_A_BIN, PAD, VOCABULARY = 48, 4, 0, 64
 
 
 class Learned(NamedTuple):

@@ -20,33 +20,18 @@ pytestmark = [
 
 
 class Kind(NamedTuple):
-    """What flags ask for, and the algorithm that it is tried on; all others are tried with one release.
-
-    shared, alone: flags of this plugin's for the run on four ranks, and for the one on one rank.
-    """
+    """What flags ask for, and the algorithm that it is tried on; all others are tried with one release."""
 
     flags: str
     algorithm: str
-    shared: str = ""
-    alone: str = ""
 
 
-RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LATENT = (
-    "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
-    "--v-head-dim 12"
-)
 KINDS = {
     "documents": Kind("--reset-position-ids --reset-attention-mask --eod-mask-loss", "hybrid"),
     "windows": Kind("--window-size 8,0 --window-attn-skip-freq 2", "double ring"),
     "learnable sinks": Kind("--softmax-type learnable --window-size 8,0", "Ulysses"),
     "conversations": Kind("--sft --data-path made_up --no-create-attention-mask-in-dataloader", "ring"),
     "inter-document masking": Kind("--dataloader-inter-document-masking", "ring"),
-    "dropout": Kind("--attention-dropout 0.1", "double ring", alone="--attention-on-one-rank"),
-    "latents on the wire": Kind(LATENT, "hybrid", shared="--context-parallel-latent latent"),
-    "a length that nothing divides": Kind("--seq-length 61", "Ulysses"),
-    "kept K/V": Kind("--group-query-attention --num-query-groups 4", "ring", "--context-parallel-kv-cache-policy full"),
-    "kept outputs, recomputed": Kind(RECOMPUTED, "ring", shared="--context-parallel-keep-outputs"),
 }
 
 
@@ -59,10 +44,8 @@ def test_kind_has_the_losses_of_cp_1(training, record_property, name, kind):
         pytest.skip(f"this release of Megatron has no {first}")
     data = [] if "--data-path" in rest else ["--mock-data"]
     flags = [*(flag for flag in MODEL_FLAGS if flag != "--mock-data"), *data, first, *rest]
-    on_four = [*ALGORITHMS[kind.algorithm], *shlex.split(kind.shared)]
     alone, shared = (
-        losses_in(training.log(ranks, [*flags, *more]), ITERATION)
-        for ranks, more in ((1, shlex.split(kind.alone)), (4, on_four))
+        losses_in(training.log(*run), ITERATION) for run in ((1, flags), (4, [*flags, *ALGORITHMS[kind.algorithm]]))
     )
     difference = largest_difference(alone, shared)
     record_property("check", f"{name}, CP 4")
