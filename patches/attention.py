@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
-from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType, or_list
+from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.parameters import with_summed_gradients
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
@@ -323,7 +323,7 @@ class ContextParallelAttention:
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
-            once(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
+            replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
         elif refusal is not None:
             raise ValueError(refusal)
         terms = with_summed_gradients(terms, self.parameters)

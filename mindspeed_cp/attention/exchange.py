@@ -178,8 +178,8 @@ class BlockFormat(NamedTuple):
             if len(parts) == 1:
                 place.copy_(parts[0])
                 continue
-            for target, piece in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
-                target.copy_(piece)
+            for target, tokens in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
+                target.copy_(tokens)
         return message
 
 

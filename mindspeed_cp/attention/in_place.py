@@ -107,4 +107,4 @@ def gather_in_place(shares: Sequence[Tensor], communicator: Communicator, parts:
 def _of_tensors(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of a message [.., W] as [.., h, D], one for each tensor [.., h, D]."""
     widths = [x.size(-2) * x.size(-1) for x in like]
-    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
+    return [each.unflatten(-1, x.shape[-2:]) for each, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -3,18 +3,22 @@
     chunk of the sequence    0  1  2  3  4  5  6  7
     held by rank             0  1  2  3  3  2  1  0         (zigzag of four ranks; others are in layouts.py)
 
-    rank 1, forward          works on rank 1      sends rank 1's K/V on
-                             works on rank 0      sends rank 0's K/V on
-                             works on rank 3      sends rank 3's K/V on
-                             works on rank 2
-    backward, likewise       works on rank 1, one half
-                             works on rank 0      gives rank 0 its gradients
-                             works on rank 3      gives rank 3 its gradients
-                             works on rank 2      gives rank 2 its gradients
-                             works on rank 1, the other half
+    rank 1, forward     key_values.steps()         compute(step)
+                        1's leave, 0's come        all x 1's own keys, a triangle
+                        0's leave, 3's come        all x the early half of 0's keys
+                        3's leave, 2's come        the late half x 3's keys
+                        nothing                    the late half x 2's keys
 
-Who sees whom is the plan's to say (plan.py), and what travels when the program's (program/). This module computes the
-tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
+    backward            key_values.steps()         compute(step)                            gradients.take(...)
+                        1's leave, 0's come        the late half x the early half of 1's    kept
+                        0's leave, 3's come        all x the early half of 0's              leave for 0, 2's come
+                        3's leave, 2's come        the late half x 3's                      leave for 3, 3's come
+                        nothing                    the late half x 2's                      leave for 2, 0's come
+                        nothing                    two triangles of 1's                     kept
+
+Each row is a step, and its calls are made in this order; without overlap K/V travel last. Who sees whom is the plan's
+to say (plan.py), and what travels when the program's (program/). This module computes the tiles of each step, in the
+order of the program, and adds up what they give; messages are in exchange.py.
 
 Note [Gradient of lse]
     The gradient of a score is p * (dout . v - dout . out + dlse), and kernels compute the middle term themselves, from
@@ -38,13 +42,12 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
 from mindspeed_cp.comm import RingCommunicators
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.config import divisors
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
@@ -59,6 +62,7 @@ from mindspeed_cp.kernels import (
 from mindspeed_cp.kernels.calls import Call, Views, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import AttentionPlan, Tile, within
 from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
@@ -109,7 +113,7 @@ class RingAttention:
         if self.pieces < 1 or num_kv_heads % self.pieces:
             raise ValueError(
                 f"pieces={self.pieces} do not divide the {num_kv_heads} K/V heads that a rank of the ring works on; "
-                f"give one of {', '.join(map(str, divisors(num_kv_heads)))}."
+                f"give {or_list(divisors(num_kv_heads))}."
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
@@ -236,7 +240,7 @@ def _backward_pass(
         made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
         try:
             each = tuple(
-                _kept(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
+                _again(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
                 for step in made.steps
             )
         except NotImplementedError:
@@ -245,7 +249,9 @@ def _backward_pass(
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
-def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase, kernels: KernelRegistry) -> tuple[Call, ...]:
+def _again(
+    step: Step, before: Step, done: Sequence[Call], case: BlockCase, kernels: KernelRegistry
+) -> tuple[Call, ...]:
     """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
     if not step.tiles or step.tiles == before.tiles:
         return tuple(done) if step.tiles else ()
@@ -315,7 +321,7 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = once(
+            (out, lse, _), largest, made, states, kept = replay(
                 ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
             )
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place
 from mindspeed_cp.attention.latent import Latent
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -160,7 +160,7 @@ class UlyssesAttention:
         mine = visible.movedim(-2, 0)
         padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
         padded[: len(mine)] = mine
-        gathered = once(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
+        gathered = replay(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
         rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
         rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
@@ -258,10 +258,10 @@ class _Exchange(NamedTuple):
     heads: tuple[Dealt, ...]
     recomputation: Recomputation | None
 
-    def once(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def replay(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What an exchange of these tensors gives, or has given."""
         case = tuple((x.shape, x.dtype) for x in tensors)
-        return once(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
+        return replay(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
 
 
 class _ScatterHeads(torch.autograd.Function):
@@ -270,7 +270,7 @@ class _ScatterHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return exchange.once(scatter_heads, shards)
+        return exchange.replay(scatter_heads, shards)
 
     @staticmethod
     @once_differentiable
@@ -284,7 +284,7 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return exchange.once(gather_heads, parts)
+        return exchange.replay(gather_heads, parts)
 
     @staticmethod
     @once_differentiable
@@ -359,9 +359,9 @@ def gather_heads(
     with in_profiles(_BACK):
         messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
     for member, message in enumerate(messages):
-        pieces = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
-        for each, piece in zip(sums, pieces, strict=True):
-            each.add(member, piece)
+        shares = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
+        for each, share in zip(sums, shares, strict=True):
+            each.add(member, share)
     return tuple(each.result() for each in sums)
 
 
@@ -420,9 +420,9 @@ class _HeadSum:
         part = self._parts[member]
         return int((part.stop - part.start) * self._like.size(3))
 
-    def add(self, member: int, piece: Tensor) -> None:
+    def add(self, member: int, share: Tensor) -> None:
         """Add what a member has sent, [s, B, width]."""
-        self._total[:, :, self._parts[member]] += piece.unflatten(-1, (-1, self._like.size(3)))
+        self._total[:, :, self._parts[member]] += share.unflatten(-1, (-1, self._like.size(3)))
 
     def result(self) -> Tensor:
         """[B, H, s, D], rounded once."""
@@ -437,4 +437,4 @@ def _width(tensors: Sequence[Tensor]) -> int:
 def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
     widths = [x.size(-2) * x.size(-1) for x in like]
-    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
+    return [each.unflatten(-1, x.shape[-2:]) for each, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -243,10 +243,10 @@ class Program:
             last_use.update(dict.fromkeys(used, number))
         return last_use
 
-    def held(self) -> int:
-        """The most tokens of others' K/V that steps have at hand or are receiving, from the posting on.
+    def held_bytes(self, key_bytes: int, value_bytes: int) -> int:
+        """The most bytes of others' K/V that steps have at hand or are receiving, from the posting on.
 
-        A block that is only still being sent is not counted.
+        A block that is only still being sent is not counted, nor what is kept for the backward pass.
         """
         last_use = self._last_uses()
         alive: dict[Block, int] = {}
@@ -254,9 +254,10 @@ class Program:
         for number, step in enumerate(self.steps):
             for message in step.receives:
                 share = self.pieces if message.piece is None else 1
-                alive[message.owner, message.piece] = message.num_tokens * share
+                width = _width(message.carries, key_bytes, value_bytes)
+                alive[message.owner, message.piece] = message.num_tokens * share * width
             most = max(most, sum(alive.values()))
-            alive = {block: tokens for block, tokens in alive.items() if last_use[block] > number}
+            alive = {block: held for block, held in alive.items() if last_use[block] > number}
         return most // self.pieces
 
 

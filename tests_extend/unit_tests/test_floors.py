@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
-    {"topology", "schedule", "rounds", "plan", "balance", "heads"},
+    {"topology", "schedule", "rounds", "plan", "balance", "heads", "messages"},
     {"layouts", "program"},
     {"sharding", "documents"},
     {"config", "patching", "device", "batch"},

@@ -23,7 +23,7 @@ FIELDS = {
     *("waiting_seconds", "link_seconds"),
     *("predicted_seconds", "measured_over_predicted", "bytes_sent", "bytes_by_formula", "bytes_inside"),
     *("bytes_between", "bytes_as_predicted", "card_bytes_inside", "card_bytes_between"),
-    *("most_bytes_between_of_a_rank", "peak_bytes", "errors"),
+    *("most_bytes_between_of_a_rank", "held_bytes", "peak_bytes", "errors"),
 }
 
 

@@ -16,7 +16,7 @@ from mindspeed_cp.kernels.calls import calls
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
 from mindspeed_cp.kernels.npu import NpuKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING
-from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.layouts import Contiguous, EqualChunks
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band, Run
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, dense_attention
 from unit_tests.emulated_cuda import emulated_cuda
@@ -57,8 +57,8 @@ def range_of(tokens: slice) -> range:
     return range(tokens.start, tokens.stop)
 
 
-def documents(lengths: tuple[int, ...]) -> EqualChunks:
-    return EqualChunks(1, sum(lengths), "contiguous", lengths)
+def documents(lengths: tuple[int, ...]) -> Contiguous:
+    return Contiguous(1, (lengths,))
 
 
 @pytest.mark.parametrize(

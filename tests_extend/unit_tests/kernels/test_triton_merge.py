@@ -144,7 +144,12 @@ def compiled(capability: int, dtype: str, strides: str) -> Any:
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "dtype", "strides"),
-    [(80, "bf16", "i32"), (90, "bf16", "i64"), (100, "bf16", "i32"), (80, "fp16", "i64"), (80, "fp32", "i32")],
+    [
+        (80, "bf16", "i32"),
+        (90, "bf16", "i64"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(100, "bf16", "i32"), (80, "fp16", "i64")]),
+        pytest.param(80, "fp32", "i32", marks=pytest.mark.slow),
+    ],
 )
 def test_kernel_compiles_and_reads_16_bytes_at_a_time_and_all_before_it_writes(
     monkeypatch, tmp_path, capability, dtype, strides
