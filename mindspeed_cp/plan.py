@@ -115,7 +115,8 @@ class AttentionPlan:
     """Who sees whom between the queries and the keys that ranks hold.
 
     queries, keys: who holds them; the same object in self-attention. bands: what a query sees of its document.
-    bands_of: the documents for which that is something else.
+    bands_of: the documents for which that is something else. handle: what stands for this plan in a graph of
+    torch.compile, see handles.py.
 
     Raises ValueError for a band in which nothing sees anything, or bands of one document about the same keys.
     """
@@ -132,6 +133,7 @@ class AttentionPlan:
     _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
     _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
     _made: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+    handle: object = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bands in (self.bands, *self.bands_of.values()):

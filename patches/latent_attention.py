@@ -64,7 +64,20 @@ def latent_attention_patches() -> tuple[Patch, ...]:
             "over the tensor-parallel ranks.",
             remove_when="Megatron sums it itself: NVIDIA/Megatron-LM#1699.",
         ),
+        Patch(
+            target="megatron.core.transformer.multi_latent_attention:TELinear",
+            kind="replace",
+            function=_NothingOfThatClass,
+            unless=("transformer_engine",),
+            versions="<0.17",
+            why="Without TransformerEngine no class is there, and layers are asked whether they are of it.",
+            remove_when="Megatron 0.16 is no longer supported.",
+        ),
     )
+
+
+class _NothingOfThatClass:
+    """Stands for a class that is not installed, in questions for it."""
 
 
 def _gather_latent(

@@ -196,6 +196,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="of kept K/V, for rings with overlap",
     )
+    parser.add_argument("--deepspeed", action="store_true", help="its Ulysses as well, as far as it is installed")
     parser.add_argument("--algorithms", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args(arguments)
@@ -258,7 +259,9 @@ def _settings(
                 head_size=args.head_size,
                 element_size=args.dtype_bytes,
             )
-            algorithms = algorithms_for(case, cluster.network.num_ranks, args.pieces, args.policies)
+            algorithms = algorithms_for(
+                case, cluster.network.num_ranks, args.pieces, args.policies, deepspeed=args.deepspeed
+            )
             if args.algorithms:
                 algorithms = [each for each in algorithms if any(part in each.name for part in args.algorithms)]
             for algorithm in algorithms:

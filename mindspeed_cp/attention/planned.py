@@ -33,6 +33,11 @@ class PlannedAttention:
     layout: SequenceLayout
     causal: bool
 
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether it attends with exchanged tensors."""
+        return isinstance(self.attention, UlyssesAttention)
+
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention. The chunks divide the tokens where there is no plan."""
         if plan is not None:

@@ -293,14 +293,19 @@ def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
     once = once_differentiable(backward)
 
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
-                "torch.nn.functional.scaled_dot_product_attention with its math backend."
-            )
+        refuse_second_derivatives()
         return once(ctx, *grads)
 
     return run
+
+
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that is to be part of a graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend."
+        )
 
 
 class _Ring(torch.autograd.Function):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspeed_cp.layouts import EqualChunks
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, union
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
 from mindspeed_cp.program import KV, Axis, Exchange, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
@@ -29,13 +29,21 @@ class AttentionShape:
         return 2 * num_tokens * self.num_kv_heads * self.head_size * self.element_size
 
     def q_bytes(self, num_tokens: int) -> int:
-        """Queries, or outputs, of so many tokens, all heads."""
+        """Queries of so many tokens, all heads."""
         return num_tokens * self.num_heads * self.head_size * self.element_size
+
+    def out_bytes(self, num_tokens: int) -> int:
+        """Outputs of so many tokens, all heads."""
+        return self.q_bytes(num_tokens)
 
     def flops(self, area: float, phase: Phase) -> float:
         """Of so many pairs of query and key, in all heads: two matrix products, five in the backward pass."""
         products = 2 if phase is Phase.FORWARD else 5
         return products * 2 * area * self.num_heads * self.head_size
+
+    def making_flops(self, num_keys: int, phase: Phase) -> float:
+        """Of making keys and values of so many tokens in a step, all heads: none where they travel."""
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +71,10 @@ class AttentionPass:
         peers = self.topology.ulysses_ranks(rank)
         ring_rank, ulysses = rank // self.topology.ulysses, self.topology.ulysses
         plan = self._plan
-        sent_queries = self.shape.q_bytes(plan.queries.num_tokens(ring_rank)) // ulysses
+        tokens = plan.queries.num_tokens(ring_rank)
+        sent_queries, out = (each(tokens) // ulysses for each in (self.shape.q_bytes, self.shape.out_bytes))
         qkv = sent_queries + self.shape.kv_bytes(plan.keys.num_tokens(ring_rank)) // ulysses
-        there, back = (qkv, sent_queries) if self.phase is Phase.FORWARD else (sent_queries, qkv)
+        there, back = (qkv, out) if self.phase is Phase.FORWARD else (out, qkv)
         yield from all_to_all("scatter", rank, peers, there // ulysses)
         yield from self._ring(rank)
         yield from all_to_all("gather", rank, peers, back // ulysses)
@@ -81,12 +90,13 @@ class AttentionPass:
         """
         plan, ulysses = self._plan, self.topology.ulysses
         held = range(self.topology.ring_size)
-        queries = self.shape.q_bytes(sum(plan.queries.num_tokens(rank) for rank in held))
+        tokens = sum(plan.queries.num_tokens(rank) for rank in held)
         keys = self.shape.kv_bytes(sum(plan.keys.num_tokens(rank) for rank in held))
         of_each = self.shape.kv_bytes(1) // 2
         travelling = sum(self.program(rank).sent_bytes(of_each, of_each).total() for rank in held)
         # Each of the Ulysses ranks has such a ring, of its part of the heads.
-        return (2 * queries + keys) * (ulysses - 1) // ulysses + travelling
+        there_and_back = self.shape.q_bytes(tokens) + self.shape.out_bytes(tokens) + keys
+        return there_and_back * (ulysses - 1) // ulysses + travelling
 
     def held_bytes(self) -> int:
         """K/V of others that the fullest rank has at hand or kept at most: none where a ring has one rank."""
@@ -148,7 +158,7 @@ class AttentionPass:
                 yield from key_values(step, exchanges)
             if step.tiles:
                 yield from arrived(bringing(step.owner, step.piece))
-                yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
+                yield Compute(self._seconds(step))
             for earlier in (gradients[number] for number in added):
                 assert earlier is not None
                 yield Wait(_handle(earlier))
@@ -159,10 +169,13 @@ class AttentionPass:
         under_way = (*coming, *(each for each in gradients if each is not None))
         yield from (Wait(handle) for handle in dict.fromkeys(map(_handle, under_way)))
 
-    def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
+    def _seconds(self, step: Step) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
-        share = self.topology.ulysses * (1 if piece is None else self.pieces)
-        return self.shape.flops(area, self.phase) / share / self.flops_per_s + num_tiles * self.launch_s
+        share = self.topology.ulysses * (1 if step.piece is None else self.pieces)
+        keys = sum(span.stop - span.start for span in union(tile.keys for tile in step.tiles))
+        flops = self.shape.flops(sum(tile.area for tile in step.tiles), self.phase)
+        flops += self.shape.making_flops(keys, self.phase)
+        return flops / share / self.flops_per_s + len(step.tiles) * self.launch_s
 
 
 def _handle(exchange: Exchange) -> tuple[Axis, int | None, int]:

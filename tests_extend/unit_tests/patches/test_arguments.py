@@ -193,10 +193,13 @@ REFUSED_FLAGS = [
         ["--external-cuda-graph"],
         "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
     ),
-    (
-        ["--rl-use-sequence-packing"],
-        "--rl-use-sequence-packing: Megatron's loop of reinforcement learning has not been tried; programs may give "
-        "layers its PackedSeqParams; leave it out.",
+    *(
+        (
+            [option],
+            f"{option}: Megatron's loop of reinforcement learning gives each rank of a sequence the whole of it; a "
+            "program may cut its bins by megatron_adaptor.shard_batch; leave it out.",
+        )
+        for option in ("--perform-rl-step", "--rl-use-sequence-packing")
     ),
     (
         ["--hybrid-context-parallel"],
@@ -204,7 +207,8 @@ REFUSED_FLAGS = [
     ),
     (
         ["--position-embedding-type", "relative"],
-        "--position-embedding-type relative: attention bias is not available yet; use rope or learned_absolute.",
+        "--position-embedding-type relative: T5 alone has it, whose batches Megatron does not cut for the ranks of a "
+        "sequence; use rope or learned_absolute.",
     ),
 ]
 
