@@ -21,7 +21,7 @@ from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.handles import with_handle
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.kernels import TileCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Transport
@@ -432,7 +432,7 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
             f"batch and tokens may be 0."
         )
-    BlockCase.of(q, k, v, TileTerms(1.0))
+    TileCase.of(q, k, v, TileTerms(1.0))
     if same_tokens and q.size(2) != k.size(2):
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 

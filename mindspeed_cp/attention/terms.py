@@ -2,7 +2,7 @@
 
 Shapes: B batch, N query heads, S query tokens of this rank, T keys of all ranks.
 
-A term is a field here and of `TileTerms`. Kernels say themselves which they take (`BlockKernel.unsupported_reasons`),
+A term is a field here and of `TileTerms`. Kernels say themselves which they take (`TileKernel.unsupported_reasons`),
 and its mathematics are in one file: sinks.py, kernels/bias.py, kernels/philox.py, kernels/reference.py. Here terms are
 checked, and cut for tiles.
 """

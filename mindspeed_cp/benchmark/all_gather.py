@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.attention.call import default_scale
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
-from mindspeed_cp.kernels import BlockKernel, BlockOutput, TileTerms, Window
+from mindspeed_cp.kernels import TileKernel, TileOutput, TileTerms, Window
 from mindspeed_cp.kernels.calls import in_all_samples
 from mindspeed_cp.kernels.tiles import cut
 from mindspeed_cp.layouts import EqualChunks
@@ -30,7 +30,7 @@ class AllGatherAttention:
     """
 
     communicator: Communicator
-    kernel: BlockKernel
+    kernel: TileKernel
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Output [B, N, s, D] of this rank's queries; q: [B, N, s, D]; k, v: [B, G, s, D]."""
@@ -76,7 +76,7 @@ class _AllGather(torch.autograd.Function):
         for tile in attention.tiles(q.size(2)):
             queries, seen, window = tile.queries, tile.keys, Window(tile.left, tile.right)
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
-            output = BlockOutput(out[:, :, queries], lse[:, :, queries])
+            output = TileOutput(out[:, :, queries], lse[:, :, queries])
             terms = TileTerms(default_scale(q), window)
             grads = attention.kernel.backward(grad_outputs[0][:, :, queries], *block, output, terms)
             dq[:, :, queries] += grads.dq
