@@ -7,6 +7,7 @@ and its mathematics are in one file: sinks.py, kernels/bias.py, kernels/philox.p
 checked, and cut for tiles.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -23,6 +24,11 @@ from mindspeed_cp.kernels.reference import largest_scores
 from mindspeed_cp.plan import AttentionPlan
 
 Tensors = tuple[Tensor | None, ...]
+
+
+def default_scale(head_size: int) -> float:
+    """The factor on the scores where none is given: 1 / sqrt(D)."""
+    return 1.0 / math.sqrt(head_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

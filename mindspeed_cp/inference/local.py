@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.sums import MergedOutput
-from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles
+from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles, default_scale
 from mindspeed_cp.comm import Agreement
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.sequences import everything
@@ -35,7 +35,7 @@ class Asked:
         """Those of a call, with 1 / sqrt(D) by default. Raises ValueError for what inference does not do."""
         if terms is not None and terms.dropout is not None:
             raise ValueError("dropout is for training, and these are inference functions; leave it out of the terms.")
-        scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
+        scale = default_scale(q.size(-1)) if scale is None else scale
         if not 0.0 < scale < math.inf:
             raise ValueError(f"scale={scale}: give a finite number above 0, and fold a sign into q.")
         return cls(Terms.of(terms, scale), kernels)
