@@ -15,16 +15,18 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.comm import Agreement, ProcessGroupCommunicator, Subject
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.inference import Progress, Sampling, Session, Step
+from mindspeed_cp.inference import Coefficients, Progress, Rates, Sampling, Session, Step, measure_rates
+from mindspeed_cp.inference.decode import Method
 from mindspeed_cp.inference.transformers_model import Loaded, load
 
 try:
@@ -35,6 +37,9 @@ except ModuleNotFoundError as error:
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+_Prepared = TypeVar("_Prepared")
 
 
 class Turn(NamedTuple):
@@ -121,14 +126,19 @@ def turns_of(loaded: Loaded, options: argparse.Namespace) -> list[Turn]:
         Turn(each, [loaded.tokenizer(text, add_special_tokens=not number)["input_ids"] for text in each])
         for number, each in enumerate(texts)
     ]
-    longest = max(sum(len(turn.tokens[sample]) for turn in turns) for sample in range(len(prompts)))
-    needed = longest + len(turns) * options.max_new_tokens
+    needed = positions(turns, options)
     if loaded.longest is not None and needed > loaded.longest:
         raise ValueError(
             f"prompts and --max-new-tokens {options.max_new_tokens} make {needed} positions, and the model has "
             f"{loaded.longest} (max_position_embeddings); shorten them, or use a model for longer texts."
         )
     return turns
+
+
+def positions(turns: list[Turn], options: argparse.Namespace) -> int:
+    """Of the longest sequence, with all that is written."""
+    tokens = zip(*(turn.tokens for turn in turns), strict=True)
+    return max(sum(map(len, each)) for each in tokens) + len(turns) * options.max_new_tokens
 
 
 def compared(found: list[list[Step]], expected: list[list[Step]], dtype: torch.dtype) -> int:
@@ -175,6 +185,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt at once, over all ranks")
     parser.add_argument("--interleave", type=int, default=64, help="tokens of a stripe of the cache")
     parser.add_argument("--prefill", choices=("auto", "pass_kv", "pass_q"), default="auto", help="what travels")
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--rates", type=float, nargs=2, metavar=("FLOPS", "BYTES"), help="a second, for --prefill auto")
+    rule.add_argument("--measure-rates", action="store_true", help="likewise, measured first")
+    rule.add_argument("--coefficients", type=float, nargs=3, metavar=("NEW", "MISSING", "CONSTANT"), help="likewise")
+    parser.add_argument("--decode", choices=("auto", *get_args(Method)), default="auto", help="how tokens meet keys")
+    parser.add_argument(
+        "--attention-dtype",
+        choices=list(DTYPES),
+        help="of scores and states; on CPUs float64 for a model in bfloat16 or float16, else that of the model",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a rank waits for another")
     parser.add_argument("--compare", action="store_true", help="generate on one rank too")
     parser.add_argument("--demo-folder", type=Path, default=Path("runs/text_model"))
@@ -185,6 +205,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     """Read the command line, generate, say what it took; the exit status."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     parser = arguments()
     options = parser.parse_args()
     if options.device not in ("cpu", accelerator()):
@@ -210,6 +231,46 @@ def main() -> int:
             dist.destroy_process_group()
 
 
+def on_all_ranks(communicator: ProcessGroupCommunicator | None, prepare: Callable[[], _Prepared]) -> _Prepared:
+    """What it gives, where it does so on all ranks; what any of them refuses is raised on all."""
+    refusal = prepared = None
+    try:
+        prepared = prepare()
+    except ValueError as error:
+        refusal = str(error)
+        if communicator is None:
+            raise
+    if communicator is not None:
+        subject = Subject("generate.py", "give all ranks the same folder, prompts and options")
+        Agreement(communicator.apart, on_host=communicator.on_host, subject=subject).reach("ready", refusal=refusal)
+    assert prepared is not None, "a refusal has raised"
+    return prepared
+
+
+def rates_of(
+    loaded: Loaded, options: argparse.Namespace, communicator: ProcessGroupCommunicator | None
+) -> Rates | None:
+    """What kernel and link achieve, as told, or measured for a chunk of the prompt; None where neither is wanted."""
+    if options.rates:
+        return Rates(*options.rates)
+    if not options.measure_rates:
+        return None
+    sizes = loaded.model.heads
+    num_tokens = max(1, options.chunk // (1 if communicator is None else communicator.size))
+    q, k, v = (
+        torch.zeros(1, number, num_tokens, size, dtype=loaded.dtype, device=loaded.model.device)
+        for number, size in ((sizes.query, sizes.size), (sizes.kv, sizes.size), (sizes.kv, sizes.size))
+    )
+    return measure_rates(q, k, v, communicator)
+
+
+def attention_dtype(loaded: Loaded, options: argparse.Namespace) -> torch.dtype | None:
+    """On CPUs that in which any number of ranks writes the same, see --attention-dtype."""
+    if options.attention_dtype:
+        return DTYPES[options.attention_dtype]
+    return torch.float64 if loaded.model.device.type == "cpu" and loaded.dtype.itemsize == 2 else None
+
+
 def run(
     options: argparse.Namespace, device: torch.device, communicator: ProcessGroupCommunicator | None, rank: int
 ) -> int:
@@ -227,10 +288,23 @@ def run(
         raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
-    loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
-    turns = turns_of(loaded, options)
-    sizes = {"chunk": options.chunk, "interleave": options.interleave, "strategy": options.prefill}
-    session = Session(loaded.model, len(turns[0].tokens), communicator, **sizes)
+
+    def prepare() -> tuple[Loaded, list[Turn]]:
+        loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
+        turns = turns_of(loaded, options)
+        return loaded._replace(model=loaded.model.for_length(positions(turns, options))), turns
+
+    loaded, turns = on_all_ranks(communicator, prepare)
+    settings = {
+        "chunk": options.chunk,
+        "interleave": options.interleave,
+        "strategy": options.prefill,
+        "rates": rates_of(loaded, options, communicator),
+        "coefficients": options.coefficients and Coefficients(*options.coefficients),
+        "attention_dtype": attention_dtype(loaded, options),
+    }
+    batch = len(turns[0].tokens)
+    session = Session(loaded.model, batch, communicator, decode=options.decode, **settings)
     found = generate(session, turns, loaded, options, shown=rank == 0)
     memory = torch.tensor([session.cache.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     rows = memory[None] if communicator is None else communicator.all_gather(memory.to(device)).cpu()
@@ -239,7 +313,7 @@ def run(
             print(f"rank {number}: {cache / 2**20:.2f} MiB of K/V, {peak / 2**20:.0f} MiB at most in all")
     if not options.compare or rank:
         return 0
-    alone = Session(loaded.model, len(turns[0].tokens), **sizes)
+    alone = Session(loaded.model, batch, **settings)
     expected = generate(alone, turns, loaded, options, shown=False)
     print(f"one rank: {alone.cache.nbytes / 2**20:.2f} MiB of K/V")
     return compared(found, expected, loaded.dtype)

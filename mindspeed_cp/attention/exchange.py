@@ -46,7 +46,7 @@ class Player:
 
     def post(
         self,
-        kind: "_Kind",
+        kind: "Kind",
         exchange: Exchange,
         sent: Sequence[Tensor],
         whole: "BlockFormat",
@@ -65,12 +65,12 @@ class Player:
             raise self.lost(kind, exchange, error) from error
         return _Posted(transfer, exchange, sent, received)
 
-    def _leaving(self, kind: "_Kind", exchange: Exchange) -> AbstractContextManager[object]:
+    def _leaving(self, kind: "Kind", exchange: Exchange) -> AbstractContextManager[object]:
         if not _profiler_is_on():
             return _NOTHING
         return record_function(f"{self.name(exchange.owner)}: {kind.leaving}")
 
-    def wait(self, kind: "_Kind", posted: "_Posted") -> None:
+    def wait(self, kind: "Kind", posted: "_Posted") -> None:
         """Return when all has arrived, and left. Raises RuntimeError that says which step and which peers it was."""
         try:
             with in_profiles(kind.waiting):
@@ -78,7 +78,7 @@ class Player:
         except RuntimeError as error:
             raise self.lost(kind, posted.exchange, error) from error
 
-    def lost(self, kind: "_Kind", exchange: Exchange, error: RuntimeError) -> RuntimeError:
+    def lost(self, kind: "Kind", exchange: Exchange, error: RuntimeError) -> RuntimeError:
         """What is raised where an exchange fails."""
         to, source = self._peers(exchange.sends), self._peers(exchange.receives)
         return RuntimeError(
@@ -210,7 +210,7 @@ class Block(NamedTuple):
         return [part(self.k, 2, place) for place in places], [part(self.v, 2, place) for place in places]
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """How messages of a kind are called: while they leave, while they are waited for, and where they are lost."""
 
     leaving: str
@@ -218,8 +218,9 @@ class _Kind(NamedTuple):
     exchange: str
 
 
-_KV = _Kind("send K/V on", "ring: wait for K/V", "K/V exchange")
-_GRADIENTS = _Kind("send dK/dV home", "ring: wait for dK/dV", "dK/dV exchange")
+_KV = Kind("send K/V on", "ring: wait for K/V", "K/V exchange")
+_GRADIENTS = Kind("send dK/dV home", "ring: wait for dK/dV", "dK/dV exchange")
+QUERIES = Kind("send queries on", "ring: wait for queries", "query exchange")
 
 
 class _Posted(NamedTuple):
@@ -238,11 +239,19 @@ class _Posted(NamedTuple):
 class KeyValues:
     """The K/V that a rank has at hand in the course of a program: its own, and what has arrived and is still needed.
 
-    k, v: its own. kept: in a backward pass what the forward pass has kept; in that it is filled.
+    k, v: its own. kept: in a backward pass what the forward pass has kept; in that it is filled. kind: how its
+    messages are called, where what travels as keys do are queries.
     """
 
-    def __init__(self, player: Player, k: Tensor, v: Tensor, kept: Mapping[BlockName, Tensor] | None = None) -> None:
-        self._player = player
+    def __init__(
+        self,
+        player: Player,
+        k: Tensor,
+        v: Tensor,
+        kept: Mapping[BlockName, Tensor] | None = None,
+        kind: Kind = _KV,
+    ) -> None:
+        self._player, self._kind = player, kind
         self.kept: dict[BlockName, Tensor] = dict(kept or {})
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
@@ -308,7 +317,7 @@ class KeyValues:
         for exchange in exchanges:
             leaving = [self._packed(message, packed) for message in exchange.sends]
             self._settle([each for each in self._coming if each.exchange.is_before(exchange, step)])
-            self._coming.append(self._player.post(_KV, exchange, leaving, self._whole))
+            self._coming.append(self._player.post(self._kind, exchange, leaving, self._whole))
             if not self._player.overlap:
                 self._settle(self._coming[-1:])
 
@@ -323,7 +332,7 @@ class KeyValues:
         """Wait for some of what is under way."""
         for posted in some:
             self._coming = [each for each in self._coming if each is not posted]
-            self._player.wait(_KV, posted)
+            self._player.wait(self._kind, posted)
             for message, received in posted.arrived():
                 k, v = self._player.format(self._whole, message).unpack(received)
                 self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)

@@ -1,7 +1,14 @@
 """Attention of new tokens over a cache that is spread over ranks, layer by layer of one forward pass.
 
     prefill    many new tokens of each sample: each rank has the queries whose keys it keeps, see interleave.py
-    decode     one new token of each sample, which all ranks have: only what they have found is exchanged, no key
+    decode     one new token of each sample, which all ranks have, or each of its own samples, see decode.py: only
+               queries, what was found for them, and the token's own keys and values are exchanged
+
+Note [Wide attention]
+    In fp64 the states of a model in bf16 are so exact that rounding them to bf16 gives the same on any number of ranks,
+    but for chances of 1e-12. In fp32 one number in some 10,000 is rounded the other way; in bf16 itself fused kernels
+    round probabilities, by a maximum that depends on which keys are together. From there on all numbers of a model
+    differ, by steps of bf16; and its logits, which are rounded to bf16 themselves, by 0.0156 where they are above 2.
 
 Shapes: B batch, N query heads, G key/value heads, S new tokens, D key head size, V value head size.
 """
@@ -19,7 +26,8 @@ from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.cache import ShardedKVCache, Stretch
-from mindspeed_cp.inference.costs import Rates
+from mindspeed_cp.inference.costs import Coefficients, Rates
+from mindspeed_cp.inference.decode import Method, gather_queries, pass_queries, shares
 from mindspeed_cp.inference.interleave import Interleaved, Span
 from mindspeed_cp.inference.local import attention_state
 from mindspeed_cp.inference.prefill import Strategy, prefix_attention
@@ -31,7 +39,8 @@ from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 class Prefill:
     """Attention of the tokens at the positions `new` of each sample, dealt as `layout`, in one forward pass.
 
-    communicator: the ranks that share the cache; None for one. strategy, rates, kernels: see prefix_attention.
+    communicator: the ranks that share the cache; None for one. strategy, rates, coefficients, kernels: see
+    prefix_attention. dtype: of scores, probabilities and states, see Note [Wide attention]; that of q by default.
     """
 
     def __init__(
@@ -42,11 +51,14 @@ class Prefill:
         *,
         strategy: Strategy = "auto",
         rates: Rates | None = None,
+        coefficients: Coefficients | None = None,
+        dtype: torch.dtype | None = None,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
-        self._cache, self._new = cache, tuple(new)
+        self._cache, self._new, self._dtype = cache, tuple(new), dtype
         self.layout = cache.layout(new)
-        self._communicator, self._strategy, self._rates, self._kernels = communicator, strategy, rates, kernels
+        self._communicator, self._kernels = communicator, kernels
+        self._strategy, self._rates, self._coefficients = strategy, rates, coefficients
         self._plans: dict[int | None, AttentionPlan] = {}
 
     def refuse_window(self, layer: int, window: int | None) -> None:
@@ -69,7 +81,7 @@ class Prefill:
         self._cache.append(layer, k, v, self._new)
         keys, values = self._cache.view(layer, self._cache.keys(layer, self._new))
         state = prefix_attention(
-            *(q, keys, values),
+            *(x.to(self._dtype or x.dtype) for x in (q, keys, values)),
             plan=self._plan(layer),
             communicator=self._communicator,
             scale=scale,
@@ -77,8 +89,9 @@ class Prefill:
             kernels=self._kernels,
             strategy=self._strategy,
             rates=self._rates,
+            coefficients=self._coefficients,
         )
-        return F.pad(state.out, (0, 0, 0, given - num_tokens))
+        return F.pad(state.out.to(q.dtype), (0, 0, 0, given - num_tokens))
 
     def _plan(self, layer: int) -> AttentionPlan:
         """One for all layers of a window."""
@@ -90,7 +103,12 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token of each sample, or none, which all ranks have. Arguments as those of Prefill."""
+    """Attention of one new token of each sample, or none. Arguments as those of Prefill.
+
+    method: "tree" where all ranks have the token of every sample, and its attention; with the others each has those of
+    its own samples, `own`, see `shares` in decode.py. Their new keys and values go to all, of which each rank keeps its
+    own: no cached one moves either way.
+    """
 
     num_tokens = 1
 
@@ -100,51 +118,95 @@ class Decode:
         new: Sequence[Span],
         communicator: Communicator | None = None,
         *,
+        method: Method = "tree",
+        dtype: torch.dtype | None = None,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
-        self._cache, self._new, self._communicator, self._kernels = cache, tuple(new), communicator, kernels
-        self._plans: dict[tuple[int | None, Span], AttentionPlan] = {}
+        self._cache, self._new, self._communicator = cache, tuple(new), communicator
+        self._method, self._dtype, self._kernels = method, dtype, kernels
+        self._plans: dict[tuple[int | None, Span, int], AttentionPlan] = {}
+        sharded = method != "tree" and communicator is not None
+        counts = shares(cache.batch, cache.size) if sharded else [cache.batch] * cache.size
+        self._samples = [slice(sum(counts[:rank]), sum(counts[: rank + 1])) for rank in range(cache.size)]
+        if not sharded:
+            self._samples = [slice(0, cache.batch)] * cache.size
+
+    @property
+    def own(self) -> slice:
+        """The samples whose tokens this rank has."""
+        return self._samples[self._cache.rank]
 
     def refuse_window(self, layer: int, window: int | None) -> None:
         """As Prefill.refuse_window."""
         _refuse_window(self._cache, layer, window)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, terms: AttentionTerms) -> Tensor:
-        """As Prefill.attend, with the same tensors of one token on every rank, and the same result."""
-        self._cache.append(layer, k, v, self._new, whole=True)
+        """As Prefill.attend, of one token of each of this rank's samples."""
+        self._cache.append(layer, *self._of_all(k, v), self._new, whole=True)
+        wide = q.to(self._dtype or q.dtype)
+
+        def state_of(queries: Tensor, samples: slice) -> State:
+            return self._state(layer, queries, v.size(3), samples, scale, terms)
+
+        every = slice(0, self._cache.batch)
+        if self._communicator is None or self._method == "tree":
+            whole = all_reduce_state(*state_of(wide, every), self._communicator)
+        elif self._method == "allgather_q":
+            whole = gather_queries(wide, self._communicator, lambda queries: state_of(queries, every), dim=0)
+        else:
+            shapes = [torch.Size((each.stop - each.start, *q.shape[1:])) for each in self._samples]
+            whole = pass_queries(
+                wide, shapes, self._communicator, lambda owner, queries: state_of(queries, self._samples[owner])
+            )
+        return with_sinks(TileOutput(*whole), terms.sinks).out.to(q.dtype)
+
+    def _of_all(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values of all samples, from the ranks that have them."""
+        if self._communicator is None or self._method == "tree":
+            return k, v
+        longest = max(each.stop - each.start for each in self._samples)
+        mine = k.new_zeros((longest, k.size(1), 1, k.size(3) + v.size(3)))
+        mine[: k.size(0)] = torch.cat([k, v], dim=-1)
+        rows = self._communicator.all_gather(mine)
+        every = torch.cat([row[: each.stop - each.start] for row, each in zip(rows, self._samples, strict=True)])
+        return every[..., : k.size(3)], every[..., k.size(3) :]
+
+    def _state(
+        self, layer: int, q: Tensor, value_head_size: int, samples: slice, scale: float, terms: AttentionTerms
+    ) -> State:
+        """Of the queries of some samples over the keys that this rank keeps of them."""
         seen = self._cache.keys(layer, self._new)
         states = [
             attention_state(
-                *(q, stretch.k, stretch.v),
-                plan=self._plan(layer, seen, stretch),
+                *(q, stretch.k[samples].to(q.dtype), stretch.v[samples].to(q.dtype)),
+                plan=self._plan(layer, seen, stretch, samples),
                 scale=scale,
                 terms=terms,
                 kernels=self._kernels,
             )
             for stretch in self._cache.stretches(layer, seen)
         ]
-        mine = merge_states(*zip(*states, strict=True)) if states else _nothing_seen(q, v)
-        whole = all_reduce_state(*mine, self._communicator)
-        return with_sinks(TileOutput(*whole), terms.sinks).out.to(q.dtype)
+        return merge_states(*zip(*states, strict=True)) if states else _nothing_seen(q, value_head_size)
 
-    def _plan(self, layer: int, seen: Interleaved, stretch: Stretch) -> AttentionPlan:
+    def _plan(self, layer: int, seen: Interleaved, stretch: Stretch, samples: slice) -> AttentionPlan:
         """Each sample's query sees those of its keys that are in the stretch, all earlier ones. One for all layers."""
-        case = self._cache.windows[layer], stretch.slots
+        case = self._cache.windows[layer], stretch.slots, samples.start
         if case not in self._plans:
             queries, keys = [], []
-            for sample, new in enumerate(self._new):
-                slots, named = seen.slots(self._cache.rank, sample), None if seen.alike else sample
+            for place, sample in enumerate(range(samples.start, samples.stop)):
+                new, slots = self._new[sample], seen.slots(self._cache.rank, sample)
                 start, stop = max(slots.start, stretch.slots.start), min(slots.stop, stretch.slots.stop)
-                if start < stop and new.start < new.stop and (named is not None or sample == 0):
-                    queries.append(Run(0, 1, 0, sample, named))
-                    keys.append(Run(start - stretch.slots.start, stop - stretch.slots.start, 0, sample, named))
+                if start < stop and new.start < new.stop and not (seen.alike and place):
+                    named = None if seen.alike else place
+                    queries.append(Run(0, 1, 0, place, named))
+                    keys.append(Run(start - stretch.slots.start, stop - stretch.slots.start, 0, place, named))
             held = stretch.slots.stop - stretch.slots.start
             self._plans[case] = AttentionPlan(_Held(1, tuple(queries)), _Held(held, tuple(keys)), FULL)
         return self._plans[case]
 
 
-def _nothing_seen(q: Tensor, v: Tensor) -> State:
-    out = q.new_zeros((*q.shape[:3], v.size(3)), dtype=accumulation_dtype(q.dtype))
+def _nothing_seen(q: Tensor, value_head_size: int) -> State:
+    out = q.new_zeros((*q.shape[:3], value_head_size), dtype=accumulation_dtype(q.dtype))
     return State(out, out.new_full(out.shape[:3], -torch.inf))
 
 

@@ -15,7 +15,7 @@ Sources: tree attention arXiv:2408.04093; Helix arXiv:2507.07120; arXiv:2411.017
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, RingCommunicators
-from mindspeed_cp.attention.exchange import KeyValues, Player
+from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player
 from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.terms import terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Sizes
@@ -163,8 +163,7 @@ class _Step:
     @property
     def sequences(self) -> list[int]:
         """How many each rank has the queries of, where they are sharded so."""
-        each, more = divmod(self.k.size(0), self.size)
-        return [each + (rank < more) for rank in range(self.size)]
+        return shares(self.k.size(0), self.size)
 
     def tree(self) -> State:
         """All ranks have all queries."""
@@ -176,43 +175,17 @@ class _Step:
         if self.communicator is None:
             return self._state(self.q, self.k, self.v)
         dim = 1 if self.q_layout == "heads" else 0
-        gathered = self.communicator.all_gather(self.q.contiguous())
-        q = gathered.movedim(0, dim).flatten(dim, dim + 1)
         backend: ReduceScatterBackend = "ag_rs" if self.backend == "ag_rs" else "a2a"
-        return reduce_scatter_state(*self._state(q, self.k, self.v), self.communicator, dim=dim, backend=backend)
+        return gather_queries(
+            self.q, self.communicator, lambda q: self._state(q, self.k, self.v), dim=dim, backend=backend
+        )
 
     def ring_q(self) -> State:
         """Queries of one owner after another come by while those of the one before are computed."""
-        if self.communicator is None:
-            return self._state(self.q, self.k, self.v)
         shapes = [self._shape(rank) for rank in range(self.size)]
-        rows = tuple(shape.numel() // self.q.size(3) for shape in shapes)
-        if not any(rows):
+        if self.communicator is None or not any(shape.numel() for shape in shapes):
             return self._state(self.q, self.k[: self.q.size(0)], self.v[: self.q.size(0)])
-        communicators = RingCommunicators(*[self.communicator] * 3)
-        made = _around(rows, self.rank)
-        player = Player(made, Phase.FORWARD, RingSchedule(1, self.size), communicators, overlap=True)
-        flat = self.q.reshape(1, 1, -1, self.q.size(3))
-        carried = KeyValues(player, flat, flat[..., :0])
-        states: dict[int, Tensor] = {}
-        for step in carried.steps():
-            if step.tiles and rows[step.owner]:
-                queries = carried.block(step).k.reshape(shapes[step.owner])
-                out, lse = self._state_of(step.owner, queries)
-                states[step.owner] = torch.cat([out, lse.unsqueeze(-1)], dim=-1).flatten(0, 2)
-        return self._home(states, rows)
-
-    def _home(self, states: dict[int, Tensor], rows: Sequence[int]) -> State:
-        assert self.communicator is not None
-        ranks, own = range(self.size), rows[self.rank]
-        sent = [0 if other == self.rank else rows[other] for other in ranks]
-        coming = [0 if other == self.rank else own for other in ranks]
-        like = next(iter(states.values()))
-        message = torch.cat([like[:0], *(states[other] for other in ranks if sent[other])])
-        received = self.communicator.all_to_all(message, Sizes(sent, coming))
-        parts = torch.cat([states.get(self.rank, like[:0]), received]).view(self.size, own, like.size(1))
-        out, lse = merge_states(parts[..., :-1], parts[..., -1])
-        return State(out.view(*self.q.shape[:3], self.v.size(3)), lse.view(self.q.shape[:3]))
+        return pass_queries(self.q, shapes, self.communicator, self._state_of)
 
     def _shape(self, owner: int) -> torch.Size:
         """Of an owner's queries."""
@@ -274,6 +247,57 @@ class _Step:
             raise ValueError(
                 "ALiBi's slopes are of this rank's heads, and it computes others' too; gather q, use tree."
             )
+
+
+def shares(batch: int, size: int) -> list[int]:
+    """How many sequences of a batch each rank has the queries of: the first ranks one more where it does not divide."""
+    each, more = divmod(batch, size)
+    return [each + (rank < more) for rank in range(size)]
+
+
+def gather_queries(
+    q: Tensor,
+    communicator: Communicator,
+    state_of: Callable[[Tensor], State],
+    *,
+    dim: int,
+    backend: ReduceScatterBackend = "a2a",
+) -> State:
+    """The states of this rank's queries over all ranks' keys: queries in an all-gather, states scattered.
+
+    q: [B, N, S, D], an equal share along `dim` on every rank. state_of: all ranks' queries over this rank's keys.
+    """
+    gathered = communicator.all_gather(q.contiguous()).movedim(0, dim).flatten(dim, dim + 1)
+    return reduce_scatter_state(*state_of(gathered), communicator, dim=dim, backend=backend)
+
+
+def pass_queries(
+    q: Tensor, shapes: Sequence[torch.Size], communicator: Communicator, state_of: Callable[[int, Tensor], State]
+) -> State:
+    """The states of this rank's queries over all ranks' keys: queries hop by hop, states in one all-to-all.
+
+    q: [B, N, S, D]. shapes: of each rank's queries, which may differ. state_of: some rank's queries over this rank's
+    keys; computed while the next ones are under way.
+    """
+    size, rank, head_size = communicator.size, communicator.rank, q.size(3)
+    rows = tuple(shape.numel() // head_size for shape in shapes)
+    communicators = RingCommunicators(*[communicator] * 3)
+    player = Player(_around(rows, rank), Phase.FORWARD, RingSchedule(1, size), communicators, overlap=True)
+    flat = q.reshape(1, 1, -1, head_size)
+    carried = KeyValues(player, flat, flat[..., :0], kind=QUERIES)
+    states: dict[int, Tensor] = {}
+    for step in carried.steps():
+        if step.tiles and rows[step.owner]:
+            out, lse = state_of(step.owner, carried.block(step).k.reshape(shapes[step.owner]))
+            states[step.owner] = torch.cat([out, lse.unsqueeze(-1)], dim=-1).flatten(0, 2)
+    sent = [0 if other == rank else rows[other] for other in range(size)]
+    coming = [0 if other == rank else rows[rank] for other in range(size)]
+    like = next(iter(states.values()))
+    message = torch.cat([like[:0], *(states[other] for other in range(size) if sent[other])])
+    received = communicator.all_to_all(message, Sizes(sent, coming))
+    parts = torch.cat([states.get(rank, like[:0]), received]).view(size, rows[rank], like.size(1))
+    out, lse = merge_states(parts[..., :-1], parts[..., -1])
+    return State(out.view(*q.shape[:3], like.size(1) - 1), lse.view(q.shape[:3]))
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, RingAttention, RingCommunicators
-from mindspeed_cp.attention.exchange import KeyValues, Player
+from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import TermsOfTiles, check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Sizes, Subject
 from mindspeed_cp.comm.communicator import AgreeingCommunicator
-from mindspeed_cp.inference.costs import PrefixCase, Rates, choose_pass
+from mindspeed_cp.inference.costs import Coefficients, PrefixCase, Rates, choose_pass
 from mindspeed_cp.inference.local import Asked, agreed, attention_of, check_tokens
 from mindspeed_cp.inference.states import State
 from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput
@@ -120,6 +120,7 @@ def prefix_attention(
     communicator: Communicator | None,
     strategy: Strategy = "auto",
     rates: Rates | None = None,
+    coefficients: Coefficients | None = None,
     scale: float | None = None,
     terms: AttentionTerms | None = None,
     kernels: KernelRegistry = KERNELS,
@@ -131,15 +132,17 @@ def prefix_attention(
     """Attention of this rank's queries over the keys of all ranks, by the cheaper of both ways.
 
     strategy: one of them, or "auto": `choose_pass` from the plan's numbers of new and cached tokens, which are the
-    same on all ranks, and `rates`, which have to be: see `agreed_rates`. Without rates it is by the bytes alone.
+    same on all ranks, and `rates` or `coefficients`, which have to be: see `agreed_rates` and `fit_coefficients`.
+    Without either it is by the bytes alone.
     The rest as `ring_pass_kv_attention`; with a bias it is always that one.
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is none; give one of {', '.join(map(repr, get_args(Strategy)))}.")
     call = _Call.of(
-        q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, pieces, rates
+        *(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, pieces),
+        *(rates, coefficients),
     )
-    chosen = call.chosen(rates) if strategy == "auto" else strategy
+    chosen = call.chosen(rates, coefficients) if strategy == "auto" else strategy
     return call.pass_q() if chosen == "pass_q" else call.pass_kv()
 
 
@@ -175,6 +178,7 @@ class _Call:
         strategy: Strategy,
         pieces: int = 1,
         rates: Rates | None = None,
+        coefficients: Coefficients | None = None,
     ) -> "_Call":
         """Checked, and agreed on."""
         rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
@@ -192,7 +196,7 @@ class _Call:
             made.ring.check_heads(k.size(1))
             heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
             words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
-            return made, f"{words}, {strategy}, {rates}, {transport}, {pieces} pieces"
+            return made, f"{words}, {strategy}, {rates}, {coefficients}, {transport}, {pieces} pieces"
 
         return agreed(agreement, come, q)
 
@@ -211,11 +215,11 @@ class _Call:
         """No gradients travel, and nothing between inner rings: one serves for all."""
         return None if self.communicator is None else RingCommunicators(*[self.communicator] * 3)
 
-    def chosen(self, rates: Rates | None) -> Literal["pass_kv", "pass_q"]:
+    def chosen(self, rates: Rates | None, coefficients: Coefficients | None) -> Literal["pass_kv", "pass_q"]:
         """From numbers that all ranks have."""
         if self.asked.terms.bias is not None:
             return "pass_kv"
-        return choose_pass(PrefixCase.of(self.plan, self.case), rates)
+        return choose_pass(PrefixCase.of(self.plan, self.case), rates, coefficients=coefficients)
 
     @property
     def ring(self) -> RingAttention:
@@ -237,7 +241,7 @@ class _Call:
             made = self._pass()
             player = Player(made.program, Phase.FORWARD, self.schedule, self.communicators, self.overlap)
             # What travels are tokens with numbers of heads, as keys do; there are no values beside them.
-            carried = KeyValues(player, q, q[..., :0])
+            carried = KeyValues(player, q, q[..., :0], kind=QUERIES)
             states: dict[int, _Owned] = {}
             for number, step in enumerate(carried.steps()):
                 if step.tiles:

@@ -6,7 +6,7 @@ over the keys that it keeps. The choice of the rank that keeps a token's positio
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -14,12 +14,15 @@ from torch import Tensor
 from mindspeed_cp.comm import AgreeingCommunicator, Agreement, Subject
 from mindspeed_cp.inference.cache import ShardedKVCache
 from mindspeed_cp.inference.cached_attention import Decode, Prefill
-from mindspeed_cp.inference.costs import Rates
+from mindspeed_cp.inference.costs import Coefficients, Rates
+from mindspeed_cp.inference.decode import Method, shares
 from mindspeed_cp.inference.interleave import Span, owner
 from mindspeed_cp.inference.prefill import Strategy
 from mindspeed_cp.inference.sampling import Choice, Sampling
 
 GREEDY = Sampling()
+
+DecodeMethod = Literal["auto", Method]
 
 
 class Model(Protocol):
@@ -33,6 +36,11 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
+        ...
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that a text may have; None where that is open."""
         ...
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention: "Prefill | Decode", rows: Tensor) -> Tensor:
@@ -58,9 +66,14 @@ class Session:
 
     model: the same on all ranks. batch: number of sequences. communicator: the ranks that share them; None for one.
     chunk: tokens of each prompt that go through the model at once, over all ranks. interleave, page: of the cache.
-    strategy, rates: whether K/V or queries travel for a prompt, see prefix_attention.
+    strategy, rates, coefficients: whether K/V or queries travel for a prompt, see prefix_attention.
+    decode: how new tokens meet the keys, see decode.py. "tree" has every token go through the model on all ranks; with
+        the others each rank has the tokens of its own sequences. "auto": "allgather_q" where ranks get as many each.
+    attention_dtype: of scores, probabilities and states, that of the model by default; with fp64 one in bf16 or fp16
+        gives the same on any number of ranks, see Note [Wide attention] in cached_attention.py. Keys and values that
+        travel are of it, and so are states; the cache is not.
 
-    Raises ValueError for a chunk below 1.
+    Raises ValueError for a chunk below 1, and a way to decode that the batch does not allow.
     """
 
     def __init__(
@@ -74,12 +87,18 @@ class Session:
         page: int = 256,
         strategy: Strategy = "auto",
         rates: Rates | None = None,
+        coefficients: Coefficients | None = None,
+        decode: DecodeMethod = "auto",
+        attention_dtype: torch.dtype | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk} tokens of a prompt at once: give 1 or more.")
         self._model, self._communicator, self._chunk = model, communicator, chunk
-        self._strategy, self._rates = strategy, rates
+        self._strategy, self._rates, self._coefficients = strategy, rates, coefficients
+        self._attention_dtype = attention_dtype
         rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+        self._method = _method(decode, batch, size)
+        self._counts = shares(batch, size)
         self.cache = ShardedKVCache(
             batch,
             model.windows,
@@ -115,11 +134,11 @@ class Session:
         0, and where ranks were given different ones; RuntimeError where a rank is gone.
         """
         new = self._agreed(prompts, num_tokens, sampling, ends)
-        logits = self._prefill(new, progress)
+        logits, holders = self._prefill(new, progress), self._keepers
         self._last = [None] * self.cache.batch  # A turn that asks for no token chooses none.
         active = [True] * self.cache.batch
         for count in range(num_tokens):
-            step = self._choose(logits, active, sampling)
+            step = self._choose(logits, holders, active, sampling)
             for sample, choice in enumerate(step.choices):
                 if choice is not None:
                     self._last[sample] = choice.token
@@ -127,7 +146,7 @@ class Session:
             yield step
             if count + 1 == num_tokens or not any(active):
                 return
-            logits = self._decode(active)
+            logits, holders = self._decode(active), self._deciders
 
     def _agreed(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling, ends: frozenset[int]
@@ -141,11 +160,18 @@ class Session:
             refusal = f"prompt {[bool(each) for each in new].index(False)} is empty; give one token at least."
         elif num_tokens < 0:
             refusal = f"num_tokens={num_tokens} for each sequence: give 0, for the prompts alone, or more."
+        else:
+            lengths = [length + len(tokens) for length, tokens in zip(cache.lengths, new, strict=True)]
+            needed, longest = max(lengths) + max(num_tokens - 1, 0), self._model.longest
+            if longest is not None and needed > longest:
+                refusal = f"prompts and new tokens make {needed} positions, and the model is set for {longest}; shorten"
+                refusal += " them, or set it for more (for_length of one of transformers)."
         words = (
             f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
             f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
             f"interleave={cache.interleave}, "
-            f"{self._strategy}, {self._rates}, windows {_digest([[window or 0 for window in cache.windows]])}"
+            f"{self._strategy}, {self._rates}, {self._coefficients}, {self._method}, attention in "
+            f"{self._attention_dtype}, windows {_digest([[window or 0 for window in cache.windows]])}"
         )
         if self._agreement is not None:
             self._agreement.reach(words, refusal=refusal, device=self._model.device)
@@ -163,7 +189,13 @@ class Session:
                 Span(length + min(start, len(tokens)), length + min(stop, len(tokens)))
                 for length, tokens in zip(before, new, strict=True)
             ]
-            attention = Prefill(self.cache, spans, self._communicator, strategy=self._strategy, rates=self._rates)
+            attention = Prefill(
+                *(self.cache, spans, self._communicator),
+                strategy=self._strategy,
+                rates=self._rates,
+                coefficients=self._coefficients,
+                dtype=self._attention_dtype,
+            )
             held = [list(attention.layout.positions(self.cache.rank, sample)) for sample in range(len(new))]
             # The place of each sample's last token, on the rank that has it.
             last = {
@@ -183,33 +215,50 @@ class Session:
         return result
 
     def _decode(self, active: Sequence[bool]) -> list[Tensor | None]:
-        """Feed what was chosen last; logits on every rank, None for samples that have ended."""
+        """Feed what was chosen last; logits where they are, None for samples of other ranks or that have ended."""
         lengths = self.cache.lengths
         spans = [Span(length, length + going) for length, going in zip(lengths, active, strict=True)]
-        tokens = self._padded([[last or 0] for last in self._last])
-        positions = self._padded([[length] for length in lengths])
-        attention = Decode(self.cache, spans, self._communicator)
+        attention = Decode(self.cache, spans, self._communicator, method=self._method, dtype=self._attention_dtype)
+        own = range(self.cache.batch)[attention.own]
+        tokens = self._padded([[self._last[sample] or 0] for sample in own])
+        positions = self._padded([[lengths[sample]] for sample in own])
         logits = self._model(tokens, positions, attention, self._index([0]))
-        return [logits[sample, 0] if going else None for sample, going in enumerate(active)]
+        result: list[Tensor | None] = [None] * self.cache.batch
+        for place, sample in enumerate(own):
+            result[sample] = logits[place, 0] if active[sample] else None
+        return result
 
-    def _choose(self, logits: Sequence[Tensor | None], active: Sequence[bool], sampling: Sampling) -> Step:
-        """The choice for each sample, by the rank that keeps the last of its tokens; the same on all ranks."""
-        cache = self.cache
-        mine = torch.zeros((cache.batch, 3), dtype=torch.float64)
-        layout = cache.layout([Span(0, length) for length in cache.lengths])
-        owners = [
+    @property
+    def _keepers(self) -> list[int]:
+        """The rank that keeps the last position of each sample."""
+        cache, layout = self.cache, self.cache.layout([Span(0, length) for length in self.cache.lengths])
+        return [
             owner(length - 1, cache.size, cache.interleave, layout.first(sample))
             for sample, length in enumerate(cache.lengths)
         ]
+
+    @property
+    def _deciders(self) -> list[int]:
+        """The rank whose choice counts for each sample after a decode step: the keeper where all have its logits."""
+        if self._method == "tree":
+            return self._keepers
+        return [rank for rank, count in enumerate(self._counts) for _ in range(count)]
+
+    def _choose(
+        self, logits: Sequence[Tensor | None], holders: Sequence[int], active: Sequence[bool], sampling: Sampling
+    ) -> Step:
+        """The choice for each sample, by the rank that is named for it; the same on all ranks."""
+        cache = self.cache
+        mine = torch.zeros((cache.batch, 3), dtype=torch.float64)
         for sample, (x, going) in enumerate(zip(logits, active, strict=True)):
-            if going and owners[sample] == cache.rank:
-                assert x is not None, "the rank that has a token has its logits"
+            if going and holders[sample] == cache.rank:
+                assert x is not None, "the rank that is named has the logits"
                 mine[sample] = torch.tensor(sampling.choose(x, sample, cache.lengths[sample]), dtype=torch.float64)
         if self._communicator is None:
             chosen = mine.unsqueeze(0)
         else:
             chosen = self._communicator.all_gather(mine.to(self._model.device)).cpu()
-        rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(owners)]
+        rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(holders)]
         return Step(
             tuple(Choice(int(row[0]), *row[1:]) if going else None for row, going in zip(rows, active, strict=True))
         )
@@ -221,6 +270,24 @@ class Session:
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(rows, device=self._model.device)
+
+
+def _method(decode: DecodeMethod, batch: int, size: int) -> Method:
+    """The way to decode. Raises ValueError for one that there is not, or that the batch does not allow."""
+    if decode not in (ways := ("auto", *get_args(Method))):
+        raise ValueError(f"decode={decode!r} is none; give one of {', '.join(map(repr, ways))}.")
+    if decode == "auto":
+        return "tree" if batch % size else "allgather_q"
+    if decode == "allgather_q" and batch % size:
+        raise ValueError(
+            f"decode='allgather_q' takes as many sequences on each of {size} ranks, and there are {batch}; use 'tree'"
+            f"{' or ' + repr('ring_q') if batch >= size else ''}, or pad the batch."
+        )
+    if decode == "ring_q" and batch < size:
+        raise ValueError(
+            f"decode='ring_q' takes a sequence on each of {size} ranks at least, and there are {batch}; use 'tree'."
+        )
+    return decode
 
 
 def _digest(tokens: Sequence[Sequence[int]]) -> str:

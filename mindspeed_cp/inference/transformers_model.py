@@ -9,7 +9,7 @@ Folders are read from disk alone: config.json, safetensors, a tokenizer. No pick
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,20 +29,66 @@ _BESIDE = {"position_ids", "use_cache", "cache_position"}
 """Arguments that say nothing which is not known here."""
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-"""Rotary embeddings whose frequencies follow the length: keys in a cache would have been turned by others."""
+"""Rotary embeddings whose frequencies follow the length of the text. transformers finds it anew in each forward pass,
+from the positions that it is given: on ranks that have different tokens these are different lengths, and keys in a
+cache were turned by earlier ones. So it is set once, for all of a text, see TransformersModel.for_length."""
+
+
+class Heads(NamedTuple):
+    """Numbers of query and of key/value heads, and their size."""
+
+    query: int
+    kv: int
+    size: int
 
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A causal language model of transformers as `Session` takes it, see Model in session.py. Made by `adapt`."""
+    """A causal language model of transformers as `Session` takes it, see Model in session.py. Made by `adapt`.
+
+    rotary: embeddings that follow the length of the text, and what transformers calls each of their kinds.
+    """
 
     model: nn.Module
     windows: tuple[int | None, ...]
+    rotary: "tuple[tuple[nn.Module, str | dict[str, str]], ...]" = ()
+    longest: int | None = None
+    """See Model: for models with `rotary` what was given to `for_length`, 0 before."""
+
+    def for_length(self, length: int) -> "TransformersModel":
+        """The same model for texts of up to so many positions; earlier ones that it was set for are gone.
+
+        Where rotary embeddings follow the length (dynamic, longrope) they are those of a text of this length, at every
+        position: what transformers itself has once it has seen such a text.
+        """
+        if not self.rotary:
+            return self
+        for module, kinds in self.rotary:
+            layers: tuple[dict[str, str], ...] = ({},)
+            if isinstance(kinds, dict):
+                layers = tuple({"layer_type": each} for each in kinds)
+            module.rope_type = kinds  # type: ignore[assignment]
+            x = torch.zeros(1, 1, 1, device=self.device)
+            for last in 0, length - 1:  # The first one has it forget what it was set for.
+                for layer in layers:
+                    module(x, torch.tensor([[last]], device=self.device), **layer)
+            # Not of a kind any more that looks at the positions.
+            fixed: str | dict[str, str] = {each: "default" for each in kinds} if isinstance(kinds, dict) else "default"
+            module.rope_type = fixed  # type: ignore[assignment]
+        return replace(self, longest=length)
 
     @property
     def device(self) -> torch.device:
         """See Model."""
         return next(self.model.parameters()).device
+
+    @property
+    def heads(self) -> Heads:
+        """Of a layer's attention."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        query = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // query
+        return Heads(query, getattr(config, "num_key_value_heads", None) or query, size)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Prefill | Decode, rows: Tensor) -> Tensor:
         """See Model."""
@@ -117,13 +163,22 @@ def adapt(model: Any) -> TransformersModel:
         )
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
-    return TransformersModel(model.eval(), windows)
+    kinds = [(module, getattr(module, "rope_type", None)) for module in model.modules()]
+    rotary = tuple((module, kind) for module, kind in kinds if _LENGTH_DEPENDENT_ROPE & _words(kind))
+    return TransformersModel(model.eval(), windows, rotary, 0 if rotary else None)
+
+
+def _words(kind: object) -> set[str]:
+    """The kinds of rotary embeddings of a module: one, or one for each kind of layer."""
+    if isinstance(kind, Mapping):
+        return set(kind.values())
+    return {kind} if isinstance(kind, str) else set()
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """The window of each layer, by a PreTrainedConfig.
 
-    Raises ValueError for layers, or rotary embeddings, that a cache cannot serve.
+    Raises ValueError for layers that a cache cannot serve.
     """
     kind = config.model_type
     window = getattr(config, "sliding_window", None)
@@ -137,14 +192,6 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
             raise ValueError(
                 f"layer {number} of this {kind} model is {layer_type}, and a sharded cache serves "
                 f"{' and '.join(_LAYER_TYPES)}; use a model of these alone."
-            )
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for each in (rotary, *rotary.values()):
-        rope = each.get("rope_type") if isinstance(each, Mapping) else None
-        if rope in _LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"rope_type={rope!r} of this {kind} model turns tokens by how long the sequence is, and keys in a "
-                f"cache were turned before that was known; use one of another, 'yarn' or 'llama3', say."
             )
     return tuple(window if _LAYER_TYPES[each] else None for each in types)
 
@@ -165,18 +212,16 @@ class Loaded(NamedTuple):
 def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Loaded:
     """A model and its tokenizer from a folder. dtype: of the weights; what the folder says by default.
 
-    Raises ValueError for a folder without config.json, safetensors or tokenizer, or whose code would have to be run.
+    Raises ValueError for a folder without config.json, safetensors or tokenizer, whose files are broken or do not fit
+    together, or whose code would have to be run.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_folder(folder)
-    only_what_is_there = {"trust_remote_code": False, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto" if dtype is None else dtype, use_safetensors=True, **only_what_is_there
-    ).to(device)
+    model = _weights(folder, dtype).to(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_what_is_there)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_ONLY_WHAT_IS_THERE)
+    except Exception as error:  # The parsers of tokenizers raise no class of their own.
         raise ValueError(f"--model {folder} holds no tokenizer that can be read; add its tokenizer.json.") from error
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # The grouped products of others take no fp64.
@@ -184,6 +229,41 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
     ends = [ends] if isinstance(ends, int) else ends or []
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Loaded(adapt(model), tokenizer, frozenset(ends), longest, model.dtype)
+
+
+_LONGEST_REASON = 300
+"""Letters of what a parser says that are passed on."""
+
+_ONLY_WHAT_IS_THERE = {"trust_remote_code": False, "local_files_only": True}
+
+
+def _weights(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a folder. Raises ValueError where files are broken, or weights are missing or of other shapes."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # They are in the report.
+            output_loading_info=True,
+            **_ONLY_WHAT_IS_THERE,
+        )
+    except Exception as error:  # Parsers of several packages, with classes of their own.
+        said = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(
+            f"--model {folder} cannot be loaded by transformers: {said[:_LONGEST_REASON].rstrip('.')}; get its "
+            f"config.json and safetensors anew, or use a model that this transformers knows."
+        ) from error
+    # transformers fills these with random numbers.
+    unfit = sorted([*report["missing_keys"], *(str(each[0]) for each in report["mismatched_keys"])])
+    if unfit:
+        raise ValueError(
+            f"--model {folder}: its safetensors lack {unfit[0]}{f' and {len(unfit) - 1} more' * (len(unfit) > 1)}, or "
+            f"have it in another shape than config.json says; get the folder anew."
+        )
+    return model
 
 
 def check_folder(folder: Path) -> None:
@@ -198,7 +278,12 @@ def check_folder(folder: Path) -> None:
             f"--model {folder} holds {found}, and only safetensors are loaded; get it as safetensors, or convert it "
             f"where you trust it: model.save_pretrained(folder)."
         )
-    said: dict[str, Any] = json.loads(config.read_text())
+    try:
+        said = json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"--model {folder}: its config.json is no JSON ({error}); get it anew.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"--model {folder}: its config.json is a {type(said).__name__}, no JSON object; get it anew.")
     if "auto_map" in said:
         raise ValueError(
             f"--model {folder} comes with code of its own (auto_map in config.json), which is not run; use a model "

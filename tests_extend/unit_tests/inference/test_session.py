@@ -91,7 +91,7 @@ def test_decoding_sends_states_and_choices_and_no_cached_key_or_value(size):
     """Counted, and the same after 20 tokens as after 400."""
 
     def sent(ranks, length):
-        session, counts = Session(ToyModel(), 2, ranks, **cases.SMALL), []
+        session, counts = Session(ToyModel(), 2, ranks, decode="tree", **cases.SMALL), []
         for _ in session.generate(cases.prompts(length, length), 6):
             counts.append(dict(ranks.traffic.bytes_sent))
         return [

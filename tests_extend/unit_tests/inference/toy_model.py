@@ -36,7 +36,9 @@ class ToyModel:
 
     dtype: torch.dtype = torch.float64
     windows: tuple[int | None, ...] = (None, 9)
+    softcap: float | None = 4.0
     device: ClassVar[torch.device] = torch.device("cpu")
+    longest: ClassVar[int | None] = None
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention, rows: Tensor) -> Tensor:
         """See Model."""
@@ -50,7 +52,7 @@ class ToyModel:
             heads = [(x @ weight(WIDTH, n * SIZE)).unflatten(-1, (n, SIZE)) for n in (HEADS, KV_HEADS, KV_HEADS)]
             q, k, v = (each.transpose(1, 2) for each in heads)
             q, k = (turned(each, positions) for each in (q, k))
-            terms = AttentionTerms(sinks=weight(HEADS, 1)[:, 0], softcap=4.0)
+            terms = AttentionTerms(sinks=weight(HEADS, 1)[:, 0], softcap=self.softcap)
             x = x + attention.attend(layer, q, k, v, 0.4, terms).transpose(1, 2).flatten(2) @ weight(WIDTH, WIDTH)
             x = x + torch.tanh(x @ weight(WIDTH, 2 * WIDTH)) @ weight(2 * WIDTH, WIDTH)
         return 2.0 * x[:, rows] @ weight(WIDTH, VOCABULARY)
