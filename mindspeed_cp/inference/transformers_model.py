@@ -163,7 +163,7 @@ def adapt(model: Any) -> TransformersModel:
         )
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
-    kinds = [(module, getattr(module, "rope_type", None)) for module in model.modules()]
+    kinds: list[tuple[nn.Module, Any]] = [(each, getattr(each, "rope_type", None)) for each in model.modules()]
     rotary = tuple((module, kind) for module, kind in kinds if _LENGTH_DEPENDENT_ROPE & _words(kind))
     return TransformersModel(model.eval(), windows, rotary, 0 if rotary else None)
 

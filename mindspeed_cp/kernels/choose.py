@@ -36,7 +36,7 @@ class KernelRegistry:
 
     kernels: tuple[TileKernel, ...]
     first_on: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
-    _announced: set[TileCase] = field(default_factory=set, repr=False)
+    _announced: set[tuple[str, TileCase]] = field(default_factory=set, repr=False)
     _derived: "dict[tuple[str, ...] | None, KernelRegistry]" = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -45,7 +45,7 @@ class KernelRegistry:
         return tuple(kernel.name for kernel in self.kernels)
 
     def choose(self, case: TileCase) -> TileKernel:
-        """The first kernel that can compute `case`; the log says, once for each case, why it is that one.
+        """The first kernel that can compute `case`; the log says, once for each kind of case, why it is that one.
 
         Raises NotImplementedError with every kernel's reasons when none can.
         """
@@ -56,10 +56,14 @@ class KernelRegistry:
         return kernel
 
     def announce(self, kernel: TileKernel, case: TileCase) -> None:
-        """Say in the log, once for each case, that `kernel` computes it, and why not each that is preferred to it."""
-        if case in self._announced:
+        """Say in the log that `kernel` computes a case, and why not each that is preferred to it.
+
+        Once for cases that differ in their numbers of tokens alone: a sequence that grows has a new one at each step.
+        """
+        kind = kernel.name, case._replace(num_queries=0, num_keys=0)
+        if kind in self._announced:
             return
-        self._announced.add(case)
+        self._announced.add(kind)
         if _LOGGER.isEnabledFor(logging.INFO):
             before = itertools.takewhile(lambda each: each.name != kernel.name, self.in_order(case))
             refusals = (_refusal(each, each.unsupported_reasons(case)) for each in before)
