@@ -164,8 +164,8 @@ class RingAttention:
     def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
-        transport = self.transport or cheapest_transport(plan, self.schedule)
-        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.kernels, case
+        transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap)
+        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.overlap, self.kernels, case
         return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 
     def player(self, made: "RingPass") -> Player:
@@ -178,6 +178,7 @@ class RingPass:
     """A rank's program, and the calls of kernels for the tiles of each step."""
 
     transport: Transport
+    ahead: bool
     program: Program
     phase: Phase
     calls: tuple[tuple[Call, ...], ...]
@@ -194,13 +195,15 @@ def _forward_pass(
     transport: Transport,
     pieces: int,
     kept: KV,
+    ahead: bool,
     kernels: KernelRegistry,
     case: BlockCase,
 ) -> RingPass:
-    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
     share = _share(case, pieces)
     return RingPass(
         transport,
+        ahead,
         made,
         Phase.FORWARD,
         tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
@@ -221,7 +224,9 @@ def _backward_pass(
     has drawn dropout for the whole by its own coordinates.
     """
     rank, pieces = forward.program.rank, forward.program.pieces
-    again = functools.partial(program, transport=forward.transport, pieces=pieces, kept=forward.program.kept)
+    again = functools.partial(
+        program, transport=forward.transport, pieces=pieces, kept=forward.program.kept, ahead=forward.ahead
+    )
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
     def share(step: Step) -> BlockCase:
@@ -236,7 +241,7 @@ def _backward_pass(
             )
         except NotImplementedError:
             continue
-        return RingPass(forward.transport, made, Phase.BACKWARD, each)
+        return RingPass(forward.transport, forward.ahead, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
@@ -444,7 +449,7 @@ def _backward(
         if step.tiles:
             with player.step(step.owner):
                 partials = compute(step, made.calls[number])
-        gradients.take(step, partials)
+        gradients.take(number, partials)
     sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
     return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)
 

@@ -201,22 +201,32 @@ class PrefillBytes(NamedTuple):
 
 
 def pass_kv_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: BlockCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_kv_attention`: (N-1) B 2 L G D e, less where not all is seen."""
     schedule = RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(plan, schedule)
+    transport = transport or cheapest_transport(plan, schedule, ahead=overlap)
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport)
     number = batch * case.num_kv_heads * (case.head_size + case.value_head_size)
     return PrefillBytes(made.sent().total() * number * case.dtype.itemsize)
 
 
 def pass_q_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: BlockCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_q_attention`: (N-1) B S H (D e + 4 (V + 1)), less where not all is seen."""
     turned, schedule = TransposedPlan(plan), RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(turned, schedule)
+    transport = transport or cheapest_transport(turned, schedule, ahead=overlap)
     made = program(turned, schedule, rank, Phase.FORWARD, transport=transport)
     rows = sum(num_tokens(turned.needed(rank, owner)) for owner in range(schedule.size) if owner != rank)
     numbers, state = batch * case.num_heads, accumulation_dtype(case.dtype).itemsize

@@ -250,14 +250,14 @@ class _Call:
 
     def _pass(self) -> "_PassQ":
         turned, schedule = TransposedPlan(self.plan), self.schedule
-        transport = self.transport or cheapest_transport(turned, schedule)
+        transport = self.transport or cheapest_transport(turned, schedule, ahead=self.overlap)
 
         def make() -> _PassQ:
-            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport)
+            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport, ahead=self.overlap)
             tiles = (tuple(map(transposed, step.tiles)) for step in made.steps)
             return _PassQ(made, tuple(self.asked.calls(each, self.case) for each in tiles))
 
-        return turned.once((schedule, self.rank, transport, self.asked.kernels, self.case), make)
+        return turned.once((schedule, self.rank, transport, self.overlap, self.asked.kernels, self.case), make)
 
     def _home(self, states: "dict[int, _Owned]") -> BlockOutput:
         """Each owner gets the states of its queries, in one all-to-all, and merges them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan, union
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import KV, Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, Axis, Exchange, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -101,7 +101,9 @@ class AttentionPass:
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
-        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport, self.kept)
+        return ring_program(
+            self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport, self.kept, self.overlap
+        )
 
     @property
     def _plan(self) -> AttentionPlan:
@@ -110,61 +112,56 @@ class AttentionPass:
     def _ring(self, rank: int) -> Iterator[Event]:
         """The rank's program, played as attention plays it."""
         ranks = self.topology.ring_ranks(rank)
-        steps = self.program(ranks.index(rank)).steps
+        program = self.program(ranks.index(rank))
         token_bytes = self.shape.kv_bytes(1) / self.topology.ulysses
 
-        def post(
-            sends: Sequence[Message], receives: Sequence[Message], axis: Axis, piece: int | None
-        ) -> Iterator[Event]:
+        def post(exchange: Exchange) -> Iterator[Event]:
             to: dict[int, int] = {}
-            for message in sends:
+            for message in exchange.sends:
                 share = (1 if message.piece is None else self.pieces) * (1 if message.carries is KV.BOTH else 2)
                 peer = ranks[message.peer]
                 to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
-            yield Post((axis, piece), to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)), axis)
+            sources = tuple(dict.fromkeys(ranks[message.peer] for message in exchange.receives))
+            yield Post(_handle(exchange), to, sources, exchange.axis)
             if not self.overlap:
-                yield Wait((axis, piece))
+                yield Wait(_handle(exchange))
 
-        coming: dict[tuple[Axis, int | None], list[tuple[int, int | None]]] = {}
+        coming: list[Exchange] = []
 
-        def arrived(owner: int, piece: int | None) -> Iterator[Event]:
-            for handle in [handle for handle, blocks in coming.items() if (owner, piece) in blocks]:
-                yield Wait(handle)
-                del coming[handle]
+        def arrived(exchanges: list[Exchange]) -> Iterator[Event]:
+            for exchange in exchanges:
+                yield Wait(_handle(exchange))
+                coming.remove(exchange)
 
-        def key_values(step: Step) -> Iterator[Event]:
-            for axis in (Axis.OUTER, Axis.INNER):
-                along = [message for message in (*step.sends, *step.receives) if message.axis is axis]
-                for piece in dict.fromkeys(message.piece for message in along):
-                    sends, receives = (
-                        [message for message in way if message.axis is axis and message.piece == piece]
-                        for way in (step.sends, step.receives)
-                    )
-                    for message in sends:
-                        yield from arrived(message.owner, message.piece)
-                    yield Wait((axis, None))
-                    yield Wait((axis, piece))
-                    yield from post(sends, receives, axis, piece)
-                    coming[axis, piece] = [(message.owner, message.piece) for message in receives]
+        def bringing(owner: int, piece: int | None) -> list[Exchange]:
+            return [exchange for exchange in coming if exchange.brings(owner, piece)]
 
-        for step in steps:
+        def key_values(step: Step, exchanges: tuple[Exchange, ...]) -> Iterator[Event]:
+            for exchange in exchanges:
+                for message in exchange.sends:
+                    yield from arrived(bringing(message.owner, message.piece))
+                yield from arrived([each for each in coming if each.is_before(exchange, step)])
+                yield from post(exchange)
+                coming.append(exchange)
+
+        gradients = [step.gradients for step in program.steps]
+        for step, exchanges, added, leaving in zip(
+            program.steps, program.exchanges, program.added, gradients, strict=True
+        ):
             if self.overlap:
-                yield from key_values(step)
+                yield from key_values(step, exchanges)
             if step.tiles:
-                yield from arrived(step.owner, step.piece)
+                yield from arrived(bringing(step.owner, step.piece))
                 yield Compute(self._seconds(step))
-            if self.phase is Phase.BACKWARD:
-                yield Wait((Axis.HOME, None))
-                yield Wait((Axis.HOME, step.piece))
-                if step.gives or step.gets:
-                    gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
-                    axis = (gives + gets)[0].axis
-                    yield Wait((axis, step.piece))
-                    yield from post(gives, gets, axis, step.piece)
+            for earlier in (gradients[number] for number in added):
+                assert earlier is not None
+                yield Wait(_handle(earlier))
+            if leaving is not None:
+                yield from post(leaving)
             if not self.overlap:
-                yield from key_values(step)
-        pieces = (None, *range(self.pieces))
-        yield from (Wait((axis, piece)) for axis in Axis for piece in pieces)
+                yield from key_values(step, exchanges)
+        under_way = (*coming, *(each for each in gradients if each is not None))
+        yield from (Wait(handle) for handle in dict.fromkeys(map(_handle, under_way)))
 
     def _seconds(self, step: Step) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
@@ -173,6 +170,11 @@ class AttentionPass:
         flops = self.shape.flops(sum(tile.area for tile in step.tiles), self.phase)
         flops += self.shape.making_flops(keys, self.phase)
         return flops / share / self.flops_per_s + len(step.tiles) * self.launch_s
+
+
+def _handle(exchange: Exchange) -> tuple[Axis, int | None, int]:
+    """The same for an exchange at both of its ends."""
+    return exchange.axis, exchange.piece, exchange.number
 
 
 def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
@@ -190,10 +192,11 @@ def ring_program(
     pieces: int,
     transport: Transport | None,
     kept: KV,
+    ahead: bool = False,
 ) -> Program:
     """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
-    transport = transport or cheapest_transport(plan, schedule)
-    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept)
+    transport = transport or cheapest_transport(plan, schedule, ahead=ahead)
+    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:
