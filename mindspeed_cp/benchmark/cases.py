@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy, divisors
+from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy
+from mindspeed_cp.messages import divisors
 from mindspeed_cp.planner import AttentionShape
 from mindspeed_cp.topology import CPTopology
 

@@ -330,11 +330,3 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {name}")
-
-
-def exposed_in_profile(algorithm: str, case: AttentionShape) -> float:
-    """Seconds that this rank waits for messages in both passes, as a profile of them shows; see `run`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(algorithm, case, look_at_memory=False, check=False)
-    waits = (event for event in profile.key_averages() if event.key.startswith("ring: wait for"))
-    return float(sum(event.cpu_time_total for event in waits)) / 1e6

@@ -98,6 +98,12 @@ class AttentionPass:
         there_and_back = self.shape.q_bytes(tokens) + self.shape.out_bytes(tokens) + keys
         return there_and_back * (ulysses - 1) // ulysses + travelling
 
+    def held_bytes(self) -> int:
+        """K/V of others that the fullest rank has at hand or kept at most: none where a ring has one rank."""
+        of_each = self.shape.kv_bytes(1) // 2 // self.topology.ulysses
+        programs = map(self.program, range(self.topology.ring_size))
+        return max(each.held_bytes(of_each, of_each) + each.kept_bytes(of_each, of_each) for each in programs)
+
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)

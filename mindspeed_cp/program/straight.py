@@ -67,7 +67,7 @@ class Straight:
         if self.at_once:
             return len(messages)
         due = min(place + 1, len(messages))
-        coming, leaving = ([0 if each[way] is None else each[way].num_tokens for each in messages] for way in (0, 1))
+        coming, leaving = ([sum(one.num_tokens for one in some(each[way])) for each in messages] for way in (0, 1))
         at_hand = max(0, place - 1)
         while posted < len(messages) and (
             posted < due or max(sum(coming[at_hand : posted + 1]), sum(leaving[place : posted + 1])) <= self.room
