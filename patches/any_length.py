@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.messages import or_list
-from mindspeed_cp.patches.packing import SEQUENCE_KEYS, layout_of_length
+from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import shard
@@ -145,13 +145,14 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
     )
 
 
-def cut_whole(plugin: Plugin, batch: dict[str, Any]) -> bool:
-    """Replace whole samples by this rank's tokens, [B, S] by [B, s], where shards are unequal; whether they are."""
+def cut_unequal(plugin: Plugin, batch: dict[str, Any]) -> bool:
+    """Replace whole samples by this rank's tokens where the ranks get unequal shards; else leave the batch alone.
+
+    batch: see packing.cut_samples. Returns whether it was cut.
+    """
     if plugin.length is None:
         return False
     rank, size = plugin.place
     layout = layout_of_length(plugin.length, size)
-    for name, dim in {**dict.fromkeys(SEQUENCE_KEYS, 1), "attention_mask": 2}.items():
-        if batch.get(name) is not None:
-            batch[name] = shard(batch[name], layout, rank, dim)
+    cut_samples(batch, lambda tensor, dim: shard(tensor, layout, rank, dim))
     return True

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mindspeed_cp.patches.any_length import cut_whole
+from mindspeed_cp.patches.any_length import cut_unequal
 from mindspeed_cp.patches.documents import note_documents
+from mindspeed_cp.patches.packing import cut_samples
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import SequenceLayout
@@ -50,16 +51,16 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
     def wrap_sample_cut(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def cut_samples(*args: Any, **kwargs: Any) -> Any:
+        def cut_batch(*args: Any, **kwargs: Any) -> Any:
             batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
             if batch.get("cu_seqlens") is not None:
                 # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
                 _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
                 return batch
             note_documents(plugin, batch)
-            return batch if cut_whole(plugin, batch) else original(*args, **kwargs)
+            return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
 
-        return cut_samples
+        return cut_batch
 
     def patch(
         name: str,
@@ -105,12 +106,10 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     note_documents(plugin, batch)
     rank, size = plugin.place
-    if size == 1 or cut_whole(plugin, batch):
+    if size == 1 or cut_unequal(plugin, batch):
         return batch
     layout = SequenceLayout(size=size)
-    for name, dim in {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}.items():
-        if batch.get(name) is not None:
-            batch[name] = layout.shard(batch[name], rank, dim)
+    cut_samples(batch, lambda tensor, dim: layout.shard(tensor, rank, dim))
     return batch
 
 

@@ -10,6 +10,7 @@ Shapes: B samples, S tokens of a whole sample, T tokens of a whole stream, n the
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -32,6 +33,9 @@ CAUSAL_WINDOW: Window = (-1, 0)
 
 SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 """What of Megatron's batches lies along the sequence, [B, S]; a mask does too, twice."""
+
+_DIMS = {**dict.fromkeys(SEQUENCE_KEYS, 1), "attention_mask": 2}
+"""By which dim samples are cut; a mask by the one of its queries."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,15 @@ class PaddingCount:
 def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:
     """Who sees whom in samples that are cut as a zigzag over each. documents: see above."""
     return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)
+
+
+def cut_samples(batch: dict[str, Any], cut: Callable[[Tensor, int], Tensor]) -> None:
+    """Replace whole samples by this rank's tokens. batch: Megatron's tensors by name, or None. cut: of a tensor, along
+    a dim.
+    """
+    for name, dim in _DIMS.items():
+        if batch.get(name) is not None:
+            batch[name] = cut(batch[name], dim)
 
 
 def layout_of_length(num_tokens: int, num_ranks: int) -> StreamLayout:

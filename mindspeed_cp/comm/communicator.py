@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.comm.traffic import Traffic
-from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
+from mindspeed_cp.rounds import rounds, rounds_under_way
 
 # The name since torch 2.13, which warns at each call by the earlier one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -197,7 +197,7 @@ class ProcessGroupCommunicator:
     def _exchange_in_rounds(self, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]]) -> None:
         """What goes to each other rank and comes from it; on an accelerator all at once, as its own all-to-all does."""
         on_host = any(x.device.type == "cpu" for each in (*sends, *receives) for x in each)
-        most = ROUNDS_UNDER_WAY if on_host else self.size
+        most = rounds_under_way(self.size) if on_host else self.size
         under_way: deque[Transfer] = deque()
         for to, source in rounds(self.rank, self.size):
             if len(under_way) == most:

@@ -9,7 +9,7 @@ from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan, union
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
 from mindspeed_cp.program import KV, Axis, Exchange, Phase, Program, Step, Transport, cheapest_transport, program
-from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
+from mindspeed_cp.rounds import rounds, rounds_under_way
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 
@@ -214,7 +214,7 @@ def unequal_all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: 
     """The same with so many bytes to each of the peers."""
     under_way: deque[object] = deque()
     for number, (to, source) in enumerate(rounds(peers.index(rank), len(peers))):
-        if len(under_way) == ROUNDS_UNDER_WAY:
+        if len(under_way) == rounds_under_way(len(peers)):
             yield Wait(under_way.popleft())
         under_way.append((handle, number))
         yield Post(under_way[-1], {peers[to]: num_bytes[to]}, (peers[source],))

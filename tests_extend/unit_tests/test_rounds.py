@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindspeed_cp.rounds import rounds
+from mindspeed_cp.rounds import rounds, rounds_under_way
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12, 16])
@@ -18,3 +18,8 @@ def test_in_each_round_every_rank_hears_from_the_one_that_sends_to_it(size):
 def test_all_ranks_leave_their_node_in_the_same_rounds(size, per_node):
     crossing = {tuple(to // per_node != rank // per_node for to, _ in rounds(rank, size)) for rank in range(size)}
     assert crossing == {(False,) * (per_node - 1) + (True,) * (size - per_node)}
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 1), (4, 3), (5, 2), (16, 2)])
+def test_of_few_ranks_all_rounds_are_under_way_at_once_and_of_many_two(size, most):
+    assert min(rounds_under_way(size), len(rounds(0, size))) == most

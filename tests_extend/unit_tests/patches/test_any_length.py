@@ -7,7 +7,7 @@ import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.layouts import Zigzag
-from mindspeed_cp.patches.any_length import any_length_patches, cut_whole, equal_lengths, refuse_length
+from mindspeed_cp.patches.any_length import any_length_patches, cut_unequal, equal_lengths, refuse_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.sharding import shard
 
@@ -76,10 +76,10 @@ def plugin(monkeypatch):
 def test_batches_are_cut_as_a_zigzag_of_chunks_that_differ_by_a_token(plugin):
     tokens = torch.arange(61).expand(2, -1)
     batch = {"tokens": tokens, "labels": None, "attention_mask": torch.zeros(1, 1, 61, 61)}
-    assert cut_whole(plugin, batch)
+    assert cut_unequal(plugin, batch)
     assert torch.equal(batch["tokens"], shard(tokens, Zigzag(4, ((61,),)), 1, 1))
     assert (batch["tokens"].size(1), batch["attention_mask"].shape) == (15, (1, 1, 15, 61))
-    assert not cut_whole(Plugin(), {"tokens": tokens})
+    assert not cut_unequal(Plugin(), {"tokens": tokens})
 
 
 def test_embeddings_and_stages_are_those_of_this_ranks_tokens(plugin):
