@@ -41,8 +41,14 @@ def written(text):
         (written("[]"), "its config.json is a list, no JSON object; get it anew"),
         (said(model_type="nobody's"), "model type `nobody's` but Transformers does not recognize"),
         (said(hidden_size="many"), "Field 'hidden_size' expected int"),
-        (said(intermediate_size=64), "safetensors lack model.layers.0.mlp.down_proj.weight and 5 more, or have it in an"),
-        (said(num_hidden_layers=3, layer_types=["full_attention"] * 3), "safetensors lack model.layers.2.* and 10 more"),
+        (
+            said(intermediate_size=64),
+            "safetensors lack model.layers.0.mlp.down_proj.weight and 5 more, or have it in an",
+        ),
+        (
+            said(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+            "safetensors lack model.layers.2.* and 10 more",
+        ),
     ],
     ids=["cut weights", "cut config", "list", "unknown", "type", "shape", "missing"],
 )
