@@ -13,11 +13,12 @@ from packaging.version import Version
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, kernel_notes
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
+from unit_tests.argument_cases import config_from_arguments
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
