@@ -519,10 +519,21 @@ def check_kernels(args: argparse.Namespace, config: ContextParallelConfig) -> No
 
 
 def kernel_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
-    """A sentence where an accelerator has no kernel of its own for the model's attention, and so runs the reference."""
+    """A sentence where an accelerator has no kernel of its own for the model's attention, and so runs the reference, or
+    where this is not the machine that will run it.
+    """
+    if config.context_parallel_size > 1 and _device(args) is None:
+        return [
+            "there is no accelerator here, so that kernels were not asked; python -m mindspeed_cp check on a machine "
+            "of the job says which can compute this attention."
+        ]
     if config.context_parallel_kernels:
         return []
-    slow = [call for call in _calls(args, config) if call.kernel.name == "reference" and call.case.device_type != "cpu"]
+    try:
+        made = _calls(args, config)
+    except NotImplementedError:  # Said as what stands in the way.
+        return []
+    slow = [call for call in made if call.kernel.name == "reference" and call.case.device_type != "cpu"]
     of_masks = {(call.case.window, call.case.masked): call for call in reversed(slow)}  # The first of each says enough.
     return [
         f"attention runs the reference kernel, which is exact, but slow, and holds all scores of a block: "
@@ -540,13 +551,16 @@ def _kernel_names(args: argparse.Namespace, config: ContextParallelConfig) -> st
 
 
 def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call]:
-    """The calls of kernels that the model's attention will be computed by, as far as the arguments tell.
+    """The calls of kernels that the model's attention will be computed by, as far as the arguments tell; none where
+    this is not the machine that will run them.
 
     Raises NotImplementedError where none of the kernels that the user allows can compute one.
     """
     if not config.computes_attention or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
         return []
-    device = accelerator() or "cpu"
+    device = _device(args)
+    if device is None:
+        return []
     head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
     if args.multi_latent_attention:
         head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
@@ -586,6 +600,11 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
             kernels,
         )
     ]
+
+
+def _device(args: argparse.Namespace) -> str | None:
+    """Where attention will be computed; None where that takes an accelerator, and this machine has none."""
+    return accelerator() or ("cpu" if args.distributed_backend == "gloo" else None)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, List, Protocol, Sequence, cast  # noqa: UP035  (torch 2.6 reads these alone in signatures)
 
 import torch
 from torch import Tensor
@@ -269,7 +269,7 @@ def attention_backward(
     sinks_dtype: torch.dtype | None,
     slopes_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006  (see the import)
     """Gradients of those inputs for which they are wanted, in order.
 
     token: of the forward pass. of_graph: what it has left to the graph to save. gradients: as there. sizes, dims: of

@@ -82,7 +82,8 @@ def _bins(sequences: Tensor, generated: Tensor, planted: bool) -> list[tuple[dic
     from megatron.rl.sequence_packing_utils import SequencePacker, create_packed_seq_params_for_bin
 
     packer = SequencePacker(BIN_SIZE, PAD, MOST_IN_A_BIN)
-    tokens, position_ids, loss_mask, info = packer.pack_sequences(sequences, generated)
+    # Releases before 0.18 have a mask between the position ids and what is learned.
+    tokens, position_ids, *_, loss_mask, info = packer.pack_sequences(sequences, generated)
     bins = []
     for number in range(len(tokens)):
         packed = create_packed_seq_params_for_bin(info, number, BIN_SIZE, MOST_IN_A_BIN, tokens.device)

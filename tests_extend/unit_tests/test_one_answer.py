@@ -66,6 +66,7 @@ def parse_time_check() -> object:
         bf16=False,
         fp16=False,
         attention_dropout=0.0,
+        distributed_backend="gloo",
     )
     return [call.case for call in arguments._calls(args, config)]
 

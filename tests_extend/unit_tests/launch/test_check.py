@@ -274,3 +274,13 @@ def test_lost_flags_are_blocked(checked):
 def test_launch_that_is_not_read_is_listed_beside_those_that_are(checked):
     text, _ = checked(f"{RUN}\ntorchrun $SCRIPT --micro-batch-size 1")
     assert "line 10: torchrun $SCRIPT --micro-batch-size 1: which training script it starts is not known" in text
+
+
+def test_script_for_another_machine_is_not_blocked_by_the_kernels_of_this_one(checked, monkeypatch):
+    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
+    # The reference kernel, the one of a CPU for such heads, would hold 64 GiB of scores.
+    latent = "--multi-latent-attention --seq-length 262144 --max-position-embeddings 262144 --bf16"
+    text, is_blocked = checked(f"{RUN} {latent}")
+    assert not is_blocked
+    assert any(row.startswith("there is no accelerator here") for row in rows(text, "noted"))
+    assert checked(f"{RUN} {latent} --distributed-backend gloo")[1]
