@@ -20,7 +20,7 @@ from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.heads import HeadLayout
-from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
+from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.messages import divisors, or_list
@@ -553,7 +553,7 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         if config.context_parallel_latent == "absorbed":
             head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
     cases = [
-        BlockCase(
+        TileCase(
             device_type=device,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             window=Window(),

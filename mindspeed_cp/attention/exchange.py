@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
-from mindspeed_cp.program import KV, Exchange, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program import KV, BlockName, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -235,22 +235,18 @@ class _Posted(NamedTuple):
         return zip(self.exchange.receives, self.received, strict=True)
 
 
-BlockName = tuple[int, int | None]
-"""A block by its owner, and the piece of the heads; None for all."""
-
-
 class KeyValues:
     """The K/V that a rank has at hand in the course of a program: its own, and what has arrived and is still needed.
 
     k, v: its own. kept: in a backward pass what the forward pass has kept; in that it is filled.
     """
 
-    def __init__(self, player: Player, k: Tensor, v: Tensor, kept: Mapping["BlockName", Tensor] | None = None) -> None:
+    def __init__(self, player: Player, k: Tensor, v: Tensor, kept: Mapping[BlockName, Tensor] | None = None) -> None:
         self._player = player
         self.kept: dict[BlockName, Tensor] = dict(kept or {})
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
-        self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
+        self._here: dict[BlockName, Block] = {(player.program.rank, None): own}
         self._coming: list[_Posted] = []
 
     def steps(self) -> Iterator[Step]:
@@ -293,7 +289,7 @@ class KeyValues:
         only = block.only(self._player.program.kept)
         self.kept[name] = BlockFormat.of(only.k, only.v).pack(*only.parts(tokens))
 
-    def _with_kept(self, name: "BlockName") -> Block:
+    def _with_kept(self, name: BlockName) -> Block:
         """The block of a step, as much of it as is seen: from what was kept, and what has come for the rest."""
         tokens, (_, piece) = self._player.program.keeps[name], name
         k, v = self._player.format_kept(self._whole, piece).unpack(self.kept[name])
@@ -418,7 +414,7 @@ class Gradients:
         self._player, self._k, self._v = player, k, v
         self._whole = BlockFormat.of(k, v)
         self._own = _OwnerSum((slice(0, k.size(2)),), k, v)
-        self._others: dict[tuple[int, int | None], _OwnerSum] = {}
+        self._others: dict[BlockName, _OwnerSum] = {}
         self._coming: dict[int, _Posted] = {}  # By the number of the step that it was posted at.
 
     def take(self, number: int, partials: Sequence[Partial]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.attention.call import ContextParallelAttention, check_plan, default_scale
+from mindspeed_cp.attention.call import ContextParallelAttention, check_plan
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.terms import AttentionTerms, Terms
+from mindspeed_cp.attention.terms import AttentionTerms, Terms, default_scale
 from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
@@ -117,7 +117,7 @@ class PlannedAttention:
         terms: AttentionTerms | None,
     ) -> tuple[AttentionPlan, Terms]:
         plan = plan_of(self.layout, q.size(2), self.causal) if plan is None else plan
-        return plan, Terms.of(terms, default_scale(q) if scale is None else scale, visible)
+        return plan, Terms.of(terms, default_scale(q.size(-1)) if scale is None else scale, visible)
 
 
 def _check_layouts(plan: AttentionPlan) -> None:

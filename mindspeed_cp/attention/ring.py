@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import Block, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
@@ -51,12 +51,12 @@ from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
-    BlockCase,
-    BlockKernel,
-    BlockOutput,
     KernelRegistry,
     MergeKernel,
     Term,
+    TileCase,
+    TileKernel,
+    TileOutput,
     TileTerms,
 )
 from mindspeed_cp.kernels.calls import Call, Views, calls
@@ -64,7 +64,7 @@ from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, BlockName, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -143,7 +143,7 @@ class RingAttention:
 
         latent: what travels in place of k and v, which then only say what they would be like.
         """
-        case = BlockCase.of(q, k, v, TileTerms(terms.scale))
+        case = TileCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         expand, weights = None, tuple[Tensor, ...]()
         if latent is not None:
@@ -165,7 +165,7 @@ class RingAttention:
         """See Attention. plan: between the ranks of the ring."""
         return self._apply(q, *latent.stand_ins, plan, terms, latent)[0]
 
-    def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
+    def forward_pass(self, plan: AttentionPlan, case: TileCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
         transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap)
@@ -201,7 +201,7 @@ def _forward_pass(
     kept: KV,
     ahead: bool,
     kernels: KernelRegistry,
-    case: BlockCase,
+    case: TileCase,
 ) -> RingPass:
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
     share = _share(case, pieces)
@@ -214,13 +214,13 @@ def _forward_pass(
     )
 
 
-def _share(case: BlockCase, pieces: int) -> BlockCase:
+def _share(case: TileCase, pieces: int) -> TileCase:
     """The case of a piece of the heads."""
     return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
 
 
 def _backward_pass(
-    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase, kernels: KernelRegistry
+    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: TileCase, kernels: KernelRegistry
 ) -> RingPass:
     """The pass in which every tile is computed by the kernel that computed it in the forward pass.
 
@@ -233,7 +233,7 @@ def _backward_pass(
     )
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
-    def share(step: Step) -> BlockCase:
+    def share(step: Step) -> TileCase:
         return case if step.piece is None else _share(case, pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
@@ -249,13 +249,11 @@ def _backward_pass(
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
-def _again(
-    step: Step, before: Step, done: Sequence[Call], case: BlockCase, kernels: KernelRegistry
-) -> tuple[Call, ...]:
+def _again(step: Step, before: Step, done: Sequence[Call], case: TileCase, kernels: KernelRegistry) -> tuple[Call, ...]:
     """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
     if not step.tiles or step.tiles == before.tiles:
         return tuple(done) if step.tiles else ()
-    parts: dict[str, tuple[BlockKernel, list[Tile]]] = {}
+    parts: dict[str, tuple[TileKernel, list[Tile]]] = {}
     for call in done:
         kernel = call.kernel.kernel if isinstance(call.kernel, Turned) else call.kernel
         parts.setdefault(kernel.name, (kernel, []))[1].extend(_common(call.tiles, step.tiles))
@@ -317,7 +315,7 @@ class _Ring(torch.autograd.Function):
         ring: RingAttention,
         plan: AttentionPlan,
         terms: Terms,
-        case: BlockCase,
+        case: TileCase,
         expand: Expand | None,
         q: Tensor,
         k: Tensor,
@@ -374,12 +372,12 @@ def _forward(
     ring: RingAttention,
     plan: AttentionPlan,
     terms: Terms,
-    case: BlockCase,
+    case: TileCase,
     expansion: Expansion | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-) -> tuple[BlockOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
+) -> tuple[TileOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
     """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
@@ -400,7 +398,7 @@ def _forward(
         tile_terms = told.of(step.owner, call, heads)
         output = call.kernel.forward(q_, k_, v_, tile_terms)
         states[call] = output.state
-        result = BlockOutput(queries.result(output.out), queries.result(output.lse))
+        result = TileOutput(queries.result(output.out), queries.result(output.lse))
         merged.merge(result, queries.back, heads)
         largest.add(q_, k_, tile_terms, heads)
 
@@ -447,7 +445,7 @@ def _backward(
         d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
-            BlockOutput(out, lse, _state(states, call)),
+            TileOutput(out, lse, _state(states, call)),
             told.of(step.owner, call, heads),
         )
         dq.add(queries.result(grads.dq), queries.back, heads)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
-from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place
+from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place, split_heads
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.ring import RingAttention
@@ -310,21 +310,21 @@ def scatter_heads(
     if all(dealt.is_even for dealt in heads):
         parts = [x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in shards]  # [P, s, B, H/P, D]
         send = shards[0].new_empty((size, tokens, batch, _width(parts)))
-        for part, place in zip(parts, _split_heads(send, parts), strict=True):
+        for part, place in zip(parts, split_heads(send, parts), strict=True):
             place.copy_(part)
         with in_profiles(_THERE):
             received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
-        return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
+        return tuple(x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), parts))
     sent = [_of_member(shards, heads, member) for member in range(size)]
     widths = [_width(each) for each in sent]
     send = shards[0].new_empty(tokens * batch * sum(widths))
     for message, each in zip(send.split([tokens * batch * width for width in widths]), sent, strict=True):
-        for part, place in zip(each, _split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
+        for part, place in zip(each, split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
             place.copy_(part)
     sizes = Sizes([tokens * batch * width for width in widths], [count * batch * widths[rank] for count in order.sizes])
     with in_profiles(_THERE):
         received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
-    mine = (x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), sent[rank]))
+    mine = (x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), sent[rank]))
     return tuple(_repeated(x, dealt.given[rank]) for x, dealt in zip(mine, heads, strict=True))
 
 
@@ -350,7 +350,7 @@ def gather_heads(
         with in_profiles(_BACK):
             received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
         del send  # While the heads are joined a pass holds the most.
-        shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
+        shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in split_heads(received, sequences))
         return tuple(x.permute(1, 2, 0, 3) for x in shards)
     batch = send.size(1)
     sums = [_HeadSum(x, dealt, tokens) for x, dealt in zip(sequences, heads, strict=True)]
@@ -379,7 +379,7 @@ def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
     if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
         return sequences[0].flatten(2)
     send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
-    for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
+    for sequence, place in zip(sequences, split_heads(send, sequences), strict=True):
         order.unsort_into(place, sequence)
     return send
 
@@ -432,9 +432,3 @@ class _HeadSum:
 def _width(tensors: Sequence[Tensor]) -> int:
     """Numbers that one token takes in a message of these tensors [..., heads, head size]."""
     return sum(x.size(-2) * x.size(-1) for x in tensors)
-
-
-def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
-    widths = [x.size(-2) * x.size(-1) for x in like]
-    return [each.unflatten(-1, x.shape[-2:]) for each, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -31,7 +31,7 @@ from torch import Tensor
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype, all_reduce_numbers
 from mindspeed_cp.inference.local import attention_state
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase
 from mindspeed_cp.plan import AttentionPlan, Layout
 from mindspeed_cp.program import Phase, Transport, TransposedPlan, cheapest_transport, num_tokens, program
 from mindspeed_cp.schedule import RingSchedule
@@ -70,7 +70,7 @@ class PrefixCase(NamedTuple):
     state_itemsize: int = 4
 
     @classmethod
-    def of(cls, plan: AttentionPlan, case: BlockCase) -> "PrefixCase":
+    def of(cls, plan: AttentionPlan, case: TileCase) -> "PrefixCase":
         """That of a plan, and of one rank's tensors: the same on all ranks."""
         new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
         heads, sizes = (case.num_heads, case.num_kv_heads), (case.dtype, accumulation_dtype(case.dtype))
@@ -203,7 +203,7 @@ class PrefillBytes(NamedTuple):
 def pass_kv_bytes(
     plan: AttentionPlan,
     rank: int,
-    case: BlockCase,
+    case: TileCase,
     batch: int,
     transport: Transport | None = None,
     overlap: bool = True,
@@ -219,7 +219,7 @@ def pass_kv_bytes(
 def pass_q_bytes(
     plan: AttentionPlan,
     rank: int,
-    case: BlockCase,
+    case: TileCase,
     batch: int,
     transport: Transport | None = None,
     overlap: bool = True,

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockOutput
+from mindspeed_cp.kernels.protocol import TileOutput
 
 
 class MergeKernel(Protocol):
@@ -39,7 +39,7 @@ class MergeKernel(Protocol):
         """Every reason why it cannot merge blocks of this dtype on this device; empty where it can."""
         ...
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """Merge `block` into `out` and `lse`, in place; see Note [Merge].
 
         out: [B, N, S, V], lse: [B, N, S], fp32 (fp64 for fp64 blocks), any strides: views of a larger result.
@@ -57,7 +57,7 @@ class TorchMerge:
         """None: this kernel merges everything."""
         return []
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """See MergeKernel.merge_."""
         tensors = out, lse, block.out, block.lse
         if (size := _portion(out)) >= out.size(2):

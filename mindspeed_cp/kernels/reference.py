@@ -15,11 +15,11 @@ from mindspeed_cp.kernels.bias import added_to_scores, distances
 from mindspeed_cp.kernels.philox import survives
 from mindspeed_cp.kernels.protocol import (
     EVERYTHING,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     Positions,
     Term,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     Window,
     one_at_a_time_reasons,
@@ -38,7 +38,7 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`: only its size."""
         itemsize = max(case.dtype.itemsize, torch.float32.itemsize)
         needed = case.num_heads * case.num_queries * case.num_keys * itemsize
@@ -50,17 +50,17 @@ class ReferenceKernel:
             f"holds all scores, {needed / 2**30:.0f} GiB a sample here, and takes {_MOST_BYTES / 2**30:.0f} at most",
         ]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         scores = _scores(q, k, terms).masked
         lse = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse)
         survival = _survival(terms, probs)
         out = torch.einsum("bgrst,bgtv->bgrsv", probs if survival is None else probs * survival, v.to(probs.dtype))
-        return BlockOutput(out.flatten(1, 2), lse.flatten(1, 2))
+        return TileOutput(out.flatten(1, 2), lse.flatten(1, 2))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         num_kv_heads = k.size(1)
         scores, softcapped = _scores(q, k, terms)
         probs = _probabilities(scores, _grouped(output.lse, num_kv_heads))
@@ -80,7 +80,7 @@ class ReferenceKernel:
         dscores = dscores * terms.scale
         dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
-        return BlockGradients(dq, dk, dv)
+        return TileGradients(dq, dk, dv)
 
 
 def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:

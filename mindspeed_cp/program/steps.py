@@ -107,8 +107,8 @@ class Step(NamedTuple):
         return Exchange(first.axis, self.piece, self.owner, some(self.gives), some(self.gets), first.number)
 
 
-Block = tuple[int, int | None]
-"""K/V by their owner and the piece of the heads; None for all of them."""
+BlockName = tuple[int, int | None]
+"""K/V by their owner, and the piece of the heads; None for all of them."""
 
 
 class Exchange(NamedTuple):
@@ -171,7 +171,7 @@ class Program:
         return Counter({axis: number // self.pieces for axis, number in sent.items()})
 
     @functools.cached_property
-    def keeps(self) -> dict[tuple[int, int | None], tuple[slice, ...]]:
+    def keeps(self) -> dict[BlockName, tuple[slice, ...]]:
         """The tokens of others that are kept, by owner and piece."""
         if not self.kept:
             return {}
@@ -219,7 +219,7 @@ class Program:
         return tuple(added)
 
     @functools.cached_property
-    def done_with(self) -> tuple[tuple[Block, ...], ...]:
+    def done_with(self) -> tuple[tuple[BlockName, ...], ...]:
         """Of each step, the blocks of others that no later one works on, or sends."""
         last_use = self._last_uses()
         foreign = [block for block in last_use if block[0] != self.rank]
@@ -228,7 +228,7 @@ class Program:
         )
 
     @functools.cached_property
-    def sums(self) -> dict[Block, tuple[slice, ...]]:
+    def sums(self) -> dict[BlockName, tuple[slice, ...]]:
         """The tokens of the sums that leave for their owners, see Note [Program]."""
         return {
             (step.owner, step.piece): step.gives.tokens
@@ -236,9 +236,9 @@ class Program:
             if step.gives is not None and not step.tiles
         }
 
-    def _last_uses(self) -> dict[Block, int]:
+    def _last_uses(self) -> dict[BlockName, int]:
         """The number of the last step that works on a block, or sends it."""
-        last_use: dict[Block, int] = {}
+        last_use: dict[BlockName, int] = {}
         for number, step in enumerate(self.steps):
             used = {(step.owner, step.piece)} | {(message.owner, message.piece) for message in step.sends}
             last_use.update(dict.fromkeys(used, number))
@@ -250,7 +250,7 @@ class Program:
         A block that is only still being sent is not counted, nor what is kept for the backward pass.
         """
         last_use = self._last_uses()
-        alive: dict[Block, int] = {}
+        alive: dict[BlockName, int] = {}
         most = 0
         for number, step in enumerate(self.steps):
             for message in step.receives:

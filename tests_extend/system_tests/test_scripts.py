@@ -61,7 +61,6 @@ echo "iteration 1/ 1 | lm loss: $loss |"
 """
 
 
-@pytest.mark.slow
 def test_feature_script_fails_when_the_losses_differ(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(PYTHON_THAT_DOES_NOT_TRAIN)

@@ -47,6 +47,10 @@ def test_each_readme_names_the_other(name, other):
     assert f"]({other})" in LANGUAGE_LINK.search(read(name)).group()
 
 
+def test_every_page_of_the_documentation_is_linked():
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= {*KINDS["links"](read("README.md"))}
+
+
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)]+)\)", read(name)):
