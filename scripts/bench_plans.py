@@ -11,6 +11,7 @@ does beside it. All cases take turns within one run; a time is the median over -
 
 import argparse
 import gc
+import math
 import random
 import statistics
 import time
@@ -30,7 +31,7 @@ from mindspeed_cp.kernels import KernelRegistry
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
 from mindspeed_cp.plan import AttentionPlan
 
-HEADS, HEAD_SIZE = 8, 64
+HEAD_SIZE = 64
 
 
 def cases(tokens: int, ranks: int) -> dict[str, PackedBatch]:
@@ -61,17 +62,17 @@ def mix(seed: int, tokens: int, ranks: int) -> dict[str, PackedBatch]:
     }
 
 
-def seconds(batch: PackedBatch, ranks: int, flops_per_s: float) -> float:
+def seconds(batch: PackedBatch, ranks: int, heads: int, kernels: KernelRegistry) -> float:
     """Of a forward and a backward pass on all ranks, from a start that they agree on."""
     config = ContextParallelConfig(
         context_parallel_size=ranks, context_parallel_algo="megatron_cp_algo", use_cp_send_recv_overlap=True
     )
-    world, kernels = VirtualWorld(ranks, 600), KernelRegistry((EmulatedKernel(flops_per_s),))
+    world = VirtualWorld(ranks, 600)
 
     def on_rank(rank: int) -> tuple[float, float]:
         ring = RingCommunicators(*(VirtualCommunicator(world, range(ranks), rank, axis) for axis in "iog"))
         attention = compose_attention(config, rank=rank, ulysses=None, ring=ring, kernels=kernels)
-        shape = (1, HEADS, batch.layout.num_tokens(rank), HEAD_SIZE)
+        shape = (1, heads, batch.layout.num_tokens(rank), HEAD_SIZE)
         q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         dout = torch.zeros(shape, dtype=torch.bfloat16)
         start = time.perf_counter()
@@ -84,25 +85,36 @@ def seconds(batch: PackedBatch, ranks: int, flops_per_s: float) -> float:
 
 def mixes_measured(args: argparse.Namespace) -> Iterator[str]:
     """A table of mixes: times as fast as a zigzag over the stream, and in brackets what areas promise."""
-    names = list(mix(1, args.tokens, args.ranks))
-    yield f"| seed | {names[0]}, ms | {' | '.join(names[1:])} |\n|{'---|' * (len(names) + 1)}"
+    base, *others = mix(1, args.tokens, args.ranks)
+    others = [name for name in others if args.only in name]
+    yield f"| seed | {base}, ms | {' | '.join(others)} |\n|{'---|' * (len(others) + 2)}"
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+
+    def row(of: Callable[[Sequence[float]], float], number: int = 0) -> str:
+        pairs = (tuple(map(of, zip(*each[number:], strict=True))) for each in ratios.values())
+        return " | ".join("{:.2f} ({:.2f})".format(*pair) for pair in pairs)
+
     for seed in args.mix:
-        batches = mix(seed, args.tokens, args.ranks)
-        most = [max(areas(batch.plan)) for batch in batches.values()]
-        times = medians(batches, args)
-        first = times[names[0]]
-        ratios = [f"{first / times[name]:.2f} ({most[0] / area:.2f})" for name, area in zip(names, most, strict=True)]
-        yield f"| {seed} | {first * 1e3:.0f} | {' | '.join(ratios[1:])} |"
+        made = mix(seed, args.tokens, args.ranks)
+        most = {name: max(areas(made[name].plan)) for name in (base, *others)}
+        took = medians({name: made[name] for name in most}, args)
+        for name, each in ratios.items():
+            each.append((took[base] / took[name], most[base] / most[name]))
+        yield f"| {seed} | {took[base] * 1e3:.0f} | {row(statistics.mean, -1)} |"
+    for summary in statistics.mean, statistics.median, min:
+        yield f"| {summary.__name__} | | {row(summary)} |"
 
 
 def medians(batches: dict[str, PackedBatch], args: argparse.Namespace) -> dict[str, float]:
     """Seconds of each case; they take turns."""
-    measured: dict[str, list[float]] = {}
-    # The first makes what the layers of a batch share, and is not counted: here all ranks would make it in one process.
+    measured: dict[str, list[float]] = {name: [] for name in batches}
+    kernel = EmulatedKernel(math.inf)
+    kernels = KernelRegistry((kernel,))  # What layers share is made for a registry.
     for _ in range(args.iterations + 1):
         for name, batch in batches.items():
-            if args.only in name:
-                measured.setdefault(name, []).append(seconds(batch, args.ranks, args.gflops * 1e9))
+            measured[name].append(seconds(batch, args.ranks, args.heads, kernels))
+        # The first makes what the layers of a batch share, and is not counted: here one process makes it for all ranks.
+        kernel.flops_per_s = args.gflops * 1e9
     return {name: statistics.median(each[1:]) for name, each in measured.items()}
 
 
@@ -153,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32768, help="of the whole stream")
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--gflops", type=float, default=150.0, help="of the emulated accelerator, 10^9 a second")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose names contain this")
@@ -163,8 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in host_costs() if args.host else mixes_measured(args):
             print(line, flush=True)
         return
-    median = medians(cases(args.tokens, args.ranks), args)
-    print(f"{args.ranks} ranks, {args.tokens} tokens, {HEADS} heads of {HEAD_SIZE}, {args.gflops:g} GFLOP/s")
+    measured = {name: batch for name, batch in cases(args.tokens, args.ranks).items() if args.only in name}
+    median = medians(measured, args)
+    print(f"{args.ranks} ranks, {args.tokens} tokens, {args.heads} heads of {HEAD_SIZE}, {args.gflops:g} GFLOP/s")
     print("| | ms | times as fast as |\n|---|---|---|")
     compared: dict[str, Callable[[str], bool]] = {
         "causal, zigzag": lambda name: name.startswith("window"),
