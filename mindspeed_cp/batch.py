@@ -17,12 +17,12 @@ from mindspeed_cp.documents import (
     Window,
     bands_of_documents,
     lengths_of,
-    or_list,
     ranks_of,
     tokens_of,
 )
 from mindspeed_cp.handles import with_handle
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
 from mindspeed_cp.sharding import CPU, IGNORE_INDEX, has_next, positions, restore, shard, shift_labels
 

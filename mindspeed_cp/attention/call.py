@@ -4,7 +4,6 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
@@ -15,13 +14,13 @@ from torch import Tensor
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, are_called, attend
 from mindspeed_cp.attention.parameters import with_summed_gradients
-from mindspeed_cp.attention.recomputation import Recomputation, once
-from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
+from mindspeed_cp.attention.recomputation import Recomputation, replay
+from mindspeed_cp.attention.terms import AttentionTerms, check_terms, default_scale, terms_words
 from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.handles import with_handle
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.kernels import TileCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Transport
@@ -371,7 +370,7 @@ class ContextParallelAttention:
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
-            once(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
+            replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
         elif refusal is not None:
             raise ValueError(refusal)
         terms = with_summed_gradients(terms, self.parameters)
@@ -432,7 +431,7 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
             f"batch and tokens may be 0."
         )
-    BlockCase.of(q, k, v, TileTerms(1.0))
+    TileCase.of(q, k, v, TileTerms(1.0))
     if same_tokens and q.size(2) != k.size(2):
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
@@ -498,11 +497,6 @@ def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: b
         )
 
 
-def default_scale(q: Tensor) -> float:
-    """1 / sqrt(D)."""
-    return 1.0 / math.sqrt(q.size(-1))
-
-
 def refuse_learnt(scale: float | Tensor | None) -> None:
     """Raise ValueError for a scale that wants a gradient."""
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
@@ -515,7 +509,7 @@ def refuse_learnt(scale: float | Tensor | None) -> None:
 def number(scale: float | Tensor | None, q: Tensor) -> float:
     """The factor on the scores as a number. Raises ValueError for one that is none, or that wants a gradient."""
     if scale is None:
-        return default_scale(q)
+        return default_scale(q.size(-1))
     refuse_learnt(scale)
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"scale is a tensor of {tuple(scale.shape)}; give one number, or multiply q by it.")

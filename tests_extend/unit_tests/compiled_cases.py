@@ -138,15 +138,22 @@ def on_virtual_ranks(case: Case, layer: Layer, compiled: Callable[..., Any], ste
     return run_virtually(case, on_rank)
 
 
-def over_gloo(group: dist.ProcessGroup, case: Case, layer: Layer, backend: str) -> tuple[list[Results], int]:
+def over_gloo(
+    group: dist.ProcessGroup | None, case: Case, layer: Layer, backend: str
+) -> tuple[list[Results], int] | None:
     """What this rank gets of steps with other documents, and the number of graphs that were compiled for them."""
+    if group is None:
+        ContextParallelGroups.take_part(case.topology, overlap=False)
+        return None
     torch._dynamo.reset()
     graphs = Graphs(backend)
     compiled = torch.compile(layer, backend=graphs, fullgraph=True)
-    groups = ContextParallelGroups.build(case.config.topology, group, overlap=False)
+    groups = ContextParallelGroups.build(case.topology, group, overlap=False)
     attention, rank = build_attention(case.config, groups), dist.get_rank(group)
     results = []
     for documents in DOCUMENTS:
         plan, x, _ = Step(documents).on(rank, case.size, layer)
         results.append(both(layer, compiled, attention, plan, x))
+    dist.barrier(group)  # Nobody closes a connection over which another one still receives.
+    groups.destroy()
     return results, len(graphs.operators)
