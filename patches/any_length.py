@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag, or_list
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import SEQUENCE_KEYS, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name

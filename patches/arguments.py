@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mindspeed_cp.choice import Choice
-from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
+from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
@@ -301,7 +302,7 @@ def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["zigzag_by_document", "balanced"],
         default="zigzag_by_document",
         help="How packed streams (--sft, --dataloader-inter-document-masking) are dealt to the context-parallel ranks: "
-        "an early and a late stretch of each document, or documents whole or in pieces, so that all compute as much.",
+        "an early and a late stretch of each document, or documents whole or cut, so that all compute as much.",
     )
 
 
@@ -343,9 +344,11 @@ def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
-    # Where no algorithm is named, one is chosen.
-    default = None if option.name == "context_parallel_algo" else option.default
-    shared = {"help": option.metadata["help"], "default": default}
+    default, text = option.default, option.metadata["help"]
+    if option.name == "context_parallel_algo":  # Where none is named, one is chosen.
+        default = None
+        text += " By default what --cp-comm-type asks for, else Ulysses where the heads allow it, a hybrid or the ring."
+    shared = {"help": text, "default": default}
     if hint is bool:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:
@@ -388,13 +391,6 @@ def settled(
     args.context_parallel_algo = found.config.context_parallel_algo
     args.ulysses_degree_in_cp = found.config.ulysses_degree_in_cp
     return found
-
-
-def config_from_arguments(
-    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
-) -> ContextParallelConfig:
-    """The configuration of `settled`."""
-    return settled(args, defaults).config
 
 
 def _examine_arguments(

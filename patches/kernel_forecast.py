@@ -6,7 +6,7 @@ import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.heads import HeadLayout
-from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
+from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
@@ -80,7 +80,7 @@ def _calls(
     drops = bool(args.attention_dropout) if drops is None else drops
     head_size, value_head_size = _head_sizes(args, config)
     cases = [
-        BlockCase(
+        TileCase(
             device_type=device,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             window=Window(),

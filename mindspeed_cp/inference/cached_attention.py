@@ -24,7 +24,7 @@ from mindspeed_cp.inference.interleave import Interleaved, Span
 from mindspeed_cp.inference.local import attention_state
 from mindspeed_cp.inference.prefill import Strategy, prefix_attention
 from mindspeed_cp.inference.states import State, all_reduce_state, merge_states
-from mindspeed_cp.kernels import KERNELS, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileOutput
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 
 
@@ -125,7 +125,7 @@ class Decode:
         ]
         mine = merge_states(*zip(*states, strict=True)) if states else _nothing_seen(q, v)
         whole = all_reduce_state(*mine, self._communicator)
-        return with_sinks(BlockOutput(*whole), terms.sinks).out.to(q.dtype)
+        return with_sinks(TileOutput(*whole), terms.sinks).out.to(q.dtype)
 
     def _plan(self, layer: int, seen: Interleaved, stretch: Stretch) -> AttentionPlan:
         """Each sample's query sees those of its keys that are in the stretch, all earlier ones. One for all layers."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype, all_reduce_numbers
 from mindspeed_cp.inference.local import attention_state
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase
 from mindspeed_cp.plan import AttentionPlan, Layout
 from mindspeed_cp.program import Phase, Transport, TransposedPlan, cheapest_transport, num_tokens, program
 from mindspeed_cp.schedule import RingSchedule
@@ -70,7 +70,7 @@ class PrefixCase(NamedTuple):
     state_itemsize: int = 4
 
     @classmethod
-    def of(cls, plan: AttentionPlan, case: BlockCase) -> "PrefixCase":
+    def of(cls, plan: AttentionPlan, case: TileCase) -> "PrefixCase":
         """That of a plan, and of one rank's tensors: the same on all ranks."""
         new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
         heads, sizes = (case.num_heads, case.num_kv_heads), (case.dtype, accumulation_dtype(case.dtype))
@@ -201,22 +201,32 @@ class PrefillBytes(NamedTuple):
 
 
 def pass_kv_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: TileCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_kv_attention`: (N-1) B 2 L G D e, less where not all is seen."""
     schedule = RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(plan, schedule)
+    transport = transport or cheapest_transport(plan, schedule, ahead=overlap)
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport)
     number = batch * case.num_kv_heads * (case.head_size + case.value_head_size)
     return PrefillBytes(made.sent().total() * number * case.dtype.itemsize)
 
 
 def pass_q_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: TileCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_q_attention`: (N-1) B S H (D e + 4 (V + 1)), less where not all is seen."""
     turned, schedule = TransposedPlan(plan), RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(turned, schedule)
+    transport = transport or cheapest_transport(turned, schedule, ahead=overlap)
     made = program(turned, schedule, rank, Phase.FORWARD, transport=transport)
     rows = sum(num_tokens(turned.needed(rank, owner)) for owner in range(schedule.size) if owner != rank)
     numbers, state = batch * case.num_heads, accumulation_dtype(case.dtype).itemsize

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from system_tests import layer_cases, mask_cases, stream_cases, training_cases
+from system_tests import block_cases, layer_cases, mask_cases, stream_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
 
@@ -70,6 +70,14 @@ class TrainingPool:
         """What layer_cases.compare_layers gives on each rank."""
         args = (ranks, _free_port(), tensor_parallel, dtype, flags, sabotage)
         return self._pool.call(range(ranks), LIMIT_S, layer_cases.compare_layers, *args)
+
+    def run_blocks(
+        self, ranks: int, tensor_parallel: int, variants: list[tuple[dict[str, object], dict[str, object]]]
+    ) -> list[list[block_cases.BlockRun]]:
+        """What block_cases.run_blocks gives on each rank."""
+        return self._pool.call(
+            range(ranks), LIMIT_S, block_cases.run_blocks, ranks, _free_port(), tensor_parallel, variants
+        )
 
     def compare_masks(self, ranks: int, flags: dict[str, object], mask_types: list[str]) -> list[dict[str, float]]:
         """What mask_cases.compare_masks gives on each rank."""
