@@ -19,10 +19,7 @@ import torch
 from mindspeed_cp.choice import Choice
 from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
-from mindspeed_cp.heads import HeadLayout
-from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
-from mindspeed_cp.kernels.calls import Call, calls
-from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
@@ -39,6 +36,7 @@ from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.help_text import escape_help
+from mindspeed_cp.patches.kernel_forecast import check_kernels, kernel_names, kernel_notes
 from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing, PaddingCount
@@ -54,7 +52,6 @@ from mindspeed_cp.patches.unsupported import (
     unsupported,
 )
 from mindspeed_cp.patching import Patch, bind_by_name
-from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
 
 ARGUMENTS = "megatron.training.arguments"
 INITIALIZE = "megatron.training.initialize"
@@ -111,7 +108,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
                 args.create_attention_mask_in_dataloader = False
             if int(os.environ.get("RANK", "0")) == 0:
                 if config.context_parallel_size > 1:
-                    print(start_line(config, choice, _kernel_names(args, config)), flush=True)
+                    print(start_line(config, choice, kernel_names(args, config, _device(args))), flush=True)
                 for sentence in notes_on_arguments(args, config, defaults):
                     warnings.warn(sentence, stacklevel=2)
             return result
@@ -237,7 +234,7 @@ def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argpa
         return said
     config, choice = settled
     try:
-        start = [start_line(config, choice, _kernel_names(found.args, config))]
+        start = [start_line(config, choice, kernel_names(found.args, config, _device(found.args)))]
         is_said = config.context_parallel_size > 1 and _knows_inner_ring(found.args)
         return [*said, *start * is_said, *notes_on_arguments(found.args, config, defaults)]
     except UnknownValueError:
@@ -427,7 +424,7 @@ def _examine_arguments(
         lambda: refuse_length(none_for_unknown(args), config),
         lambda: _check_model(args, config),
         lambda: raise_for(latent_blockers(args, config)),
-        lambda: check_kernels(args, config),
+        lambda: check_kernels(args, config, _device(args)),
         lambda: refuse_lost_documents(args, config, _release()),
         lambda: refuse_unloadable_optimizer(args, config),
         lambda: refuse_unwatched_scores(args, config),
@@ -490,7 +487,7 @@ def notes_on_arguments(
         *_ineffective_document_flags(args),
         *latent_notes(args, config),
         *difference_notes(args, config, defaults),
-        *kernel_notes(args, config),
+        *kernel_notes(args, config, _device(args)),
     ]
 
 
@@ -507,106 +504,6 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
     return [f"{flag(name)} has no effect: it is TransformerEngine's, and {ours}." for name in given if given[name]]
 
 
-def check_kernels(args: argparse.Namespace, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError where no kernel, of those that the user allows, can compute the model's attention."""
-    try:
-        _calls(args, config)
-    except NotImplementedError as error:
-        raise ConfigurationError(
-            f"--context-parallel-kernels {' '.join(config.context_parallel_kernels)}: {error}\n"
-            f"Name another kernel as well, or leave the flag out."
-        ) from error
-
-
-def kernel_notes(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
-    """A sentence where an accelerator has no kernel of its own for the model's attention, and so runs the reference, or
-    where this is not the machine that will run it.
-    """
-    if config.context_parallel_size > 1 and _device(args) is None:
-        return [
-            "there is no accelerator here, so that kernels were not asked; python -m mindspeed_cp check on a machine "
-            "of the job says which can compute this attention."
-        ]
-    if config.context_parallel_kernels:
-        return []
-    try:
-        made = _calls(args, config)
-    except NotImplementedError:  # Said as what stands in the way.
-        return []
-    slow = [call for call in made if call.kernel.name == "reference" and call.case.device_type != "cpu"]
-    of_masks = {(call.case.window, call.case.masked): call for call in reversed(slow)}  # The first of each says enough.
-    return [
-        f"attention runs the reference kernel, which is exact, but slow, and holds all scores of a block: "
-        f"{KERNELS.explain(call.case)}"
-        for call in reversed(of_masks.values())
-    ]
-
-
-def _kernel_names(args: argparse.Namespace, config: ContextParallelConfig) -> str:
-    """The kernels that will compute the model's attention, as far as the arguments tell."""
-    try:
-        return " and ".join(dict.fromkeys(call.kernel.name for call in _calls(args, config))) or "any"
-    except NotImplementedError:  # Said as what stands in the way.
-        return "none"
-
-
-def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call]:
-    """The calls of kernels that the model's attention will be computed by, as far as the arguments tell; none where
-    this is not the machine that will run them.
-
-    Raises NotImplementedError where none of the kernels that the user allows can compute one.
-    """
-    if not config.computes_attention or None in (args.num_attention_heads, args.hidden_size, args.seq_length):
-        return []
-    device = _device(args)
-    if device is None:
-        return []
-    head_size = value_head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
-    if args.multi_latent_attention:
-        head_size, value_head_size = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-        if config.context_parallel_latent == "absorbed":
-            head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
-    cases = [
-        TileCase(
-            device_type=device,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-            window=Window(),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            num_queries=0,
-            num_keys=0,
-            head_size=head_size,
-            value_head_size=value_head_size,
-            compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-        )
-        for num_heads, num_kv_heads in _heads_of_calls(args, config)
-    ]
-    kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
-    num_tokens = args.seq_length // config.topology.ring_size
-    num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
-    shards = EqualChunks(config.topology.ring_size, num_tokens, config.layout.kind)
-    pairs = [(0, 0)] if shards.num_ranks == 1 else [(0, 0), (0, 1), (1, 0)]
-    # A layer that is given no mask is what its own type says, also where others are given one.
-    general = config.attention_mask_type == "general"
-    told = [(CAUSAL, False), (FULL, False), (FULL, True)] if general else [(CAUSAL, False)]
-    return [
-        call
-        for bands, masked in told
-        for pair in pairs
-        for case in cases
-        for call in calls(
-            AttentionPlan(shards, shards, bands).tiles(*pair),
-            case._replace(masked=masked, terms=_terms(args, config, looks_ahead=bands is FULL)),
-            kernels,
-        )
-    ]
-
-
-def _device(args: argparse.Namespace) -> str | None:
-    """Where attention will be computed; None where that takes an accelerator, and this machine has none."""
-    return accelerator() or ("cpu" if args.distributed_backend == "gloo" else None)
-
-
 @contextmanager
 def _without_transformer_engines_rules(args: argparse.Namespace, config: ContextParallelConfig) -> Iterator[None]:
     """Within it Megatron does not ask for the TransformerEngine that would find the largest scores: they are ours."""
@@ -617,28 +514,9 @@ def _without_transformer_engines_rules(args: argparse.Namespace, config: Context
     vars(args).update(found)
 
 
-def _heads_of_calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[tuple[int, int]]:
-    """Query and K/V heads of what ranks give to kernels, each different pair once; none where there are too few."""
-    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    over = args.tensor_model_parallel_size
-    heads, kv_heads = args.num_attention_heads // over, max(kv_heads // over, 1)
-    if args.multi_latent_attention and config.context_parallel_latent == "absorbed":
-        kv_heads = 1
-    if heads < config.ulysses_size or heads % kv_heads:
-        return []  # Said as what stands in the way.
-    dealt = HeadLayout(heads, kv_heads, config.ulysses_size)
-    of_ranks = zip(dealt.queries.given, dealt.keys.given, strict=True)
-    return list(dict.fromkeys((len(queries), len(keys)) for queries, keys in of_ranks))
-
-
-def _terms(args: argparse.Namespace, config: ContextParallelConfig, *, looks_ahead: bool) -> frozenset[Term]:
-    """What kernels are told beside who sees whom. looks_ahead: whether a query sees later keys."""
-    asked = {
-        Term.DROPOUT: bool(args.attention_dropout),
-        Term.ALIBI: config.use_alibi,
-        Term.ALIBI_AHEAD: config.use_alibi and looks_ahead,
-    }
-    return frozenset(term for term, is_asked in asked.items() if is_asked)
+def _device(args: argparse.Namespace) -> str | None:
+    """Where attention will be computed; None where that takes an accelerator, and this machine has none."""
+    return accelerator() or ("cpu" if args.distributed_backend == "gloo" else None)
 
 
 def asks_for_cpu(distributed_backend: str) -> bool:

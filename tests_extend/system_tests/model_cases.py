@@ -27,6 +27,17 @@ ALGORITHMS = {
 """By the name of the algorithm, with its flags."""
 
 
+OTHER_ORDERS = (
+    ("--attention-on-one-rank",),
+    ("--attention-on-one-rank", "--context-parallel-kernels", "reference"),
+    ("--micro-batch-size", "2"),
+    ("--micro-batch-size", "2", "--attention-on-one-rank"),
+)
+"""Flags with which one rank computes the same in another order of sums: by other attention, or samples together."""
+TIMES_NOISE = 4
+"""In 16 bits a run may differ from CP = 1 by so many times what one rank differs by from itself in another order."""
+
+
 class Trains(Protocol):
     """Runs a training script: system_tests.conftest.TrainingPool."""
 
@@ -42,6 +53,22 @@ class Difference(NamedTuple):
     losses: float
     gradients: float
 
+    def within(self, most: "Difference") -> bool:
+        """Whether neither is above `most`."""
+        return self.losses <= most.losses and self.gradients <= most.gradients
+
+    def times(self, factor: float) -> "Difference":
+        """Both so many times as large."""
+        return Difference(factor * self.losses, factor * self.gradients)
+
+    def __str__(self) -> str:
+        """As in a cell of a table."""
+        return f"{self.losses:.0e}, {self.gradients:.0e}"
+
+
+MOST = Difference(losses=1e-5, gradients=1e-3)
+"""As much as rounding in fp32 makes of them, in the digits that a log has."""
+
 
 class Runs:
     """Trains on one rank once, and with algorithms of ALGORITHMS on four.
@@ -56,6 +83,11 @@ class Runs:
     def difference(self, algorithm: str, sabotage: str | None = None) -> Difference:
         """Of training on four ranks from training on one. sabotage: breaks the library on the four."""
         return difference(self._alone, self._training.log(4, (*self._flags, *ALGORITHMS[algorithm]), sabotage))
+
+    def noise(self) -> Difference:
+        """Of training on one rank from the same in other orders of sums: the largest."""
+        others = [difference(self._alone, self._training.log(1, (*self._flags, *order))) for order in OTHER_ORDERS]
+        return Difference(*map(max, zip(*others, strict=True)))
 
 
 def model_runs(training: Trains, name: str, further: tuple[str, ...] = ()) -> Runs:

@@ -9,7 +9,7 @@ import torch
 from mindspeed_cp.attention import planned
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches import arguments
+from mindspeed_cp.patches import kernel_forecast
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.planner import AttentionPass, AttentionShape, Network, predicted_bytes, predicted_seconds
 from mindspeed_cp.planner.attention import ring_program
@@ -67,8 +67,9 @@ def parse_time_check() -> object:
         fp16=False,
         attention_dropout=0.0,
         distributed_backend="gloo",
+        window_size=None,
     )
-    return [call.case for call in arguments._calls(args, config)]
+    return [call.case for call in kernel_forecast._calls(args, config, "cpu")]
 
 
 READERS = [attention, sent_bytes, predicted, drawing, parse_time_check]

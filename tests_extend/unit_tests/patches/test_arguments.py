@@ -13,8 +13,9 @@ from packaging.version import Version
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, kernel_notes
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.kernel_forecast import kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
@@ -501,7 +502,7 @@ def test_flags_of_a_cluster_script_are_harmless_on_one_rank(parser, validation, 
 def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation, monkeypatch, rank, sentences):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(arguments, "kernel_notes", lambda args, config: [])
+    monkeypatch.setattr(arguments, "kernel_notes", lambda *given: [])
     ulysses = ["--context-parallel-algo", "ulysses_cp_algo"]
     args = parser.parse_args([*CP4, *ulysses, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
     with warnings.catch_warnings(record=True) as said:
@@ -626,17 +627,15 @@ LAYER = [*CP4, "--hidden-size", "512", "--bf16"]
 
 
 def test_an_accelerator_without_a_kernel_of_its_own_is_said(parser, monkeypatch):
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.KERNELS", KERNELS.only(["cpu_flash", "reference"]))
+    monkeypatch.setattr("mindspeed_cp.patches.kernel_forecast.KERNELS", KERNELS.only(["cpu_flash", "reference"]))
     args = parser.parse_args([*LAYER, "--context-parallel-algo", "megatron_cp_algo"])
-    for note in (notes := kernel_notes(args, config_from_arguments(args))):
+    for note in (notes := kernel_notes(args, config_from_arguments(args), "cuda")):
         assert note.startswith(
             "attention runs the reference kernel, which is exact, but slow, and holds all scores of a block"
         )
         assert "not cpu_flash: runs on the CPU, not on cuda" in note
     assert len(notes) == 2, "a causal block and a full one"
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
-    args.distributed_backend = "gloo"
-    assert kernel_notes(args, config_from_arguments(args)) == []
+    assert kernel_notes(args, config_from_arguments(args), "cpu") == []
 
 
 def test_latent_attention_is_asked_about_with_its_own_head_sizes(parser):
@@ -647,9 +646,9 @@ def test_latent_attention_is_asked_about_with_its_own_head_sizes(parser):
 
 def test_no_note_about_a_kernel_that_the_user_named_or_on_one_rank(parser):
     args = parser.parse_args([*LAYER, "--context-parallel-kernels", "reference"])
-    assert kernel_notes(args, config_from_arguments(args)) == []
+    assert kernel_notes(args, config_from_arguments(args), "cuda") == []
     args = parser.parse_args([*MODEL, "--hidden-size", "512"])
-    assert kernel_notes(args, config_from_arguments(args)) == []
+    assert kernel_notes(args, config_from_arguments(args), "cuda") == []
 
 
 def test_named_kernels_that_cannot_compute_the_model_are_refused_with_their_reasons(parser):

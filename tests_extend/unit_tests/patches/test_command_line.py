@@ -87,7 +87,7 @@ FLAG_SETS = [
 def machine(monkeypatch):
     """A machine with a GPU that has a kernel for everything, and what Megatron wants of the environment."""
     monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(arguments, "check_kernels", lambda args, config: None)
+    monkeypatch.setattr(arguments, "check_kernels", lambda *given: None)
     monkeypatch.setattr(arguments, "_wants_one_connection", lambda args: False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -1,0 +1,72 @@
+"""What kernels are asked when the arguments are parsed: all that the flags ask of attention."""
+
+import shlex
+
+import pytest
+
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.kernels import KERNELS, Term, Window
+from mindspeed_cp.patches import kernel_forecast
+from mindspeed_cp.patches.kernel_forecast import check_kernels
+
+MODEL = shlex.split("--num-attention-heads 8 --hidden-size 512 --seq-length 64 --context-parallel-size 4 --bf16")
+RING = ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo")
+
+
+class Asked:
+    """A kernel that computes everything but one kind of case, and remembers what it was asked."""
+
+    name = "asked"
+
+    def __init__(self, refuses=lambda case: False):
+        self.cases, self._refuses = [], refuses
+
+    def unsupported_reasons(self, case):
+        self.cases.append(case)
+        return ["takes no such case"] if self._refuses(case) else []
+
+
+@pytest.fixture
+def asking(parser, monkeypatch):
+    """Asks a kernel what flags make of attention."""
+
+    def ask(kernel, *flags, config=RING):
+        monkeypatch.setattr(kernel_forecast, "KERNELS", type(KERNELS)((kernel,)))
+        check_kernels(parser.parse_args([*MODEL, *flags]), config, "cpu")
+        return kernel.cases
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("flags", "windows"),
+    [
+        ([], {Window(None, 0), Window()}),
+        (["--window-size", "3,0"], {Window(3, 0), Window(0, None)}),
+        (["--window-size", "3,0", "--window-attn-skip-freq", "2"], {Window(3, 0), Window(None, 0), Window()}),
+    ],
+)
+def test_windows_of_all_kinds_of_layers_are_asked_about(asking, flags, windows):
+    assert windows <= {case.window for case in asking(Asked(), "--attention-dropout", "0", *flags)}
+
+
+def test_a_kernel_that_cannot_compute_a_window_s_tiles_is_refused_when_the_flags_are_parsed(asking):
+    # Others cut a window into rectangles and triangles, which are small.
+    large = Asked(lambda case: case.window.left is not None or case.num_queries < 8)
+    asking(large, "--attention-dropout", "0")
+    with pytest.raises(ConfigurationError, match=r"not asked: takes no such case\nName another kernel as well"):
+        asking(large, "--attention-dropout", "0", "--window-size", "3,0")
+
+
+def test_dropout_is_asked_about_and_the_way_out_is_a_flag(asking):
+    dry = Asked(lambda case: Term.DROPOUT in case.terms)
+    with pytest.raises(ConfigurationError, match=r"the reference kernel drops alike.*or use --attention-dropout 0"):
+        asking(dry, "--attention-dropout", "0.1")
+
+
+def test_a_band_that_looks_ahead_is_asked_about_with_alibi(asking):
+    config = ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo", use_alibi=True)
+    ahead = [case.terms for case in asking(Asked(), "--window-size", "3,2", config=config)]
+    assert all({Term.ALIBI, Term.ALIBI_AHEAD} <= terms for terms in ahead)
+    causal = [case.terms for case in asking(Asked(), config=config)]
+    assert all(Term.ALIBI in terms and Term.ALIBI_AHEAD not in terms for terms in causal)
