@@ -36,7 +36,9 @@ def main() -> None:
     elif first:
         run_script(first, sys.argv[1:])
     else:
-        print(report())
+        with _silence():
+            text = report()
+        print(text)
 
 
 def help_text() -> str:
@@ -128,7 +130,7 @@ def report() -> str:
 
     from mindspeed_cp import __version__
     from mindspeed_cp.device import accelerator
-    from mindspeed_cp.kernels import KERNELS, BlockCase
+    from mindspeed_cp.kernels import KERNELS, TileCase
     from mindspeed_cp.kernels.protocol import TRIANGLE
     from mindspeed_cp.kernels.taken import table_of_terms
     from mindspeed_cp.patching import Patch, PatchError, targets_by_module
@@ -136,7 +138,7 @@ def report() -> str:
     device, capability = accelerator() or "cpu", None
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
-    case = BlockCase(device, torch.bfloat16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, capability)
+    case = TileCase(device, torch.bfloat16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, capability)
     lines = [
         f"mindspeed_cp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"device       {device}",

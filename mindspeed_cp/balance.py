@@ -1,18 +1,18 @@
-"""Documents and pieces of them dealt to ranks that have room for so many tokens, so that all compute as much.
+"""Documents and stretches of them dealt to ranks that have room for so many tokens, so that all compute as much.
 
 Integers and slices; no torch.
 
 Note [Balance]
     Each rank wants as much area (pairs of query and key that see each other) as the others, and has room for so many
-    tokens. What it still wants, divided by the room that is left, is the density that it needs; the density of a piece
-    is its area by its tokens. The densest piece goes to the rank that needs the densest, again and again: the needs
-    draw together, and what is left in the end are pieces that hardly count. A piece that is longer than the room is
-    split, and its late part stays.
+    tokens. What it still wants, divided by the room that is left, is the density that it needs; the density of a
+    stretch is its area by its tokens. The densest stretch goes to the rank that needs the densest, again and again: the
+    needs draw together, and what is left in the end are stretches that hardly count. A stretch that is longer than the
+    room is split, and its late part stays.
 
-    The fewer documents are cut, the less K/V travels. So documents that are longer than a piece may first be placed
+    The fewer documents are cut, the less K/V travels. So documents that are longer than a stretch may first be placed
     whole, from the largest area down, each on the rank that wants most, where its area and room allow that and it can
     still come to its share: what it then needs must not be denser than what the documents offer that have to be cut.
-    Those are dealt as above, with the documents that are a piece each in any case.
+    Those are dealt as above, with the documents that are a stretch each in any case.
 """
 
 import heapq
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-Piece = tuple[int, int, int]
+Stretch = tuple[int, int, int]
 """Document, start and stop: some of its tokens. There are thousands of a batch, so they are plain."""
 
 Area = Callable[[int, int, int], int]
@@ -30,7 +30,7 @@ _Measured = tuple[float, int, int, int, int]
 """Density, document, start, stop and area; they are sorted by it."""
 
 _REACH = 0.75
-"""Of the highest density among what is cut: what a rank may still need. At 1 it would need nothing but such pieces."""
+"""Of the highest density among what is cut: what a rank may still need. At 1 it would need nothing but such."""
 
 _SLACK = 0.02
 """Of a rank's share of the area: what it may miss when it is full."""
@@ -44,11 +44,11 @@ def deal(
     *,
     chunks: int,
     keep_whole: bool,
-) -> tuple[list[list[Piece]], list[float]]:
-    """The pieces that each rank holds, in order, and the area that each is still owed.
+) -> tuple[list[list[Stretch]], list[float]]:
+    """The stretches that each rank holds, in order, and the area that each is still owed.
 
     lengths: tokens of each document. area: what tokens start..stop of a document see. room: tokens that each rank
-    takes, in all as many as there are. owed: area that a rank wants beyond its equal share. chunks: a piece of a
+    takes, in all as many as there are. owed: area that a rank wants beyond its equal share. chunks: a stretch of a
     document that is cut has at most this part of a rank's tokens and of its area. keep_whole: whether documents stay
     whole where they fit, see Note [Balance].
     """
@@ -67,14 +67,14 @@ def deal(
         usual = sum(areas[each] for each in shorter) / max(1, sum(lengths[each] for each in shorter))
         whole = _place_whole(longer, lengths, areas, area, ranks, _SLACK * share, (usual, highest))
         dealt = [document for document in dealt if document not in whole]
-    pieces: list[_Measured] = []
+    stretches: list[_Measured] = []
     for document in dealt:
         length, its_area = lengths[document], areas[document]
         if length <= most[0] and its_area <= most[1]:
-            pieces.append((its_area / length, document, 0, length, its_area))
+            stretches.append((its_area / length, document, 0, length, its_area))
         else:
-            pieces += _cut(document, length, its_area, most, area)
-    _deal_pieces(pieces, area, ranks)
+            stretches += _cut(document, length, its_area, most, area)
+    _deal_stretches(stretches, area, ranks)
     for held in ranks.held:
         held.sort()
     return ranks.held, ranks.wanted
@@ -85,7 +85,7 @@ class _Ranks(NamedTuple):
 
     room: list[int]
     wanted: list[float]
-    held: list[list[Piece]]
+    held: list[list[Stretch]]
 
 
 def _place_whole(
@@ -120,7 +120,7 @@ def _place_whole(
 
 
 def _cut(document: int, length: int, its_area: int, most: tuple[float, float], area: Area) -> Iterator[_Measured]:
-    """A document in pieces of as many tokens, the most that they may have. most: tokens, and area on the average."""
+    """A document in stretches of as many tokens, the most that they may have. most: tokens, and area on the average."""
     count = min(length, max(math.ceil(length / most[0]), math.ceil(its_area / most[1]) if its_area else 1))
     for number in range(count):
         yield _measured(document, length * number // count, length * (number + 1) // count, area)
@@ -131,18 +131,18 @@ def _measured(document: int, start: int, stop: int, area: Area) -> _Measured:
     return its_area / (stop - start), document, start, stop, its_area
 
 
-def _deal_pieces(pieces: list[_Measured], area: Area, ranks: _Ranks) -> None:
-    """The densest piece to the rank that needs the densest, until there is none left."""
+def _deal_stretches(stretches: list[_Measured], area: Area, ranks: _Ranks) -> None:
+    """The densest stretch to the rank that needs the densest, until there is none left."""
     room, wanted, held = ranks
-    pieces.sort()
+    stretches.sort()
     queue = [(-wanted[rank] / tokens, rank) for rank, tokens in enumerate(room) if tokens]
     heapq.heapify(queue)
-    while pieces:
-        _, document, start, stop, its_area = pieces.pop()
+    while stretches:
+        _, document, start, stop, its_area = stretches.pop()
         rank = queue[0][1]
         left = room[rank] - stop + start
         if left < 0:
-            pieces.append(_measured(document, start, start - left, area))
+            stretches.append(_measured(document, start, start - left, area))
             start, left = start - left, 0
             its_area = area(document, start, stop)
         room[rank] = left

@@ -3,9 +3,8 @@
 Shapes: B samples, S tokens of a whole sample, s tokens of one rank.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,11 +17,12 @@ from mindspeed_cp.documents import (
     Window,
     bands_of_documents,
     lengths_of,
-    or_list,
     ranks_of,
     tokens_of,
 )
+from mindspeed_cp.handles import with_handle
 from mindspeed_cp.layouts import Balanced, Contiguous, DocumentZigzag, PackedLayout, Zigzag
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
 from mindspeed_cp.sharding import CPU, IGNORE_INDEX, has_next, positions, restore, shard, shift_labels
 
@@ -37,12 +37,23 @@ class PackedBatch:
     Make it with `from_cu_seqlens`, once a batch, and call `attention(q, k, v, plan=batch.plan)` with shards by it.
 
     layout: who holds what. bands: what a query sees of its document. bands_of: the documents, by number, for which that
-    is something else.
+    is something else. plan: who sees whom, for attention.
     """
 
     layout: PackedLayout
     bands: tuple[Band, ...] = CAUSAL
     bands_of: BandsOf = ()
+    plan: AttentionPlan = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Made here, and not when it is asked for: that may be within a compiled function.
+        plan = AttentionPlan(self.layout, self.layout, self.bands, dict(self.bands_of))
+        object.__setattr__(self, "plan", with_handle(plan))
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        # A copy, or a batch from another process, has a plan of its own.
+        self.__dict__.update(state)
+        with_handle(self.plan)
 
     @classmethod
     def from_cu_seqlens(
@@ -98,11 +109,6 @@ class PackedBatch:
         now = self.layout
         dealt = _deal(layout, now.num_ranks, now.samples, now.padded, None, prefer, self.bands, self.bands_of)
         return replace(self, layout=dealt)
-
-    @functools.cached_property
-    def plan(self) -> AttentionPlan:
-        """Who sees whom, for attention."""
-        return AttentionPlan(self.layout, self.layout, self.bands, dict(self.bands_of))
 
     def shard(self, tensor: Tensor, rank: int, dim: int = 1, *, batch_dim: int = 0) -> Tensor:
         """Those tokens of `tensor` that `rank` holds. tensor: any shape, whole samples along `dim`."""

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mindspeed_cp.config import Algorithm, ConfigurationError, divisors, or_list
+from mindspeed_cp.config import Algorithm, ConfigurationError
+from mindspeed_cp.messages import divisors, or_list
 
 
 class Choice(NamedTuple):

@@ -1,10 +1,9 @@
 """The configuration of context parallelism: what the flags say, checked once."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
@@ -52,17 +51,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def or_list(values: Iterable[object]) -> str:
-    """`values` as the end of a sentence: "2, 4 or 8"."""
-    *most, last = [str(value) for value in values]
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelConfig:
     """What the context-parallel flags say. Field names are the flags' names, meanings are MindSpeed's.
@@ -76,8 +64,7 @@ class ContextParallelConfig:
         metadata={
             "help": "How attention is computed over the context-parallel ranks: Ulysses (all-to-all over heads), ring "
             "attention (a double ring with --cp-window-size above 1), Ulysses inside and a ring outside, or all K/V "
-            "gathered at once. By default what --cp-comm-type asks for, else Ulysses where the heads allow it, else a "
-            "hybrid or the ring."
+            "gathered at once."
         },
     )
     cp_window_size: int = field(
@@ -300,21 +287,16 @@ class ContextParallelConfig:
         num_attention_heads: int,
         num_query_groups: int | None = None,
         tensor_model_parallel_size: int = 1,
-        sequence_parallel: bool = False,
-        seq_length: int | None = None,
         num_layers: int | None = None,
     ) -> None:
         """Raise ConfigurationError with all broken rules unless a model of this shape can be split as configured.
 
         num_query_groups: number of K/V heads, where it is not the number of attention heads.
-        sequence_parallel: whether the tensor-parallel ranks split each rank's tokens among themselves.
-        seq_length: tokens of a whole sequence, num_layers: layers of the model, where they are known beforehand.
+        num_layers: layers of the model, where they are known beforehand.
         """
         if self.context_parallel_size == 1:
             return
         broken = []
-        if seq_length is not None:
-            broken += self._broken_length(seq_length, tensor_model_parallel_size if sequence_parallel else 1)
         interval = self.context_parallel_cache_interval
         if num_layers is not None and interval >= num_layers:
             broken.append(
@@ -337,23 +319,6 @@ class ContextParallelConfig:
             )
         if broken:
             raise ConfigurationError(*broken)
-
-    def _broken_length(self, seq_length: int, tensor_parallel: int) -> list[str]:
-        """The rule that the length breaks. tensor_parallel: ranks that split each rank's tokens."""
-        size, per_rank = self.context_parallel_size, math.lcm(2, tensor_parallel)
-        unit = size * per_rank
-        if seq_length % unit == 0:
-            return []
-        if per_rank == 2:
-            rule = f"2 * --context-parallel-size {size} = {unit}"
-        else:
-            rule = (
-                f"--context-parallel-size {size} * lcm(2, --tensor-model-parallel-size {tensor_parallel}) = {unit}, "
-                f"which --sequence-parallel needs"
-            )
-        below = seq_length // unit * unit
-        lengths = or_list(length for length in (below, below + unit) if length)
-        return [f"--seq-length {seq_length} is not a multiple of {rule}; use {lengths}."]
 
     @property
     def _degree_flag(self) -> str:

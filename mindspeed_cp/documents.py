@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch import Tensor
 
 from mindspeed_cp.layouts import integer
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 
 MaskType = Literal["causal", "full", "prefix"]
@@ -277,8 +278,3 @@ def _plain(value: Any) -> Any:
         plain = map(_plain, value)
         return list(plain) if isinstance(value, list) else tuple(plain)
     return value
-
-
-def or_list(values: Sequence[str]) -> str:
-    """The values as the end of a sentence."""
-    return " or ".join([", ".join(values[:-1]), values[-1]])

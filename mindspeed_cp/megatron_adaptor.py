@@ -6,12 +6,15 @@ megatron.core without Megatron's argument parser call `configure` after the impo
 
 import os
 import warnings
+from dataclasses import fields
 from typing import Any
 
 from packaging.version import Version
 
-from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.batch import LayoutName
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches import batches
 from mindspeed_cp.patches.any_length import any_length_patches
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
@@ -67,17 +70,28 @@ def warn_of_newer(version: str) -> None:
         )
 
 
-def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: Any) -> ContextParallelConfig:
+def configure(
+    *,
+    distributed_backend: str = "nccl",
+    seed: int = 1234,
+    packed_sequence_layout: LayoutName = "zigzag_by_document",
+    **flags: Any,
+) -> ContextParallelConfig:
     """Set what the flags set, for programs without Megatron's argument parser.
 
-    To be called before `initialize_model_parallel`.
+    To be called before `initialize_model_parallel`. No algorithm is chosen: where none is named, it is Ulysses.
+    Documents come as PackedSeqParams; a sequence's tokens are a multiple of 2 x CP.
 
     distributed_backend: "gloo" on a machine without an accelerator asks for training on the CPU.
-    seed: of attention dropout. flags: fields of ContextParallelConfig, which are the flags with underscores:
+    seed: of attention dropout. packed_sequence_layout: how packed streams are dealt to ranks.
+    flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
-    Raises ValueError where a rule is broken (ConfigurationError) or a kernel is not there.
+    Raises ValueError where a rule is broken or a name is none of these (ConfigurationError), or a kernel is not there.
     """
+    known = [field.name for field in fields(ContextParallelConfig)]
+    if unknown := next((name for name in flags if name not in known), None):
+        raise ConfigurationError(f"configure() knows no {unknown}; of the flags it takes {or_list(known)}.")
     config = ContextParallelConfig(**flags)
     KERNELS.only(config.context_parallel_kernels)
     if asks_for_cpu(distributed_backend):
@@ -85,8 +99,8 @@ def configure(*, distributed_backend: str = "nccl", seed: int = 1234, **flags: A
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.seed = config, seed
-    plugin.documents, plugin.apart_by, plugin.packing, plugin.padding = None, None, Packing(), None
-    plugin.length = None
+    plugin.documents, plugin.apart_by, plugin.padding, plugin.length = None, None, None, None
+    plugin.packing = Packing(packed_sequence_layout)
     return config
 
 

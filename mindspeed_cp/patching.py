@@ -42,7 +42,7 @@ class Patch:
     package, versions: module whose `__version__` decides whether the patch is needed, and the versions (PEP 440) that
         need it; every version where `versions` is empty. The module and not a distribution of pip's: a checkout on
         PYTHONPATH may hide a wheel of another version, or have none.
-    needs: modules without which there is nothing to patch.
+    needs, unless: modules without which, and with which, there is nothing to patch.
     upstream: address of the issue or pull request that is about it, where there is one.
     """
 
@@ -56,6 +56,7 @@ class Patch:
     package: str = "megatron.core"
     versions: str = ""
     needs: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
     upstream: str = ""
 
     def __post_init__(self) -> None:
@@ -70,6 +71,9 @@ class Patch:
         for module in self.needs:
             if not _is_installed(module):
                 return f"{module} is not installed"
+        for module in self.unless:
+            if _is_installed(module):
+                return f"{module} is installed"
         if self.versions:
             version = _version(self.package)
             if version is None:

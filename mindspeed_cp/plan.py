@@ -15,7 +15,7 @@ Note [Tiles]
 
     Two tiles are one where their union is again a band on a rectangle. That is so if the band which spans both has the
     area of both, since it holds them and they do not overlap. Causal attention on a zigzag is one tile for each pair of
-    ranks by this rule, three pieces on the diagonal:
+    ranks by this rule, three tiles on the diagonal:
 
         keys        early  late                    early  late
         early       \                         the triangle on all local tokens
@@ -115,7 +115,8 @@ class AttentionPlan:
     """Who sees whom between the queries and the keys that ranks hold.
 
     queries, keys: who holds them; the same object in self-attention. bands: what a query sees of its document.
-    bands_of: the documents for which that is something else.
+    bands_of: the documents for which that is something else. handle: what stands for this plan in a graph of
+    torch.compile, see handles.py.
 
     Raises ValueError for a band in which nothing sees anything, or bands of one document about the same keys.
     """
@@ -132,6 +133,7 @@ class AttentionPlan:
     _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
     _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
     _made: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
+    handle: object = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for bands in (self.bands, *self.bands_of.values()):
@@ -146,8 +148,8 @@ class AttentionPlan:
         pair = query_rank, key_rank
         if pair not in self._tiles:
             apart = _lie_apart(self.queries.runs(query_rank), self.keys.runs(key_rank))
-            pieces = [] if apart else self._pieces(self._query_runs(query_rank), self._index(key_rank))
-            self._tiles[pair] = tuple([_tile(piece) for piece in pieces])
+            tiles = [] if apart else self._seen_between(self._query_runs(query_rank), self._index(key_rank))
+            self._tiles[pair] = tuple([_tile(bounds) for bounds in tiles])
         return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
@@ -243,23 +245,23 @@ class AttentionPlan:
             self._indices[key_rank] = _DocumentIndex(self.keys.runs(key_rank))
         return self._indices[key_rank]
 
-    def _pieces(self, queries: "_DocumentIndex", keys: "_DocumentIndex") -> "list[_Piece]":
-        """Document by document, what its queries see of its keys, as few pieces as possible."""
-        result: list[_Piece] = []
+    def _seen_between(self, queries: "_DocumentIndex", keys: "_DocumentIndex") -> "list[_Bounds]":
+        """Document by document, what its queries see of its keys, as few tiles as possible."""
+        result: list[_Bounds] = []
         for of in queries.shared(keys):
             theirs, bands = keys.runs[of], self.bands_in(of[1])
             rows = [_seen(run, theirs, bands) for run in queries.runs[of]]
             if len(rows) == 1 and len(rows[0]) < 2:
-                pieces = rows[0]
+                tiles = rows[0]
             else:
                 one = _merged(chain.from_iterable(rows))
-                pieces = _merged_rows(_merged_keys(rows)) if one is None else [one]
+                tiles = _merged_rows(_merged_keys(rows)) if one is None else [one]
             # Documents of a token or two may go on where the one before them ends.
-            if result and pieces and (merged := _merged_along(result[-1], pieces[0])) is not None:
+            if result and tiles and (merged := _merged_along(result[-1], tiles[0])) is not None:
                 result[-1] = merged
-                result += pieces[1:]
+                result += tiles[1:]
             else:
-                result += pieces
+                result += tiles
         return result
 
 
@@ -353,7 +355,7 @@ def union(slices: Iterable[slice]) -> tuple[slice, ...]:
 
 def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
     """The part of a tile between these queries and these keys; None where they see nothing of each other."""
-    q0, q1, k0, k1, low, high, _, sample = _piece(tile)
+    q0, q1, k0, k1, low, high, _, sample = _bounds(tile)
     q0, q1 = max(q0, queries.start), min(q1, queries.stop - 1)
     k0, k1 = max(k0, keys.start), min(k1, keys.stop - 1)
     if q0 > q1 or k0 > k1:
@@ -403,8 +405,11 @@ def _parts(tiles: tuple[Tile, ...], rectangles: Sequence[tuple[slice, slice]]) -
     return tuple(part for part in parts if part is not None)
 
 
-def check_runs(layout: Layout) -> None:
-    """Raise ValueError unless every token of every rank is in one run, and every position of a document in one rank."""
+def check_runs(layout: Layout, *, whole: bool = True) -> None:
+    """Raise ValueError unless every token of every rank is in one run, and every position of a document in one rank.
+
+    whole: whether the latter is asked; queries may be those of some positions alone.
+    """
     held: dict[tuple[int | None, int], list[tuple[int, int, int]]] = {}
     for rank in range(layout.num_ranks):
         runs, num_tokens = layout.runs(rank), layout.num_tokens(rank)
@@ -426,15 +431,18 @@ def check_runs(layout: Layout) -> None:
             raise ValueError(f"rank {rank}: some runs are of all samples and some of one; give each a sample, or none.")
         for sample, run in place.items():
             if run.stop != num_tokens:
-                raise ValueError(f"rank {rank}: runs of sample {sample} end at {run.stop}, of {num_tokens} tokens.")
-    for (sample, document), pieces in held.items():
-        pieces.sort()
-        ends = [0, *(last for _, last, _ in pieces)]
-        for expected, (first, _, rank) in zip(ends, pieces, strict=False):
+                raise ValueError(
+                    f"rank {rank}: runs of sample {sample} end at {run.stop}, of {num_tokens} tokens; give runs of all."
+                )
+    for (sample, document), parts in held.items() if whole else ():
+        parts.sort()
+        ends = [0, *(last for _, last, _ in parts)]
+        for expected, (first, _, rank) in zip(ends, parts, strict=False):
             if first != expected:
                 what = "is held twice" if first < expected else "is held by no rank"
                 raise ValueError(
-                    f"position {min(first, expected)} of document {document}, sample {sample}, {what}: see rank {rank}."
+                    f"position {min(first, expected)} of document {document}, sample {sample}, {what}: see rank "
+                    f"{rank}; give each position to one rank."
                 )
 
 
@@ -469,7 +477,7 @@ def causal_pairs(start: int, stop: int) -> int:
     return (stop * (stop + 1) - start * (start + 1)) // 2
 
 
-_Piece = tuple[int, int, int, int, int, int, int, int | None]
+_Bounds = tuple[int, int, int, int, int, int, int, int | None]
 """Queries and keys from..to in local tokens, the last included; low and high; area; sample.
 
 a sees b where low <= b - a <= high, and both bounds are reached. Thousands of these are made for a batch: they are
@@ -477,15 +485,15 @@ plain, and compared one by one where min and max would say it shorter.
 """
 
 
-def _tile(piece: _Piece) -> Tile:
+def _tile(bounds: _Bounds) -> Tile:
     """As kernels know it."""
-    q0, q1, k0, k1, low, high, area, sample = piece
+    q0, q1, k0, k1, low, high, area, sample = bounds
     left = k1 - q1 - low if low > k0 - q1 else None
     right = high + q1 - k1 if high < k1 - q0 else None
     return Tile(slice(q0, q1 + 1), slice(k0, k1 + 1), left, right, area, sample)
 
 
-def _piece(tile: Tile) -> _Piece:
+def _bounds(tile: Tile) -> _Bounds:
     """The inverse of `_tile`."""
     q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
     low = k0 - q1 if tile.left is None else k1 - q1 - tile.left
@@ -493,7 +501,7 @@ def _piece(tile: Tile) -> _Piece:
     return q0, q1, k0, k1, low, high, tile.area, tile.sample
 
 
-def _cropped(q0: int, q1: int, k0: int, k1: int, low: int, high: int, sample: int | None) -> _Piece | None:
+def _cropped(q0: int, q1: int, k0: int, k1: int, low: int, high: int, sample: int | None) -> _Bounds | None:
     """The band in a rectangle, both ends of which are included, cropped; None where nothing sees anything."""
     if k0 - high > q0:
         q0 = k0 - high
@@ -538,9 +546,9 @@ def _corner(side: int, rows: int, keys: int) -> int:
     return (side * (side + 1) - sum(each * (each + 1) for each in beyond) + twice * (twice + 1)) // 2
 
 
-def _merged(pieces: Iterable[_Piece]) -> _Piece | None:
+def _merged(tiles: Iterable[_Bounds]) -> _Bounds | None:
     """All as one; None where they are none, or their union is no band on a rectangle. They are of one sample."""
-    each = iter(pieces)
+    each = iter(tiles)
     first = next(each, None)
     if first is None:
         return None
@@ -562,35 +570,35 @@ def _merged(pieces: Iterable[_Piece]) -> _Piece | None:
     return (q0, q1, k0, k1, low, high, area, sample) if band_area(q0, q1, k0, k1, low, high) == area else None
 
 
-def _merged_keys(rows: list[list[_Piece]]) -> Iterator[list[_Piece]]:
-    """The pieces of each row; one that continues the one before it is merged with that."""
+def _merged_keys(rows: list[list[_Bounds]]) -> Iterator[list[_Bounds]]:
+    """The tiles of each row; one that continues the one before it is merged with that."""
     for row in rows:
-        result: list[_Piece] = []
-        for piece in row:
-            merged = _merged((result[-1], piece)) if result else None
+        result: list[_Bounds] = []
+        for bounds in row:
+            merged = _merged((result[-1], bounds)) if result else None
             if merged is None:
-                result.append(piece)
+                result.append(bounds)
             else:
                 result[-1] = merged
         yield result
 
 
-def _merged_rows(rows: Iterable[list[_Piece]]) -> list[_Piece]:
-    """The pieces of all rows; one that continues a piece of the row before it is merged with that one."""
-    result: list[_Piece] = []
+def _merged_rows(rows: Iterable[list[_Bounds]]) -> list[_Bounds]:
+    """The tiles of all rows; one that continues a tile of the row before it is merged with that one."""
+    result: list[_Bounds] = []
     above: dict[tuple[str, int], int] = {}  # Places in `result` by first and by last key: others cannot continue.
     for row in rows:
         edges: dict[tuple[str, int], int] = {}
-        for piece in row:
-            _, _, first_key, last_key, *_ = piece
+        for bounds in row:
+            _, _, first_key, last_key, *_ = bounds
             place = len(result)
             for edge in (("first", first_key), ("last", last_key), ("only", 0)):
-                if edge in above and (merged := _merged((result[above[edge]], piece))) is not None:
+                if edge in above and (merged := _merged((result[above[edge]], bounds))) is not None:
                     place = above[edge]
                     result[place] = merged
                     break
             else:
-                result.append(piece)
+                result.append(bounds)
             edges["first", first_key] = edges["last", last_key] = place
         if len(row) == 1:
             edges["only", 0] = place
@@ -598,8 +606,8 @@ def _merged_rows(rows: Iterable[list[_Piece]]) -> list[_Piece]:
     return result
 
 
-def _merged_along(first: _Piece, second: _Piece) -> _Piece | None:
-    """`_merged` for pieces of different documents: the later queries must not see the last of the earlier keys."""
+def _merged_along(first: _Bounds, second: _Bounds) -> _Bounds | None:
+    """`_merged` for tiles of different documents: the later queries must not see the last of the earlier keys."""
     _, _, _, last_key, low, high, _, sample = first
     first_query, _, _, _, lower, higher, _, other_sample = second
     if sample != other_sample or min(low, lower) <= last_key - first_query <= max(high, higher):
@@ -648,9 +656,9 @@ class _DocumentIndex:
         return [of for of in self.runs if of in other.runs]
 
 
-def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...]) -> list[_Piece]:
-    """The pieces of a document's keys that a run of its queries sees, band by band in the order of tokens."""
-    pieces: list[_Piece] = []
+def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...]) -> list[_Bounds]:
+    """The tiles of a document's keys that a run of its queries sees, band by band in the order of tokens."""
+    tiles: list[_Bounds] = []
     q0, stop, query, _, sample = queries
     q1 = stop - 1
     for band in bands:
@@ -670,10 +678,10 @@ def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...]) -> list[_Piece
                 if ahead is not None:
                     high = offset + ahead
             if low <= k0 - q1 and k1 - q0 <= high and q0 <= q1 and k0 <= k1:  # All of it, as mostly.
-                pieces.append((q0, q1, k0, k1, k0 - q1, k1 - q0, (q1 - q0 + 1) * (k1 - k0 + 1), sample))
-            elif (piece := _cropped(q0, q1, k0, k1, low, high, sample)) is not None:
-                pieces.append(piece)
-    return pieces
+                tiles.append((q0, q1, k0, k1, k0 - q1, k1 - q0, (q1 - q0 + 1) * (k1 - k0 + 1), sample))
+            elif (bounds := _cropped(q0, q1, k0, k1, low, high, sample)) is not None:
+                tiles.append(bounds)
+    return tiles
 
 
 _MANY = -1

@@ -125,10 +125,6 @@ class SequenceLayout:
         """Number of equal chunks that the whole sequence is cut into; it must divide the sequence length."""
         return self.size * self.chunks_per_rank
 
-    def chunk_ids(self, rank: int) -> tuple[int, ...]:
-        """Chunks that `rank` holds, in the order in which it holds them."""
-        return self.of(0).chunks(rank)
-
     def shard(self, sequence: Tensor, rank: int, dim: int) -> Tensor:
         """Tokens of `sequence` that `rank` holds, as a new contiguous tensor.
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag, or_list
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import SEQUENCE_KEYS, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -105,20 +106,6 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
         return get_pos_emb_on_this_cp_rank
 
-    def wrap_length(original: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(original)
-        def get_rotary_seq_len(*args: Any, **kwargs: Any) -> int:
-            named = bind_by_name(original, args, kwargs)
-            if (
-                plugin.length is None
-                or named["inference_context"] is not None
-                or named["packed_seq_params"] is not None
-            ):
-                return original(*args, **kwargs)
-            return plugin.length
-
-        return get_rotary_seq_len
-
     def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward_backward(*args: Any, **kwargs: Any) -> Any:
@@ -142,14 +129,6 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
             ),
             parameters=("pos_emb", "seq_dim", "cp_group"),
             why="It cuts by equal views.",
-            remove_when=_REMOVE_WHEN,
-        ),
-        Patch(
-            target=f"{_EMBEDDINGS}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
-            kind="wrap",
-            function=wrap_length,
-            parameters=("inference_context", "packed_seq_params"),
-            why="It takes the other ranks to have as many tokens as this one.",
             remove_when=_REMOVE_WHEN,
         ),
         *(

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from mindspeed_cp.choice import Choice
-from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, divisors, flag, or_list
+from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.heads import HeadLayout
-from mindspeed_cp.kernels import KERNELS, BlockCase, Term, Window
+from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
 from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
 from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
@@ -304,7 +305,7 @@ def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["zigzag_by_document", "balanced"],
         default="zigzag_by_document",
         help="How packed streams (--sft, --dataloader-inter-document-masking) are dealt to the context-parallel ranks: "
-        "an early and a late stretch of each document, or documents whole or in pieces, so that all compute as much.",
+        "an early and a late stretch of each document, or documents whole or cut, so that all compute as much.",
     )
 
 
@@ -346,9 +347,11 @@ def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _argparse_options(option: "Field[Any]", hint: Any) -> dict[str, Any]:
-    # Where no algorithm is named, one is chosen.
-    default = None if option.name == "context_parallel_algo" else option.default
-    shared = {"help": option.metadata["help"], "default": default}
+    default, text = option.default, option.metadata["help"]
+    if option.name == "context_parallel_algo":  # Where none is named, one is chosen.
+        default = None
+        text += " By default what --cp-comm-type asks for, else Ulysses where the heads allow it, a hybrid or the ring."
+    shared = {"help": text, "default": default}
     if hint is bool:
         return {**shared, "action": "store_true"}
     if option.name in CHOICES:
@@ -391,13 +394,6 @@ def settled(
     args.context_parallel_algo = found.config.context_parallel_algo
     args.ulysses_degree_in_cp = found.config.ulysses_degree_in_cp
     return found
-
-
-def config_from_arguments(
-    args: argparse.Namespace, defaults: Mapping[str, object] = MappingProxyType({})
-) -> ContextParallelConfig:
-    """The configuration of `settled`."""
-    return settled(args, defaults).config
 
 
 def _examine_arguments(
@@ -557,7 +553,7 @@ def _calls(args: argparse.Namespace, config: ContextParallelConfig) -> list[Call
         if config.context_parallel_latent == "absorbed":
             head_size, value_head_size = args.kv_lora_rank + args.qk_pos_emb_head_dim, args.kv_lora_rank
     cases = [
-        BlockCase(
+        TileCase(
             device_type=device,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             window=Window(),

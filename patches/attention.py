@@ -6,7 +6,6 @@ V head size of the values (D but in latent attention).
 
 import copy
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
-from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType, or_list
+from mindspeed_cp.attention.terms import default_scale
+from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.latent_travel import UpProjection
@@ -432,7 +433,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         general=build_attention(config, groups, recomputation=recomputation) if reads_mask else None,
         mask_type=named["attn_mask_type"].name,
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
-        scale=1.0 / math.sqrt(head_size) if scale is None else scale,
+        scale=default_scale(head_size) if scale is None else scale,
         size=config.context_parallel_size,
         window=_window(layer_config, named),
         packing=plugin.packing,

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from mindspeed_cp.config import or_list
+from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.blockers import Blocker
 from mindspeed_cp.patches.mindspeed.record import Disposition, is_number
 from mindspeed_cp.patches.mindspeed.table import FLAGS

@@ -6,13 +6,13 @@ D head size of queries and keys, V head size of values.
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.patches.latent_travel import give_up_projection
 from mindspeed_cp.patching import Patch
 
@@ -31,7 +31,7 @@ class HeadSizes(NamedTuple):
         config = named["config"]
         # The class takes its head size for two things: the scale, where none is given, and the width of its output.
         if named["softmax_scale"] is None:
-            named["softmax_scale"] = 1.0 / math.sqrt(self.k_channels or config.kv_channels)
+            named["softmax_scale"] = default_scale(self.k_channels or config.kv_channels)
         config.kv_channels = self.v_channels or config.kv_channels
 
 
@@ -64,7 +64,20 @@ def latent_attention_patches() -> tuple[Patch, ...]:
             "over the tensor-parallel ranks.",
             remove_when="Megatron sums it itself: NVIDIA/Megatron-LM#1699.",
         ),
+        Patch(
+            target="megatron.core.transformer.multi_latent_attention:TELinear",
+            kind="replace",
+            function=_NothingOfThatClass,
+            unless=("transformer_engine",),
+            versions="<0.17",
+            why="Without TransformerEngine no class is there, and layers are asked whether they are of it.",
+            remove_when="Megatron 0.16 is no longer supported.",
+        ),
     )
+
+
+class _NothingOfThatClass:
+    """Stands for a class that is not installed, in questions for it."""
 
 
 def _gather_latent(

@@ -88,6 +88,19 @@ class Packing:
             return _plan(stream, window)
         return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
 
+    def longest(self, cu_seqlens: Tensor) -> int:
+        """Tokens of the longest document of a stream."""
+        return max((stop - start for start, stop in pairwise(self.ends(cu_seqlens))), default=0)
+
+    def num_positions(self, packed: Any) -> int:
+        """How many positions there are embeddings for. packed: Megatron's PackedSeqParams of a stream.
+
+        A program's max_seqlen may leave out what pads the documents, or be wrong; the stream's own length is Megatron's
+        way to say that positions run on over it.
+        """
+        said = [int(each) for each in (packed.max_seqlen_q, packed.max_seqlen_kv) if each is not None]
+        return max(*said, self.longest(ends_with_padding(packed)), 1)
+
     def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, like: Tensor, *, over_stream: bool) -> Tensor:
         """Place of each of a rank's tokens in its document, or over the whole stream: [t] int64.
 
@@ -172,6 +185,11 @@ def _plan_of_padded(batch: PackedBatch, window: Window, cu_seqlens: Ends, padded
 def _without_empty(ends: list[int]) -> Ends:
     """Documents of no tokens left out, such as those that fill a row up."""
     return tuple(end for number, end in enumerate(ends) if number == 0 or end != ends[number - 1])
+
+
+def is_stream(packed: Any) -> bool:
+    """Whether Megatron's PackedSeqParams say where the documents of a stream end; those of other formats need not."""
+    return packed.qkv_format == "thd" and packed.cu_seqlens_q is not None
 
 
 def ends_with_padding(packed: Any) -> Tensor:

@@ -110,7 +110,7 @@ class Plugin:
         with ExitStack() as stack:
             for groups in (self.groups, *self._over_others.values()):
                 if groups is not None:
-                    stack.enter_context(groups.agreement.once())
+                    stack.enter_context(groups.agreement.remembering())
             yield
 
     def _build(

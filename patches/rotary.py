@@ -1,4 +1,4 @@
-"""Rotary embeddings of packed streams: by the positions that this rank's tokens have in their documents.
+"""Rotary embeddings: for as many positions as there are, and by those that this rank's tokens have in their documents.
 
 Shapes: t tokens of this rank, T of the whole stream, N heads, D head size, R rotated part of it.
 """
@@ -9,16 +9,35 @@ from typing import Any
 
 from torch import Tensor
 
+from mindspeed_cp.patches.packing import is_stream
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 
-_ROPE = "megatron.core.models.common.embeddings.rope_utils"
+_EMBEDDINGS = "megatron.core.models.common.embeddings"
+_ROPE = f"{_EMBEDDINGS}.rope_utils"
 _PASSED_ON = ("rotary_interleaved", "mla_rotary_interleaved", "multi_latent_attention", "mscale")
 """What says how to rotate; one of those in the middle has a new name since 0.18."""
 
 
 def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
-    """Patch of what apply_rotary_pos_emb does with packed streams, under latent attention and YaRN too."""
+    """Patches of what apply_rotary_pos_emb does with packed streams, under latent attention and YaRN too, and of how
+    many positions there are embeddings for.
+    """
+
+    def wrap_length(original: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(original)
+        def get_rotary_seq_len(*args: Any, **kwargs: Any) -> int:
+            named = bind_by_name(original, args, kwargs)
+            packed = named["packed_seq_params"]
+            if named["inference_context"] is not None:
+                return original(*args, **kwargs)
+            if packed is not None and is_stream(packed):
+                return plugin.packing.num_positions(packed)
+            if packed is not None or plugin.length is None:
+                return original(*args, **kwargs)
+            return plugin.length
+
+        return get_rotary_seq_len
 
     def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
@@ -31,6 +50,11 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             from megatron.core.models.common.embeddings import rope_utils
 
             rank, size = group.rank(), group.size()
+            if (longest := plugin.packing.longest(named["cu_seqlens"])) > freqs.size(0):
+                raise ValueError(
+                    f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens "
+                    f"with what pads it; make as many, as Megatron's get_rotary_seq_len says."
+                )
             # Frequencies for each token of the stream are Megatron's second form: positions that do not begin anew.
             positions = plugin.packing.positions(
                 named["cu_seqlens"], rank, size, t, over_stream=freqs.size(0) == t.size(0) * size
@@ -52,5 +76,14 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             why="It takes every document to be cut as a zigzag of its own, in lengths that 2 x CP divides: under "
             "--dataloader-inter-document-masking positions were silently wrong.",
             remove_when="Megatron gives the positions of the tokens at hand.",
+        ),
+        Patch(
+            target=f"{_EMBEDDINGS}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
+            kind="wrap",
+            function=wrap_length,
+            parameters=("inference_context", "packed_seq_params"),
+            why="It takes the other ranks to have as many tokens as this one, and a program's max_seqlen to count what "
+            "pads the documents.",
+            remove_when="Megatron finds the longest document itself, and takes sequences that 2 x CP does not divide.",
         ),
     )

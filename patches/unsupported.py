@@ -41,7 +41,10 @@ def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProx
 
 
 _MASK_IS_MADE = "create_attention_mask_in_dataloader"
-_RL_LOOP = "Megatron's loop of reinforcement learning has not been tried; programs may give layers its PackedSeqParams"
+_RL_LOOP = (
+    "Megatron's loop of reinforcement learning gives each rank of a sequence the whole of it; a program may cut its "
+    "bins by megatron_adaptor.shard_batch"
+)
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
@@ -54,6 +57,7 @@ _REFUSALS = (
     _Refusal("external_cuda_graph", _is_set, _GRAPHS, "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
+    _Refusal("perform_rl_step", _is_set, _RL_LOOP, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
     _Refusal(
         "hybrid_context_parallel",
@@ -64,7 +68,7 @@ _REFUSALS = (
     _Refusal(
         "position_embedding_type",
         lambda kind: kind == "relative",
-        "attention bias is not available yet",
+        "T5 alone has it, whose batches Megatron does not cut for the ranks of a sequence",
         "use rope or learned_absolute",
     ),
 )

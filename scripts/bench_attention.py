@@ -10,9 +10,10 @@ kernel, and checks the results.
 All algorithms take turns within one run. A time is the median over --iterations of the slowest rank's, from a start
 that all ranks agree on. Shown beside it: the kernel's part; how long the busiest link takes for all that goes over it,
 and the time over the larger of the two, which it cannot be below; what is exposed, which is all but the kernel's part;
-how much of that was waiting in communication calls, as opposed to packing, merging and adding. Memory is the process's
-highest resident set (VmHWM) above what it held when the inputs were there. Written to --output: results.jsonl, a line
-for each algorithm and pass, and plots.
+how much of that was waiting in communication calls, as opposed to packing, merging and adding. K/V held are those of
+other ranks that the fullest rank has at hand or kept, as its program says; memory is the process's highest resident set
+(VmHWM) above what it held when the inputs were there. Written to --output: results.jsonl, a line for each algorithm and
+pass, and plots.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def _record(setting: Setting, algorithm: Algorithm, phase: Phase, runs: list[lis
         "card_bytes_inside": sum(rank.cards.inside for rank in first),
         "card_bytes_between": sum(rank.cards.between for rank in first),
         "most_bytes_between_of_a_rank": max(rank.between for rank in first),
+        "held_bytes": expected.held_bytes(),
         "peak_bytes": max(run.peak_bytes or 0 for run in runs[0]),
         "errors": _worst_errors(runs[0]),
     }
@@ -140,7 +142,7 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
         text.append(
             f"\n  {phase.value:29s}{'ms':>8s}{'/best':>7s}{'kernel':>8s}{'link':>8s}{'/larger':>8s}{'exposed':>8s}"
             f"{'waiting':>8s}{'predicted':>10s}{'meas/pred':>10s}{'MiB inside':>11s}{'between':>9s}{'formula':>9s}"
-            f"{'cards':>9s}{'peak MiB':>9s}  error"
+            f"{'cards':>9s}{'K/V held':>9s}{'peak MiB':>9s}  error"
         )
         for line in (line for line in lines if line["pass"] == phase.value):
             errors = line["errors"]
@@ -153,7 +155,8 @@ def table(setting: Setting, lines: Sequence[dict[str, Any]]) -> str:
                 f"{line['waiting_seconds'] * 1e3:8.0f}"
                 f"{line['predicted_seconds'] * 1e3:10.0f}{line['measured_over_predicted']:10.3f}"
                 f"{line['bytes_inside'] / mib:11.2f}{line['bytes_between'] / mib:9.2f}"
-                f"{line['bytes_by_formula'] / mib:9.2f}{cards / mib:9.2f}{line['peak_bytes'] / mib:9.1f}"
+                f"{line['bytes_by_formula'] / mib:9.2f}{cards / mib:9.2f}{line['held_bytes'] / mib:9.2f}"
+                f"{line['peak_bytes'] / mib:9.1f}"
                 f"  {'none' if errors is None else f'{max(errors.values()):.1e}'}"
             )
     return "\n".join(text)
@@ -193,6 +196,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="of kept K/V, for rings with overlap",
     )
+    parser.add_argument("--deepspeed", action="store_true", help="its Ulysses as well, as far as it is installed")
     parser.add_argument("--algorithms", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_attention"))
     args = parser.parse_args(arguments)
@@ -255,7 +259,9 @@ def _settings(
                 head_size=args.head_size,
                 element_size=args.dtype_bytes,
             )
-            algorithms = algorithms_for(case, cluster.network.num_ranks, args.pieces, args.policies)
+            algorithms = algorithms_for(
+                case, cluster.network.num_ranks, args.pieces, args.policies, deepspeed=args.deepspeed
+            )
             if args.algorithms:
                 algorithms = [each for each in algorithms if any(part in each.name for part in args.algorithms)]
             for algorithm in algorithms:

@@ -5,11 +5,14 @@
 
 documents: of the named mix (lengths lognormal, sigma 1, a sixteenth of the stream on the average), other ones in every
 iteration, so that what is made of a plan is made anew as in training. Only tokens of documents count, not padding.
+Ways are compared with each of those that do without: rows, the zigzag over the stream, documents with padding.
 windows: a sixteenth of the sequence in five layers, the whole one in the sixth, against all layers causal.
 
 The model is a GPT on a ring of all ranks: forward and backward pass, reduction of gradients, Adam. All ways take turns
-in the same processes. Attention waits for as long as an accelerator of --gflops would compute what is seen, since ranks
-that share cores would hide what waits for the slowest; everything else is computed. --kernel cpu computes that as well.
+in the same processes, --repeats times with each batch, of which the median counts. Attention waits for as long as an
+accelerator of --gflops would compute what is seen, since ranks that share cores would hide what waits for the slowest;
+everything else is computed. --kernel cpu computes that as well. "attention": the part of a step for which the rank that
+computes most is in the kernel.
 """
 
 import argparse
@@ -17,8 +20,8 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from itertools import accumulate, product
 from typing import NamedTuple
 from unittest import mock
 
@@ -39,7 +42,7 @@ from mindspeed_cp import megatron_adaptor
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.batch import LayoutName
 from mindspeed_cp.benchmark.documents import lognormal_mix
-from mindspeed_cp.benchmark.kernels import EmulatedKernel
+from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.patches.packing import Packing
 
@@ -47,55 +50,68 @@ VOCABULARY = 128
 
 
 class Batch(NamedTuple):
-    """Whole tokens [B, S], where documents of a stream end [n + 1], or with padding, and how many tokens count."""
+    """Whole tokens [B, S], where documents of a stream end [n + 1], and where with what pads them."""
 
     tokens: Tensor
     cu_seqlens: Tensor | None
     cu_seqlens_padded: Tensor | None
-    num_counted: int
 
 
 class Way(NamedTuple):
-    """A way of training. batch: of an iteration. layout: of packed streams. window: (tokens before, after) or None."""
+    """A way of training. batch: of an iteration. layout: of packed streams. window: (tokens before, after) or None.
+
+    short: its name where others are compared with it.
+    """
 
     batch: Callable[[int], Batch]
     layout: LayoutName = "zigzag_by_document"
     window: tuple[int, int] | None = None
+    short: str = ""
+
+
+class Measured(NamedTuple):
+    """Of a step: seconds until the last rank is done, and those that the rank which computes most spends in kernels."""
+
+    step: float
+    attention: float
 
 
 def ways_with_documents(tokens: int, ranks: int) -> dict[str, Way]:
-    """By name; the first ones are what others are compared with."""
+    """By name."""
 
     def rows(iteration: int) -> Batch:
         lengths = lognormal_mix(iteration, tokens)
-        return Batch(_tokens(len(lengths), _up_to(max(lengths), 2 * ranks)), None, None, tokens)
+        return Batch(_tokens(len(lengths), _up_to(max(lengths), 2 * ranks)), None, None)
 
     def stream(iteration: int) -> Batch:
         ends = _ends(lognormal_mix(iteration, tokens))
-        return Batch(_tokens(1, tokens), ends, None, tokens)
+        return Batch(_tokens(1, tokens), ends, None)
 
     def padded(iteration: int) -> Batch:
         lengths = lognormal_mix(iteration, tokens)
         with_padding = _ends([_up_to(length, 2 * ranks) for length in lengths])
-        return Batch(_tokens(1, int(with_padding[-1])), _ends(lengths), with_padding, tokens)
+        return Batch(_tokens(1, int(with_padding[-1])), _ends(lengths), with_padding)
 
     return {
-        "a document a row, padded to the longest": Way(rows),
-        "a stream, zigzag over it": Way(stream, "zigzag"),
-        f"a stream, documents padded to {2 * ranks}": Way(padded),
+        "a document a row, padded to the longest": Way(rows, short="rows"),
+        "a stream, zigzag over it": Way(stream, "zigzag", short="zigzag"),
+        f"a stream, documents padded to {2 * ranks}": Way(padded, short="padding"),
         "a stream, zigzag by document": Way(stream),
         "a stream, balanced": Way(stream, "balanced"),
     }
 
 
 def ways_with_windows(tokens: int) -> dict[str, Way]:
-    """By name; the first one is what the other is compared with."""
+    """By name."""
 
     def whole(iteration: int) -> Batch:
-        return Batch(_tokens(1, tokens), None, None, tokens)
+        return Batch(_tokens(1, tokens), None, None)
 
     window = tokens // 16
-    return {"causal": Way(whole), f"windows of {window} in five layers of six": Way(whole, window=(window - 1, 0))}
+    return {
+        "causal": Way(whole, short="causal"),
+        f"windows of {window} in five layers of six": Way(whole, window=(window - 1, 0)),
+    }
 
 
 def _up_to(number: int, unit: int) -> int:
@@ -114,7 +130,7 @@ class Trainer:
     """A model of one way, and its optimizer."""
 
     def __init__(self, way: Way, args: argparse.Namespace) -> None:
-        self._way, plugin = way, megatron_adaptor.plugin
+        self.way, plugin = way, megatron_adaptor.plugin
         self._packing = plugin.packing = Packing(way.layout)
         config = TransformerConfig(
             num_layers=args.layers,
@@ -136,15 +152,17 @@ class Trainer:
         adam = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0)
         self._optimizer: MegatronOptimizer = get_megatron_optimizer(adam, [self._model])
 
-    def tokens_per_second(self, iteration: int) -> float:
-        """Of one iteration, until the last rank is done."""
-        batch = self._way.batch(iteration)
+    def measured(self, iteration: int, kernels: list[TimedKernel]) -> Measured:
+        """One step. kernels: all that compute attention."""
+        batch = self.way.batch(iteration)
         megatron_adaptor.plugin.packing = self._packing
+        before = sum(kernel.seconds for kernel in kernels)
         dist.barrier()
         start = time.perf_counter()
         self._step(batch)
-        dist.barrier()
-        return batch.num_counted / (time.perf_counter() - start)
+        most = torch.tensor(sum(kernel.seconds for kernel in kernels) - before, dtype=torch.float64)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return Measured(time.perf_counter() - start, most.item())
 
     def _step(self, batch: Batch) -> None:
         packed = None
@@ -173,6 +191,19 @@ class Trainer:
         self._optimizer.step()
 
 
+def table(steps: dict[str, list[list[Measured]]], trainers: dict[str, Trainer], tokens: int) -> Iterator[str]:
+    """A row for each way. steps: by way, for each iteration, its repeats."""
+    # Over all of them as training goes through them: their mixes differ.
+    seconds = {name: sum(statistics.median(each.step for each in batch) for batch in of) for name, of in steps.items()}
+    compared = {trainer.way.short: seconds[name] for name, trainer in trainers.items() if trainer.way.short}
+    yield f"| | tokens/s | {' | '.join(f'times {short}' for short in compared)} | attention |"
+    yield "|---" * (len(compared) + 3) + "|"
+    for name, of in steps.items():
+        share = statistics.median(each.attention / each.step for batch in of for each in batch)
+        ratios = " | ".join(f"{other / seconds[name]:.2f}" for other in compared.values())
+        yield f"| {name} | {tokens * len(of) / seconds[name]:.0f} | {ratios} | {share:.0%} |"
+
+
 def main() -> None:
     """Read the command line, train, print on the first rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,6 +216,7 @@ def main() -> None:
     parser.add_argument("--kernel", choices=["emulated", "cpu"], default="emulated")
     parser.add_argument("--only", default="", help="ways whose names contain this")
     parser.add_argument("--iterations", type=int, default=6, help="the one before them is not counted (6)")
+    parser.add_argument("--repeats", type=int, default=1, help="steps of a way with each batch (1)")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     size = dist.get_world_size()
@@ -197,23 +229,20 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     model_parallel_cuda_manual_seed(1)
-    kernels = KernelRegistry((EmulatedKernel(args.gflops * 1e9),)) if args.kernel == "emulated" else KERNELS
-    emulated = functools.partial(build_attention, kernels=kernels)
-    with mock.patch("mindspeed_cp.patches.attention.build_attention", emulated):
+    emulated = (EmulatedKernel(args.gflops * 1e9),)
+    kernels = [TimedKernel(kernel) for kernel in (emulated if args.kernel == "emulated" else KERNELS.kernels)]
+    timed = functools.partial(build_attention, kernels=KernelRegistry(tuple(kernels)))
+    with mock.patch("mindspeed_cp.patches.attention.build_attention", timed):
         ways = ways_with_documents(args.tokens, size) if args.what == "documents" else ways_with_windows(args.tokens)
         trainers = {name: Trainer(way, args) for name, way in ways.items() if args.only in name}
-    measured: dict[str, list[float]] = {name: [] for name in trainers}
-    for iteration in range(args.iterations + 1):
+    steps: dict[str, list[list[Measured]]] = {name: [[] for _ in range(args.iterations + 1)] for name in trainers}
+    for iteration, _ in product(range(args.iterations + 1), range(args.repeats)):
         for name, trainer in trainers.items():
-            measured[name].append(trainer.tokens_per_second(iteration))
+            steps[name][iteration].append(trainer.measured(iteration, kernels))
     if dist.get_rank() == 0:
-        # Over all of them as training goes through them: their mixes differ.
-        speed = {name: statistics.harmonic_mean(each[1:]) for name, each in measured.items()}
-        first = next(iter(speed.values()))
         print(f"{size} ranks, {args.tokens} tokens, {args.layers} layers of {args.heads} heads, {args.kernel} kernel")
-        print("| | tokens/s | times the first |\n|---|---|---|")
-        for name, each in speed.items():
-            print(f"| {name} | {each:.0f} | {each / first:.2f} |")
+        for line in table({name: each[1:] for name, each in steps.items()}, trainers, args.tokens):
+            print(line)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

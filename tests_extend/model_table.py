@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests_extend")]
 
 from mindspeed_cp.testing.toy_models import TOY_MODELS  # noqa: E402
 from system_tests.conftest import TrainingPool  # noqa: E402
-from system_tests.model_cases import ALGORITHMS, Difference, ModelRuns  # noqa: E402
+from system_tests.model_cases import ALGORITHMS, Difference, model_runs  # noqa: E402
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     training, failed = TrainingPool(), False
     print("| model | " + " | ".join(ALGORITHMS) + " |\n|---" + "|---" * len(ALGORITHMS) + "|")
     for name in names or TOY_MODELS:
-        runs, cells = ModelRuns(training, name, further), []
+        runs, cells = model_runs(training, name, further), []
         for algorithm in ALGORITHMS:
             found = runs.difference(algorithm)
             cells.append(f"{found.losses:.0e}, {found.gradients:.0e}")

@@ -350,6 +350,21 @@ MISTAKES = {
         "        self._add(wanted[1:])\n        self._add(wanted[1:])\n",
         "attention/test_latent.py",
     ),
+    "a latent's gradient is of the own heads": Mistake(
+        "patches/latent_travel.py",
+        "copied: Tensor = copy_to_tensor_model_parallel_region(latent, group=layer.tp_group)",
+        "copied: Tensor = latent",
+        "system_tests/test_blocks.py",
+    ),
+    "layers are counted from 0": Mistake(
+        "patches/attention.py",
+        'config.keeps_in(named["layer_number"])',
+        'config.keeps_in(named["layer_number"] + 1)',
+        "system_tests/test_blocks.py",
+    ),
+    "Megatron's checkpoint keeps no output": Mistake(
+        "patches/recomputation.py", "(kept if keeps else original)", "original", "system_tests/test_blocks.py"
+    ),
 }
 
 
@@ -368,7 +383,8 @@ def first_failure(mistake: Mistake, copy: Path) -> str | None:
     file.write_text(text.replace(mistake.right, mistake.wrong))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    tests = f"tests_extend/unit_tests/{mistake.tests}"
+    kind = "" if mistake.tests.startswith("system_tests/") else "unit_tests/"
+    tests = f"tests_extend/{kind}{mistake.tests}"
     done = subprocess.run([*command, tests], cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(

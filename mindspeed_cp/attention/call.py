@@ -4,22 +4,23 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, are_called, attend
 from mindspeed_cp.attention.parameters import with_summed_gradients
-from mindspeed_cp.attention.recomputation import Recomputation, once
-from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
+from mindspeed_cp.attention.recomputation import Recomputation, replay
+from mindspeed_cp.attention.terms import AttentionTerms, check_terms, default_scale, terms_words
 from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.handles import with_handle
+from mindspeed_cp.kernels import TileCase, TileTerms
 from mindspeed_cp.kernels.precision import autocast_is_on
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Transport
@@ -185,6 +186,7 @@ class ContextParallelAttention:
     attention: what computes it. config, layout, transport, pieces: how it was built; the same on all ranks. agreement:
     of these ranks; None for one that is alone. parameters: of these ranks, where the gradients of sinks and slopes are
     summed over them; None where that is somebody else's to do. recomputation: of the checkpoints that it runs in.
+    handle: what stands for it in a graph of torch.compile, see handles.py.
     """
 
     attention: Attention
@@ -195,13 +197,25 @@ class ContextParallelAttention:
     pieces: int = 1
     parameters: Communicator | None = None
     recomputation: Recomputation | None = None
+    handle: Tensor = field(init=False, repr=False, compare=False)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention."""
         check_shards(q, k, v, same_tokens=plan is None)
         self.attention.check(q, k, v, plan)
 
-    @_outside_graphs
+    def __post_init__(self) -> None:
+        with_handle(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        with_handle(self)
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether it attends with exchanged tensors, as under Ulysses, and saves none of those that it is given."""
+        return bool(getattr(self.attention, "exchanges_heads", False))
+
     def __call__(
         self,
         q: Tensor,
@@ -219,12 +233,9 @@ class ContextParallelAttention:
 
         Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
         """
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
-        if call.is_empty:
-            return _empty(call.q, call.k, call.v)
-        return self.attention(*call.tensors, **call.told)
+        (out,) = self._attend(OUTPUT, q, k, v, scale, visible, plan, terms)
+        return out
 
-    @_outside_graphs
     def with_lse(
         self,
         q: Tensor,
@@ -237,14 +248,9 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        wanted = "output and log-sum-exp"
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
-        if call.is_empty:
-            out = _empty(call.q, call.k, call.v)
-            return out, out.sum(dim=-1, dtype=accumulation_dtype(out.dtype))
-        return self.attention.with_lse(*call.tensors, **call.told)
+        out, lse = self._attend(WITH_LSE, q, k, v, scale, visible, plan, terms)
+        return out, lse
 
-    @_outside_graphs
     def with_largest(
         self,
         q: Tensor,
@@ -257,12 +263,53 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        wanted = "output and largest scores"
+        out, largest = self._attend(WITH_LARGEST, q, k, v, scale, visible, plan, terms)
+        return out, largest
+
+    def _attend(
+        self,
+        wanted: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor | None,
+        visible: Tensor | None,
+        plan: AttentionPlan | None,
+        terms: AttentionTerms | None,
+    ) -> tuple[Tensor, ...]:
+        """What is wanted: as it is, or as an operator where somebody looks for one."""
+        # What is kept for recomputations anyway is no policy's to keep.
+        if not are_called(by_policies=self.recomputation is None):
+            return self.run(wanted, q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
+        refuse_learnt(scale)
+        refuse_other_plans(plan)
+        return attend(self, wanted, *in_one_dtype(q, k, v), scale=scale, visible=visible, plan=plan, terms=terms)
+
+    def run(
+        self,
+        wanted: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | Tensor | None,
+        visible: Tensor | None,
+        plan: AttentionPlan | None,
+        terms: AttentionTerms | None,
+    ) -> tuple[Tensor, ...]:
+        """The output, and what is wanted beside it; what the operator runs too, see Note [Operators]."""
         call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
-        if call.is_empty:
-            nothing = call.q.new_full((call.q.size(1),), -torch.inf, dtype=accumulation_dtype(call.q.dtype))
-            return _empty(call.q, call.k, call.v), nothing
-        return self.attention.with_largest(*call.tensors, **call.told)
+        dtype = accumulation_dtype(call.q.dtype)
+        if wanted == OUTPUT:
+            return (_empty(*call.tensors) if call.is_empty else self.attention(*call.tensors, **call.told),)
+        if wanted == WITH_LSE:
+            if not call.is_empty:
+                return self.attention.with_lse(*call.tensors, **call.told)
+            out = _empty(*call.tensors)
+            return out, out.sum(dim=-1, dtype=dtype)
+        if not call.is_empty:
+            return self.attention.with_largest(*call.tensors, **call.told)
+        return _empty(*call.tensors), call.q.new_full((call.q.size(1),), -torch.inf, dtype=dtype)
 
     def check_latent(self) -> None:
         """See Attention."""
@@ -295,7 +342,7 @@ class ContextParallelAttention:
         visible: Tensor | None = None,
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
-        wanted: str = "output",
+        wanted: str = OUTPUT,
         latent: Latent | None = None,
     ) -> PreparedCall:
         """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does.
@@ -316,14 +363,14 @@ class ContextParallelAttention:
             factor = number(scale, q)
             check_terms(terms, q, k, plan, self.layout.size)
             words = f"{_words(q, k, v, factor, visible, plan)}{terms_words(terms)}; {self._setup}"
-            words += f"; for the {wanted}" * (wanted != "output")
+            words += f"; for the {wanted}" * (wanted != OUTPUT)
             words += "" if latent is None else f"; made of {latent.words}"
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
-            once(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
+            replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
         elif refusal is not None:
             raise ValueError(refusal)
         terms = with_summed_gradients(terms, self.parameters)
@@ -384,7 +431,7 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: one head and a head size of 1 at least; only "
             f"batch and tokens may be 0."
         )
-    BlockCase.of(q, k, v, TileTerms(1.0))
+    TileCase.of(q, k, v, TileTerms(1.0))
     if same_tokens and q.size(2) != k.size(2):
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
@@ -450,23 +497,22 @@ def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: b
         )
 
 
-def default_scale(q: Tensor) -> float:
-    """1 / sqrt(D)."""
-    return 1.0 / math.sqrt(q.size(-1))
+def refuse_learnt(scale: float | Tensor | None) -> None:
+    """Raise ValueError for a scale that wants a gradient."""
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "scale is a tensor that requires a gradient, and attention gives it none; multiply q by it, and give "
+            "scale=1.0."
+        )
 
 
 def number(scale: float | Tensor | None, q: Tensor) -> float:
     """The factor on the scores as a number. Raises ValueError for one that is none, or that wants a gradient."""
     if scale is None:
-        return default_scale(q)
-    if isinstance(scale, Tensor):
-        if scale.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "scale is a tensor that requires a gradient, and attention gives it none; multiply q by it, and give "
-                "scale=1.0."
-            )
-        if scale.numel() != 1:
-            raise ValueError(f"scale is a tensor of {tuple(scale.shape)}; give one number, or multiply q by it.")
+        return default_scale(q.size(-1))
+    refuse_learnt(scale)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"scale is a tensor of {tuple(scale.shape)}; give one number, or multiply q by it.")
     value = float(scale) + 0.0  # -0.0 is 0.0.
     largest = torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
     if not abs(value) <= largest:

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
-from mindspeed_cp.program import KV, Axis, Exchange, Message, Phase, Program, Step, num_tokens
+from mindspeed_cp.program import KV, BlockName, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -178,8 +178,8 @@ class BlockFormat(NamedTuple):
             if len(parts) == 1:
                 place.copy_(parts[0])
                 continue
-            for target, piece in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
-                target.copy_(piece)
+            for target, tokens in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
+                target.copy_(tokens)
         return message
 
 
@@ -231,17 +231,9 @@ class _Posted(NamedTuple):
     sent: Sequence[Tensor]
     received: Sequence[Tensor]
 
-    def brings(self, owner: int, piece: int | None) -> bool:
-        """Whether a piece of an owner's heads comes with it."""
-        return any((message.owner, message.piece) == (owner, piece) for message in self.exchange.receives)
-
     def arrived(self) -> Iterator[tuple[Message, Tensor]]:
         """What has come, once it has been waited for."""
         return zip(self.exchange.receives, self.received, strict=True)
-
-
-BlockName = tuple[int, int | None]
-"""A block by its owner, and the piece of the heads; None for all."""
 
 
 class KeyValues:
@@ -256,31 +248,30 @@ class KeyValues:
         player: Player,
         k: Tensor,
         v: Tensor,
-        kept: Mapping["BlockName", Tensor] | None = None,
+        kept: Mapping[BlockName, Tensor] | None = None,
         kind: Kind = _KV,
     ) -> None:
         self._player, self._kind = player, kind
         self.kept: dict[BlockName, Tensor] = dict(kept or {})
         self._whole = BlockFormat.of(k, v)
         own = Block((slice(0, k.size(2)),), k, v)
-        self._here: dict[tuple[int, int | None], Block] = {(player.program.rank, None): own}
-        self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
+        self._here: dict[BlockName, Block] = {(player.program.rank, None): own}
+        self._coming: list[_Posted] = []
 
     def steps(self) -> Iterator[Step]:
         """The program's steps; with overlap, when one is given, what has to travel meanwhile is on its way."""
         program, overlap = self._player.program, self._player.overlap
         for step, exchanges, done_with in zip(program.steps, program.exchanges, program.done_with, strict=True):
             if overlap:
-                self._post(exchanges)
+                self._post(step, exchanges)
             yield step
             if not overlap:
                 # Last of all: ranks that skip steps of each other's meet in one order, see Note [Order of messages].
-                self._post(exchanges)
+                self._post(step, exchanges)
             self._keep(step)
             for block in done_with:
                 self._here.pop(block, None)
-        for axis, piece in list(self._coming):
-            self._settle(axis, piece)
+        self._settle(list(self._coming))
 
     def block(self, step: Step) -> "Block":
         """K/V of the step's owner, waited for where they have not arrived; of its piece of the heads.
@@ -307,7 +298,7 @@ class KeyValues:
         only = block.only(self._player.program.kept)
         self.kept[name] = BlockFormat.of(only.k, only.v).pack(*only.parts(tokens))
 
-    def _with_kept(self, name: "BlockName") -> Block:
+    def _with_kept(self, name: BlockName) -> Block:
         """The block of a step, as much of it as is seen: from what was kept, and what has come for the rest."""
         tokens, (_, piece) = self._player.program.keeps[name], name
         k, v = self._player.format_kept(self._whole, piece).unpack(self.kept[name])
@@ -317,7 +308,7 @@ class KeyValues:
             k, v = (k, in_one(of_v)) if kept is KV.KEYS else (in_one(of_k), v)
         return Block(tokens, k, v)
 
-    def _post(self, exchanges: Iterable[Exchange]) -> None:
+    def _post(self, step: Step, exchanges: Iterable[Exchange]) -> None:
         """Start what travels at a step.
 
         Pieces travel one after another, and each is waited for by itself: the first is worked on while the next comes.
@@ -325,12 +316,10 @@ class KeyValues:
         packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
         for exchange in exchanges:
             leaving = [self._packed(message, packed) for message in exchange.sends]
-            axis, piece = exchange.axis, exchange.piece
-            self._settle(axis, None)
-            self._settle(axis, piece)
-            self._coming[axis, piece] = self._player.post(self._kind, exchange, leaving, self._whole)
+            self._settle([each for each in self._coming if each.exchange.is_before(exchange, step)])
+            self._coming.append(self._player.post(self._kind, exchange, leaving, self._whole))
             if not self._player.overlap:
-                self._settle(axis, piece)
+                self._settle(self._coming[-1:])
 
     def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> Tensor:
         """The content of a message, which is that of one already packed where it is the same."""
@@ -339,15 +328,14 @@ class KeyValues:
         packed.append((message, content))
         return content
 
-    def _settle(self, axis: Axis, piece: int | None) -> None:
-        """Wait for what is under way of a piece along an axis."""
-        posted = self._coming.pop((axis, piece), None)
-        if posted is None:
-            return
-        self._player.wait(self._kind, posted)
-        for message, received in posted.arrived():
-            k, v = self._player.format(self._whole, message).unpack(received)
-            self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)
+    def _settle(self, some: Sequence[_Posted]) -> None:
+        """Wait for some of what is under way."""
+        for posted in some:
+            self._coming = [each for each in self._coming if each is not posted]
+            self._player.wait(self._kind, posted)
+            for message, received in posted.arrived():
+                k, v = self._player.format(self._whole, message).unpack(received)
+                self._here[message.owner, message.piece] = Block(message.tokens, k, v, received)
 
     def _block(self, owner: int, piece: int | None) -> Block:
         """A block that is at hand, or is waited for; the piece of a whole one where only that is here."""
@@ -355,8 +343,7 @@ class KeyValues:
             return self._here[owner, piece]
         whole = self._here.get((owner, None))
         if whole is None:
-            for way in [way for way, posted in self._coming.items() if posted.brings(owner, piece)]:
-                self._settle(*way)
+            self._settle([each for each in self._coming if each.exchange.brings(owner, piece)])
             return self._here[owner, piece]
         heads = self._player.heads(piece, whole.k.size(1))
         return Block(whole.tokens, part(whole.k, 1, heads), part(whole.v, 1, heads))
@@ -436,37 +423,34 @@ class Gradients:
         self._player, self._k, self._v = player, k, v
         self._whole = BlockFormat.of(k, v)
         self._own = _OwnerSum((slice(0, k.size(2)),), k, v)
-        self._others: dict[tuple[int, int | None], _OwnerSum] = {}
-        self._coming: dict[tuple[Axis, int | None], _Posted] = {}  # By axis and piece.
+        self._others: dict[BlockName, _OwnerSum] = {}
+        self._coming: dict[int, _Posted] = {}  # By the number of the step that it was posted at.
 
-    def take(self, step: Step, partials: Sequence[Partial]) -> None:
+    def take(self, number: int, partials: Sequence[Partial]) -> None:
         """What a step has found: kept, or sent to where it is added up; and what the step gets is on its way."""
-        self._settle(Axis.HOME, None)
-        self._settle(Axis.HOME, step.piece)
+        step = self._player.program.steps[number]
+        for earlier in self._player.program.added[number]:
+            self._settle(earlier)
         if step.gives is None and partials:
             self._add(step.owner, step.piece, partials)
         exchange = step.gradients
         if exchange is None:
             return
-        way = exchange.axis, exchange.piece
-        self._settle(*way)
         sent = [] if step.gives is None else [self._content(step, step.gives, partials)]
         posted = self._player.post(_GRADIENTS, exchange, sent, self._whole)
         if not self._player.overlap:
             self._player.wait(_GRADIENTS, posted)
-        self._coming[way] = posted
+        self._coming[number] = posted
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's own keys and values, rounded once."""
-        for axis, piece in list(self._coming):
-            self._settle(axis, piece)
+        for number in list(self._coming):
+            self._settle(number)
         return self._own.result()
 
-    def _settle(self, axis: Axis, piece: int | None) -> None:
-        """Wait for what is under way of a piece along an axis, and add it. Without overlap that has been waited for."""
-        posted = self._coming.pop((axis, piece), None)
-        if posted is None:
-            return
+    def _settle(self, number: int) -> None:
+        """Wait for what was posted at a step, and add it. Without overlap that has been waited for."""
+        posted = self._coming.pop(number)
         if self._player.overlap:
             self._player.wait(_GRADIENTS, posted)
         for message, received in posted.arrived():

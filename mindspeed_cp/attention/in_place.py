@@ -44,7 +44,7 @@ def scatter_in_place(shards: Sequence[Tensor], communicator: Communicator, parts
     width = sum(x.size(3) * x.size(4) for x in split)
     received = shards[0].new_empty((sum(part.stop - part.start for part in parts), batch, width))
     leaving = shards[0].new_empty((size - 1, tokens, batch, width))
-    for x, place in zip(split, _of_tensors(leaving, split), strict=True):
+    for x, place in zip(split, split_heads(leaving, split), strict=True):
         place[:rank].copy_(x[:rank])
         place[rank:].copy_(x[rank + 1 :])
     sends: list[list[Tensor]] = [[] for _ in range(size)]
@@ -56,13 +56,13 @@ def scatter_in_place(shards: Sequence[Tensor], communicator: Communicator, parts
         if part.member != rank:
             receives[part.member].append(arriving)
             continue
-        for x, place in zip(split, _of_tensors(arriving, split), strict=True):
+        for x, place in zip(split, split_heads(arriving, split), strict=True):
             place.copy_(x[rank, part.start : part.stop])
         for other in range(size):
             if other != rank:
                 sends[other].append(leaving[other - (other > rank), part.start : part.stop])
     communicator.all_to_all_of_parts(sends, receives)
-    return tuple(x.permute(1, 2, 0, 3) for x in _of_tensors(received, split))
+    return tuple(x.permute(1, 2, 0, 3) for x in split_heads(received, split))
 
 
 def gather_in_place(shares: Sequence[Tensor], communicator: Communicator, parts: Sequence[Part]) -> tuple[Tensor, ...]:
@@ -104,7 +104,7 @@ def gather_in_place(shares: Sequence[Tensor], communicator: Communicator, parts:
     return tuple(joined)
 
 
-def _of_tensors(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a message [.., W] as [.., h, D], one for each tensor [.., h, D]."""
+def split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a message [..., W], one for each of `like`, with its heads and head size as the last dims."""
     widths = [x.size(-2) * x.size(-1) for x in like]
-    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]
+    return [each.unflatten(-1, x.shape[-2:]) for each, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.attention.call import check_plan, default_scale, refuse_mask
+from mindspeed_cp.attention.call import ContextParallelAttention, check_plan
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.terms import AttentionTerms, Terms
+from mindspeed_cp.attention.terms import AttentionTerms, Terms, default_scale
 from mindspeed_cp.attention.ulysses import UlyssesAttention
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
-from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan
+from mindspeed_cp.layouts import PROVEN
+from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, check_runs
 from mindspeed_cp.sharding import SequenceLayout
 
 
@@ -23,17 +25,24 @@ class PlannedAttention:
     """Attention by the plan of a call; without one, of a document that is spread over the ranks in equal shards.
 
     attention: what computes it. layout, causal: where a call has no plan, who holds what, and whether a query sees only
-    itself and earlier keys; else it sees all of them, or what `visible` says.
+    itself and earlier keys; else it sees all of them, or what `visible` says. A call is to be in order: that is what
+    ContextParallelAttention makes sure of.
     """
 
     attention: RingAttention | UlyssesAttention
     layout: SequenceLayout
     causal: bool
 
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether it attends with exchanged tensors."""
+        return isinstance(self.attention, UlyssesAttention)
+
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention. The chunks divide the tokens where there is no plan."""
         if plan is not None:
             check_plan(plan, q, k, self.attention.rank, self.layout.size)
+            plan.once("checked", lambda: _check_layouts(plan))
         elif q.size(2) % self.layout.chunks_per_rank:
             raise ValueError(
                 f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
@@ -51,7 +60,7 @@ class PlannedAttention:
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
     ) -> Tensor:
-        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        """See Attention."""
         return self.attention(q, k, v, *self._told(q, scale, visible, plan, terms))
 
     def with_lse(
@@ -65,7 +74,7 @@ class PlannedAttention:
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        """See Attention."""
         return self.attention.with_lse(q, k, v, *self._told(q, scale, visible, plan, terms))
 
     def with_largest(
@@ -79,7 +88,7 @@ class PlannedAttention:
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        """See Attention."""
         return self.attention.with_largest(q, k, v, *self._told(q, scale, visible, plan, terms))
 
     def check_latent(self) -> None:
@@ -96,7 +105,7 @@ class PlannedAttention:
         plan: AttentionPlan | None = None,
         terms: AttentionTerms | None = None,
     ) -> Tensor:
-        """See Attention. Raises ValueError for a mask beside a plan, or of a causal attention."""
+        """See Attention."""
         return self.attention.of_latent(q, latent, *self._told(q, scale, visible, plan, terms))
 
     def _told(
@@ -107,14 +116,23 @@ class PlannedAttention:
         plan: AttentionPlan | None,
         terms: AttentionTerms | None,
     ) -> tuple[AttentionPlan, Terms]:
-        refuse_mask(visible, plan, causal=self.causal)
         plan = plan_of(self.layout, q.size(2), self.causal) if plan is None else plan
-        return plan, Terms.of(terms, default_scale(q) if scale is None else scale, visible)
+        return plan, Terms.of(terms, default_scale(q.size(-1)) if scale is None else scale, visible)
 
 
-def local_attention(*, causal: bool, kernels: KernelRegistry = KERNELS) -> PlannedAttention:
+def _check_layouts(plan: AttentionPlan) -> None:
+    """Raise ValueError where a layout of the caller's own has a token twice, or leaves one out."""
+    if type(plan.keys) not in PROVEN:
+        check_runs(plan.keys)
+    if type(plan.queries) not in PROVEN:
+        check_runs(plan.queries, whole=False)
+
+
+def local_attention(*, causal: bool, kernels: KernelRegistry = KERNELS) -> ContextParallelAttention:
     """Attention of the tokens that one rank has in hand: a ring of one. kernels: what to choose from."""
-    return PlannedAttention(RingAttention(kernels=kernels), SequenceLayout(size=1, kind="contiguous"), causal)
+    config = ContextParallelConfig(attention_mask_type="causal" if causal else "general")
+    layout = SequenceLayout(size=1, kind="contiguous")
+    return ContextParallelAttention(PlannedAttention(RingAttention(kernels=kernels), layout, causal), config, layout)
 
 
 @functools.lru_cache(maxsize=256)

@@ -73,13 +73,13 @@ class Recomputation:
         """Whether a checkpointed function runs that is to be recomputed, so that what is found is kept."""
         return self._current is not None and not self._current.is_repeated
 
-    def once(self, case: object, find: Callable[[], Found]) -> Found:
+    def replay(self, case: object, find: Callable[[], Found]) -> Found:
         """What `find` gives; in a recomputation what it has given before.
 
         case: what it is found for. Outside of checkpoints nothing is kept.
         """
         record = self._current
-        return find() if record is None else record.once(case, find)
+        return find() if record is None else record.replay(case, find)
 
     @property
     def nbytes(self) -> int:
@@ -108,9 +108,9 @@ class Recomputation:
             record.end_run()
 
 
-def once(recomputation: Recomputation | None, case: object, find: Callable[[], Found]) -> Found:
-    """`Recomputation.once` of one that may not be there."""
-    return find() if recomputation is None else recomputation.once(case, find)
+def replay(recomputation: Recomputation | None, case: object, find: Callable[[], Found]) -> Found:
+    """`Recomputation.replay` of one that may not be there."""
+    return find() if recomputation is None else recomputation.replay(case, find)
 
 
 class _Kept(NamedTuple):
@@ -142,11 +142,11 @@ class _Record:
         self._found: deque[tuple[object, Any]] = deque()
         self.is_repeated = False
 
-    def once(self, case: object, find: Callable[[], Found]) -> Found:
-        """See Recomputation.once."""
+    def replay(self, case: object, find: Callable[[], Found]) -> Found:
+        """See Recomputation.replay."""
         if not self.is_repeated:
             with _disable_modes() if self.is_hidden else nullcontext():
-                found = find() if self._outer is None else self._outer.once(case, find)
+                found = find() if self._outer is None else self._outer.replay(case, find)
             self._found.append((case, _mapped(found, Tensor, lambda x: _Kept(x.detach(), x._version))))
             return found
         if self._found and self._found[0][0] == case:

@@ -3,18 +3,22 @@
     chunk of the sequence    0  1  2  3  4  5  6  7
     held by rank             0  1  2  3  3  2  1  0         (zigzag of four ranks; others are in layouts.py)
 
-    rank 1, forward          works on rank 1      sends rank 1's K/V on
-                             works on rank 0      sends rank 0's K/V on
-                             works on rank 3      sends rank 3's K/V on
-                             works on rank 2
-    backward, likewise       works on rank 1, one half
-                             works on rank 0      gives rank 0 its gradients
-                             works on rank 3      gives rank 3 its gradients
-                             works on rank 2      gives rank 2 its gradients
-                             works on rank 1, the other half
+    rank 1, forward     key_values.steps()         compute(step)
+                        1's leave, 0's come        all x 1's own keys, a triangle
+                        0's leave, 3's come        all x the early half of 0's keys
+                        3's leave, 2's come        the late half x 3's keys
+                        nothing                    the late half x 2's keys
 
-Who sees whom is the plan's to say (plan.py), and what travels when the program's (program/). This module computes the
-tiles of each step, in the order of the program, and adds up what they give; messages are in exchange.py.
+    backward            key_values.steps()         compute(step)                            gradients.take(...)
+                        1's leave, 0's come        the late half x the early half of 1's    kept
+                        0's leave, 3's come        all x the early half of 0's              leave for 0, 2's come
+                        3's leave, 2's come        the late half x 3's                      leave for 3, 3's come
+                        nothing                    the late half x 2's                      leave for 2, 0's come
+                        nothing                    two triangles of 1's                     kept
+
+Each row is a step, and its calls are made in this order; without overlap K/V travel last. Who sees whom is the plan's
+to say (plan.py), and what travels when the program's (program/). This module computes the tiles of each step, in the
+order of the program, and adds up what they give; messages are in exchange.py.
 
 Note [Gradient of lse]
     The gradient of a score is p * (dout . v - dout . out + dlse), and kernels compute the middle term themselves, from
@@ -36,31 +40,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Block, BlockName, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.exchange import Block, Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
 from mindspeed_cp.comm import RingCommunicators
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.config import divisors
 from mindspeed_cp.kernels import (
     KERNELS,
     MERGE_KERNELS,
-    BlockCase,
-    BlockKernel,
-    BlockOutput,
     KernelRegistry,
     MergeKernel,
     Term,
+    TileCase,
+    TileKernel,
+    TileOutput,
     TileTerms,
 )
 from mindspeed_cp.kernels.calls import Call, Views, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.wrapped import Turned
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import KV, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, BlockName, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.schedule import RingSchedule
 
 
@@ -109,7 +113,7 @@ class RingAttention:
         if self.pieces < 1 or num_kv_heads % self.pieces:
             raise ValueError(
                 f"pieces={self.pieces} do not divide the {num_kv_heads} K/V heads that a rank of the ring works on; "
-                f"give one of {', '.join(map(str, divisors(num_kv_heads)))}."
+                f"give {or_list(divisors(num_kv_heads))}."
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
@@ -139,7 +143,7 @@ class RingAttention:
 
         latent: what travels in place of k and v, which then only say what they would be like.
         """
-        case = BlockCase.of(q, k, v, TileTerms(terms.scale))
+        case = TileCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         expand, weights = None, tuple[Tensor, ...]()
         if latent is not None:
@@ -161,11 +165,11 @@ class RingAttention:
         """See Attention. plan: between the ranks of the ring."""
         return self._apply(q, *latent.stand_ins, plan, terms, latent)[0]
 
-    def forward_pass(self, plan: AttentionPlan, case: BlockCase) -> "RingPass":
+    def forward_pass(self, plan: AttentionPlan, case: TileCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
-        transport = self.transport or cheapest_transport(plan, self.schedule)
-        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.kernels, case
+        transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap)
+        made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.overlap, self.kernels, case
         return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 
     def player(self, made: "RingPass") -> Player:
@@ -178,6 +182,7 @@ class RingPass:
     """A rank's program, and the calls of kernels for the tiles of each step."""
 
     transport: Transport
+    ahead: bool
     program: Program
     phase: Phase
     calls: tuple[tuple[Call, ...], ...]
@@ -194,26 +199,28 @@ def _forward_pass(
     transport: Transport,
     pieces: int,
     kept: KV,
+    ahead: bool,
     kernels: KernelRegistry,
-    case: BlockCase,
+    case: TileCase,
 ) -> RingPass:
-    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept)
+    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
     share = _share(case, pieces)
     return RingPass(
         transport,
+        ahead,
         made,
         Phase.FORWARD,
         tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
     )
 
 
-def _share(case: BlockCase, pieces: int) -> BlockCase:
+def _share(case: TileCase, pieces: int) -> TileCase:
     """The case of a piece of the heads."""
     return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
 
 
 def _backward_pass(
-    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: BlockCase, kernels: KernelRegistry
+    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: TileCase, kernels: KernelRegistry
 ) -> RingPass:
     """The pass in which every tile is computed by the kernel that computed it in the forward pass.
 
@@ -221,30 +228,32 @@ def _backward_pass(
     has drawn dropout for the whole by its own coordinates.
     """
     rank, pieces = forward.program.rank, forward.program.pieces
-    again = functools.partial(program, transport=forward.transport, pieces=pieces, kept=forward.program.kept)
+    again = functools.partial(
+        program, transport=forward.transport, pieces=pieces, kept=forward.program.kept, ahead=forward.ahead
+    )
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
-    def share(step: Step) -> BlockCase:
+    def share(step: Step) -> TileCase:
         return case if step.piece is None else _share(case, pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
         made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
         try:
             each = tuple(
-                _kept(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
+                _again(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
                 for step in made.steps
             )
         except NotImplementedError:
             continue
-        return RingPass(forward.transport, made, Phase.BACKWARD, each)
+        return RingPass(forward.transport, forward.ahead, made, Phase.BACKWARD, each)
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
-def _kept(step: Step, before: Step, done: Sequence[Call], case: BlockCase, kernels: KernelRegistry) -> tuple[Call, ...]:
+def _again(step: Step, before: Step, done: Sequence[Call], case: TileCase, kernels: KernelRegistry) -> tuple[Call, ...]:
     """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
     if not step.tiles or step.tiles == before.tiles:
         return tuple(done) if step.tiles else ()
-    parts: dict[str, tuple[BlockKernel, list[Tile]]] = {}
+    parts: dict[str, tuple[TileKernel, list[Tile]]] = {}
     for call in done:
         kernel = call.kernel.kernel if isinstance(call.kernel, Turned) else call.kernel
         parts.setdefault(kernel.name, (kernel, []))[1].extend(_common(call.tiles, step.tiles))
@@ -282,14 +291,19 @@ def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
     once = once_differentiable(backward)
 
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
-                "torch.nn.functional.scaled_dot_product_attention with its math backend."
-            )
+        refuse_second_derivatives()
         return once(ctx, *grads)
 
     return run
+
+
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that is to be part of a graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend."
+        )
 
 
 class _Ring(torch.autograd.Function):
@@ -301,7 +315,7 @@ class _Ring(torch.autograd.Function):
         ring: RingAttention,
         plan: AttentionPlan,
         terms: Terms,
-        case: BlockCase,
+        case: TileCase,
         expand: Expand | None,
         q: Tensor,
         k: Tensor,
@@ -310,7 +324,7 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         expansion = _expansion(expand, terms, tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = once(
+            (out, lse, _), largest, made, states, kept = replay(
                 ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
             )
         ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
@@ -358,12 +372,12 @@ def _forward(
     ring: RingAttention,
     plan: AttentionPlan,
     terms: Terms,
-    case: BlockCase,
+    case: TileCase,
     expansion: Expansion | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-) -> tuple[BlockOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
+) -> tuple[TileOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
     """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
@@ -384,7 +398,7 @@ def _forward(
         tile_terms = told.of(step.owner, call, heads)
         output = call.kernel.forward(q_, k_, v_, tile_terms)
         states[call] = output.state
-        result = BlockOutput(queries.result(output.out), queries.result(output.lse))
+        result = TileOutput(queries.result(output.out), queries.result(output.lse))
         merged.merge(result, queries.back, heads)
         largest.add(q_, k_, tile_terms, heads)
 
@@ -431,7 +445,7 @@ def _backward(
         d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
-            BlockOutput(out, lse, _state(states, call)),
+            TileOutput(out, lse, _state(states, call)),
             told.of(step.owner, call, heads),
         )
         dq.add(queries.result(grads.dq), queries.back, heads)
@@ -444,7 +458,7 @@ def _backward(
         if step.tiles:
             with player.step(step.owner):
                 partials = compute(step, made.calls[number])
-        gradients.take(step, partials)
+        gradients.take(number, partials)
     sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
     return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)
 

@@ -18,17 +18,17 @@ Sources: StreamingLLM arXiv:2309.17453; gpt-oss; Miller, Attention is off by one
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels import TileOutput
 
 
-def with_sinks(merged: BlockOutput, sinks: Tensor | float | None) -> BlockOutput:
+def with_sinks(merged: TileOutput, sinks: Tensor | float | None) -> TileOutput:
     """Output and log-sum-exp over all keys, with sinks [N] or of one score beside them; see Note [Sinks]."""
     if sinks is None:
         return merged
     out, lse, state = merged
     both = torch.logaddexp(lse, _for_rows(sinks, lse))
     share = torch.exp(lse - both).masked_fill(lse == -torch.inf, 0.0)
-    return BlockOutput(out * share.unsqueeze(-1), both, state)
+    return TileOutput(out * share.unsqueeze(-1), both, state)
 
 
 def sinks_gradient(sinks: Tensor | float | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, MergeKernel, add_, choose_merge_kernel
+from mindspeed_cp.kernels import MERGE_KERNELS, MergeKernel, TileOutput, add_, choose_merge_kernel
 from mindspeed_cp.kernels.calls import ALL, Place, Views, part
 
 
@@ -80,8 +80,8 @@ class MergedOutput:
 
     def __init__(self, like: Tensor, kernels: Sequence[MergeKernel] = MERGE_KERNELS) -> None:
         self._like, self._kernels = like, kernels
-        self._single: BlockOutput | None = None
-        self._total: BlockOutput | None = None
+        self._single: TileOutput | None = None
+        self._total: TileOutput | None = None
         self._views = Views()
 
     @classmethod
@@ -89,7 +89,7 @@ class MergedOutput:
         """For queries q [B, N, S, D] and values of head size V."""
         return cls(q.new_empty(()).expand(*q.shape[:3], value_head_size), kernels)
 
-    def merge(self, more: BlockOutput, place: Place, heads: slice = ALL) -> None:
+    def merge(self, more: TileOutput, place: Place, heads: slice = ALL) -> None:
         """Add the attention of some queries and heads over some more keys, as `place` takes them."""
         if self._is_empty and isinstance(place.tokens, slice) and more.out.shape == self._like.shape:
             self._single = more
@@ -108,19 +108,19 @@ class MergedOutput:
         """The one that merges."""
         return choose_merge_kernel(self._like.device.type, self._like.dtype, self._kernels)
 
-    def result(self, dtype: torch.dtype | None = None) -> BlockOutput:
+    def result(self, dtype: torch.dtype | None = None) -> TileOutput:
         """Output rounded once, to the dtype of `like` by default, 0 in rows that see no key, and log-sum-exp."""
         out, lse, _ = self._accumulator() if self._single is None else self._single
-        return BlockOutput(out.to(dtype or self._like.dtype), lse)
+        return TileOutput(out.to(dtype or self._like.dtype), lse)
 
-    def _accumulator(self) -> BlockOutput:
+    def _accumulator(self) -> TileOutput:
         if self._total is None:
             dtype = accumulation_dtype(self._like.dtype)
             if self._single is None:
                 out = _token_major(self._like)
-                self._total = BlockOutput(out, out.new_full(out.shape[:3], -torch.inf))
+                self._total = TileOutput(out, out.new_full(out.shape[:3], -torch.inf))
             else:
                 single, self._single = self._single, None
-                self._total = BlockOutput(single.out.to(dtype, copy=True), single.lse.to(dtype, copy=True))
+                self._total = TileOutput(single.out.to(dtype, copy=True), single.lse.to(dtype, copy=True))
             self._views = Views(self._total.out, self._total.lse)
         return self._total

@@ -2,11 +2,12 @@
 
 Shapes: B batch, N query heads, S query tokens of this rank, T keys of all ranks.
 
-A term is a field here and of `TileTerms`. Kernels say themselves which they take (`BlockKernel.unsupported_reasons`),
+A term is a field here and of `TileTerms`. Kernels say themselves which they take (`TileKernel.unsupported_reasons`),
 and its mathematics are in one file: sinks.py, kernels/bias.py, kernels/philox.py, kernels/reference.py. Here terms are
 checked, and cut for tiles.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -23,6 +24,11 @@ from mindspeed_cp.kernels.reference import largest_scores
 from mindspeed_cp.plan import AttentionPlan
 
 Tensors = tuple[Tensor | None, ...]
+
+
+def default_scale(head_size: int) -> float:
+    """The factor on the scores where none is given: 1 / sqrt(D)."""
+    return 1.0 / math.sqrt(head_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

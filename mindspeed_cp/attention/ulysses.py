@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
-from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place
+from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place, split_heads
 from mindspeed_cp.attention.latent import Latent
-from mindspeed_cp.attention.recomputation import Recomputation, once
+from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, Sizes
@@ -160,7 +160,7 @@ class UlyssesAttention:
         mine = visible.movedim(-2, 0)
         padded = mine.new_zeros((max(order.sizes), *mine.shape[1:]))
         padded[: len(mine)] = mine
-        gathered = once(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
+        gathered = replay(self.recomputation, padded.shape, lambda: self.communicator.all_gather(padded))
         rows = torch.cat([rows[:size] for rows, size in zip(gathered, order.sizes, strict=True)])
         rows = order.sort(rows).movedim(0, -2)
         if rows.dim() == 4 and rows.size(1) > 1:
@@ -258,10 +258,10 @@ class _Exchange(NamedTuple):
     heads: tuple[Dealt, ...]
     recomputation: Recomputation | None
 
-    def once(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def replay(self, exchange: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What an exchange of these tensors gives, or has given."""
         case = tuple((x.shape, x.dtype) for x in tensors)
-        return once(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
+        return replay(self.recomputation, case, lambda: exchange(tensors, self.communicator, self.order, self.heads))
 
 
 class _ScatterHeads(torch.autograd.Function):
@@ -270,7 +270,7 @@ class _ScatterHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return exchange.once(scatter_heads, shards)
+        return exchange.replay(scatter_heads, shards)
 
     @staticmethod
     @once_differentiable
@@ -284,7 +284,7 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return exchange.once(gather_heads, parts)
+        return exchange.replay(gather_heads, parts)
 
     @staticmethod
     @once_differentiable
@@ -310,21 +310,21 @@ def scatter_heads(
     if all(dealt.is_even for dealt in heads):
         parts = [x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for x in shards]  # [P, s, B, H/P, D]
         send = shards[0].new_empty((size, tokens, batch, _width(parts)))
-        for part, place in zip(parts, _split_heads(send, parts), strict=True):
+        for part, place in zip(parts, split_heads(send, parts), strict=True):
             place.copy_(part)
         with in_profiles(_THERE):
             received = communicator.all_to_all(send.flatten(0, 1), Sizes([tokens] * size, order.sizes))  # [S, B, W]
-        return tuple(x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), parts))
+        return tuple(x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), parts))
     sent = [_of_member(shards, heads, member) for member in range(size)]
     widths = [_width(each) for each in sent]
     send = shards[0].new_empty(tokens * batch * sum(widths))
     for message, each in zip(send.split([tokens * batch * width for width in widths]), sent, strict=True):
-        for part, place in zip(each, _split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
+        for part, place in zip(each, split_heads(message.view(tokens, batch, _width(each)), each), strict=True):
             place.copy_(part)
     sizes = Sizes([tokens * batch * width for width in widths], [count * batch * widths[rank] for count in order.sizes])
     with in_profiles(_THERE):
         received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
-    mine = (x.permute(1, 2, 0, 3) for x in _split_heads(order.sort(received), sent[rank]))
+    mine = (x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), sent[rank]))
     return tuple(_repeated(x, dealt.given[rank]) for x, dealt in zip(mine, heads, strict=True))
 
 
@@ -350,7 +350,7 @@ def gather_heads(
         with in_profiles(_BACK):
             received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
         del send  # While the heads are joined a pass holds the most.
-        shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in _split_heads(received, sequences))
+        shards = (x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in split_heads(received, sequences))
         return tuple(x.permute(1, 2, 0, 3) for x in shards)
     batch = send.size(1)
     sums = [_HeadSum(x, dealt, tokens) for x, dealt in zip(sequences, heads, strict=True)]
@@ -359,9 +359,9 @@ def gather_heads(
     with in_profiles(_BACK):
         messages = communicator.all_to_all(send.flatten(), sizes).split(list(sizes.received))
     for member, message in enumerate(messages):
-        pieces = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
-        for each, piece in zip(sums, pieces, strict=True):
-            each.add(member, piece)
+        shares = message.view(tokens, batch, widths[member]).split([each.width(member) for each in sums], dim=-1)
+        for each, share in zip(sums, shares, strict=True):
+            each.add(member, share)
     return tuple(each.result() for each in sums)
 
 
@@ -379,7 +379,7 @@ def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
     if order.is_sorted and len(sequences) == 1 and sequences[0].is_contiguous():
         return sequences[0].flatten(2)
     send = sequences[0].new_empty((*sequences[0].shape[:2], _width(sequences)))
-    for sequence, place in zip(sequences, _split_heads(send, sequences), strict=True):
+    for sequence, place in zip(sequences, split_heads(send, sequences), strict=True):
         order.unsort_into(place, sequence)
     return send
 
@@ -420,9 +420,9 @@ class _HeadSum:
         part = self._parts[member]
         return int((part.stop - part.start) * self._like.size(3))
 
-    def add(self, member: int, piece: Tensor) -> None:
+    def add(self, member: int, share: Tensor) -> None:
         """Add what a member has sent, [s, B, width]."""
-        self._total[:, :, self._parts[member]] += piece.unflatten(-1, (-1, self._like.size(3)))
+        self._total[:, :, self._parts[member]] += share.unflatten(-1, (-1, self._like.size(3)))
 
     def result(self) -> Tensor:
         """[B, H, s, D], rounded once."""
@@ -432,9 +432,3 @@ class _HeadSum:
 def _width(tensors: Sequence[Tensor]) -> int:
     """Numbers that one token takes in a message of these tensors [..., heads, head size]."""
     return sum(x.size(-2) * x.size(-1) for x in tensors)
-
-
-def _split_heads(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `message` [..., W], one for each of `like`, with its heads and head size as the last dims."""
-    widths = [x.size(-2) * x.size(-1) for x in like]
-    return [piece.unflatten(-1, x.shape[-2:]) for piece, x in zip(message.split(widths, dim=-1), like, strict=True)]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.call import default_scale
 from mindspeed_cp.attention.sums import MergedOutput
+from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.comm import Communicator
-from mindspeed_cp.kernels import BlockKernel, BlockOutput, TileTerms, Window
+from mindspeed_cp.kernels import TileKernel, TileOutput, TileTerms, Window
 from mindspeed_cp.kernels.calls import in_all_samples
 from mindspeed_cp.kernels.tiles import cut
 from mindspeed_cp.layouts import EqualChunks
@@ -30,7 +30,7 @@ class AllGatherAttention:
     """
 
     communicator: Communicator
-    kernel: BlockKernel
+    kernel: TileKernel
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Output [B, N, s, D] of this rank's queries; q: [B, N, s, D]; k, v: [B, G, s, D]."""
@@ -58,7 +58,9 @@ class _AllGather(torch.autograd.Function):
         merged = MergedOutput.of(q, v.size(3))
         for tile in attention.tiles(q.size(2)):
             block = (q[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
-            output = attention.kernel.forward(*block, TileTerms(default_scale(q), Window(tile.left, tile.right)))
+            output = attention.kernel.forward(
+                *block, TileTerms(default_scale(q.size(-1)), Window(tile.left, tile.right))
+            )
             merged.merge(output, in_all_samples(tile.queries))
         out, lse, _ = merged.result()
         ctx.save_for_backward(q, keys, values, out, lse)
@@ -76,8 +78,8 @@ class _AllGather(torch.autograd.Function):
         for tile in attention.tiles(q.size(2)):
             queries, seen, window = tile.queries, tile.keys, Window(tile.left, tile.right)
             block = (q[:, :, queries], keys[:, :, seen], values[:, :, seen])
-            output = BlockOutput(out[:, :, queries], lse[:, :, queries])
-            terms = TileTerms(default_scale(q), window)
+            output = TileOutput(out[:, :, queries], lse[:, :, queries])
+            terms = TileTerms(default_scale(q.size(-1)), window)
             grads = attention.kernel.backward(grad_outputs[0][:, :, queries], *block, output, terms)
             dq[:, :, queries] += grads.dq
             dk[:, :, seen] += grads.dk

@@ -4,19 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy, divisors
+from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy
+from mindspeed_cp.messages import divisors
 from mindspeed_cp.planner import AttentionShape
 from mindspeed_cp.topology import CPTopology
 
-Kind = Literal["single device", "all-gather", "context parallel"]
+Kind = Literal["single device", "all-gather", "context parallel", "DeepSpeed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """A way to compute attention.
 
-    topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as the ring is set, see
-    RingAttention. policy: what it keeps, by the flag.
+    kind: DeepSpeed is its Ulysses. topology: of the ranks; a baseline has a single axis of them. overlap, pieces: as
+    the ring is set, see RingAttention. policy: what it keeps, by the flag.
     """
 
     name: str
@@ -43,9 +44,17 @@ class Algorithm:
 
 
 def algorithms_for(
-    shape: AttentionShape, num_ranks: int, pieces: int = 1, policies: Sequence[KVCachePolicy] = ()
+    shape: AttentionShape,
+    num_ranks: int,
+    pieces: int = 1,
+    policies: Sequence[KVCachePolicy] = (),
+    *,
+    deepspeed: bool = False,
 ) -> list[Algorithm]:
-    """All that can compute `shape` on so many ranks, the baselines first; rings also in pieces, and such that keep."""
+    """All that can compute `shape` on so many ranks, the baselines first; rings also in pieces, and such that keep.
+
+    deepspeed: whether its Ulysses is among them.
+    """
     everyone = CPTopology(inner=num_ranks)
     found = [
         Algorithm(name="single device", kind="single device", topology=everyone),
@@ -57,6 +66,8 @@ def algorithms_for(
         ring = num_ranks // ulysses
         if ring == 1:
             found.append(Algorithm(name="Ulysses", topology=CPTopology(ulysses=ulysses)))
+            if deepspeed:
+                found.append(Algorithm(name="Ulysses of DeepSpeed", kind="DeepSpeed", topology=found[-1].topology))
             continue
         grids = {"ring" if ulysses == 1 else f"hybrid {ulysses}x{ring}": CPTopology(inner=ring, ulysses=ulysses)}
         if ulysses == 1:

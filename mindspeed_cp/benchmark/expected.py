@@ -27,6 +27,15 @@ class ExpectedPass:
             return size * (size - 1) * self.shape.kv_bytes(self.shape.num_tokens // size)
         return self._attention().num_bytes()
 
+    def held_bytes(self) -> int:
+        """K/V of others that the fullest rank holds: none, P-1 blocks, or AttentionPass.held_bytes."""
+        size = self.algorithm.topology.size
+        if self.algorithm.kind == "single device":
+            return 0
+        if self.algorithm.kind == "all-gather":
+            return (size - 1) * self.shape.kv_bytes(self.shape.num_tokens // size)
+        return self._attention().held_bytes()
+
     def events(self, rank: int) -> Iterator[Event]:
         """What `rank` does."""
         if self.algorithm.kind == "single device":

@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_iter
 
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention
 from mindspeed_cp.benchmark.cases import Algorithm
+from mindspeed_cp.benchmark.peers import Attend, deepspeed_ulysses
 from mindspeed_cp.comm import ProcessGroupCommunicator
-from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KernelRegistry, TileCase, TileGradients, TileOutput, TileTerms
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Maker = Callable[["MemoryCase", int], Attend]
 """Makes an attention of tensors [S, B, N, D] for a case, on a rank."""
 
@@ -84,19 +84,19 @@ class ShapesKernel:
 
     name = "shapes"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """There are none."""
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel."""
-        return BlockOutput(token_major(q, v.size(3)), q.new_zeros(q.shape[:3], dtype=torch.float32))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel."""
+        return TileOutput(token_major(q, v.size(3)), q.new_zeros(q.shape[:3], dtype=torch.float32))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel."""
-        return BlockGradients(*(token_major(x, x.size(3)) for x in (q, k, v)))
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel."""
+        return TileGradients(*(token_major(x, x.size(3)) for x in (q, k, v)))
 
 
 def token_major(like: Tensor, size: int) -> Tensor:
@@ -218,15 +218,8 @@ def _batch_first(
 
 
 def _deepspeed(case: MemoryCase, rank: int) -> Attend:
-    import deepspeed.comm
-    from deepspeed.sequence.layer import DistributedAttention
-
-    deepspeed.comm.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
     local = sys.modules["flash_attn"].flash_attn_func
-    attention = DistributedAttention(
-        lambda q, k, v, *_, **__: local(q, k, v, causal=True), dist.group.WORLD, scatter_idx=2, gather_idx=1
-    )
-    return _batch_first(lambda q, k, v: attention(q, k, v, batch_dim_idx=0))
+    return _batch_first(deepspeed_ulysses(lambda q, k, v: local(q, k, v, causal=True), "fake"))
 
 
 def _yunchang_ulysses(case: MemoryCase, rank: int) -> Attend:

@@ -19,7 +19,7 @@ from mindspeed_cp.benchmark.kernels import block_flops
 from mindspeed_cp.comm import Addressed, Sizes
 from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import MERGE_KERNELS, BlockCase, KernelRegistry, Window
+from mindspeed_cp.kernels import MERGE_KERNELS, KernelRegistry, TileCase, Window
 from mindspeed_cp.kernels.protocol import TRIANGLE
 from mindspeed_cp.plan import AttentionPlan
 
@@ -54,14 +54,14 @@ class RingCase:
             use_cp_send_recv_overlap=True,
         )
 
-    def blocks(self, rank: int) -> list[BlockCase]:
+    def blocks(self, rank: int) -> list[TileCase]:
         """What the rank's kernel computes, by owner of the keys."""
         shards = self.config.layout.of(self.tokens)
         plan = AttentionPlan(shards, shards)
         tiles = (tile for owner in range(self.num_ranks) for tile in plan.tiles(rank, owner))
         return [self._block(tile.num_queries, tile.num_keys, Window(tile.left, tile.right)) for tile in tiles]
 
-    def dense(self, tokens: int) -> BlockCase:
+    def dense(self, tokens: int) -> TileCase:
         """Causal attention of so many tokens in one call."""
         return self._block(tokens, tokens, TRIANGLE)
 
@@ -74,8 +74,8 @@ class RingCase:
         )
         return [*(x.requires_grad_() for x in qkv), dout]
 
-    def _block(self, num_queries: int, num_keys: int, window: Window) -> BlockCase:
-        return BlockCase(
+    def _block(self, num_queries: int, num_keys: int, window: Window) -> TileCase:
+        return TileCase(
             device_type=self.device,
             dtype=self.dtype,
             window=window,

@@ -17,6 +17,7 @@ from mindspeed_cp.attention import RingCommunicators, compose_attention, local_a
 from mindspeed_cp.benchmark.all_gather import AllGatherAttention
 from mindspeed_cp.benchmark.cases import Algorithm
 from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, wait_until
+from mindspeed_cp.benchmark.peers import Attend, deepspeed_ulysses
 from mindspeed_cp.comm import Addressed, ContextParallelGroups, ProcessGroupCommunicator, Sizes, Traffic, Transfer
 from mindspeed_cp.comm.communicator import one_each_way
 from mindspeed_cp.kernels import KernelRegistry
@@ -159,7 +160,7 @@ class Inputs(NamedTuple):
 class _Bench:
     """An algorithm ready to run on this rank."""
 
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    attend: Attend | None
     kernel: TimedKernel
     traffic: Traffic
     ledger: Ledger
@@ -183,7 +184,7 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
     kernels = KernelRegistry((kernel,))
     traffic, ledger, topology = Traffic(), Ledger(), algorithm.topology
     layout = SequenceLayout(size=network.num_ranks)
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    attend: Attend | None
 
     def noted(communicator: ProcessGroupCommunicator) -> LedgerCommunicator:
         return LedgerCommunicator(communicator, network, ledger)
@@ -193,6 +194,9 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
         attend = local_attention(causal=True, kernels=kernels) if dist.get_rank() == 0 else None
     elif algorithm.kind == "all-gather":
         attend = AllGatherAttention(noted(ProcessGroupCommunicator(None, traffic)), kernel)
+    elif algorithm.kind == "DeepSpeed":
+        layout = SequenceLayout(size=network.num_ranks, kind="contiguous")
+        attend = _heads_first(deepspeed_ulysses(_heads_first(local_attention(causal=True, kernels=kernels)), "gloo"))
     else:
         assert dist.group.WORLD is not None
         groups = ContextParallelGroups.build(topology, dist.group.WORLD, overlap=algorithm.overlap)
@@ -210,6 +214,11 @@ def prepare(network: Network, algorithm: Algorithm, case: AttentionShape, flops_
     _BENCHES[algorithm.name] = _Bench(attend, kernel, traffic, ledger, layout)
     # What is loaded and connected on first use is neither timed nor counted as memory.
     run(algorithm.name, replace(case, num_tokens=4 * network.num_ranks), look_at_memory=False, check=False)
+
+
+def _heads_first(attention: Attend) -> Attend:
+    """One of tensors [B, S, N, D] for one of [B, N, S, D], and the other way about."""
+    return lambda *qkv: attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
 
 def run(algorithm: str, case: AttentionShape, look_at_memory: bool, check: bool) -> RunOfRank:
@@ -321,11 +330,3 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {name}")
-
-
-def exposed_in_profile(algorithm: str, case: AttentionShape) -> float:
-    """Seconds that this rank waits for messages in both passes, as a profile of them shows; see `run`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(algorithm, case, look_at_memory=False, check=False)
-    waits = (event for event in profile.key_averages() if event.key.startswith("ring: wait for"))
-    return float(sum(event.cpu_time_total for event in waits)) / 1e6

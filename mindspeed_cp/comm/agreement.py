@@ -89,7 +89,7 @@ class Agreement:
             self._agreed.add(words)
 
     @contextmanager
-    def once(self) -> Iterator[None]:
+    def remembering(self) -> Iterator[None]:
         """Within it, ranks that have come with some words once need not be asked about the same words again.
 
         All ranks have to enter and leave it at the same place of their program, once a micro-batch, say; and none of

@@ -13,7 +13,6 @@ Sources: Ulysses arXiv:2309.14509, Ring Attention arXiv:2310.01889, both at once
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import RingAttention, RingCommunicators, UlyssesAttention
-from mindspeed_cp.attention.terms import Terms
+from mindspeed_cp.attention.terms import Terms, default_scale
 from mindspeed_cp.diffusion.mesh import ParallelMesh
 from mindspeed_cp.diffusion.tokens import Shares, gather, split
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
@@ -76,7 +75,7 @@ class MeshAttention:
                 f"shares of {shares.lengths} tokens and q of {q.size(2)} on rank {self.mesh.sequence_index} of "
                 f"{self.mesh.shape.sequence}: they are this call's tokens by rank; leave them out to have them asked."
             )
-        terms = Terms(1.0 / math.sqrt(q.size(3)) if scale is None else scale)
+        terms = Terms(default_scale(q.size(3)) if scale is None else scale)
         attention = self._without_gradients if not torch.is_grad_enabled() else self._with_gradients
         return _bnsd(attention(q, k, v, _plan(shares), terms), dims)
 

@@ -32,7 +32,7 @@ from mindspeed_cp.inference.interleave import Interleaved, Span
 from mindspeed_cp.inference.local import attention_state
 from mindspeed_cp.inference.prefill import Strategy, prefix_attention
 from mindspeed_cp.inference.states import State, all_reduce_state, merge_states
-from mindspeed_cp.kernels import KERNELS, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileOutput
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 
 
@@ -158,7 +158,7 @@ class Decode:
             whole = pass_queries(
                 wide, shapes, self._communicator, lambda owner, queries: state_of(queries, self._samples[owner])
             )
-        return with_sinks(BlockOutput(*whole), terms.sinks).out.to(q.dtype)
+        return with_sinks(TileOutput(*whole), terms.sinks).out.to(q.dtype)
 
     def _of_all(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values of all samples, from the ranks that have them."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype, all_reduce_numbers
 from mindspeed_cp.inference.local import attention_state
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase
 from mindspeed_cp.plan import AttentionPlan, Layout
 from mindspeed_cp.program import Phase, Transport, TransposedPlan, cheapest_transport, num_tokens, program
 from mindspeed_cp.schedule import RingSchedule
@@ -57,8 +57,8 @@ class Coefficients(NamedTuple):
 class PrefixCase(NamedTuple):
     """What a choice depends on.
 
-    new, cached: tokens of the whole batch on all ranks. itemsize, state_itemsize: bytes of a number of q, k and v, and
-    of a state.
+    new, cached: tokens of a sequence on all ranks; of a batch their mean, see `of`. itemsize, state_itemsize: bytes of
+    a number of q, k and v, and of a state.
     """
 
     new: int
@@ -70,9 +70,18 @@ class PrefixCase(NamedTuple):
     state_itemsize: int = 4
 
     @classmethod
-    def of(cls, plan: AttentionPlan, case: BlockCase) -> "PrefixCase":
-        """That of a plan, and of one rank's tensors: the same on all ranks."""
-        new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
+    def of(cls, plan: AttentionPlan, case: TileCase) -> "PrefixCase":
+        """That of a plan, and of one rank's tensors: the same on all ranks.
+
+        Of sequences of several lengths T is the mean that hides as much behind the kernel as they do together, and
+        T / (T + P) that of all of them, which bytes go by. So copies of one sequence are as that one.
+        """
+        queries, keys_of = (_tokens(layout) for layout in (plan.queries, plan.keys))
+        every, seen = sum(queries.values()), sum(keys_of.values())
+        # A sequence that is not told apart is all of them.
+        pairs = sum(count * keys_of.get(sample, keys_of.get(None, 0)) for sample, count in queries.items())
+        new = round(pairs / max(seen, 1))
+        keys = round(new * seen / max(every, 1))
         heads, sizes = (case.num_heads, case.num_kv_heads), (case.dtype, accumulation_dtype(case.dtype))
         return cls(new, max(keys - new, 0), plan.queries.num_ranks, *heads, *(each.itemsize for each in sizes))
 
@@ -201,22 +210,32 @@ class PrefillBytes(NamedTuple):
 
 
 def pass_kv_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: TileCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_kv_attention`: (N-1) B 2 L G D e, less where not all is seen."""
     schedule = RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(plan, schedule)
+    transport = transport or cheapest_transport(plan, schedule, ahead=overlap)
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport)
     number = batch * case.num_kv_heads * (case.head_size + case.value_head_size)
     return PrefillBytes(made.sent().total() * number * case.dtype.itemsize)
 
 
 def pass_q_bytes(
-    plan: AttentionPlan, rank: int, case: BlockCase, batch: int, transport: Transport | None = None
+    plan: AttentionPlan,
+    rank: int,
+    case: TileCase,
+    batch: int,
+    transport: Transport | None = None,
+    overlap: bool = True,
 ) -> PrefillBytes:
     """What a rank sends in `ring_pass_q_attention`: (N-1) B S H (D e + 4 (V + 1)), less where not all is seen."""
     turned, schedule = TransposedPlan(plan), RingSchedule(1, plan.keys.num_ranks)
-    transport = transport or cheapest_transport(turned, schedule)
+    transport = transport or cheapest_transport(turned, schedule, ahead=overlap)
     made = program(turned, schedule, rank, Phase.FORWARD, transport=transport)
     rows = sum(num_tokens(turned.needed(rank, owner)) for owner in range(schedule.size) if owner != rank)
     numbers, state = batch * case.num_heads, accumulation_dtype(case.dtype).itemsize
@@ -282,6 +301,10 @@ def decode_sent(case: DecodeCase, method: str, backend: str) -> Sent:
     raise ValueError(f"method={method!r} has no backend={backend!r}; see decode_attention.")
 
 
-def _tokens(layout: Layout) -> int:
-    """Of all ranks and all samples that are told apart."""
-    return sum(run.stop - run.start for rank in range(layout.num_ranks) for run in layout.runs(rank))
+def _tokens(layout: Layout) -> dict[int | None, int]:
+    """Of all ranks, by sample; None for all of them, where they are not told apart."""
+    found: dict[int | None, int] = {}
+    for rank in range(layout.num_ranks):
+        for run in layout.runs(rank):
+            found[run.sample] = found.get(run.sample, 0) + run.stop - run.start
+    return found

@@ -38,7 +38,7 @@ from mindspeed_cp.inference.states import (
     merge_states,
     reduce_scatter_state,
 )
-from mindspeed_cp.kernels import KERNELS, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileOutput
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.program import Phase, Program, program
 from mindspeed_cp.schedule import RingSchedule
@@ -92,7 +92,7 @@ def decode_attention(
     step = agreed(agreement, come, q)
     with torch.no_grad():
         state = {"tree": step.tree, "allgather_q": step.allgather_q, "ring_q": step.ring_q}[method]()
-        out, lse, _ = with_sinks(BlockOutput(*state), None if terms is None else terms.sinks)
+        out, lse, _ = with_sinks(TileOutput(*state), None if terms is None else terms.sinks)
     return State(out.to(q.dtype), lse)
 
 

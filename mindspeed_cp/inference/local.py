@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.sums import MergedOutput
-from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles
+from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles, default_scale
 from mindspeed_cp.comm import Agreement
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.sequences import everything
 from mindspeed_cp.inference.states import State
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput, TileTerms
 from mindspeed_cp.kernels.calls import ALL, Call, calls
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.plan import AttentionPlan, Tile
@@ -35,26 +35,26 @@ class Asked:
         """Those of a call, with 1 / sqrt(D) by default. Raises ValueError for what inference does not do."""
         if terms is not None and terms.dropout is not None:
             raise ValueError("dropout is for training, and these are inference functions; leave it out of the terms.")
-        scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
+        scale = default_scale(q.size(-1)) if scale is None else scale
         if not 0.0 < scale < math.inf:
             raise ValueError(f"scale={scale}: give a finite number above 0, and fold a sign into q.")
         return cls(Terms.of(terms, scale), kernels)
 
-    def case(self, q: Tensor, k: Tensor, v: Tensor, *, looks_ahead: bool) -> BlockCase:
+    def case(self, q: Tensor, k: Tensor, v: Tensor, *, looks_ahead: bool) -> TileCase:
         """The case of whole tensors. Raises ValueError where they do not fit together.
 
         looks_ahead: see AttentionPlan.
         """
-        case = BlockCase.of(q, k, v, TileTerms(self.terms.scale))
+        case = TileCase.of(q, k, v, TileTerms(self.terms.scale))
         return case._replace(terms=self.terms.needs(q.dtype, looks_ahead=looks_ahead))
 
-    def calls(self, tiles: Sequence[Tile], case: BlockCase) -> tuple[Call, ...]:
+    def calls(self, tiles: Sequence[Tile], case: TileCase) -> tuple[Call, ...]:
         """The calls of kernels for tiles."""
         return calls(tiles, case, self.kernels)
 
-    def finished(self, state: BlockOutput | State, dtype: torch.dtype) -> State:
+    def finished(self, state: TileOutput | State, dtype: torch.dtype) -> State:
         """A state over all keys, with sinks, and its output rounded once."""
-        out, lse, _ = with_sinks(BlockOutput(state.out, state.lse), self.terms.sinks)
+        out, lse, _ = with_sinks(TileOutput(state.out, state.lse), self.terms.sinks)
         return State(out.to(dtype), lse)
 
 
@@ -86,7 +86,7 @@ def attention_of(
     told: TermsOfTiles,
     owner: int,
     held: Sequence[slice] | None = None,
-) -> BlockOutput:
+) -> TileOutput:
     """Output and log-sum-exp of calls over k [B, G, T, D] and v of `owner`, in the dtype of sums; sinks left out.
 
     q: [B, N, s, D], which holds those tokens of its rank; all of them for None.
@@ -96,7 +96,7 @@ def attention_of(
         queries, keys = call.queries(q, held), call.keys(k)
         given = queries.given.take(q), keys.given.take(k), keys.given.take(v)
         output = call.kernel.forward(*given, told.of(owner, call, ALL))
-        merged.merge(BlockOutput(queries.result(output.out), queries.result(output.lse)), queries.back)
+        merged.merge(TileOutput(queries.result(output.out), queries.result(output.lse)), queries.back)
     return merged.result(accumulation_dtype(q.dtype))
 
 

@@ -35,7 +35,7 @@ from mindspeed_cp.comm.communicator import AgreeingCommunicator
 from mindspeed_cp.inference.costs import Coefficients, PrefixCase, Rates, choose_pass
 from mindspeed_cp.inference.local import Asked, agreed, attention_of, check_tokens
 from mindspeed_cp.inference.states import State
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockOutput, KernelRegistry
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput
 from mindspeed_cp.kernels.calls import Call, in_all_samples, part, place_within
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.plan import AttentionPlan
@@ -156,7 +156,7 @@ class _Call:
     plan: AttentionPlan
     communicator: Communicator | None
     asked: Asked
-    case: BlockCase
+    case: TileCase
     transport: Transport | None
     overlap: bool
     pieces: int
@@ -254,16 +254,16 @@ class _Call:
 
     def _pass(self) -> "_PassQ":
         turned, schedule = TransposedPlan(self.plan), self.schedule
-        transport = self.transport or cheapest_transport(turned, schedule)
+        transport = self.transport or cheapest_transport(turned, schedule, ahead=self.overlap)
 
         def make() -> _PassQ:
-            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport)
+            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport, ahead=self.overlap)
             tiles = (tuple(map(transposed, step.tiles)) for step in made.steps)
             return _PassQ(made, tuple(self.asked.calls(each, self.case) for each in tiles))
 
-        return turned.once((schedule, self.rank, transport, self.asked.kernels, self.case), make)
+        return turned.once((schedule, self.rank, transport, self.overlap, self.asked.kernels, self.case), make)
 
-    def _home(self, states: "dict[int, _Owned]") -> BlockOutput:
+    def _home(self, states: "dict[int, _Owned]") -> TileOutput:
         """Each owner gets the states of its queries, in one all-to-all, and merges them."""
         turned, rank = TransposedPlan(self.plan), self.rank
         merged = MergedOutput.of(self.q, self.v.size(3))
@@ -284,7 +284,7 @@ class _Call:
             for tokens, rows in zip(coming, received.split(list(numbers.received)), strict=True):
                 for each in tokens:
                     state = rows[place_within(tokens, each)].permute(1, 2, 0, 3)
-                    merged.merge(BlockOutput(state[..., :-1], state[..., -1]), in_all_samples(each))
+                    merged.merge(TileOutput(state[..., :-1], state[..., -1]), in_all_samples(each))
         return merged.result(self.case.dtype if self.case.dtype == torch.float64 else torch.float32)
 
 
@@ -301,7 +301,7 @@ class _Owned:
     """State of those tokens of an owner's queries that have come here."""
 
     tokens: tuple[slice, ...]
-    state: BlockOutput
+    state: TileOutput
 
     def pack(self, wanted: tuple[slice, ...], message: Tensor) -> None:
         """Write the states of some tokens into a message [tokens, B, N, V + 1], one after another."""

@@ -1,14 +1,14 @@
-"""Kernels on each device: exact attention of one block of queries over one block of keys, and the merging of blocks."""
+"""Kernels on each device: exact attention of one tile, and the merging of partial results."""
 
 from mindspeed_cp.kernels.choose import KERNELS, MERGE_KERNELS, KernelRegistry, choose_merge_kernel
 from mindspeed_cp.kernels.merge import MergeKernel, add_
 from mindspeed_cp.kernels.philox import Dropout
 from mindspeed_cp.kernels.protocol import (
-    BlockCase,
-    BlockGradients,
-    BlockKernel,
-    BlockOutput,
     Term,
+    TileCase,
+    TileGradients,
+    TileKernel,
+    TileOutput,
     TileTerms,
     Window,
 )
@@ -16,14 +16,14 @@ from mindspeed_cp.kernels.protocol import (
 __all__ = [
     "KERNELS",
     "MERGE_KERNELS",
-    "BlockCase",
-    "BlockGradients",
-    "BlockKernel",
-    "BlockOutput",
     "Dropout",
     "KernelRegistry",
     "MergeKernel",
     "Term",
+    "TileCase",
+    "TileGradients",
+    "TileKernel",
+    "TileOutput",
     "TileTerms",
     "Window",
     "add_",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockCase, BlockGradients, BlockKernel, BlockOutput, Term, TileTerms
+from mindspeed_cp.kernels.protocol import Term, TileCase, TileGradients, TileKernel, TileOutput, TileTerms
 
 _COLUMNS = 16
 """As many as kernels read heads by; 9 of them are used."""
@@ -34,14 +34,14 @@ _DIGITS, _BASE, _PARTS = 3, 256, 3
 class AlibiInColumns:
     """A kernel that takes ALiBi for keys that are not later than their queries; all else as it is."""
 
-    kernel: BlockKernel
+    kernel: TileKernel
 
     @property
     def name(self) -> str:
         """The kernel's own name."""
         return self.kernel.name
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Those of the kernel itself, for heads with these columns where there is ALiBi."""
         if Term.ALIBI not in case.terms:
             return self.kernel.unsupported_reasons(case)
@@ -54,24 +54,24 @@ class AlibiInColumns:
             reasons.append("takes no softcap beside ALiBi")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         if terms.alibi_slopes is None:
             return self.kernel.forward(q, k, v, terms)
         out, lse, state = self.kernel.forward(*_with_columns(q, k, v, terms), _without_alibi(terms))
-        return BlockOutput(out[..., : v.size(3)], lse - _of_rows(terms), state)
+        return TileOutput(out[..., : v.size(3)], lse - _of_rows(terms), state)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         if terms.alibi_slopes is None:
             return self.kernel.backward(dout, q, k, v, output, terms)
         wide = _with_columns(q, k, v, terms)
         more = wide[2].size(3) - v.size(3)
-        out = BlockOutput(_padded(output.out, more), output.lse + _of_rows(terms), output.state)
+        out = TileOutput(_padded(output.out, more), output.lse + _of_rows(terms), output.state)
         grads = self.kernel.backward(_padded(dout, more), *wide, out, _without_alibi(terms))
-        return BlockGradients(*(grad[..., : x.size(3)] for grad, x in zip(grads, (q, k, v), strict=True)))
+        return TileGradients(*(grad[..., : x.size(3)] for grad, x in zip(grads, (q, k, v), strict=True)))
 
 
 def _without_alibi(terms: TileTerms) -> TileTerms:

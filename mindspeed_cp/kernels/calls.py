@@ -25,10 +25,10 @@ from mindspeed_cp.kernels.choose import KernelRegistry
 from mindspeed_cp.kernels.protocol import (
     EVERYTHING,
     UPPER_TRIANGLE,
-    BlockCase,
-    BlockKernel,
     Segments,
     Term,
+    TileCase,
+    TileKernel,
     TileTerms,
     Window,
 )
@@ -128,8 +128,8 @@ class Call:
     case: as it is asked. kernel: which has no reason against it.
     """
 
-    kernel: BlockKernel
-    case: BlockCase
+    kernel: TileKernel
+    case: TileCase
     tiles: tuple[Tile, ...]
     _made: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -236,7 +236,7 @@ def of_sample(sample: int | None) -> slice:
     return ALL if sample is None else slice(sample, sample + 1)
 
 
-def calls(tiles: Iterable[Tile], base: BlockCase, registry: KernelRegistry) -> tuple[Call, ...]:
+def calls(tiles: Iterable[Tile], base: TileCase, registry: KernelRegistry) -> tuple[Call, ...]:
     """The calls that compute these tiles, see Note [Calls].
 
     base: the case of the whole tensors; num_queries, num_keys and window in it are not read, each tile's take their
@@ -276,7 +276,7 @@ def _is_small(tile: Tile) -> bool:
     return tile.num_queries * tile.num_keys <= _SMALL
 
 
-def _each(tile: Tile, base: BlockCase, registry: KernelRegistry) -> list[Call]:
+def _each(tile: Tile, base: TileCase, registry: KernelRegistry) -> list[Call]:
     """A tile by itself, or its parts: by the first kernel that can."""
     for kernel in registry.in_order(base):
         for ways in (lambda tile: (tile,), cut):
@@ -287,7 +287,7 @@ def _each(tile: Tile, base: BlockCase, registry: KernelRegistry) -> list[Call]:
     raise NotImplementedError(registry.explain(_case(base, tile)))
 
 
-def _single(kernel: BlockKernel, tile: Tile, base: BlockCase, registry: KernelRegistry) -> Call | None:
+def _single(kernel: TileKernel, tile: Tile, base: TileCase, registry: KernelRegistry) -> Call | None:
     case = _case(base, tile)
     if case.window == UPPER_TRIANGLE and case.num_queries == case.num_keys and kernel.unsupported_reasons(case):
         kernel = Turned(kernel)
@@ -297,7 +297,7 @@ def _single(kernel: BlockKernel, tile: Tile, base: BlockCase, registry: KernelRe
     return Call(kernel, case, (tile,))
 
 
-def _packed(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+def _packed(tiles: Sequence[Tile], base: TileCase, registry: KernelRegistry) -> Call | None:
     """One call of tiles of one window one after another; None where the first kernel that can takes them one by one."""
     longest = base._replace(
         num_queries=max(tile.num_queries for tile in tiles),
@@ -314,7 +314,7 @@ def _packed(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) ->
     return None
 
 
-def _batch(tiles: Sequence[Tile], base: BlockCase, registry: KernelRegistry) -> Call | None:
+def _batch(tiles: Sequence[Tile], base: TileCase, registry: KernelRegistry) -> Call | None:
     """One call of tiles as a batch, by the first kernel that can; None where none can."""
     sizes = {(tile.num_queries, tile.num_keys) for tile in tiles}
     windows = {Window(tile.left, tile.right) for tile in tiles}
@@ -379,6 +379,6 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _case(base: BlockCase, tile: Tile, window: Window | None = None) -> BlockCase:
+def _case(base: TileCase, tile: Tile, window: Window | None = None) -> TileCase:
     window = Window(tile.left, tile.right) if window is None else window
     return base._replace(num_queries=tile.num_queries, num_keys=tile.num_keys, window=window)

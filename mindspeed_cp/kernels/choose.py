@@ -14,7 +14,7 @@ from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKer
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.merge import MergeKernel, TorchMerge
 from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
-from mindspeed_cp.kernels.protocol import BlockCase, BlockKernel
+from mindspeed_cp.kernels.protocol import TileCase, TileKernel
 from mindspeed_cp.kernels.reference import ReferenceKernel
 from mindspeed_cp.kernels.triton_merge import TritonMerge
 from mindspeed_cp.kernels.wrapped import in_bnsd
@@ -23,7 +23,7 @@ MERGE_KERNELS: tuple[MergeKernel, ...] = (TritonMerge(), NpuMerge(), TorchMerge(
 """All kernels that merge, the preferred first."""
 
 _LOGGER = logging.getLogger(__name__)
-_Kernel = TypeVar("_Kernel", BlockKernel, MergeKernel)
+_Kernel = TypeVar("_Kernel", TileKernel, MergeKernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class KernelRegistry:
     first_on: names of kernels that go before all others on GPUs of a compute capability, in their order.
     """
 
-    kernels: tuple[BlockKernel, ...]
+    kernels: tuple[TileKernel, ...]
     first_on: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
-    _announced: set[tuple[str, BlockCase]] = field(default_factory=set, repr=False)
+    _announced: set[tuple[str, TileCase]] = field(default_factory=set, repr=False)
     _derived: "dict[tuple[str, ...] | None, KernelRegistry]" = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -44,7 +44,7 @@ class KernelRegistry:
         """The kernels' names."""
         return tuple(kernel.name for kernel in self.kernels)
 
-    def choose(self, case: BlockCase) -> BlockKernel:
+    def choose(self, case: TileCase) -> TileKernel:
         """The first kernel that can compute `case`; the log says, once for each kind of case, why it is that one.
 
         Raises NotImplementedError with every kernel's reasons when none can.
@@ -55,7 +55,7 @@ class KernelRegistry:
         self.announce(kernel, case)
         return kernel
 
-    def announce(self, kernel: BlockKernel, case: BlockCase) -> None:
+    def announce(self, kernel: TileKernel, case: TileCase) -> None:
         """Say in the log that `kernel` computes a case, and why not each that is preferred to it.
 
         Once for cases that differ in their numbers of tokens alone: a sequence that grows has a new one at each step.
@@ -69,7 +69,7 @@ class KernelRegistry:
             refusals = (_refusal(each, each.unsupported_reasons(case)) for each in before)
             _LOGGER.info("\n".join([f"{kernel.name} computes {case}", *refusals]))
 
-    def explain(self, case: BlockCase) -> str:
+    def explain(self, case: TileCase) -> str:
         """Which kernel computes `case`, and why not each that is preferred to it; every refusal where none does."""
         kernel, refusals = self._first_able(case)
         answer = f"no attention kernel can compute {case}" if kernel is None else f"{kernel.name} computes {case}"
@@ -90,11 +90,11 @@ class KernelRegistry:
         made = KernelRegistry(tuple(in_bnsd(kernel) for kernel in self.kernels), self.first_on)
         return self._derived.setdefault(None, made)
 
-    def alone(self, kernel: BlockKernel) -> "KernelRegistry":
+    def alone(self, kernel: TileKernel) -> "KernelRegistry":
         """One of them, or one that stands around it, as the only choice; the log has said why."""
         return KernelRegistry((kernel,), _announced=self._announced)
 
-    def in_order(self, case: BlockCase) -> tuple[BlockKernel, ...]:
+    def in_order(self, case: TileCase) -> tuple[TileKernel, ...]:
         """The kernels, the preferred first, on the device of `case`."""
         first = self.first_on.get(case.compute_capability, ()) if case.compute_capability else ()
         if not first:
@@ -102,7 +102,7 @@ class KernelRegistry:
         rank = {name: place for place, name in enumerate(first)}
         return tuple(sorted(self.kernels, key=lambda kernel: rank.get(kernel.name, len(first))))
 
-    def _first_able(self, case: BlockCase) -> tuple[BlockKernel | None, list[str]]:
+    def _first_able(self, case: TileCase) -> tuple[TileKernel | None, list[str]]:
         return _first_able(self.in_order(case), lambda kernel: kernel.unsupported_reasons(case))
 
 
@@ -132,7 +132,7 @@ def _first_able(
     return None, refusals
 
 
-def _refusal(kernel: BlockKernel | MergeKernel, reasons: Iterable[str]) -> str:
+def _refusal(kernel: TileKernel | MergeKernel, reasons: Iterable[str]) -> str:
     return f"  not {kernel.name}: {'; '.join(reasons)}"
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from mindspeed_cp.kernels.bias import added_to_scores
 from mindspeed_cp.kernels.protocol import (
     TRIANGLE,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     Term,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     cut_window_reasons,
     term_reasons,
@@ -24,7 +24,7 @@ class CpuFlashKernel:
 
     name = "cpu_flash"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         reasons = []
         if case.device_type != "cpu":
@@ -37,8 +37,8 @@ class CpuFlashKernel:
         taken = Term.ALIBI, Term.ALIBI_AHEAD, Term.BIAS, Term.WIDE_BIAS
         return reasons + cut_window_reasons(case) + term_reasons(case, *taken)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
         added = _bias(terms, q)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -46,17 +46,17 @@ class CpuFlashKernel:
         )
         if added is not None:  # Rows that see no key have a log-sum-exp of 0 here; a bias may be -inf, too.
             lse = lse.masked_fill((added == -torch.inf).all(dim=-1), -torch.inf)
-        return BlockOutput(out, lse)
+        return TileOutput(out, lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         dout, q, k, v = (_with_dense_heads(x) for x in (dout, q, k, v))
         # exp(-inf - lse) is 0 in rows that see no key, if their log-sum-exp is a number.
         added = _bias(terms, q)
         lse = output.lse if added is None else output.lse.masked_fill(output.lse == -torch.inf, 0.0)
-        return BlockGradients(
+        return TileGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(dout, q, k, v, output.out.to(q.dtype), lse, 0.0, _is_causal(terms)),
                 attn_mask=added,

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mindspeed_cp.kernels.protocol import (
     TRIANGLE,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     Term,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     cut_window_reasons,
     term_reasons,
@@ -43,27 +43,27 @@ class CudaFlashKernel:
 
     name = "cuda_flash"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         reasons = flash_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without it")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         causal = terms.window == TRIANGLE
         out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
             fit(q), fit(k), fit(v), 0.0, causal, scale=terms.scale
         )
-        return BlockOutput(out, lse, tuple(random_state))
+        return TileOutput(out, lse, tuple(random_state))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         causal = terms.window == TRIANGLE
-        return BlockGradients(
+        return TileGradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 *(dout, fit(q), fit(k), fit(v), output.out),
                 output.lse.contiguous(),  # Its strides are never looked at.
@@ -87,7 +87,7 @@ class CudnnKernel:
 
     name = "cuda_cudnn"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         reasons = fused_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         largest = max(case.head_size, case.value_head_size)
@@ -104,24 +104,24 @@ class CudnnKernel:
             reasons.append("is not deterministic, and torch.use_deterministic_algorithms asks for that")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         causal = terms.window == TRIANGLE
         out, lse, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             fit(q), fit(k), fit(v), None, True, 0.0, causal, scale=terms.scale
         )
         # The backward pass wants a log-sum-exp of as many dims as the forward gives: [B, N, S, 1] or [B, N, S].
         as_given = lse.new_empty((0,) * lse.dim())
-        return BlockOutput(out, lse.reshape(q.shape[:3]), (*random_state, as_given))
+        return TileOutput(out, lse.reshape(q.shape[:3]), (*random_state, as_given))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         causal = terms.window == TRIANGLE
         q = fit(q)
         *random_state, as_given = output.state
-        return BlockGradients(
+        return TileGradients(
             *torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
                 *(_fit_in_order_of(q, dout), q, fit(k), fit(v), _fit_in_order_of(q, output.out)),
                 output.lse.contiguous().view(*output.lse.shape, *[1] * (as_given.dim() - output.lse.dim())),
@@ -143,7 +143,7 @@ class EfficientKernel:
 
     name = "cuda_efficient"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         reasons = gpu_reasons(case, oldest=(5, 0))
         dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
@@ -154,8 +154,8 @@ class EfficientKernel:
         taken = term_reasons(case, Term.BIAS, Term.BIAS_GRADIENT)
         return reasons + _head_size_reasons(case) + cut_window_reasons(case) + taken
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         bias, dead = _bias(terms, q, k.size(2)), None
         if bias is not None:
             dead = (bias == -torch.inf).all(dim=-1, keepdim=True)
@@ -168,12 +168,12 @@ class EfficientKernel:
         lse = lse[:, :, : q.size(2)]
         if dead is not None:
             out, lse = out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), -torch.inf)
-        return BlockOutput(out, lse, tuple(random_state))
+        return TileOutput(out, lse, tuple(random_state))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         bias, learnt = _bias(terms, q, k.size(2)), Term.BIAS_GRADIENT in terms.terms
         lse = output.lse.masked_fill(output.lse == -torch.inf, 0.0)
         lse = F.pad(lse, (0, -lse.size(2) % _LSE_ROWS), value=torch.inf)  # As its forward pass does.
@@ -189,7 +189,7 @@ class EfficientKernel:
         )
         if learnt and terms.bias is not None and terms.gradients is not None:
             terms.gradients.add_bias(dbias.float().sum_to_size(terms.bias.shape))
-        return BlockGradients(dq, _sum_of_groups(dk, k), _sum_of_groups(dv, v))
+        return TileGradients(dq, _sum_of_groups(dk, k), _sum_of_groups(dv, v))
 
 
 def _for_each_query_head(x: Tensor, q: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def _cudnn_reasons(oldest: int) -> list[str]:
     return [f"{needed}, not the {version} that torch finds"] if version < oldest else []
 
 
-def flash_reasons(case: BlockCase) -> list[str]:
+def flash_reasons(case: TileCase) -> list[str]:
     """Why FlashAttention 2 and 3 cannot compute `case`, whoever ships them."""
     reasons = fused_reasons(case)
     if case.head_size != case.value_head_size:
@@ -277,7 +277,7 @@ def flash_reasons(case: BlockCase) -> list[str]:
     return reasons
 
 
-def fused_reasons(case: BlockCase) -> list[str]:
+def fused_reasons(case: TileCase) -> list[str]:
     """What all kernels for half precision without a mask tensor refuse."""
     reasons = gpu_reasons(case, oldest=(8, 0))
     if case.dtype not in (torch.bfloat16, torch.float16):
@@ -287,7 +287,7 @@ def fused_reasons(case: BlockCase) -> list[str]:
     return reasons + _head_size_reasons(case)
 
 
-def gpu_reasons(case: BlockCase, oldest: tuple[int, int]) -> list[str]:
+def gpu_reasons(case: TileCase, oldest: tuple[int, int]) -> list[str]:
     """Why the device is not one for these kernels."""
     if case.device_type != "cuda":
         return [f"runs on NVIDIA GPUs, not on {case.device_type}"]
@@ -298,7 +298,7 @@ def gpu_reasons(case: BlockCase, oldest: tuple[int, int]) -> list[str]:
     return []
 
 
-def _head_size_reasons(case: BlockCase) -> list[str]:
+def _head_size_reasons(case: TileCase) -> list[str]:
     """Heads have to start at multiples of 16 bytes."""
     step = _ALIGNMENT // case.dtype.itemsize
     return [

@@ -20,10 +20,10 @@ from torch import Tensor
 from mindspeed_cp.kernels.cuda import fit, flash_reasons
 from mindspeed_cp.kernels.protocol import (
     TRIANGLE,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     Term,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     cut_window_reasons,
     term_reasons,
@@ -41,7 +41,7 @@ class FlashAttnKernel:
 
     name = "flash_attn"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         missing = _import_reasons("flash_attn.flash_attn_interface", case)
         if not missing and case.device_type == "cuda":
@@ -50,25 +50,25 @@ class FlashAttnKernel:
                 missing = [f"needs flash_attn {_OLDEST} or newer, not {version}"]
         return flash_reasons(case) + _window_reasons(case) + _term_reasons(case) + missing
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         if terms.segments is not None:
             out, lse, _, state = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
                 *(_packed(x) for x in (q, k, v)),
                 *terms.segments,
                 *(_rate(terms), terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
             )
-            return BlockOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0), _kept(state, terms))
+            return TileOutput(out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0), _kept(state, terms))
         out, lse, _, state = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
             *(_tokens_first(x) for x in (q, k, v)),
             *(_rate(terms), terms.scale, *_window(terms), terms.softcap or _NO_SOFTCAP, _NO_ALIBI, False),
         )
-        return BlockOutput(out.transpose(1, 2), lse, _kept(state, terms))
+        return TileOutput(out.transpose(1, 2), lse, _kept(state, terms))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         if terms.segments is not None:
             packed = [_packed(x) for x in (dout, q, k, v, output.out)]
@@ -88,7 +88,7 @@ class FlashAttnKernel:
                     *output.state,
                 ),
             )
-            return BlockGradients(*(x.transpose(0, 1).unsqueeze(0) for x in gradients))
+            return TileGradients(*(x.transpose(0, 1).unsqueeze(0) for x in gradients))
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
         import_module("flash_attn.flash_attn_interface")._flash_attn_backward(
             *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
@@ -104,7 +104,7 @@ class FlashAttnKernel:
                 *output.state,
             ),
         )
-        return BlockGradients(*(x.transpose(1, 2) for x in gradients))
+        return TileGradients(*(x.transpose(1, 2) for x in gradients))
 
 
 class FlashAttn3Kernel:
@@ -115,7 +115,7 @@ class FlashAttn3Kernel:
 
     name = "flash_attn_3"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         reasons = flash_reasons(case) + cut_window_reasons(case) + term_reasons(case)
         if case.compute_capability is not None and case.compute_capability != (9, 0):
@@ -130,20 +130,20 @@ class FlashAttn3Kernel:
             missing = _flash_attn_3_reasons(import_module("flash_attn_interface"))
         return reasons + missing
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         causal = terms.window == TRIANGLE
         # By position: its releases name some of the arguments differently, and the earlier ones have no defaults for
         # the 20 (of caches, packed sequences, rotary embeddings and fp8) between the tensors and the scale.
         out, lse, *_ = import_module("flash_attn_interface")._flash_attn_forward(
             *(_tokens_first(x) for x in (q, k, v)), *[None] * 20, terms.scale, causal
         )
-        return BlockOutput(out.transpose(1, 2), lse)
+        return TileOutput(out.transpose(1, 2), lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         gradients = [_new_tokens_first(x) for x in (q, k, v)]
         import_module("flash_attn_interface")._flash_attn_backward(
             *(_tokens_first(x) for x in (dout, q, k, v, output.out)),
@@ -153,10 +153,10 @@ class FlashAttn3Kernel:
             *(terms.scale, terms.window == TRIANGLE),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return BlockGradients(*(x.transpose(1, 2) for x in gradients))
+        return TileGradients(*(x.transpose(1, 2) for x in gradients))
 
 
-def _term_reasons(case: BlockCase) -> list[str]:
+def _term_reasons(case: TileCase) -> list[str]:
     """Terms that it does not take; its dropout is by coordinates of its own, within a call."""
     reasons = term_reasons(case, Term.SOFTCAP, Term.DROPOUT, Term.KERNEL_DROPOUT)
     if Term.DROPOUT in case.terms:
@@ -178,7 +178,7 @@ def _kept(state: Tensor, terms: TileTerms) -> tuple[Tensor, ...]:
     return () if terms.dropout is None else (state,)
 
 
-def _import_reasons(module: str, case: BlockCase) -> list[str]:
+def _import_reasons(module: str, case: TileCase) -> list[str]:
     """Why `module` cannot be had; where it would not be used anyway, only whether its package is there."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
@@ -207,7 +207,7 @@ def _flash_attn_3_reasons(module: ModuleType) -> list[str]:
     return []
 
 
-def _window_reasons(case: BlockCase) -> list[str]:
+def _window_reasons(case: TileCase) -> list[str]:
     """Windows that its set-up (flash_api.cpp) makes other ones of.
 
     It drops a right bound that is as large as there are keys, and puts one of as many keys beside a left bound alone.

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockOutput
+from mindspeed_cp.kernels.protocol import TileOutput
 
 
 class MergeKernel(Protocol):
@@ -39,7 +39,7 @@ class MergeKernel(Protocol):
         """Every reason why it cannot merge blocks of this dtype on this device; empty where it can."""
         ...
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """Merge `block` into `out` and `lse`, in place; see Note [Merge].
 
         out: [B, N, S, V], lse: [B, N, S], fp32 (fp64 for fp64 blocks), any strides: views of a larger result.
@@ -57,14 +57,14 @@ class TorchMerge:
         """None: this kernel merges everything."""
         return []
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """See MergeKernel.merge_."""
         tensors = out, lse, block.out, block.lse
-        if (size := _piece(out)) >= out.size(2):
+        if (size := _portion(out)) >= out.size(2):
             _merge(*tensors)
             return
-        for pieces in zip(*(x.split(size, dim=2) for x in tensors), strict=True):
-            _merge(*pieces)
+        for portions in zip(*(x.split(size, dim=2) for x in tensors), strict=True):
+            _merge(*portions)
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -81,23 +81,23 @@ def add_(total: Tensor, partial: Tensor) -> None:
     """
     # On an accelerator that is one operation, which casts as it reads and moves no byte too many: no kernel of our own
     # could do with fewer.
-    if (size := _piece(total)) >= total.size(2):
+    if (size := _portion(total)) >= total.size(2):
         total.add_(partial)
         return
     for part, more in zip(total.split(size, dim=2), partial.split(size, dim=2), strict=True):
         part.add_(more)
 
 
-_PIECE = 2**20
-"""Numbers in a piece, 4 MiB in fp32."""
+_PORTION = 2**20
+"""Numbers in a portion, 4 MiB in fp32."""
 
 
-def _piece(x: Tensor) -> int:
+def _portion(x: Tensor) -> int:
     """Tokens of x [B, N, S, V] that are done at once: some on a CPU, all of them elsewhere.
 
-    On CPUs torch casts bf16 and fp16 into a temporary tensor first. In pieces it stays small and in the cache: large
-    blocks take a quarter of the time. Elsewhere each piece would be a launch.
+    On CPUs torch casts bf16 and fp16 into a temporary tensor first. In portions it stays small and in the cache: large
+    blocks take a quarter of the time. Elsewhere each portion would be a launch.
     """
     if x.device.type != "cpu" or not x.numel():
         return x.size(2)
-    return max(1, _PIECE * x.size(2) // x.numel())
+    return max(1, _PORTION * x.size(2) // x.numel())

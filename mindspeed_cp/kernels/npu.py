@@ -27,9 +27,9 @@ from torch import Tensor
 from mindspeed_cp.kernels.protocol import (
     EVERYTHING,
     TRIANGLE,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     one_at_a_time_reasons,
     term_reasons,
@@ -58,7 +58,7 @@ class NpuKernel:
 
     name = "npu"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`."""
         if case.device_type != "npu":
             return [f"runs on the NPU, not on {case.device_type}"]
@@ -73,8 +73,8 @@ class NpuKernel:
             reasons.append(f"takes up to {_MOST_HEADS} heads, not {case.num_heads}")
         return reasons
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         import torch_npu
 
         layout = _Layout.of(q, k, v)
@@ -89,12 +89,12 @@ class NpuKernel:
         lse = _log_sum_exp(largest, total)
         if terms.visible is not None:  # Only a mask tensor can have rows that see no key.
             out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
-        return BlockOutput(out, lse)
+        return TileOutput(out, lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         import torch_npu
 
         layout = _Layout.of(q, k, v)
@@ -111,7 +111,7 @@ class NpuKernel:
             scale_value=terms.scale,
             **_mask_options(terms, q, k.size(2)),
         )[:3]
-        return BlockGradients(*(layout.unpack(x, y.size(1), y.size(3)) for x, y in ((dq, q), (dk, k), (dv, v))))
+        return TileGradients(*(layout.unpack(x, y.size(1), y.size(3)) for x, y in ((dq, q), (dk, k), (dv, v))))
 
 
 class NpuMerge:
@@ -131,7 +131,7 @@ class NpuMerge:
             reasons.append(f"takes no {str(dtype).removeprefix('torch.')}")
         return reasons
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """See MergeKernel.merge_."""
         import torch_npu
 

@@ -78,7 +78,9 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     return a, b, c, d
 
 
-def kept(rate: float, key: tuple[int, int], samples: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+def survives(
+    rate: float, key: tuple[int, int], samples: Tensor, heads: Tensor, queries: Tensor, keys: Tensor
+) -> Tensor:
     """[B, N, S, T] bool, False where a probability is dropped; see Note [Dropout].
 
     samples, queries: [B, S] int64. heads: [N] int64. keys: [B, T] int64.

@@ -1,4 +1,4 @@
-"""What a block attention kernel is: the contract that every device's kernel keeps.
+"""What an attention kernel is: the contract that every device's kernel keeps.
 
 Shapes: B batch, N query heads, G key/value heads (G divides N), S query tokens, T key tokens, D key head size, V value
 head size. Tensors are indexed in this order and may have any strides.
@@ -61,7 +61,7 @@ class Segments(NamedTuple):
 class Term(Enum):
     """What a kernel may be told to do to the scores beside scale and mask, and the gradients that may be wanted of it.
 
-    `BlockCase.terms` names what is; a kernel refuses what it does not know, see `term_reasons`.
+    `TileCase.terms` names what is; a kernel refuses what it does not know, see `term_reasons`.
     """
 
     SOFTCAP = "softcap"
@@ -119,7 +119,7 @@ class TileTerms:
         window is EVERYTHING.
     segments: the tiles in tensors [1, N, S, D], if there are several.
 
-    Beside these the terms that `BlockCase.terms` names; the score of query i and key j, in this order, is
+    Beside these the terms that `TileCase.terms` names; the score of query i and key j, in this order, is
 
         s = scale * (q_i . k_j);  s = softcap * tanh(s / softcap);  s += bias_ij - slope * |position_i - position_j|
 
@@ -168,7 +168,7 @@ def part_of(x: Tensor | None, samples: slice, heads: slice) -> Tensor | None:
     return x[:, heads] if x.size(1) > 1 else x
 
 
-class BlockCase(NamedTuple):
+class TileCase(NamedTuple):
     """What a kernel must know to say whether it can compute a tile.
 
     num_heads, num_kv_heads: of queries, and of keys and values. num_queries, num_keys: rows and columns of the tile.
@@ -206,7 +206,7 @@ class BlockCase(NamedTuple):
         )
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> "BlockCase":
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> "TileCase":
         """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
@@ -262,7 +262,7 @@ def _fits(visible: Tensor, q: Tensor, k: Tensor) -> bool:
     )
 
 
-class BlockOutput(NamedTuple):
+class TileOutput(NamedTuple):
     """What a kernel's forward pass gives.
 
     out: [B, N, S, V], 0 in rows that see no key; in the dtype of q, or of sums (fp32) where the kernel has it anyway.
@@ -276,7 +276,7 @@ class BlockOutput(NamedTuple):
     state: tuple[Tensor, ...] = ()
 
 
-class BlockGradients(NamedTuple):
+class TileGradients(NamedTuple):
     """Gradients of a tile's inputs, in their shapes; in their dtype, or of sums where the kernel has it anyway."""
 
     dq: Tensor
@@ -284,7 +284,7 @@ class BlockGradients(NamedTuple):
     dv: Tensor
 
 
-class BlockKernel(Protocol):
+class TileKernel(Protocol):
     """Exact attention of the queries of a tile over its keys.
 
     A kernel that cannot honour an argument says so in `unsupported_reasons`; it never leaves one out.
@@ -299,11 +299,11 @@ class BlockKernel(Protocol):
         """The name by which users and messages call it."""
         ...
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Every reason why it cannot compute `case`; empty where it can."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         """Attention of q over k and v.
 
         q: [B, N, S, D], k: [B, G, T, D], v: [B, G, T, V], any strides; with segments B is 1, and S and T are the tokens
@@ -312,8 +312,8 @@ class BlockKernel(Protocol):
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         """Gradients of q, k and v for the gradient `dout` [B, N, S, V] of the output.
 
         output: of the rows over all their keys.
@@ -321,17 +321,17 @@ class BlockKernel(Protocol):
         ...
 
 
-def term_reasons(case: BlockCase, *taken: Term) -> list[str]:
+def term_reasons(case: TileCase, *taken: Term) -> list[str]:
     """Why a kernel that takes these terms and no others cannot compute `case`."""
     return [f"takes no {term.value}" for term in Term if term in case.terms and term not in taken]
 
 
-def one_at_a_time_reasons(case: BlockCase) -> list[str]:
+def one_at_a_time_reasons(case: TileCase) -> list[str]:
     """Why a kernel that takes one tile a call cannot compute `case`."""
     return ["takes one tile a call"] if case.packed else []
 
 
-def cut_window_reasons(case: BlockCase) -> list[str]:
+def cut_window_reasons(case: TileCase) -> list[str]:
     """Why a kernel that takes rectangles and lower triangles, one a call, cannot compute `case`."""
     if case.packed:
         return one_at_a_time_reasons(case)

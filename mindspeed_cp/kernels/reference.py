@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.kernels.bias import added_to_scores, distances
-from mindspeed_cp.kernels.philox import kept as dropout_kept
+from mindspeed_cp.kernels.philox import survives
 from mindspeed_cp.kernels.protocol import (
     EVERYTHING,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     Positions,
     Term,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
     Window,
     one_at_a_time_reasons,
@@ -38,7 +38,7 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Why it cannot compute `case`: only its size."""
         itemsize = max(case.dtype.itemsize, torch.float32.itemsize)
         needed = case.num_heads * case.num_queries * case.num_keys * itemsize
@@ -50,27 +50,27 @@ class ReferenceKernel:
             f"holds all scores, {needed / 2**30:.0f} GiB a sample here, and takes {_MOST_BYTES / 2**30:.0f} at most",
         ]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         scores = _scores(q, k, terms).masked
         lse = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse)
-        kept = _kept(terms, probs)
-        out = torch.einsum("bgrst,bgtv->bgrsv", probs if kept is None else probs * kept, v.to(probs.dtype))
-        return BlockOutput(out.flatten(1, 2), lse.flatten(1, 2))
+        survival = _survival(terms, probs)
+        out = torch.einsum("bgrst,bgtv->bgrsv", probs if survival is None else probs * survival, v.to(probs.dtype))
+        return TileOutput(out.flatten(1, 2), lse.flatten(1, 2))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         num_kv_heads = k.size(1)
         scores, softcapped = _scores(q, k, terms)
         probs = _probabilities(scores, _grouped(output.lse, num_kv_heads))
-        kept = _kept(terms, probs)
+        survival = _survival(terms, probs)
         dtype = probs.dtype
         dout, out, q_grouped = (_grouped(x.to(dtype), num_kv_heads) for x in (dout, output.out, q))
 
-        dv = torch.einsum("bgrst,bgrsv->bgtv", probs if kept is None else probs * kept, dout)
+        dv = torch.einsum("bgrst,bgrsv->bgtv", probs if survival is None else probs * survival, dout)
         dprobs = torch.einsum("bgrsv,bgtv->bgrst", dout, v.to(dtype))
-        dprobs = dprobs if kept is None else dprobs * kept
+        dprobs = dprobs if survival is None else dprobs * survival
         delta = (dout * out).sum(dim=-1, keepdim=True)
         # What is not seen has no gradient, not even 0 * NaN.
         dscores = (probs * (dprobs - delta)).masked_fill(scores == -torch.inf, 0.0)
@@ -80,7 +80,7 @@ class ReferenceKernel:
         dscores = dscores * terms.scale
         dq = torch.einsum("bgrst,bgtd->bgrsd", dscores, k.to(dtype)).flatten(1, 2)
         dk = torch.einsum("bgrst,bgrsd->bgtd", dscores, q_grouped)
-        return BlockGradients(dq, dk, dv)
+        return TileGradients(dq, dk, dv)
 
 
 def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
@@ -90,7 +90,7 @@ def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
     """
     group = q.size(1) // k.size(1)
     largest = q.new_full((q.size(1),), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, keys, after in _pieces(q, k, terms):
+    for rows, keys, after in _portions(q, k, terms):
         told = _of_tokens(terms, rows, keys, after)
         for sample in range(q.size(0)):
             for kv in range(k.size(1)):
@@ -100,7 +100,7 @@ def largest_scores(q: Tensor, k: Tensor, terms: TileTerms) -> Tensor:
     return largest
 
 
-def _pieces(q: Tensor, k: Tensor, terms: TileTerms) -> Iterator[tuple[slice, slice, int]]:
+def _portions(q: Tensor, k: Tensor, terms: TileTerms) -> Iterator[tuple[slice, slice, int]]:
     """Queries and the keys of their tile, and how many queries of the tile come after them."""
     queries_end, keys_end = [0, q.size(2)], [0, k.size(2)]
     if terms.segments is not None:
@@ -170,14 +170,14 @@ def _visible(terms: TileTerms, scores: Tensor) -> Tensor | None:
     return terms.visible if terms.visible.dim() == 2 else _grouped_like(terms.visible, scores)
 
 
-def _kept(terms: TileTerms, probs: Tensor) -> Tensor | None:
+def _survival(terms: TileTerms, probs: Tensor) -> Tensor | None:
     """What probabilities [B, G, R, S, T] are multiplied by: 0 where they are dropped; None without dropout."""
     if terms.dropout is None:
         return None
     assert terms.positions is not None, "dropout is drawn by positions"
     queries, keys, samples = (x.expand(probs.size(0), -1) for x in terms.positions)
-    kept = dropout_kept(terms.dropout.rate, terms.dropout.key, samples, terms.dropout.heads, queries, keys)
-    return _grouped(kept, probs.size(1)).to(probs.dtype) / (1.0 - terms.dropout.rate)
+    surviving = survives(terms.dropout.rate, terms.dropout.key, samples, terms.dropout.heads, queries, keys)
+    return _grouped(surviving, probs.size(1)).to(probs.dtype) / (1.0 - terms.dropout.rate)
 
 
 def _give_gradients_of_terms(dscores: Tensor, terms: TileTerms) -> None:

@@ -3,14 +3,14 @@
 import torch
 
 from mindspeed_cp.kernels.choose import KERNELS, KernelRegistry
-from mindspeed_cp.kernels.protocol import EVERYTHING, BlockCase, BlockKernel, Term
+from mindspeed_cp.kernels.protocol import EVERYTHING, Term, TileCase, TileKernel
 
 _DEVICES = ("cuda", "npu", "cpu")
 
 
-def takes(kernel: BlockKernel, term: Term) -> bool:
+def takes(kernel: TileKernel, term: Term) -> bool:
     """Whether the kernel has no reason against a term, on whichever device it runs."""
-    plain = (BlockCase(device, torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64) for device in _DEVICES)
+    plain = (TileCase(device, torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64) for device in _DEVICES)
     return all(
         kernel.unsupported_reasons(case._replace(terms=frozenset({term}))) == kernel.unsupported_reasons(case)
         for case in plain

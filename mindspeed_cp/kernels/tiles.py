@@ -48,7 +48,7 @@ def _strips(tile: Tile) -> Iterator[Tile]:
     for start in range(0, rows, width):
         queries = slice(tile.queries.start + start, min(tile.queries.start + start + width, tile.queries.stop))
         last = tile.keys.start + start + keys - rows + tile.right  # The last key that the strip's first row sees.
-        for part in (slice(tile.keys.start, last + 1), slice(last + 1, tile.keys.stop)):
-            piece = within(tile, queries, part)
-            if piece is not None:
-                yield piece
+        for columns in (slice(tile.keys.start, last + 1), slice(last + 1, tile.keys.stop)):
+            part = within(tile, queries, columns)
+            if part is not None:
+                yield part

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_cp.kernels.protocol import BlockOutput
+from mindspeed_cp.kernels.protocol import TileOutput
 
 TILE = 4096
 """Numbers of `out` that one program holds in its registers: 32 a thread."""
@@ -54,7 +54,7 @@ class TritonMerge:
             reasons.append(f"merges bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}")
         return [*reasons, *missing()]
 
-    def merge_(self, out: Tensor, lse: Tensor, block: BlockOutput) -> None:
+    def merge_(self, out: Tensor, lse: Tensor, block: TileOutput) -> None:
         """See MergeKernel.merge_."""
         tensors = (out, lse, block.out, block.lse)
         batch, num_heads, num_queries, head_size = out.shape

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from mindspeed_cp.kernels.protocol import (
     TRIANGLE,
-    BlockCase,
-    BlockGradients,
-    BlockKernel,
-    BlockOutput,
     Term,
+    TileCase,
+    TileGradients,
+    TileKernel,
+    TileOutput,
     TileTerms,
     term_reasons,
 )
@@ -33,7 +33,7 @@ class Rearranged:
     what becomes of the terms; a mask is not rearranged.
     """
 
-    kernel: BlockKernel
+    kernel: TileKernel
     given: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor] = _as_it_is
     told: Callable[[TileTerms], TileTerms] = _as_they_are
@@ -43,25 +43,25 @@ class Rearranged:
         """The kernel's own name."""
         return self.kernel.name
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Those of the kernel itself."""
         return self.kernel.unsupported_reasons(case)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        """See BlockKernel.forward."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel.forward."""
         out, lse, state = self.kernel.forward(self.given(q), self.given(k), self.given(v), self.told(terms))
-        return BlockOutput(self.back(out), self.back(lse), state)
+        return TileOutput(self.back(out), self.back(lse), state)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        """See BlockKernel.backward."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        """See TileKernel.backward."""
         output = output._replace(out=self.given(output.out), lse=self.given(output.lse))
         dout, q, k, v = (self.given(x) for x in (dout, q, k, v))
-        return BlockGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, self.told(terms))))
+        return TileGradients(*map(self.back, self.kernel.backward(dout, q, k, v, output, self.told(terms))))
 
 
-def in_bnsd(kernel: BlockKernel) -> Rearranged:
+def in_bnsd(kernel: TileKernel) -> Rearranged:
     """The kernel, handed contiguous [B, N, S, D] tensors at the price of copies (--megatron-cp-in-bnsd)."""
     return Rearranged(kernel, Tensor.contiguous)
 
@@ -85,6 +85,6 @@ class Turned(Rearranged):
     back: Callable[[Tensor], Tensor] = _turned
     told: Callable[[TileTerms], TileTerms] = _of_lower
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         """Those of the kernel itself for a lower triangle; what belongs to positions is not put in reverse order."""
         return self.kernel.unsupported_reasons(case._replace(window=TRIANGLE)) + term_reasons(case, Term.SOFTCAP)

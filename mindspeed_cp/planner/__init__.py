@@ -17,6 +17,7 @@ from mindspeed_cp.planner.clock import (
     predicted_bytes,
     predicted_seconds,
 )
+from mindspeed_cp.planner.latent import LatentPass, LatentShape
 from mindspeed_cp.planner.network import Network
 from mindspeed_cp.planner.pieces import best_pieces
 
@@ -25,6 +26,8 @@ __all__ = [
     "AttentionShape",
     "Compute",
     "Event",
+    "LatentPass",
+    "LatentShape",
     "Network",
     "Post",
     "Sent",

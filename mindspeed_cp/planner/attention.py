@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspeed_cp.layouts import EqualChunks
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, union
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
-from mindspeed_cp.program import KV, Axis, Message, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.program import KV, Axis, Exchange, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import ROUNDS_UNDER_WAY, rounds
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
@@ -29,13 +29,21 @@ class AttentionShape:
         return 2 * num_tokens * self.num_kv_heads * self.head_size * self.element_size
 
     def q_bytes(self, num_tokens: int) -> int:
-        """Queries, or outputs, of so many tokens, all heads."""
+        """Queries of so many tokens, all heads."""
         return num_tokens * self.num_heads * self.head_size * self.element_size
+
+    def out_bytes(self, num_tokens: int) -> int:
+        """Outputs of so many tokens, all heads."""
+        return self.q_bytes(num_tokens)
 
     def flops(self, area: float, phase: Phase) -> float:
         """Of so many pairs of query and key, in all heads: two matrix products, five in the backward pass."""
         products = 2 if phase is Phase.FORWARD else 5
         return products * 2 * area * self.num_heads * self.head_size
+
+    def making_flops(self, num_keys: int, phase: Phase) -> float:
+        """Of making keys and values of so many tokens in a step, all heads: none where they travel."""
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +71,10 @@ class AttentionPass:
         peers = self.topology.ulysses_ranks(rank)
         ring_rank, ulysses = rank // self.topology.ulysses, self.topology.ulysses
         plan = self._plan
-        sent_queries = self.shape.q_bytes(plan.queries.num_tokens(ring_rank)) // ulysses
+        tokens = plan.queries.num_tokens(ring_rank)
+        sent_queries, out = (each(tokens) // ulysses for each in (self.shape.q_bytes, self.shape.out_bytes))
         qkv = sent_queries + self.shape.kv_bytes(plan.keys.num_tokens(ring_rank)) // ulysses
-        there, back = (qkv, sent_queries) if self.phase is Phase.FORWARD else (sent_queries, qkv)
+        there, back = (qkv, out) if self.phase is Phase.FORWARD else (out, qkv)
         yield from all_to_all("scatter", rank, peers, there // ulysses)
         yield from self._ring(rank)
         yield from all_to_all("gather", rank, peers, back // ulysses)
@@ -81,17 +90,26 @@ class AttentionPass:
         """
         plan, ulysses = self._plan, self.topology.ulysses
         held = range(self.topology.ring_size)
-        queries = self.shape.q_bytes(sum(plan.queries.num_tokens(rank) for rank in held))
+        tokens = sum(plan.queries.num_tokens(rank) for rank in held)
         keys = self.shape.kv_bytes(sum(plan.keys.num_tokens(rank) for rank in held))
         of_each = self.shape.kv_bytes(1) // 2
         travelling = sum(self.program(rank).sent_bytes(of_each, of_each).total() for rank in held)
         # Each of the Ulysses ranks has such a ring, of its part of the heads.
-        return (2 * queries + keys) * (ulysses - 1) // ulysses + travelling
+        there_and_back = self.shape.q_bytes(tokens) + self.shape.out_bytes(tokens) + keys
+        return there_and_back * (ulysses - 1) // ulysses + travelling
+
+    def held_bytes(self) -> int:
+        """K/V of others that the fullest rank has at hand or kept at most: none where a ring has one rank."""
+        of_each = self.shape.kv_bytes(1) // 2 // self.topology.ulysses
+        programs = map(self.program, range(self.topology.ring_size))
+        return max(each.held_bytes(of_each, of_each) + each.kept_bytes(of_each, of_each) for each in programs)
 
     def program(self, ring_rank: int) -> Program:
         """The program of a rank of the ring."""
         schedule = RingSchedule(outer=self.topology.outer, inner=self.topology.inner)
-        return ring_program(self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport, self.kept)
+        return ring_program(
+            self._plan, schedule, ring_rank, self.phase, self.pieces, self.transport, self.kept, self.overlap
+        )
 
     @property
     def _plan(self) -> AttentionPlan:
@@ -100,66 +118,69 @@ class AttentionPass:
     def _ring(self, rank: int) -> Iterator[Event]:
         """The rank's program, played as attention plays it."""
         ranks = self.topology.ring_ranks(rank)
-        steps = self.program(ranks.index(rank)).steps
+        program = self.program(ranks.index(rank))
         token_bytes = self.shape.kv_bytes(1) / self.topology.ulysses
 
-        def post(
-            sends: Sequence[Message], receives: Sequence[Message], axis: Axis, piece: int | None
-        ) -> Iterator[Event]:
+        def post(exchange: Exchange) -> Iterator[Event]:
             to: dict[int, int] = {}
-            for message in sends:
+            for message in exchange.sends:
                 share = (1 if message.piece is None else self.pieces) * (1 if message.carries is KV.BOTH else 2)
                 peer = ranks[message.peer]
                 to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
-            yield Post((axis, piece), to, tuple(dict.fromkeys(ranks[message.peer] for message in receives)), axis)
+            sources = tuple(dict.fromkeys(ranks[message.peer] for message in exchange.receives))
+            yield Post(_handle(exchange), to, sources, exchange.axis)
             if not self.overlap:
-                yield Wait((axis, piece))
+                yield Wait(_handle(exchange))
 
-        coming: dict[tuple[Axis, int | None], list[tuple[int, int | None]]] = {}
+        coming: list[Exchange] = []
 
-        def arrived(owner: int, piece: int | None) -> Iterator[Event]:
-            for handle in [handle for handle, blocks in coming.items() if (owner, piece) in blocks]:
-                yield Wait(handle)
-                del coming[handle]
+        def arrived(exchanges: list[Exchange]) -> Iterator[Event]:
+            for exchange in exchanges:
+                yield Wait(_handle(exchange))
+                coming.remove(exchange)
 
-        def key_values(step: Step) -> Iterator[Event]:
-            for axis in (Axis.OUTER, Axis.INNER):
-                along = [message for message in (*step.sends, *step.receives) if message.axis is axis]
-                for piece in dict.fromkeys(message.piece for message in along):
-                    sends, receives = (
-                        [message for message in way if message.axis is axis and message.piece == piece]
-                        for way in (step.sends, step.receives)
-                    )
-                    for message in sends:
-                        yield from arrived(message.owner, message.piece)
-                    yield Wait((axis, None))
-                    yield Wait((axis, piece))
-                    yield from post(sends, receives, axis, piece)
-                    coming[axis, piece] = [(message.owner, message.piece) for message in receives]
+        def bringing(owner: int, piece: int | None) -> list[Exchange]:
+            return [exchange for exchange in coming if exchange.brings(owner, piece)]
 
-        for step in steps:
+        def key_values(step: Step, exchanges: tuple[Exchange, ...]) -> Iterator[Event]:
+            for exchange in exchanges:
+                for message in exchange.sends:
+                    yield from arrived(bringing(message.owner, message.piece))
+                yield from arrived([each for each in coming if each.is_before(exchange, step)])
+                yield from post(exchange)
+                coming.append(exchange)
+
+        gradients = [step.gradients for step in program.steps]
+        for step, exchanges, added, leaving in zip(
+            program.steps, program.exchanges, program.added, gradients, strict=True
+        ):
             if self.overlap:
-                yield from key_values(step)
+                yield from key_values(step, exchanges)
             if step.tiles:
-                yield from arrived(step.owner, step.piece)
-                yield Compute(self._seconds(step.piece, sum(tile.area for tile in step.tiles), len(step.tiles)))
-            if self.phase is Phase.BACKWARD:
-                yield Wait((Axis.HOME, None))
-                yield Wait((Axis.HOME, step.piece))
-                if step.gives or step.gets:
-                    gives, gets = ([each] if each else [] for each in (step.gives, step.gets))
-                    axis = (gives + gets)[0].axis
-                    yield Wait((axis, step.piece))
-                    yield from post(gives, gets, axis, step.piece)
+                yield from arrived(bringing(step.owner, step.piece))
+                yield Compute(self._seconds(step))
+            for earlier in (gradients[number] for number in added):
+                assert earlier is not None
+                yield Wait(_handle(earlier))
+            if leaving is not None:
+                yield from post(leaving)
             if not self.overlap:
-                yield from key_values(step)
-        pieces = (None, *range(self.pieces))
-        yield from (Wait((axis, piece)) for axis in Axis for piece in pieces)
+                yield from key_values(step, exchanges)
+        under_way = (*coming, *(each for each in gradients if each is not None))
+        yield from (Wait(handle) for handle in dict.fromkeys(map(_handle, under_way)))
 
-    def _seconds(self, piece: int | None, area: int, num_tiles: int) -> float:
+    def _seconds(self, step: Step) -> float:
         """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
-        share = self.topology.ulysses * (1 if piece is None else self.pieces)
-        return self.shape.flops(area, self.phase) / share / self.flops_per_s + num_tiles * self.launch_s
+        share = self.topology.ulysses * (1 if step.piece is None else self.pieces)
+        keys = sum(span.stop - span.start for span in union(tile.keys for tile in step.tiles))
+        flops = self.shape.flops(sum(tile.area for tile in step.tiles), self.phase)
+        flops += self.shape.making_flops(keys, self.phase)
+        return flops / share / self.flops_per_s + len(step.tiles) * self.launch_s
+
+
+def _handle(exchange: Exchange) -> tuple[Axis, int | None, int]:
+    """The same for an exchange at both of its ends."""
+    return exchange.axis, exchange.piece, exchange.number
 
 
 def causal_zigzag(ring_size: int, num_tokens: int) -> AttentionPlan:
@@ -177,10 +198,11 @@ def ring_program(
     pieces: int,
     transport: Transport | None,
     kept: KV,
+    ahead: bool = False,
 ) -> Program:
     """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
-    transport = transport or cheapest_transport(plan, schedule)
-    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept)
+    transport = transport or cheapest_transport(plan, schedule, ahead=ahead)
+    return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
 
 
 def all_to_all(handle: str, rank: int, peers: Sequence[int], num_bytes: int) -> Iterator[Event]:

@@ -11,6 +11,10 @@ Note [Program]
 
     Without overlap, messages with K/V come last instead of first, and each is waited for at once.
 
+    Messages of one axis and number are posted, and waited for, as one exchange. Those of K/V are waited for when their
+    block is worked on, or when another exchange of their axis is posted at a step of their number or a later one.
+    Gradients are waited for, and added, in the order in which they were posted: at once where `Program.room` is 0.
+
     A step works on what has arrived, or is this rank's own. Kept gradients and those that come in are added to one sum
     for each owner, in the order of the steps; a step without tiles that gives, gives that sum. What is left in the end
     is the sum for this rank itself.
@@ -60,7 +64,8 @@ class Message(NamedTuple):
     """Tokens of `owner`'s K/V, or of their gradients, to or from `peer`.
 
     peer, owner: ring ranks. piece: which of the pieces of the K/V heads; None for all. carries: which of the two it
-    holds, see Note [Kept K/V].
+    holds, see Note [Kept K/V]. number: which exchange of its axis it is part of, the same at both ends; a rotation has
+    one after another, which need none.
     """
 
     peer: int
@@ -69,6 +74,7 @@ class Message(NamedTuple):
     axis: Axis
     piece: int | None = None
     carries: KV = KV.BOTH
+    number: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +85,8 @@ class Message(NamedTuple):
 class Step(NamedTuple):
     """What is done with the K/V of one owner, see Note [Program].
 
-    piece: the piece of the K/V heads that is worked on, with their query heads; None for all of them.
+    piece: the piece of the K/V heads that is worked on, with their query heads; None for all of them. number: that of
+    the messages which bring its block, where they have one.
     """
 
     owner: int
@@ -89,6 +96,7 @@ class Step(NamedTuple):
     gives: Message | None = None
     gets: Message | None = None
     piece: int | None = None
+    number: int = 0
 
     @property
     def gradients(self) -> "Exchange | None":
@@ -96,15 +104,15 @@ class Step(NamedTuple):
         first = self.gives or self.gets
         if first is None:
             return None
-        return Exchange(first.axis, self.piece, self.owner, some(self.gives), some(self.gets))
+        return Exchange(first.axis, self.piece, self.owner, some(self.gives), some(self.gets), first.number)
 
 
-Block = tuple[int, int | None]
-"""K/V by their owner and the piece of the heads; None for all of them."""
+BlockName = tuple[int, int | None]
+"""K/V by their owner, and the piece of the heads; None for all of them."""
 
 
 class Exchange(NamedTuple):
-    """Messages of a step along one axis, of one piece of the heads: they are posted, and waited for, as one.
+    """Messages of one axis, number and piece of the heads: they are posted, and waited for, as one.
 
     owner: of the step that it is told by in profiles and errors.
     """
@@ -114,6 +122,20 @@ class Exchange(NamedTuple):
     owner: int
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
+    number: int = 0
+
+    @property
+    def widest(self) -> int:
+        """The tokens of what leaves or of what comes, whichever are more."""
+        return max(sum(each.num_tokens for each in way) for way in (self.sends, self.receives))
+
+    def brings(self, owner: int, piece: int | None) -> bool:
+        """Whether a piece of an owner's heads comes with it."""
+        return any((message.owner, message.piece) == (owner, piece) for message in self.receives)
+
+    def is_before(self, other: "Exchange", step: Step) -> bool:
+        """Whether it is waited for before another one of K/V is posted at a step."""
+        return self.axis is other.axis and self.piece in (None, other.piece) and self.number <= step.number
 
 
 @dataclass(frozen=True)
@@ -121,13 +143,15 @@ class Program:
     """The steps of one rank.
 
     pieces: into how many the heads are cut where they are. kept: what a forward pass keeps of others' K/V, or a
-    backward pass has of them, see Note [Kept K/V].
+    backward pass has of them, see Note [Kept K/V]. room: tokens of gradients that may be on their way, either way,
+    before the first of them are waited for; the last ones posted always are.
     """
 
     rank: int
     steps: tuple[Step, ...]
     pieces: int = 1
     kept: KV = KV.NEITHER
+    room: int = 0
 
     def sent(self) -> Counter[Axis]:
         """Tokens that leave this rank along each axis; a token of one piece of the heads counts 1 / pieces."""
@@ -147,7 +171,7 @@ class Program:
         return Counter({axis: number // self.pieces for axis, number in sent.items()})
 
     @functools.cached_property
-    def keeps(self) -> dict[tuple[int, int | None], tuple[slice, ...]]:
+    def keeps(self) -> dict[BlockName, tuple[slice, ...]]:
         """The tokens of others that are kept, by owner and piece."""
         if not self.kept:
             return {}
@@ -170,7 +194,31 @@ class Program:
         return tuple(tuple(_exchanges(step)) for step in self.steps)
 
     @functools.cached_property
-    def done_with(self) -> tuple[tuple[Block, ...], ...]:
+    def added(self) -> tuple[tuple[int, ...], ...]:
+        """Of each step, those before it whose gradients are waited for, and added, before its own leave.
+
+        What is still on its way after them is at most `room`. Other pieces of the heads may stay on theirs.
+        """
+        under_way: dict[int, Exchange] = {}
+        added: list[tuple[int, ...]] = []
+        for number, step in enumerate(self.steps):
+            own = step.gradients
+            ways = {(Axis.HOME, None), (Axis.HOME, step.piece), *([(own.axis, own.piece)] if own else [])}
+            room = max(0, self.room - (own.widest if own else 0))
+            earlier = [place for place, each in under_way.items() if (each.axis, each.piece) in ways]
+            left = sum(under_way[place].widest for place in earlier)
+            now: list[int] = []
+            for place in earlier:
+                if left > room:
+                    now.append(place)
+                    left -= under_way.pop(place).widest
+            added.append(tuple(now))
+            if own:
+                under_way[number] = own
+        return tuple(added)
+
+    @functools.cached_property
+    def done_with(self) -> tuple[tuple[BlockName, ...], ...]:
         """Of each step, the blocks of others that no later one works on, or sends."""
         last_use = self._last_uses()
         foreign = [block for block in last_use if block[0] != self.rank]
@@ -179,7 +227,7 @@ class Program:
         )
 
     @functools.cached_property
-    def sums(self) -> dict[Block, tuple[slice, ...]]:
+    def sums(self) -> dict[BlockName, tuple[slice, ...]]:
         """The tokens of the sums that leave for their owners, see Note [Program]."""
         return {
             (step.owner, step.piece): step.gives.tokens
@@ -187,28 +235,29 @@ class Program:
             if step.gives is not None and not step.tiles
         }
 
-    def _last_uses(self) -> dict[Block, int]:
+    def _last_uses(self) -> dict[BlockName, int]:
         """The number of the last step that works on a block, or sends it."""
-        last_use: dict[Block, int] = {}
+        last_use: dict[BlockName, int] = {}
         for number, step in enumerate(self.steps):
             used = {(step.owner, step.piece)} | {(message.owner, message.piece) for message in step.sends}
             last_use.update(dict.fromkeys(used, number))
         return last_use
 
-    def held(self) -> int:
-        """The most tokens of others' K/V that steps have at hand or are receiving, from the posting on.
+    def held_bytes(self, key_bytes: int, value_bytes: int) -> int:
+        """The most bytes of others' K/V that steps have at hand or are receiving, from the posting on.
 
-        A block that is only still being sent is not counted.
+        A block that is only still being sent is not counted, nor what is kept for the backward pass.
         """
         last_use = self._last_uses()
-        alive: dict[Block, int] = {}
+        alive: dict[BlockName, int] = {}
         most = 0
         for number, step in enumerate(self.steps):
             for message in step.receives:
                 share = self.pieces if message.piece is None else 1
-                alive[message.owner, message.piece] = message.num_tokens * share
+                width = _width(message.carries, key_bytes, value_bytes)
+                alive[message.owner, message.piece] = message.num_tokens * share * width
             most = max(most, sum(alive.values()))
-            alive = {block: tokens for block, tokens in alive.items() if last_use[block] > number}
+            alive = {block: held for block, held in alive.items() if last_use[block] > number}
         return most // self.pieces
 
 
@@ -220,15 +269,23 @@ def _exchanges(step: Step) -> Iterator[Exchange]:
     for axis in (Axis.OUTER, Axis.INNER):
         sends = [message for message in step.sends if message.axis is axis]
         receives = [message for message in step.receives if message.axis is axis]
-        for piece in dict.fromkeys(message.piece for message in (*sends, *receives)):
-            coming = tuple(message for message in receives if message.piece == piece)
-            leaving = tuple(message for message in sends if message.piece == piece)
-            yield Exchange(axis, piece, coming[0].owner if len(coming) == 1 else step.owner, leaving, coming)
+        for piece, number in dict.fromkeys(sorted(map(_name, (*sends, *receives)), key=lambda name: name[1])):
+            coming = tuple(message for message in receives if _name(message) == (piece, number))
+            leaving = tuple(message for message in sends if _name(message) == (piece, number))
+            owner = coming[0].owner if len(coming) == 1 else step.owner
+            yield Exchange(axis, piece, owner, leaving, coming, number)
 
 
-def message(peer: int, owner: int, tokens: tuple[slice, ...], axis: Axis, piece: int | None = None) -> Message | None:
+def _name(message: Message) -> tuple[int | None, int]:
+    """Of the exchange along its axis that it is part of."""
+    return message.piece, message.number
+
+
+def message(
+    peer: int, owner: int, tokens: tuple[slice, ...], axis: Axis, piece: int | None = None, number: int = 0
+) -> Message | None:
     """The message with these tokens; None where there are none to send."""
-    return Message(peer, owner, tokens, axis, piece) if tokens else None
+    return Message(peer, owner, tokens, axis, piece, number=number) if tokens else None
 
 
 def some(message: Message | None) -> tuple[Message, ...]:

@@ -39,12 +39,15 @@ def program(
     pieces: int = 1,
     in_two: bool = True,
     kept: KV = KV.NEITHER,
+    ahead: bool = False,
 ) -> Program:
     """What `rank` does. Everything that depends on it reads this: attention, bytes, memory, predictions and drawings.
 
     plan: between the ring's ranks. pieces: of the heads, in a rotation, see Note [Pieces] in rotation.py. in_two:
     whether a backward pass does the own block in two parts, see Note [Two parts of the own block]. kept: see Note
-    [Kept K/V] in steps.py. Steps at which nothing is computed and nothing travels are left out.
+    [Kept K/V] in steps.py. ahead: whether what goes straight is posted as early as there is room, see Note [Room] in
+    straight.py; only for ranks that compute while messages travel. Steps at which nothing is computed and nothing
+    travels are left out.
     """
     backward = phase is Phase.BACKWARD
     own = plan.tiles(rank, rank)
@@ -53,9 +56,10 @@ def program(
     if transport is Transport.ROTATION:
         maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
     else:
-        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER), 1
+        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER, ahead), 1
     steps = maker.steps(first, last)
-    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept)
+    room = maker.room if isinstance(maker, Straight) else 0
+    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept, room)
 
 
 def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
@@ -69,18 +73,21 @@ def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
         yield from live(step._replace(receives=receives, sends=sends))
 
 
-def cheapest_transport(plan: Carried, schedule: RingSchedule) -> Transport:
+def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
+
+    ahead: whether direct transport may go ahead, see Note [Room] in straight.py. A rotation goes in step; where steps
+    are uneven it has to be as much better in tokens as it is slower, see `_in_step`.
 
     Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
     between inner rings are the slow ones: it is rotation, unless no key is seen in another inner ring than its own. All
     ranks find the same, as all have the plan. Where tokens lie in so many runs that it would take long to find out, it
     is rotation.
     """
-    return plan.once(("cheapest transport", schedule), lambda: _cheapest(plan, schedule))
+    return plan.once(("cheapest transport", schedule, ahead), lambda: _cheapest(plan, schedule, ahead))
 
 
-def _cheapest(plan: Carried, schedule: RingSchedule) -> Transport:
+def _cheapest(plan: Carried, schedule: RingSchedule, ahead: bool) -> Transport:
     owners, readers = range(schedule.size), plan.readers
     met = ((reader // schedule.inner, owner // schedule.inner) for owner in owners for reader in readers(owner))
     if schedule.outer > 1 and any(mine != theirs for mine, theirs in met):
@@ -88,12 +95,29 @@ def _cheapest(plan: Carried, schedule: RingSchedule) -> Transport:
     if sum(len(plan.keys.runs(owner)) * len(readers(owner)) for owner in owners) > _MOST_RUNS:
         return Transport.ROTATION
     needs = Needs(plan, schedule)
-    most = max(_rotated(needs).values(), default=0)
+    rotated, straight = max(_rotated(needs).values(), default=0), 0
     # Those that most others need come first: where all need all, the first of them already sends as many.
     for owner in sorted(owners, key=lambda owner: (len(readers(owner)), owner), reverse=True):
-        if sum(num_tokens(plan.needed(reader, owner)) for reader in readers(owner) if reader != owner) >= most:
+        sent = sum(num_tokens(plan.needed(reader, owner)) for reader in readers(owner) if reader != owner)
+        straight = max(straight, sent)
+        if straight == rotated or (straight > rotated and not ahead):
             return Transport.ROTATION
+    if straight > rotated:
+        apart, in_step = _in_step(plan, schedule)
+        return Transport.DIRECT if straight * apart < rotated * in_step else Transport.ROTATION
     return Transport.DIRECT
+
+
+def _in_step(plan: Carried, schedule: RingSchedule) -> tuple[int, int]:
+    """The largest area of a rank, and what it comes to where at each step all wait for the one that has most to do."""
+    of_ranks, of_steps = Counter[int](), Counter[int]()
+    for owner in range(schedule.size):
+        for reader in plan.readers(owner):
+            area = sum(tile.area for tile in plan.tiles(reader, owner))
+            number = schedule.number(reader, owner)
+            of_ranks[reader] += area
+            of_steps[number] = max(of_steps[number], area)
+    return max(of_ranks.values(), default=0), of_steps.total()
 
 
 def _rotated(needs: Needs) -> Counter[int]:

@@ -139,11 +139,11 @@ class _Share(torch.autograd.Function):
 
 def shard_tensor(whole: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
     """This rank's part of a whole tensor; the last parts of a dim are smaller where the axes do not divide it."""
-    piece = whole
+    local = whole
     for dim, axes in enumerate(placement):
         own = own_part(whole.size(dim), axes, mesh)
-        piece = piece.narrow(dim, own.start, own.size)
-    return piece.contiguous()
+        local = local.narrow(dim, own.start, own.size)
+    return local.contiguous()
 
 
 def own_part(total: int, axes: Axes, mesh: TensorMesh) -> Part:
@@ -155,24 +155,24 @@ def own_part(total: int, axes: Axes, mesh: TensorMesh) -> Part:
     return own
 
 
-def gather_tensor(piece: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
+def gather_tensor(local: Tensor, placement: Placement, mesh: TensorMesh) -> Tensor:
     """The whole tensor on all ranks, from the parts of all; the inverse of shard_tensor, uneven parts included."""
     for dim, axes in enumerate(placement):
         for axis in reversed(axes):
-            piece = _gather_uneven(piece, mesh, Along(axis, dim))
-    return piece
+            local = _gather_uneven(local, mesh, Along(axis, dim))
+    return local
 
 
-def _gather_uneven(piece: Tensor, mesh: TensorMesh, along: Along) -> Tensor:
+def _gather_uneven(local: Tensor, mesh: TensorMesh, along: Along) -> Tensor:
     if mesh.size_of((along.axis,)) == 1:
-        return piece
-    own = torch.tensor([piece.size(along.dim)], device=piece.device)
+        return local
+    own = torch.tensor([local.size(along.dim)], device=local.device)
     sizes = raw_gather(own, mesh, Along(along.axis, 0)).tolist()
     if len(set(sizes)) == 1:
-        return raw_gather(piece, mesh, along)
-    padding = list(piece.shape)
-    padding[along.dim] = max(sizes) - piece.size(along.dim)
-    padded = torch.cat([piece, piece.new_zeros(padding)], along.dim)
+        return raw_gather(local, mesh, along)
+    padding = list(local.shape)
+    padding[along.dim] = max(sizes) - local.size(along.dim)
+    padded = torch.cat([local, local.new_zeros(padding)], along.dim)
     parts = raw_gather(padded, mesh, along).split(max(sizes), along.dim)
     return torch.cat([each.narrow(along.dim, 0, size) for each, size in zip(parts, sizes, strict=True)], along.dim)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mindspeed_cp.comm import Communicator, ProcessGroupCommunicator, Traffic, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.tensor_parallel.grid import Axes, Grid
 from mindspeed_cp.tensor_parallel.kinds import KINDS, Kind, KindName, choose_grid
 
@@ -131,8 +132,7 @@ def plan_mesh(
     """Layouts and grid of a mesh of so many ranks, see TensorMesh.build. Data-parallel replicas are furthest apart."""
     for name, size in ((DATA, data), (CONTEXT, context)):
         if size < 1 or ranks % size:
-            divisors = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
-            raise ValueError(f"{name}={size} does not divide {ranks} ranks; use {divisors}.")
+            raise ValueError(f"{name}={size} does not divide {ranks} ranks; use {or_list(divisors(ranks))}.")
     if ranks % (data * context):
         raise ValueError(
             f"{DATA}={data} and {CONTEXT}={context} together do not divide {ranks} ranks; use a divisor of "

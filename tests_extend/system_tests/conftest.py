@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from system_tests import layer_cases, mask_cases, training_cases
+from system_tests import block_cases, layer_cases, mask_cases, stream_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
 
@@ -30,9 +30,17 @@ class TrainingPool:
         """Loss of each evaluation in the course of training on so many ranks."""
         return self._train(ranks, flags, None, VALIDATION)
 
-    def log(self, ranks: int, flags: Sequence[str]) -> str:
+    def log(self, ranks: int, flags: Sequence[str], sabotage: str | None = None) -> str:
         """What training with these flags alone prints on the last of so many ranks; see log_of_training."""
-        return self._pool.call(range(ranks), LIMIT_S, training_cases.log_of_training, ranks, _free_port(), flags)[-1]
+        function = training_cases.log_of_training
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags, sabotage)[-1]
+
+    def train_on_streams(
+        self, ranks: int, kind: str, flags: dict[str, object], sabotage: str | None = None
+    ) -> list[stream_cases.Step]:
+        """What stream_cases.train gives on each rank."""
+        function = stream_cases.train
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), kind, flags, sabotage)[-1]
 
     def refusal(self, ranks: int, flags: str, sabotage: str | None = None) -> str:
         """How training ends that is refused, or fails."""
@@ -62,6 +70,14 @@ class TrainingPool:
         """What layer_cases.compare_layers gives on each rank."""
         args = (ranks, _free_port(), tensor_parallel, dtype, flags, sabotage)
         return self._pool.call(range(ranks), LIMIT_S, layer_cases.compare_layers, *args)
+
+    def run_blocks(
+        self, ranks: int, tensor_parallel: int, variants: list[tuple[dict[str, object], dict[str, object]]]
+    ) -> list[list[block_cases.BlockRun]]:
+        """What block_cases.run_blocks gives on each rank."""
+        return self._pool.call(
+            range(ranks), LIMIT_S, block_cases.run_blocks, ranks, _free_port(), tensor_parallel, variants
+        )
 
     def compare_masks(self, ranks: int, flags: dict[str, object], mask_types: list[str]) -> list[dict[str, float]]:
         """What mask_cases.compare_masks gives on each rank."""

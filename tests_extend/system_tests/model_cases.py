@@ -1,4 +1,4 @@
-"""Toys of models people train, on every algorithm against CP = 1: losses and gradient norms."""
+"""Training on every algorithm against CP = 1, losses and gradient norms; of toys of models people train."""
 
 import re
 from typing import NamedTuple, Protocol
@@ -30,7 +30,7 @@ ALGORITHMS = {
 class Trains(Protocol):
     """Runs a training script: system_tests.conftest.TrainingPool."""
 
-    def log(self, ranks: int, flags: tuple[str, ...]) -> str:
+    def log(self, ranks: int, flags: tuple[str, ...], sabotage: str | None = None) -> str:
         """What it prints."""
         ...
 
@@ -43,21 +43,33 @@ class Difference(NamedTuple):
     gradients: float
 
 
-class ModelRuns:
-    """Trains one toy with CP = 1 once, and with algorithms of ALGORITHMS."""
+class Runs:
+    """Trains on one rank once, and with algorithms of ALGORITHMS on four.
 
-    def __init__(self, training: Trains, name: str, further: tuple[str, ...] = ()) -> None:
-        self._training = training
-        self._flags = (*TOY_FLAGS, *sizes(LENGTH), *DATA, *TOY_MODELS[name].flags, *further)
-        self._alone = training.log(1, self._flags)
+    alone: flags of the run on one rank, in the place of an algorithm's.
+    """
 
-    def difference(self, algorithm: str) -> Difference:
-        """Of training on four ranks from training on one."""
-        log = self._training.log(4, (*self._flags, *ALGORITHMS[algorithm]))
-        return Difference(self._largest(log, ITERATION), self._largest(log, GRADIENT_NORM))
+    def __init__(self, training: Trains, flags: tuple[str, ...], alone: tuple[str, ...] = ()) -> None:
+        self._training, self._flags = training, flags
+        self._alone = training.log(1, (*flags, *alone))
 
-    def _largest(self, log: str, line: re.Pattern[str]) -> float:
-        alone, shared = losses_in(self._alone, line), losses_in(log, line)
-        if not alone or alone.keys() != shared.keys():
-            return float("inf")
-        return max(relative_difference(alone[i], shared[i]) for i in alone)
+    def difference(self, algorithm: str, sabotage: str | None = None) -> Difference:
+        """Of training on four ranks from training on one. sabotage: breaks the library on the four."""
+        return difference(self._alone, self._training.log(4, (*self._flags, *ALGORITHMS[algorithm]), sabotage))
+
+
+def model_runs(training: Trains, name: str, further: tuple[str, ...] = ()) -> Runs:
+    """Those of one toy."""
+    return Runs(training, (*TOY_FLAGS, *sizes(LENGTH), *DATA, *TOY_MODELS[name].flags, *further))
+
+
+def difference(alone: str, shared: str) -> Difference:
+    """Of one log from another."""
+    return Difference(*(_largest(alone, shared, line) for line in (ITERATION, GRADIENT_NORM)))
+
+
+def _largest(alone: str, shared: str, line: re.Pattern[str]) -> float:
+    one, other = losses_in(alone, line), losses_in(shared, line)
+    if not one or one.keys() != other.keys():
+        return float("inf")
+    return max(relative_difference(one[i], other[i]) for i in one)

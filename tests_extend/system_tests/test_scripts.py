@@ -46,18 +46,26 @@ def test_feature_script_passes_in_a_checkout_with_its_own_training_script(checko
 
 @pytest.mark.slow
 def test_feature_script_fails_with_the_command_and_the_last_lines(tmp_path):
-    done = run(
-        ["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, CP="4", HEADS="2", HIDDEN="32", OUTPUT=str(tmp_path)
-    )
+    environment = {"CP": "2", "HEADS": "1", "HIDDEN": "32", "OUTPUT": str(tmp_path)}
+    done = run(["bash", str(FEATURE_TESTS / "ulysses.sh")], REPOSITORY, **environment)
     assert done.returncode == 1
-    assert "ulysses-cp4: training failed\ncommand: " in done.stderr
-    assert "--num-attention-heads 2" in done.stderr.splitlines()[1]
-    assert "error: --num-attention-heads 2 with --tensor-model-parallel-size 1 gives each rank 2, fewer" in done.stderr
+    assert "ulysses-cp2: training failed\ncommand: " in done.stderr
+    assert "--num-attention-heads 1" in done.stderr.splitlines()[1]
+    assert "error: --num-attention-heads 1 with --tensor-model-parallel-size 1 gives each rank 1, fewer" in done.stderr
 
 
-@pytest.mark.slow
+PYTHON_THAT_DOES_NOT_TRAIN = f"""#!/usr/bin/env bash
+if [[ ${{2:-}} != torch.distributed.run ]]; then exec {sys.executable} "$@"; fi
+[[ " $* " == *" --context-parallel-size "* ]] && loss=7.001 || loss=7.0
+echo "iteration 1/ 1 | lm loss: $loss |"
+"""
+
+
 def test_feature_script_fails_when_the_losses_differ(tmp_path):
-    environment = {"CP": "2", "ITERS": "2", "SEQ_LENGTH": "64", "OUTPUT": str(tmp_path), "TOLERANCE": "-1"}
+    stand_in = tmp_path / "python"
+    stand_in.write_text(PYTHON_THAT_DOES_NOT_TRAIN)
+    stand_in.chmod(0o755)
+    environment = {"OUTPUT": str(tmp_path), "PYTHON": str(stand_in), "BACKEND": "gloo"}
     done = run(["bash", str(FEATURE_TESTS / "ring_attention.sh")], REPOSITORY, **environment)
     assert done.returncode == 1
     assert "ring_attention: the losses differ from those of CP = 1\ncommand: " in done.stderr
@@ -68,7 +76,8 @@ def test_feature_script_fails_when_the_losses_differ(tmp_path):
     ("feature", "environment", "iterations"),
     [
         ("hybrid", {}, 20),
-        *((name, {"ITERS": "3", "SEQ_LENGTH": "64"}, 3) for name in ("ring_attention", "double_ring")),
+        ("double_ring", {"ITERS": "3", "SEQ_LENGTH": "64"}, 3),
+        ("ring_attention", {"ITERS": "3", "SEQ_LENGTH": "64", "CP": "2"}, 3),
         *((name, {"ITERS": "3", "CP": "2", "MICRO_BATCH": "2"}, 3) for name in ("packed_documents", "sliding_windows")),
     ],
 )

@@ -61,11 +61,14 @@ def hybrid(degree: int, inner: int = 1) -> str:
 # The default run trains at most a dozen times, the feature script's two runs among them: each algorithm once, beside
 # as many other options as go together. The slow ones hold each option once, beside one algorithm: how an option and an
 # algorithm meet is the same for all of them.
+KEPT_KV = ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}")
+LATENT_TRAVELS = (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS} --context-parallel-latent latent")
+ODD_LENGTH = (f"{PIPELINE_PARALLEL} {LOSS_MASK} {ODD}", 2, 2, RING)
 QUICK = [
-    ("", 1, 4, f"{double_ring(2)} {OVERLAP} {KEPT}"),
+    KEPT_KV,
     (f"{TENSOR_PARALLEL} --sequence-parallel {GQA} --use-distributed-optimizer", 2, 2, ULYSSES),
-    (f"{YARN} {RECOMPUTE}", 1, 4, f"{hybrid(2)} {KEEP_OUTPUTS} --context-parallel-latent latent"),
-    (f"{PIPELINE_PARALLEL} {LOSS_MASK} {ODD}", 2, 2, RING),
+    LATENT_TRAVELS,
+    ODD_LENGTH,
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
@@ -148,6 +151,9 @@ EVERY_RELEASE = {
     ("", 1, 4, hybrid(2)): ("pretraining, CP 4", "hybrid"),
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, ULYSSES): ("pretraining, TP 2 with SP x CP 2", "ulysses"),
     (f"{TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING): ("pretraining, TP 2 with SP x CP 2", "ring"),
+    KEPT_KV: ("kept K/V, CP 4", "double ring"),
+    LATENT_TRAVELS: ("latents travel, outputs kept", "hybrid"),
+    ODD_LENGTH: ("odd length, PP 2 x CP 2", "ring"),
 }
 
 
@@ -182,17 +188,25 @@ DROPOUT = "--attention-dropout 0.1"
 WITH_DROPOUT = [
     pytest.param(f"{DOCUMENTS} {TWO_SAMPLES} {RECOMPUTE}", 1, 4, double_ring(2), id="double ring, documents"),
     pytest.param(f"{STREAM} {WINDOW}", 1, 4, hybrid(2), id="hybrid, stream and window"),
-    pytest.param(f"{TENSOR_PARALLEL} --global-batch-size 4", 4, 2, ULYSSES, id="ulysses, TP and DP"),
+    pytest.param(
+        *(f"{TENSOR_PARALLEL} --global-batch-size 4", 4, 2, ULYSSES),
+        id="ulysses, TP and DP",
+        marks=pytest.mark.every_release,
+    ),
     pytest.param(f"{INTERLEAVED} {RECOMPUTE}", 2, 2, RING, id="ring, interleaved stages"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beside", "ranks", "size", "algorithm"), WITH_DROPOUT)
-def test_dropout_drops_what_it_does_with_cp_1(training, beside, ranks, size, algorithm):
+def test_dropout_drops_what_it_does_with_cp_1(training, record_property, beside, ranks, size, algorithm):
     reference = training.losses(ranks, f"{beside} {DROPOUT} --attention-on-one-rank")
     losses = training.losses(ranks * size, f"{beside} {DROPOUT} --context-parallel-size {size} {algorithm}")
     assert len(reference) == ITERATIONS
+    if algorithm == ULYSSES:  # The row that runs with every supported release.
+        record_property("check", "dropout, TP 2 x DP 2 x CP 2")
+        record_property("algorithm", "ulysses")
+        record_property("result", f"{losses[ITERATIONS]:.5f} {largest_difference(reference, losses):.0e}")
     assert largest_difference(reference, losses) <= 1e-5
     assert largest_difference(reference, training.losses(ranks, beside)) > 1e-3
 

@@ -28,6 +28,7 @@ from mindspeed_cp.patching import PatchError
 from mindspeed_cp.testing.toy_flags import TOY_FLAGS
 from system_tests.compare_losses import ITERATION, losses_in
 from system_tests.conversations import made_up_conversations
+from system_tests.planted_cases import PLANTED, planted
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
@@ -84,7 +85,8 @@ def log_of_training(world_size: int, port: int, flags: Sequence[str], sabotage: 
 
     sabotage: breaks the library, to see that somebody notices. "chunk order" leaves the zigzag's chunks as they were
     received, "lost gradients" forgets what other ranks have found for the gradients of K/V, "nan key" puts a NaN among
-    the last rank's keys in a ring, and "killed rank" kills the last rank within a ring, some iterations on.
+    the last rank's keys in a ring, and "killed rank" kills the last rank within a ring, some iterations on. Those of
+    planted_cases are mistakes about data.
     """
     output = io.StringIO()
     with (
@@ -243,6 +245,8 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
         return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
     if what == "killed rank" and is_culprit:
         return mock.patch.object(ProcessGroupCommunicator, "exchange_all", _DyingExchange(after=20))
+    if what in PLANTED:
+        return planted(what)
     assert what in (None, "nan key", "killed rank"), what
     return contextlib.nullcontext()
 

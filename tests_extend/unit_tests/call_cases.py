@@ -95,7 +95,7 @@ def sent_to_agree(case: Case, calls: int, *, once: bool) -> list[tuple[int, int]
         agreement = attention.agreement
         assert agreement is not None
         if once:
-            with agreement.once():
+            with agreement.remembering():
                 call()
         else:
             call()
@@ -135,7 +135,7 @@ def errors_after_a_layer_is_left_out(case: Case, culprit: int) -> list[str]:
         call = plain_call(case)
         agreement = attention.agreement
         assert agreement is not None
-        with agreement.once():
+        with agreement.remembering():
             for _ in range(1 if rank == culprit else 2):
                 attention.prepare(*call[:3])
         return error_of(attention, call)
@@ -156,7 +156,7 @@ def change_length_in_a_micro_batch(group: dist.ProcessGroup | None, case: Case, 
     attention = build_attention(case.config, ours)
     usual, other = plain_call(case), plain_call(dataclasses.replace(case, tokens=case.tokens + 2))
     assert attention.agreement is not None
-    with attention.agreement.once():
+    with attention.agreement.remembering():
         attention(*usual[:3])
         try:
             attention(*(other if dist.get_rank(group) == 1 else usual)[:3])
@@ -169,7 +169,7 @@ def messages_after_pickling(group: dist.ProcessGroup, case: Case) -> int:
     """How many messages a copy that was pickled in a micro-batch sends to agree on two calls."""
     attention, call = build_attention(case.config, group), plain_call(case)
     assert attention.agreement is not None
-    with attention.agreement.once():
+    with attention.agreement.remembering():
         attention(*call[:3])
         copied = pickle.loads(pickle.dumps(attention))
     copied.agreement.communicator.traffic.clear()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.sums import MergedOutput
-from mindspeed_cp.kernels import BlockOutput, MergeKernel
+from mindspeed_cp.kernels import MergeKernel, TileOutput
 from mindspeed_cp.kernels.calls import in_all_samples
 from mindspeed_cp.kernels.triton_merge import TritonMerge
 
@@ -67,7 +67,7 @@ def merged_part(case: Case, results: Merged) -> Merged:
     return Merged(results.out[:, :, tokens, : case.head_size], results.lse[:, :, tokens])
 
 
-def inputs(case: Case, dtype: torch.dtype) -> tuple[Merged, BlockOutput]:
+def inputs(case: Case, dtype: torch.dtype) -> tuple[Merged, TileOutput]:
     """Results with margins, and a block.
 
     One of the first three queries is dead so far, one in the block, one in both; so are some others.
@@ -94,7 +94,7 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Merged, BlockOutput]:
     block = attention(case.queries, case.head_size, case.dtype, [] if case.expanded else [1, 2])
     if case.expanded:
         block = Merged(*(x[:, :, :1].expand_as(x) for x in block))
-    return Merged(results.out.to(dtype), results.lse), BlockOutput(*block)
+    return Merged(results.out.to(dtype), results.lse), TileOutput(*block)
 
 
 def merge_far_apart(kernel: MergeKernel, dim: int, folder: str) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def merge_far_apart(kernel: MergeKernel, dim: int, folder: str) -> tuple[Tensor,
 
     out, lse = rows("out", torch.float32, 0.0, head_size), rows("lse", torch.float32, 0.0, 1)[..., 0]
     block_out, block_lse = rows("block", torch.bfloat16, 1.0, head_size), rows("block_lse", torch.float32, 0.0, 1)
-    kernel.merge_(out, lse, BlockOutput(block_out, block_lse[..., 0]))
+    kernel.merge_(out, lse, TileOutput(block_out, block_lse[..., 0]))
     return out.reshape(3, head_size).clone(), lse.reshape(3).clone()
 
 
@@ -122,11 +122,11 @@ def merge_nan(kernel: MergeKernel, where: str) -> tuple[Tensor, Tensor]:
     tensors = {name: torch.ones(1, 1, 2, 4) for name in ("out", "block_out")}
     tensors |= {name: torch.ones(1, 1, 2) for name in ("lse", "block_lse")}
     tensors[where].view(2, -1)[1, 0] = torch.nan
-    kernel.merge_(tensors["out"], tensors["lse"], BlockOutput(tensors["block_out"], tensors["block_lse"]))
+    kernel.merge_(tensors["out"], tensors["lse"], TileOutput(tensors["block_out"], tensors["block_lse"]))
     return tensors["out"][0, 0], tensors["lse"][0, 0]
 
 
-def merge_blocks(blocks: list[tuple[BlockOutput, slice]], allow_triton: bool) -> BlockOutput:
+def merge_blocks(blocks: list[tuple[TileOutput, slice]], allow_triton: bool) -> TileOutput:
     """The attention that MergedOutput makes of blocks and their queries, in their dtype."""
     refusals = TritonMerge.unsupported_reasons
 

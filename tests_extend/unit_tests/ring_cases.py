@@ -27,7 +27,7 @@ from mindspeed_cp.comm import (
     VirtualCommunicator,
     VirtualWorld,
 )
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileGradients, TileOutput, TileTerms
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.topology import CPTopology
 from unit_tests.dense import Result, causal_mask, dense_attention
@@ -232,18 +232,18 @@ class RecordingKernel:
     name = "recording"
     contiguous: list[bool] = field(default_factory=list)
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         self.contiguous.extend(x.is_contiguous() for x in (q, k, v))
-        return KERNELS.choose(BlockCase.of(q, k, v, terms)).forward(q, k, v, terms)
+        return KERNELS.choose(TileCase.of(q, k, v, terms)).forward(q, k, v, terms)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         self.contiguous.extend(x.is_contiguous() for x in (dout, q, k, v, output.out, output.lse))
-        return KERNELS.choose(BlockCase.of(q, k, v, terms)).backward(dout, q, k, v, output, terms)
+        return KERNELS.choose(TileCase.of(q, k, v, terms)).backward(dout, q, k, v, output, terms)
 
 
 @dataclass
@@ -256,11 +256,11 @@ class FailingKernel(RecordingKernel):
     phase: str = "forward"
     calls: int = 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         self._count("forward")
         return super().forward(q, k, v, terms)
 
-    def backward(self, *args: Any) -> BlockGradients:
+    def backward(self, *args: Any) -> TileGradients:
         self._count("backward")
         return super().backward(*args)
 

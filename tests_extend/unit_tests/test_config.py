@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, divisors, flag, or_list
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
 
@@ -200,16 +200,6 @@ def test_flags_without_effect_are_said(flags, sentences):
 BROKEN_MODELS = [
     (
         dict(size=4),
-        dict(num_attention_heads=8, seq_length=20),
-        "--seq-length 20 is not a multiple of 2 * --context-parallel-size 4 = 8; use 16 or 24.",
-    ),
-    (
-        dict(size=4, algorithm=RING),
-        dict(num_attention_heads=8, seq_length=4),
-        "--seq-length 4 is not a multiple of 2 * --context-parallel-size 4 = 8; use 8.",
-    ),
-    (
-        dict(size=4),
         dict(num_attention_heads=3),
         "--num-attention-heads 3 with --tensor-model-parallel-size 1 gives each rank 3, fewer than the Ulysses degree "
         "4 (--context-parallel-size), which wants one at least for each of its ranks; use hybrid_cp_algo with a "
@@ -246,13 +236,13 @@ def test_model_that_cannot_be_split_is_refused(flags, model, message):
 @pytest.mark.parametrize(
     ("flags", "model"),
     [
-        (dict(), dict(num_attention_heads=7, tensor_model_parallel_size=2, seq_length=13)),
-        (dict(size=4), dict(num_attention_heads=8, tensor_model_parallel_size=2, seq_length=24)),
+        (dict(), dict(num_attention_heads=7, tensor_model_parallel_size=2)),
+        (dict(size=4), dict(num_attention_heads=8, tensor_model_parallel_size=2)),
         (dict(size=4), dict(num_attention_heads=8, num_query_groups=4)),
         (dict(size=4), dict(num_attention_heads=8, num_query_groups=2)),
         (dict(size=4), dict(num_attention_heads=10, num_query_groups=1, tensor_model_parallel_size=2)),
-        (dict(size=8, algorithm=RING), dict(num_attention_heads=3, num_query_groups=1, seq_length=16)),
-        (dict(size=16, algorithm=HYBRID, degree=2), dict(num_attention_heads=6, num_query_groups=2, seq_length=32)),
+        (dict(size=8, algorithm=RING), dict(num_attention_heads=3, num_query_groups=1)),
+        (dict(size=16, algorithm=HYBRID, degree=2), dict(num_attention_heads=6, num_query_groups=2)),
     ],
 )
 def test_model_that_can_be_split_is_accepted(flags, model):
@@ -311,11 +301,3 @@ def test_flags_and_defaults_are_those_of_the_design():
 def test_every_flag_of_ours_has_a_help_text():
     ours = [f for f in dataclasses.fields(ContextParallelConfig) if f.name != "context_parallel_size"]
     assert all(f.metadata["help"].endswith(".") for f in ours)
-
-
-def test_or_list_ends_a_sentence():
-    assert [or_list(values) for values in ([2], [2, 4], [2, 4, 8])] == ["2", "2 or 4", "2, 4 or 8"]
-
-
-def test_divisors_are_all_and_ascending():
-    assert [divisors(number) for number in (1, 7, 12)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12]]

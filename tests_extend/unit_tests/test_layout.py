@@ -19,26 +19,26 @@ def test_zigzag_of_four_ranks_is_that_of_the_note():
     layout = SequenceLayout(size=4)
     assert layout.kind == "zigzag"
     assert (layout.chunks_per_rank, layout.num_chunks) == (2, 8)
-    assert [layout.chunk_ids(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
+    assert [layout.of(0).chunks(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
 
 
 def test_contiguous_rank_holds_the_chunk_of_its_number():
     layout = SequenceLayout(size=4, kind="contiguous")
     assert (layout.chunks_per_rank, layout.num_chunks) == (1, 4)
-    assert [layout.chunk_ids(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert [layout.of(0).chunks(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
 
 
 def test_every_chunk_is_held_once():
     for layout in LAYOUTS:
-        held = [chunk for rank in range(layout.size) for chunk in layout.chunk_ids(rank)]
+        held = [chunk for rank in range(layout.size) for chunk in layout.of(0).chunks(rank)]
         assert sorted(held) == list(range(layout.num_chunks))
-        assert {len(layout.chunk_ids(rank)) for rank in range(layout.size)} == {layout.chunks_per_rank}
+        assert {len(layout.of(0).chunks(rank)) for rank in range(layout.size)} == {layout.chunks_per_rank}
 
 
 def test_zigzag_gives_every_rank_the_same_causal_work():
     for size in range(1, 17):
         layout = SequenceLayout(size=size)
-        keys_seen = {sum(chunk + 0.5 for chunk in layout.chunk_ids(rank)) for rank in range(size)}
+        keys_seen = {sum(chunk + 0.5 for chunk in layout.of(0).chunks(rank)) for rank in range(size)}
         assert keys_seen == {float(2 * size)}
 
 
@@ -46,7 +46,7 @@ def test_shard_takes_the_rank_s_chunks_in_order():
     for layout in LAYOUTS:
         sequence = torch.arange(3 * layout.num_chunks)
         for rank in range(layout.size):
-            expected = [3 * chunk + token for chunk in layout.chunk_ids(rank) for token in range(3)]
+            expected = [3 * chunk + token for chunk in layout.of(0).chunks(rank) for token in range(3)]
             assert layout.shard(sequence, rank, 0).tolist() == expected
 
 

@@ -567,6 +567,13 @@ def test_patch_whose_needs_are_installed_is_applied(toy):
         assert toy.double(3) == ("patched", 6)
 
 
+def test_patch_that_an_installed_module_makes_needless_is_skipped(toy):
+    needless, needed = (patch_of("toy:double", unless=unless) for unless in (("no_such_module", "json"), ("no_such",)))
+    assert PatchRegistry([needless]).status() == [(needless, "skipped: json is installed")]
+    with PatchRegistry([needed]).applied():
+        assert toy.double(3) == ("patched", 6)
+
+
 def test_status_tells_what_has_become_of_each_patch(toy):
     patch, skipped = patch_of("toy:double"), patch_of("toy:sibling", needs=("no_such_module",))
     registry = PatchRegistry([patch, skipped])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.layouts import EqualChunks, Zigzag
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Tile, halves
 from mindspeed_cp.program import Axis, Message, Phase, Program, program
 from mindspeed_cp.schedule import RingSchedule
@@ -170,7 +170,7 @@ def test_what_travels_is_what_was_counted_by_hand(grid, bands, rank, sent):
 def test_blocks_in_memory_do_not_grow_with_the_ring(inner, held):
     zigzag = EqualChunks(inner, 8)
     for phase in Phase:
-        assert program(AttentionPlan(zigzag, zigzag, FULL), RingSchedule(1, inner), 0, phase).held() == held
+        assert program(AttentionPlan(zigzag, zigzag, FULL), RingSchedule(1, inner), 0, phase).held_bytes(1, 0) == held
 
 
 def test_a_window_makes_no_hop_that_nobody_needs():
@@ -182,13 +182,13 @@ def test_a_window_makes_no_hop_that_nobody_needs():
 
 
 @pytest.mark.parametrize("bands", [CAUSAL, FULL, (Band(9, 0),), (Band(None, None, (0, 5)), Band(None, 0, (5, None)))])
-@pytest.mark.parametrize("layout", [EqualChunks(2, 16), EqualChunks(2, 16, documents=(5, 20, 7)), EqualChunks(1, 2)])
+@pytest.mark.parametrize("layout", [EqualChunks(2, 16), Zigzag(2, ((5, 20, 7),)), EqualChunks(1, 2)])
 def test_the_own_block_in_two_parts_is_the_whole_and_neither_is_much_the_larger(layout, bands):
     tiles = AttentionPlan(layout, layout, bands).tiles(0, 0)
     first, last = halves(tiles)
     assert Counter(seen_by_tiles(first + last)) == Counter(seen_by_tiles(tiles))
     areas = [sum(tile.area for tile in part) for part in (first, last)]
-    assert max(areas) <= 0.625 * sum(areas) or layout.tokens < 4
+    assert max(areas) <= 0.625 * sum(areas) or layout.num_tokens(0) < 4
 
 
 def test_the_own_block_of_a_causal_zigzag_is_the_late_rectangle_and_two_triangles():

@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.attention import AttentionTerms, Dropout
 from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KernelRegistry, TileOutput, TileTerms
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
 from mindspeed_cp.kernels.protocol import TRIANGLE, DropoutTerms
 from unit_tests.call_cases import ALGORITHMS, agreeing_attention, run_virtually
@@ -38,7 +38,7 @@ def test_flash_attn_drops_in_its_backward_pass_what_it_has_dropped():
         q, k, v, dout = tensors
         output = FlashAttnKernel().forward(q, k, v, terms)
         out = output.out.to(q.dtype)
-        grads = FlashAttnKernel().backward(dout, q, k, v, BlockOutput(out, *output[1:]), terms)
+        grads = FlashAttnKernel().backward(dout, q, k, v, TileOutput(out, *output[1:]), terms)
     keep = kept_by(*output.state, 0.5, tensors[0], 24)
     plain, exact = (dropped(tensors, keep, dtype) for dtype in (torch.bfloat16, torch.float64))
     assert_as_accurate_as(plain, exact, Result(out, output.lse, *grads))

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileGradients, TileOutput, TileTerms
 from mindspeed_cp.topology import CPTopology
 from unit_tests.ring_cases import case_on, grid_name, virtual_attention
 from unit_tests.ulysses_cases import inputs, shard_of
@@ -20,19 +20,19 @@ class Fickle:
     able: bool = True
     backward_calls: list[int] = field(default_factory=list)
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         return [] if self.able else ["has changed its mind"]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
-        output = KERNELS.choose(BlockCase.of(q, k, v, terms)).forward(q, k, v, terms)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        output = KERNELS.choose(TileCase.of(q, k, v, terms)).forward(q, k, v, terms)
         return output._replace(state=(q.new_full((), float(len(self.name))),))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         assert output.state[0] == len(self.name), "the state of another kernel"
         self.backward_calls.append(q.size(2))
-        kernel = KERNELS.choose(BlockCase.of(q, k, v, terms))
+        kernel = KERNELS.choose(TileCase.of(q, k, v, terms))
         return kernel.backward(dout, q, k, v, output._replace(state=()), terms)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.kernels import BlockOutput
+from mindspeed_cp.kernels import TileOutput
 from mindspeed_cp.kernels.calls import in_all_samples
 
 EVERY_ROW = slice(None)
@@ -22,20 +22,20 @@ def scores_and_values(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
     return scores.to(dtype), torch.randn(1, HEADS, KEYS, HEAD_SIZE, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def block(scores: Tensor, values: Tensor, keys: slice = EVERY_ROW, queries: slice = EVERY_ROW) -> BlockOutput:
+def block(scores: Tensor, values: Tensor, keys: slice = EVERY_ROW, queries: slice = EVERY_ROW) -> TileOutput:
     """Attention of some queries over some keys, as a kernel gives it."""
     scores = scores[:, :, queries, keys]
-    return BlockOutput(torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values[:, :, keys], scores.logsumexp(dim=-1))
+    return TileOutput(torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values[:, :, keys], scores.logsumexp(dim=-1))
 
 
-def merged_of(first: BlockOutput) -> MergedOutput:
+def merged_of(first: TileOutput) -> MergedOutput:
     """A merge that has begun with a block of all queries."""
     merged = MergedOutput(first.out)
     merged.merge(first, in_all_samples(EVERY_ROW))
     return merged
 
 
-def assert_same(merged: MergedOutput, expected: BlockOutput) -> None:
+def assert_same(merged: MergedOutput, expected: TileOutput) -> None:
     for actual, exact in zip(merged.result(torch.float64)[:2], expected[:2], strict=True):
         torch.testing.assert_close(actual, exact, rtol=0, atol=1e-14)
 
@@ -94,8 +94,8 @@ def test_merge_of_large_log_sum_exps_neither_overflows_nor_vanishes(size):
 @pytest.mark.parametrize("later", [5.0, -5.0])
 def test_merge_weighs_two_blocks_by_their_exponentials(later):
     ones, lse = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
-    merged = merged_of(BlockOutput(ones, lse))
-    merged.merge(BlockOutput(3 * ones, lse + later), in_all_samples(EVERY_ROW))
+    merged = merged_of(TileOutput(ones, lse))
+    merged.merge(TileOutput(3 * ones, lse + later), in_all_samples(EVERY_ROW))
     weight = 1 / (1 + torch.exp(torch.tensor(-later, dtype=torch.float64)))
     assert merged.result(torch.float64).out.item() == pytest.approx((1 - weight + 3 * weight).item(), abs=1e-14)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention
 from mindspeed_cp.benchmark.one_gpu import ImmediateCommunicator
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.kernels import BlockCase, BlockGradients, BlockOutput, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KernelRegistry, TileCase, TileGradients, TileOutput, TileTerms
 
 RANKS = 8
 
@@ -24,22 +24,22 @@ class StubKernel:
     def __init__(self) -> None:
         self._outputs: dict[object, Any] = {}
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         if q.shape not in self._outputs:
-            self._outputs[q.shape] = BlockOutput(torch.zeros(q.shape), torch.zeros(q.shape[:3]))
-        output: BlockOutput = self._outputs[q.shape]
+            self._outputs[q.shape] = TileOutput(torch.zeros(q.shape), torch.zeros(q.shape[:3]))
+        output: TileOutput = self._outputs[q.shape]
         return output
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
         shapes = q.shape, k.shape
         if shapes not in self._outputs:
-            self._outputs[shapes] = BlockGradients(*(torch.zeros(x.shape) for x in (q, k, v)))
-        gradients: BlockGradients = self._outputs[shapes]
+            self._outputs[shapes] = TileGradients(*(torch.zeros(x.shape) for x in (q, k, v)))
+        gradients: TileGradients = self._outputs[shapes]
         return gradients
 
 

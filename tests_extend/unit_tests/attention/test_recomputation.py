@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, Dropout, Recomputation
-from mindspeed_cp.attention.recomputation import once
+from mindspeed_cp.attention.recomputation import replay
 from mindspeed_cp.comm import Agreement, Traffic, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.testing.rank_pool import LIMIT_S
 from unit_tests.call_cases import ALGORITHMS
@@ -149,7 +149,7 @@ def counted(results: list[int]) -> Callable[[Recomputation], Callable[[Tensor], 
                 results.append(len(results))
                 return x.detach() * 2.0
 
-            return torch.sin(x) * once(recomputation, "case", find)
+            return torch.sin(x) * replay(recomputation, "case", find)
 
         return run
 
@@ -178,7 +178,7 @@ def test_a_policy_that_counts_operations_does_not_see_those_that_are_not_repeate
     x = torch.ones(3, 3, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
-        found = once(recomputation, "case", lambda: x.detach() @ weight)
+        found = replay(recomputation, "case", lambda: x.detach() @ weight)
         return torch.sin(x @ weight.T * found) @ (weight + 1.0)
 
     (expected,) = torch.autograd.grad(run(x).sum(), x)
@@ -209,7 +209,7 @@ def test_what_was_found_for_another_case_is_not_used():
 
     def run(x: Tensor) -> Tensor:
         case = next(cases)
-        return torch.sin(x) * recomputation.once(case, lambda: x.detach() * case)
+        return torch.sin(x) * recomputation.replay(case, lambda: x.detach() * case)
 
     recomputation.around(CHECKPOINTS["reentrant"])(run, x).sum().backward()
     torch.testing.assert_close(x.grad, 3.0 * torch.cos(x.detach()))
@@ -219,7 +219,7 @@ def test_an_output_that_was_written_to_is_refused():
     recomputation, x = Recomputation(), torch.ones(3, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
-        found = recomputation.once("case", lambda: x.detach() * 2.0)
+        found = recomputation.replay("case", lambda: x.detach() * 2.0)
         found += 1.0
         return torch.sin(x) * found
 

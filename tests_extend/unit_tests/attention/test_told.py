@@ -13,7 +13,7 @@ from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.topology import CPTopology
 from unit_tests.attention.test_every_plan import layout
 from unit_tests.call_cases import ALGORITHMS, run_virtually
-from unit_tests.dealt import zigzag
+from unit_tests.dealt import contiguous
 from unit_tests.dense import assert_equal_to
 from unit_tests.plan_cases import PlanCase
 from unit_tests.ring_cases import case_on
@@ -50,10 +50,10 @@ def test_every_term_over_gloo_gives_the_bits_of_virtual_ranks(gloo, heads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [16, 64])
-def test_bf16_with_every_term_is_as_accurate_on_many_ranks_as_on_2(ranks):
+def test_bf16_with_every_term_is_as_accurate_on_64_ranks_as_on_2():
     def relative_errors(size: int) -> dict[str, float]:
-        plan = PlanCase(zigzag([512 // size // 2] * 2 * size), CPTopology(inner=size))
+        # Half of the pairs of ranks see nothing of each other, and the last rank merges as often as there are ranks.
+        plan = PlanCase(contiguous([512 // size] * size), CPTopology(inner=size))
         case = TermCase(plan, (4, 2), EVERYTHING, dtype=torch.bfloat16)
         exact, actual = dense(case), restored(case, attend_virtually(case))
         return {
@@ -63,7 +63,7 @@ def test_bf16_with_every_term_is_as_accurate_on_many_ranks_as_on_2(ranks):
         }
 
     few = relative_errors(2)
-    for name, error in relative_errors(ranks).items():
+    for name, error in relative_errors(64).items():
         # Partial dK/dV are rounded on their way home: the square root of 2 at most, of roundings of one size.
         assert error <= 1.3 * few[name], f"{name}: error {error:.2e}, with two ranks {few[name]:.2e}"
 

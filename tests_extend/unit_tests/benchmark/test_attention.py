@@ -9,7 +9,7 @@ import torch
 from mindspeed_cp.benchmark.all_gather import AllGatherAttention
 from mindspeed_cp.benchmark.kernels import EmulatedKernel, TimedKernel, block_flops
 from mindspeed_cp.comm import Traffic, VirtualCommunicator, VirtualWorld
-from mindspeed_cp.kernels import BlockCase, TileTerms, Window
+from mindspeed_cp.kernels import TileCase, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
 from mindspeed_cp.kernels.reference import ReferenceKernel
@@ -23,7 +23,7 @@ FIELDS = {
     *("waiting_seconds", "link_seconds"),
     *("predicted_seconds", "measured_over_predicted", "bytes_sent", "bytes_by_formula", "bytes_inside"),
     *("bytes_between", "bytes_as_predicted", "card_bytes_inside", "card_bytes_between"),
-    *("most_bytes_between_of_a_rank", "peak_bytes", "errors"),
+    *("most_bytes_between_of_a_rank", "held_bytes", "peak_bytes", "errors"),
 }
 
 
@@ -55,8 +55,8 @@ def test_all_gather_baseline_is_dense_attention_and_sends_its_formulas_bytes(siz
         assert each.bytes_sent == {"all_gather": (size - 1) * block, "all_to_all": (size - 1) * block}
 
 
-def block_case(window: Window, head_size: int = 8) -> BlockCase:
-    return BlockCase("cpu", torch.float32, window, 4, 2, 10, 20, head_size, 8)
+def block_case(window: Window, head_size: int = 8) -> TileCase:
+    return TileCase("cpu", torch.float32, window, 4, 2, 10, 20, head_size, 8)
 
 
 def test_flops_are_two_products_forward_and_five_backward_of_what_is_seen():

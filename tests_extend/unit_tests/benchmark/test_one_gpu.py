@@ -23,10 +23,10 @@ from mindspeed_cp.benchmark.one_gpu import (
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import (
     KERNELS,
-    BlockCase,
-    BlockGradients,
-    BlockOutput,
     KernelRegistry,
+    TileCase,
+    TileGradients,
+    TileOutput,
     TileTerms,
 )
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
@@ -41,24 +41,24 @@ class CountingKernel:
 
     name = "counting"
     most: int = 10**9
-    forward_cases: list[BlockCase] = field(default_factory=list)
-    backward_cases: list[BlockCase] = field(default_factory=list)
+    forward_cases: list[TileCase] = field(default_factory=list)
+    backward_cases: list[TileCase] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         return []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> BlockOutput:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
         if q.size(2) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        self.forward_cases.append(BlockCase.of(q, k, v, terms))
+        self.forward_cases.append(TileCase.of(q, k, v, terms))
         self.keys.append(k)
         return KERNELS.choose(self.forward_cases[-1]).forward(q, k, v, terms)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: BlockOutput, terms: TileTerms
-    ) -> BlockGradients:
-        self.backward_cases.append(BlockCase.of(q, k, v, terms))
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
+    ) -> TileGradients:
+        self.backward_cases.append(TileCase.of(q, k, v, terms))
         return KERNELS.choose(self.backward_cases[-1]).backward(dout, q, k, v, output, terms)
 
 
@@ -226,7 +226,7 @@ def test_kernel_that_cannot_compute_a_case_is_left_out_with_its_reason(monkeypat
     class Refusing(CountingKernel):
         name = "refusing"
 
-        def unsupported_reasons(self, case: BlockCase) -> list[str]:
+        def unsupported_reasons(self, case: TileCase) -> list[str]:
             return ["computes nothing"]
 
     monkeypatch.setattr(kernels, "KERNELS", KernelRegistry((Refusing(), *KERNELS.kernels)))

@@ -9,6 +9,7 @@ from mindspeed_cp.planner import AttentionShape, Network, busiest_link_seconds
 from mindspeed_cp.program import Phase
 from mindspeed_cp.testing.emulated_cluster import Cluster, why_not_here
 from mindspeed_cp.topology import CPTopology
+from unit_tests.benchmark.profile_cases import exposed_in_profile
 
 SHAPE = AttentionShape(num_tokens=8192, num_heads=8, num_kv_heads=8, head_size=32)
 NETWORK = Network(num_ranks=4, ranks_per_node=2, fast_mbit=10000.0, slow_mbit=60.0)
@@ -18,7 +19,7 @@ FLOPS_PER_S = 5e9
 def exposed_and_sent(cluster: Cluster, algorithm: Algorithm) -> tuple[float, float]:
     """Seconds that the slowest rank waits, and that the busiest link takes for both passes."""
     cluster.call(ranks.prepare, NETWORK, algorithm, SHAPE, FLOPS_PER_S)
-    exposed = max(cluster.call(ranks.exposed_in_profile, algorithm.name, SHAPE))
+    exposed = max(cluster.call(exposed_in_profile, algorithm.name, SHAPE))
     passes = (ExpectedPass(algorithm, SHAPE, phase, FLOPS_PER_S) for phase in Phase)
     return exposed, sum(busiest_link_seconds(NETWORK, each.events) for each in passes)
 

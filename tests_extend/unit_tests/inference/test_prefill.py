@@ -17,7 +17,7 @@ from mindspeed_cp.inference import (
     ring_pass_q_attention,
     take,
 )
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.kernels import TileCase, TileTerms
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 from mindspeed_cp.program import Transport
 from unit_tests.inference.prefill_cases import PrefillCase, assert_new_tokens_equal, attend, dense, inputs, plan_of
@@ -115,7 +115,7 @@ def counted(case, way):
 def test_bytes_sent_are_those_of_the_formula(way, function, bands, dtype):
     case = PrefillCase(4, (24, 24), (40, 9), bands=bands, dtype=dtype)
     plan = plan_of(case)
-    of = BlockCase.of(*inputs(case), TileTerms(1.0))
+    of = TileCase.of(*inputs(case), TileTerms(1.0))
     for rank, sent in enumerate(counted(case, way)):
         formula = function(plan, rank, of, batch=2)
         assert (sent["exchange"], sent["all_to_all"]) == tuple(formula)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mindspeed_cp.inference import DecodeCase, decode_sent, pass_kv_bytes, pass_q_bytes
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.kernels import TileCase, TileTerms
 from mindspeed_cp.testing.rank_pool import RankFailure
 from unit_tests.inference import process_cases as cases
 from unit_tests.inference.prefill_cases import PrefillCase, assert_new_tokens_equal, dense, inputs, plan_of
@@ -16,7 +16,7 @@ CASE = PrefillCase(4, (24, 7, 1, 12), (12, 29, 35, 24), share=4)
 def test_prefill_over_processes_equals_dense_attention_and_sends_its_formula(gloo, strategy, bytes_of):
     found = gloo.run(4, cases.prefill, CASE, strategy)
     assert_new_tokens_equal(CASE, [state for state, _ in found], dense(CASE))
-    of = BlockCase.of(*inputs(CASE), TileTerms(1.0))
+    of = TileCase.of(*inputs(CASE), TileTerms(1.0))
     for rank, (_, sent) in enumerate(found):
         assert (sent["exchange"], sent["all_to_all"]) == tuple(bytes_of(plan_of(CASE), rank, of, batch=4))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, local_attention
 from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualWorld
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry, Term, TileTerms
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, Term, TileCase, TileTerms
 from mindspeed_cp.kernels.alibi import AlibiInColumns
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
@@ -102,7 +102,7 @@ def test_far_keys_and_gaps_keep_their_digits(dtype):
     ids=["float16", "softcap", "later keys", "head size"],
 )
 def test_what_columns_cannot_say_is_refused(kernel, changed, reason):
-    case = BlockCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
+    case = TileCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
     told = case._replace(**{**changed, "terms": frozenset({Term.ALIBI, *changed.get("terms", ())})})
     with emulated_cuda():
         assert reason in AlibiInColumns(kernel).unsupported_reasons(told)

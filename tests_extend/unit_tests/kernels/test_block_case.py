@@ -1,11 +1,11 @@
-"""What a BlockCase refuses, and the way out that its messages name."""
+"""What a TileCase refuses, and the way out that its messages name."""
 
 import re
 
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockCase, TileTerms
+from mindspeed_cp.kernels import TileCase, TileTerms
 
 NONE = TileTerms(1.0)
 
@@ -21,7 +21,7 @@ def tensors(*dtypes: torch.dtype) -> list[torch.Tensor]:
 def test_dtypes_that_attention_is_not_computed_in_are_refused(dtype):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError) as error:
-        BlockCase.of(*tensors(*[dtype] * 3), NONE)
+        TileCase.of(*tensors(*[dtype] * 3), NONE)
     assert str(error.value) == (
         f"q, k and v are of dtype {name}: attention is computed in bfloat16, float16, float32, float64; cast them, "
         "q.to(torch.float32) for instance."
@@ -30,7 +30,7 @@ def test_dtypes_that_attention_is_not_computed_in_are_refused(dtype):
 
 def test_mixed_dtypes_are_refused_with_the_cast_that_mends_it():
     with pytest.raises(ValueError) as error:
-        BlockCase.of(*tensors(torch.bfloat16, torch.float32, torch.bfloat16), NONE)
+        TileCase.of(*tensors(torch.bfloat16, torch.float32, torch.bfloat16), NONE)
     assert str(error.value) == (
         "q, k and v are of dtypes bfloat16, float32, bfloat16: they must be of one; cast them, k.to(q.dtype) and "
         "v.to(q.dtype) for instance."
@@ -42,10 +42,10 @@ def test_mask_that_does_not_fit_is_refused_with_its_shape_and_those_that_would(s
     q, k, v = tensors(*[torch.float32] * 3)
     needed = "it must be [S, T] = [5, 7] or [1 or B, 1 or N, S, T] = [1 or 2, 1 or 4, 5, 7]."
     with pytest.raises(ValueError, match=rf"^a mask of {re.escape(str(shape))} .*{re.escape(needed)}$"):
-        BlockCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
+        TileCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
 
 
 def test_no_key_value_heads_are_refused():
     q, k, v = tensors(*[torch.float32] * 3)
     with pytest.raises(ValueError, match="K/V heads divide the query heads"):
-        BlockCase.of(q, k[:, :0], v[:, :0], NONE)
+        TileCase.of(q, k[:, :0], v[:, :0], NONE)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
-from mindspeed_cp.kernels import KERNELS, BlockCase, BlockKernel, KernelRegistry, TileTerms, Window
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileKernel, TileTerms, Window
 from mindspeed_cp.kernels.calls import calls
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
 from mindspeed_cp.kernels.npu import NpuKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING
-from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.layouts import Contiguous, EqualChunks
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band, Run
 from unit_tests.dense import Result, assert_as_accurate_as, assert_equal_to, dense_attention
 from unit_tests.emulated_cuda import emulated_cuda
@@ -24,7 +24,7 @@ from unit_tests.emulated_npu import fake_torch_npu
 from unit_tests.emulation import OnEmulator, running
 from unit_tests.test_plan import pairs_of_ranks, random_plans, seen_by_tiles
 
-BASE = BlockCase("cpu", torch.float64, EVERYTHING, 4, 2, 0, 0, 16, 16)
+BASE = TileCase("cpu", torch.float64, EVERYTHING, 4, 2, 0, 0, 16, 16)
 LENGTHS = (5, 1, 17, 3, 40, 8, 9, 30, 2, 13)
 WINDOWED = (Band(6, 0),)
 
@@ -35,7 +35,7 @@ class TakesPacked:
 
     name: str = "packed"
 
-    def unsupported_reasons(self, case: BlockCase) -> list[str]:
+    def unsupported_reasons(self, case: TileCase) -> list[str]:
         return []
 
 
@@ -57,8 +57,8 @@ def range_of(tokens: slice) -> range:
     return range(tokens.start, tokens.stop)
 
 
-def documents(lengths: tuple[int, ...]) -> EqualChunks:
-    return EqualChunks(1, sum(lengths), "contiguous", lengths)
+def documents(lengths: tuple[int, ...]) -> Contiguous:
+    return Contiguous(1, (lengths,))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_attention_of_packed_documents_is_that_of_each_by_itself(kernels, dtype,
     shapes = [(2, heads, length, 16) for heads in (4, 2, 2, 4)]
     q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    kernel: BlockKernel | None = None if isinstance(kernels, KernelRegistry) else kernels
+    kernel: TileKernel | None = None if isinstance(kernels, KernelRegistry) else kernels
     with running(kernel or registry.kernels[0]):
         out, lse = RingAttention(kernels=registry).with_lse(*leaves, plan, Terms(0.25))
         result = Result(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))

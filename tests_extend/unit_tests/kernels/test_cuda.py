@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, KernelRegistry, TileTerms
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileTerms
 from mindspeed_cp.kernels.cuda import CudaFlashKernel, CudnnKernel, EfficientKernel, fit
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel, FlashAttnKernel
 from mindspeed_cp.kernels.protocol import EVERYTHING, TRIANGLE
@@ -32,9 +32,9 @@ def emulated():
         yield
 
 
-def block_case(capability, **changed) -> BlockCase:
+def block_case(capability, **changed) -> TileCase:
     """The case of causal attention on a GPU."""
-    return BlockCase("cuda", BF16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, capability)._replace(**changed)
+    return TileCase("cuda", BF16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, capability)._replace(**changed)
 
 
 def without_packages(monkeypatch) -> None:

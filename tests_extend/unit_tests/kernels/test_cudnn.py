@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mindspeed_cp.kernels import KERNELS, BlockCase, TileTerms
+from mindspeed_cp.kernels import KERNELS, TileCase, TileTerms
 from mindspeed_cp.kernels.cuda import CudnnKernel, _fit_in_order_of
 from mindspeed_cp.kernels.protocol import TRIANGLE
 from unit_tests import emulated_cuda as emulator
@@ -18,9 +18,9 @@ def emulated():
         yield
 
 
-def case(capability: tuple[int, int] | None, value_head_size: int = 128) -> BlockCase:
+def case(capability: tuple[int, int] | None, value_head_size: int = 128) -> TileCase:
     device = "cpu" if capability is None else "cuda"
-    return BlockCase(device, BF16, TRIANGLE, 8, 2, 4096, 4096, 128, value_head_size, capability)
+    return TileCase(device, BF16, TRIANGLE, 8, 2, 4096, 4096, 128, value_head_size, capability)
 
 
 @pytest.mark.parametrize(

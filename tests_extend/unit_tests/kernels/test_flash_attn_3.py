@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockCase
+from mindspeed_cp.kernels import TileCase
 from mindspeed_cp.kernels.flash_attn import FlashAttn3Kernel
 from mindspeed_cp.kernels.protocol import TRIANGLE
 from unit_tests.emulated_cuda import emulated_cuda
 
-CASE = BlockCase("cuda", torch.bfloat16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, (9, 0))
+CASE = TileCase("cuda", torch.bfloat16, TRIANGLE, 8, 2, 4096, 4096, 128, 128, (9, 0))
 TOO_OLD = "needs FlashAttention 3 of release 2.8.0 or newer: argument {1} of {0} is not softmax_scale"
 
 

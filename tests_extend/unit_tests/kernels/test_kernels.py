@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mindspeed_cp.kernels import (
     KERNELS,
-    BlockCase,
-    BlockGradients,
-    BlockKernel,
-    BlockOutput,
     KernelRegistry,
+    TileCase,
+    TileGradients,
+    TileKernel,
+    TileOutput,
     TileTerms,
     Window,
 )
@@ -235,7 +235,7 @@ def dense(case: Case, dtype: torch.dtype, of: torch.dtype) -> Result:
     return dense_attention(*(x.to(dtype) for x in inputs(case, of)), visible=visible, scale=case.scale)
 
 
-def dtypes_tried(kernel: BlockKernel, number: int, case: Case) -> list[torch.dtype]:
+def dtypes_tried(kernel: TileKernel, number: int, case: Case) -> list[torch.dtype]:
     """The dtypes in which a kernel has to compute a case here.
 
     All that it takes; on an emulator, which computes in one way whatever the dtype, one after the other.
@@ -266,7 +266,7 @@ def on_gpu() -> list:
     ]
 
 
-def attend(kernel: BlockKernel, case: Case, tensors: Sequence[Tensor], terms: TileTerms) -> Result:
+def attend(kernel: TileKernel, case: Case, tensors: Sequence[Tensor], terms: TileTerms) -> Result:
     """Forward and backward pass on the device of the tensors; the inputs are the same afterwards."""
     copies = [x.clone() for x in tensors]
     q, k, v, dout = tensors
@@ -301,7 +301,7 @@ def test_kernel_on_a_gpu_is_as_accurate_as_dense_attention(kernel, case, dtype):
     tensors, terms = inputs(case, dtype), terms_of(case)
     there = [x.cuda() for x in tensors]
     terms = replace(terms, visible=None if terms.visible is None else terms.visible.cuda())
-    reasons = kernel.unsupported_reasons(BlockCase.of(*there[:3], terms))
+    reasons = kernel.unsupported_reasons(TileCase.of(*there[:3], terms))
     if reasons:
         pytest.skip("; ".join(reasons))
     result = attend(kernel, case, there, terms)
@@ -366,19 +366,19 @@ def test_gradients_of_blocks_add_up_when_out_and_lse_are_of_all_their_keys(kerne
         for keys, window in ((slice(0, 128), EVERYTHING), (slice(128, 256), TRIANGLE)):
             block = (q, k[:, :, keys], v[:, :, keys])
             state = kernel.forward(*block, TileTerms(case.scale, window)).state
-            output = BlockOutput(exact.out.to(dtype), exact.lse.to(torch.promote_types(dtype, torch.float32)), state)
+            output = TileOutput(exact.out.to(dtype), exact.lse.to(torch.promote_types(dtype, torch.float32)), state)
             total.append(kernel.backward(dout, *block, output, TileTerms(case.scale, window)))
     past, own = total
     whole = (past.dq + own.dq, torch.cat([past.dk, own.dk], dim=2), torch.cat([past.dv, own.dv], dim=2))
     if dtype is torch.float64:
-        assert_equal_to(exact, BlockGradients(*whole))
+        assert_equal_to(exact, TileGradients(*whole))
     else:
-        assert_as_accurate_as(same, exact, BlockGradients(*whole))
+        assert_as_accurate_as(same, exact, TileGradients(*whole))
 
 
 @functools.cache
-def block_of(case: Case, dtype: torch.dtype) -> BlockCase:
-    return BlockCase.of(*inputs(case, dtype)[:3], terms_of(case))
+def block_of(case: Case, dtype: torch.dtype) -> TileCase:
+    return TileCase.of(*inputs(case, dtype)[:3], terms_of(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -402,9 +402,9 @@ def test_an_emulator_leaves_nothing_behind(kernel):
         kernel.forward(q, k, v, TileTerms(case.scale))
 
 
-def block_case(**changed: object) -> BlockCase:
+def block_case(**changed: object) -> TileCase:
     """The case of causal attention on a CPU."""
-    whole = BlockCase("cpu", torch.float32, TRIANGLE, 4, 4, 16, 16, 64, 64)
+    whole = TileCase("cpu", torch.float32, TRIANGLE, 4, 4, 16, 16, 64, 64)
     return whole._replace(**changed)
 
 
@@ -480,7 +480,7 @@ def test_registry_names_every_reason_of_every_kernel_when_none_can():
 
 def test_block_case_reads_every_size_from_the_tensors():
     q, k, v = torch.zeros(2, 6, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 4)
-    assert BlockCase.of(q, k, v, TileTerms(1.0)) == BlockCase("cpu", torch.float32, EVERYTHING, 6, 3, 5, 7, 8, 4)
+    assert TileCase.of(q, k, v, TileTerms(1.0)) == TileCase("cpu", torch.float32, EVERYTHING, 6, 3, 5, 7, 8, 4)
 
 
 TRIPLES = {
@@ -497,7 +497,7 @@ TRIPLES = {
 def test_block_case_refuses_shapes_that_do_not_fit(name):
     *shapes, fault = TRIPLES[name]
     with pytest.raises(ValueError) as error:
-        BlockCase.of(*(torch.zeros(shape) for shape in shapes), TileTerms(1.0))
+        TileCase.of(*(torch.zeros(shape) for shape in shapes), TileTerms(1.0))
     assert str(error.value).startswith("q {}, k {}, v {}: ".format(*shapes))
     assert fault in str(error.value)
 
@@ -508,7 +508,7 @@ def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
     tensors = [torch.zeros(2, 4, 5, 8) for _ in range(3)]
     tensors[place] = tensors[place].to(**other)
     with pytest.raises(ValueError, match=r"q, k and v are o[fn] .*: they must be o[fn] one"):
-        BlockCase.of(*tensors, TileTerms(1.0))
+        TileCase.of(*tensors, TileTerms(1.0))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_block_case_refuses_tensors_of_different_dtype_or_device(place, other):
 def test_block_case_refuses_a_mask_of_another_shape(shape):
     q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 8)
     with pytest.raises(ValueError, match="mask"):
-        BlockCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
+        TileCase.of(q, k, v, TileTerms(1.0, visible=torch.ones(shape, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(

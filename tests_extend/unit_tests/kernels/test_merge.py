@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mindspeed_cp.kernels import MERGE_KERNELS, BlockOutput, add_, choose_merge_kernel, merge, triton_merge
+from mindspeed_cp.kernels import MERGE_KERNELS, TileOutput, add_, choose_merge_kernel, merge, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from unit_tests import merge_cases as cases
 from unit_tests.merge_cases import Case
@@ -39,17 +39,17 @@ def test_factors_do_not_have_the_rounding_error_of_a_large_lse(size):
     lse, block_lse = (normal(1, 1, 500, seed=seed).add(size).float() for seed in (3, 4))
     factor = torch.sigmoid(block_lse.double() - lse.double()).unsqueeze(-1)
     exact = out.double() * (1 - factor) + block_out.double() * factor
-    TorchMerge().merge_(out, lse, BlockOutput(block_out, block_lse))
+    TorchMerge().merge_(out, lse, TileOutput(block_out, block_lse))
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("piece", [1, 40, 1000, 10**6])
+@pytest.mark.parametrize("portion", [1, 40, 1000, 10**6])
 @pytest.mark.parametrize(
     "case",
     [Case(), Case(memory="SBNV", lse_memory="SBN", skipped=9), Case(memory="VSNB", queries=1), Case(expanded=True)],
 )
-def test_merge_in_pieces_is_the_merge_of_the_whole_and_changes_nothing_else(monkeypatch, case, piece):
-    monkeypatch.setattr(merge, "_PIECE", piece)
+def test_merge_in_portions_is_the_merge_of_the_whole_and_changes_nothing_else(monkeypatch, case, portion):
+    monkeypatch.setattr(merge, "_PORTION", portion)
     before, after = cases.merge(TorchMerge(), case, torch.float64)
     results, block = cases.inputs(case, torch.float64)
     expected = cases.merged_part(case, results)
@@ -72,17 +72,17 @@ def test_merge_passes_a_nan_on_in_its_row_alone(where):
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_merge_makes_no_tensor_larger_than_a_piece(dtype):
     out, lse = torch.zeros(2, 4, 2048, 128), torch.zeros(2, 4, 2048)
-    block = BlockOutput(torch.ones(2, 4, 2048, 128, dtype=dtype), torch.zeros(2, 4, 2048))
-    assert 0 < largest_temporary(TorchMerge().merge_, out, lse, block) <= 4 * merge._PIECE < 4 * out.numel()
+    block = TileOutput(torch.ones(2, 4, 2048, 128, dtype=dtype), torch.zeros(2, 4, 2048))
+    assert 0 < largest_temporary(TorchMerge().merge_, out, lse, block) <= 4 * merge._PORTION < 4 * out.numel()
 
 
 # Adding.
 
 
-@pytest.mark.parametrize("piece", [1, 100, 10**6])
+@pytest.mark.parametrize("portion", [1, 100, 10**6])
 @pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32, torch.float64])
-def test_add_gives_the_sum_rounded_once_and_changes_nothing_else(monkeypatch, dtype, piece):
-    monkeypatch.setattr(merge, "_PIECE", piece)
+def test_add_gives_the_sum_rounded_once_and_changes_nothing_else(monkeypatch, dtype, portion):
+    monkeypatch.setattr(merge, "_PORTION", portion)
     whole = normal(12, 2, 3, 8, dtype=torch.promote_types(dtype, torch.float32)).permute(1, 2, 0, 3)
     partial, before = normal(2, 3, 5, 8, dtype=dtype, seed=2), whole.clone()
     added = partial.clone()
@@ -95,7 +95,7 @@ def test_add_gives_the_sum_rounded_once_and_changes_nothing_else(monkeypatch, dt
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_add_makes_no_tensor_larger_than_a_piece(dtype):
     total, partial = torch.zeros(2, 4, 2048, 128), torch.ones(2, 4, 2048, 128, dtype=dtype)
-    assert largest_temporary(add_, total, partial) <= 4 * merge._PIECE < 4 * total.numel()
+    assert largest_temporary(add_, total, partial) <= 4 * merge._PORTION < 4 * total.numel()
 
 
 def test_that_check_sees_the_cast_of_the_whole():
@@ -106,7 +106,7 @@ def test_that_check_sees_the_cast_of_the_whole():
 def test_nothing_is_merged_or_added_where_there_are_no_tokens():
     empty = torch.zeros(1, 2, 0, 4)
     add_(empty, empty)
-    TorchMerge().merge_(empty, empty[..., 0], BlockOutput(empty, empty[..., 0]))
+    TorchMerge().merge_(empty, empty[..., 0], TileOutput(empty, empty[..., 0]))
 
 
 # Choice.

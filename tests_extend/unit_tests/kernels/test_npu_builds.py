@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockOutput, TileTerms, Window
+from mindspeed_cp.kernels import TileOutput, TileTerms, Window
 from mindspeed_cp.kernels.npu import NpuKernel, NpuMerge
 from mindspeed_cp.kernels.protocol import TRIANGLE
 from unit_tests.emulated_npu import fake_torch_npu
@@ -60,7 +60,7 @@ def test_merge_does_not_depend_on_the_default_dtype():
     torch.set_default_dtype(torch.bfloat16)
     try:
         with fake_torch_npu():
-            NpuMerge().merge_(out, lse, BlockOutput(out + 1, lse.clone()))
+            NpuMerge().merge_(out, lse, TileOutput(out + 1, lse.clone()))
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(out, torch.full((1, 2, 3, 4), 0.5, dtype=torch.float32))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mindspeed_cp.kernels import Dropout
-from mindspeed_cp.kernels.philox import kept, philox
+from mindspeed_cp.kernels.philox import philox, survives
 
 # From Random123's table of known answers, philox4x32 of 10 rounds: counter, key, result.
 KNOWN = [
@@ -31,7 +31,7 @@ def mask(dropout: Dropout, samples: int = 2, heads: int = 3, length: int = 96) -
     places = torch.arange(length).expand(samples, -1)
     of_sample = torch.arange(samples)[:, None].expand(-1, length)
     numbers = torch.arange(heads) + dropout.first_head
-    return kept(dropout.rate, dropout.key, of_sample, numbers, places, places)
+    return survives(dropout.rate, dropout.key, of_sample, numbers, places, places)
 
 
 def test_masks_of_a_job_drop_at_the_rate_and_know_nothing_of_each_other():

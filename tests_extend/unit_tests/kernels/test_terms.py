@@ -8,7 +8,7 @@ import torch
 
 from mindspeed_cp.attention import AttentionTerms
 from mindspeed_cp.attention.terms import Terms
-from mindspeed_cp.kernels import BlockCase, BlockOutput, Term, TileTerms, Window
+from mindspeed_cp.kernels import Term, TileCase, TileOutput, TileTerms, Window
 from mindspeed_cp.kernels.cpu_flash import CpuFlashKernel
 from mindspeed_cp.kernels.cuda import EfficientKernel
 from mindspeed_cp.kernels.flash_attn import FlashAttnKernel
@@ -58,7 +58,7 @@ def test_flash_attn_caps_scores_itself(window):
     def results(kernel, q, k, v, dout):
         forward = kernel.forward(q, k, v, terms)
         out, lse = forward.out.to(q.dtype), forward.lse
-        grads = kernel.backward(dout, q, k, v, BlockOutput(out, lse), terms)
+        grads = kernel.backward(dout, q, k, v, TileOutput(out, lse), terms)
         return Result(out, lse, *(x.to(q.dtype) for x in grads))
 
     exact = results(ReferenceKernel(), *(x.double() for x in (q, k, v, dout)))
@@ -104,7 +104,7 @@ def test_the_efficient_kernel_adds_a_bias_and_gives_its_gradient(mask, own):
 
 
 def test_a_bias_with_more_digits_than_the_queries_is_not_rounded_to_theirs():
-    case = BlockCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
+    case = TileCase("cuda", torch.bfloat16, EVERYTHING, 4, 4, 128, 128, 64, 64)
     bias = AttentionTerms(bias=torch.zeros(1, 1, 128, 128))
     needs = {dtype: Terms.of(bias, 1.0).needs(dtype, looks_ahead=True) for dtype in (torch.bfloat16, torch.float32)}
     assert needs[torch.float32] == {Term.BIAS}

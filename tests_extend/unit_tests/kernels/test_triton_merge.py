@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mindspeed_cp.kernels import BlockOutput, choose_merge_kernel, triton_merge
+from mindspeed_cp.kernels import TileOutput, choose_merge_kernel, triton_merge
 from mindspeed_cp.kernels.merge import TorchMerge
 from mindspeed_cp.kernels.triton_merge import TritonMerge, merge_tile
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
@@ -109,7 +109,7 @@ def test_merged_output_of_blocks_and_later_queries_is_that_of_the_definition(int
         out = torch.randn(1, 2, 12 - start, 8, generator=generator).to(dtype)
         lse = torch.randn(1, 2, 12 - start, generator=generator)
         lse[:, :, 3:5], out[:, :, 3:5] = -torch.inf, 0
-        blocks.append((BlockOutput(out, lse), slice(start, 12)))
+        blocks.append((TileOutput(out, lse), slice(start, 12)))
     actual, expected = interpreter(cases.merge_blocks, blocks, True), cases.merge_blocks(blocks, False)
     torch.testing.assert_close(actual.out, expected.out)
     torch.testing.assert_close(actual.lse, expected.lse)
@@ -144,7 +144,12 @@ def compiled(capability: int, dtype: str, strides: str) -> Any:
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "dtype", "strides"),
-    [(80, "bf16", "i32"), (90, "bf16", "i64"), (100, "bf16", "i32"), (80, "fp16", "i64"), (80, "fp32", "i32")],
+    [
+        (80, "bf16", "i32"),
+        (90, "bf16", "i64"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(100, "bf16", "i32"), (80, "fp16", "i64")]),
+        pytest.param(80, "fp32", "i32", marks=pytest.mark.slow),
+    ],
 )
 def test_kernel_compiles_and_reads_16_bytes_at_a_time_and_all_before_it_writes(
     monkeypatch, tmp_path, capability, dtype, strides

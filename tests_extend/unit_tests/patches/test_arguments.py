@@ -13,11 +13,12 @@ from packaging.version import Version
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, config_from_arguments, kernel_notes
+from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu, kernel_notes
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
+from unit_tests.argument_cases import config_from_arguments
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
@@ -192,10 +193,13 @@ REFUSED_FLAGS = [
         ["--external-cuda-graph"],
         "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
     ),
-    (
-        ["--rl-use-sequence-packing"],
-        "--rl-use-sequence-packing: Megatron's loop of reinforcement learning has not been tried; programs may give "
-        "layers its PackedSeqParams; leave it out.",
+    *(
+        (
+            [option],
+            f"{option}: Megatron's loop of reinforcement learning gives each rank of a sequence the whole of it; a "
+            "program may cut its bins by megatron_adaptor.shard_batch; leave it out.",
+        )
+        for option in ("--perform-rl-step", "--rl-use-sequence-packing")
     ),
     (
         ["--hybrid-context-parallel"],
@@ -203,7 +207,8 @@ REFUSED_FLAGS = [
     ),
     (
         ["--position-embedding-type", "relative"],
-        "--position-embedding-type relative: attention bias is not available yet; use rope or learned_absolute.",
+        "--position-embedding-type relative: T5 alone has it, whose batches Megatron does not cut for the ranks of a "
+        "sequence; use rope or learned_absolute.",
     ),
 ]
 

@@ -12,12 +12,12 @@ from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import (
     add_context_parallel_arguments,
     argument_patches,
-    config_from_arguments,
     examine_command_line,
 )
 from mindspeed_cp.patches.command_line import examine
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
+from unit_tests.argument_cases import config_from_arguments
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 

@@ -33,6 +33,13 @@ def test_configure_forgets_the_documents_of_earlier_arguments(adaptor, plugin, m
     assert (plugin.documents, plugin.apart_by) == (None, None)
 
 
+def test_configure_says_how_streams_are_dealt_and_refuses_what_it_does_not_know(adaptor, plugin):
+    adaptor.configure(context_parallel_size=4, packed_sequence_layout="balanced")
+    assert plugin.packing.layout == "balanced"
+    with pytest.raises(ConfigurationError, match="knows no fix_sub_seq_length; of the flags it takes context_parallel"):
+        adaptor.configure(context_parallel_size=4, fix_sub_seq_length=8)
+
+
 def test_configure_checks_the_rules(adaptor, plugin):
     with pytest.raises(ConfigurationError, match="--cp-window-size 3 does not divide the ring of 4 ranks"):
         adaptor.configure(context_parallel_size=4, context_parallel_algo="megatron_cp_algo", cp_window_size=3)

@@ -3,7 +3,7 @@
 import pytest
 
 from mindspeed_cp.config import ConfigurationError
-from mindspeed_cp.patches.arguments import config_from_arguments
+from unit_tests.argument_cases import config_from_arguments
 
 SIZES = ["--num-attention-heads", "8", "--seq-length", "64", "--hidden-dropout", "0"]
 

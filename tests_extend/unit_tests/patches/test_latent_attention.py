@@ -132,3 +132,12 @@ def test_megatrons_class_is_as_wide_as_the_values_and_scales_by_the_keys(adaptor
         layer = DotProductAttention(**given, pg_collection=groups, k_channels=16, v_channels=12)
     assert (layer.hidden_size_per_partition, layer.softmax_scale) == (2 * 12, 0.25)
     assert (layer.config, config.kv_channels) == (config, 16)
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_layers_can_be_asked_whether_they_are_transformer_engines(adaptor):
+    from megatron.core.transformer import multi_latent_attention
+
+    with adaptor.registry.applied():
+        # Megatron asks where it has the engine, and 0.16 thinks so in any case.
+        assert not multi_latent_attention.HAVE_TE or not isinstance(object(), multi_latent_attention.TELinear)

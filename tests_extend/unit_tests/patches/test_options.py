@@ -8,8 +8,8 @@ import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import config_from_arguments
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unloadable_optimizer
+from unit_tests.argument_cases import config_from_arguments
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 

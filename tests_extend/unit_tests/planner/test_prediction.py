@@ -53,6 +53,25 @@ def test_formulas_on_four_ranks_with_one_kilobyte_of_keys_and_of_queries():
     }
 
 
+def test_what_a_rank_holds_of_others_is_read_off_its_program():
+    # 256 tokens a rank: 1 KB of keys and values.
+    shape, grid = case(1024), CPTopology(inner=4)
+    held = {
+        "ring": ring(4, overlap=False),
+        "ring that keeps": Algorithm(name="ring", topology=grid, policy="full"),
+        "Ulysses": ULYSSES,
+        "hybrid": Algorithm(name="hybrid", topology=CPTopology(inner=2, ulysses=2)),
+        "all-gather": Algorithm(name="all-gather", kind="all-gather", topology=grid),
+    }
+    assert {name: ExpectedPass(each, shape, Phase.FORWARD, 1.0).held_bytes() / 1024 for name, each in held.items()} == {
+        "ring": 2,
+        "ring that keeps": 2 + 3,
+        "Ulysses": 0,
+        "hybrid": 1,
+        "all-gather": 3,
+    }
+
+
 def test_every_grid_that_fits_the_heads_is_measured():
     names = [algorithm.name for algorithm in algorithms_for(case(64, 8, 2), 8) if not algorithm.overlap]
     grids = ["ring", "double ring 2", "double ring 4", "hybrid 2x4"]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mindspeed_cp.layouts import EqualChunks
+from mindspeed_cp.layouts import EqualChunks, Zigzag
 from mindspeed_cp.plan import FULL, AttentionPlan, Band
 from mindspeed_cp.planner import AttentionPass, AttentionShape, Network, predicted_bytes, predicted_seconds
 from mindspeed_cp.program import Phase, Transport, cheapest_transport
@@ -43,7 +43,7 @@ def test_all_ranks_come_to_their_end_and_send_what_their_programs_say(plan, tran
 
 
 def test_where_none_is_named_the_cheapest_is_played():
-    far = EqualChunks(6, 4, "zigzag", documents=(12, 12))
+    far = Zigzag(6, ((12, 12),))
     plan, ring = AttentionPlan(far, far), RingSchedule(outer=1, inner=6)
     cheapest = cheapest_transport(plan, ring)
     assert cheapest is Transport.DIRECT

@@ -101,7 +101,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(kind, ranks, sizes
 @pytest.mark.parametrize(
     ("around", "message"),
     [
-        ({"data": 3}, "data=3 does not divide 8 ranks; use 1, 2, 4, 8."),
+        ({"data": 3}, "data=3 does not divide 8 ranks; use 1, 2, 4 or 8."),
         (
             {"data": 4, "context": 4},
             "data=4 and context=4 together do not divide 8 ranks; use a divisor of 2 for context.",
