@@ -57,8 +57,8 @@ class Coefficients(NamedTuple):
 class PrefixCase(NamedTuple):
     """What a choice depends on.
 
-    new, cached: tokens of the whole batch on all ranks. itemsize, state_itemsize: bytes of a number of q, k and v, and
-    of a state.
+    new, cached: tokens of a sequence on all ranks; of a batch their mean, see `of`. itemsize, state_itemsize: bytes of
+    a number of q, k and v, and of a state.
     """
 
     new: int
@@ -71,8 +71,17 @@ class PrefixCase(NamedTuple):
 
     @classmethod
     def of(cls, plan: AttentionPlan, case: TileCase) -> "PrefixCase":
-        """That of a plan, and of one rank's tensors: the same on all ranks."""
-        new, keys = (_tokens(layout) for layout in (plan.queries, plan.keys))
+        """That of a plan, and of one rank's tensors: the same on all ranks.
+
+        Of sequences of several lengths T is the mean that hides as much behind the kernel as they do together, and
+        T / (T + P) that of all of them, which bytes go by. So copies of one sequence are as that one.
+        """
+        queries, keys_of = (_tokens(layout) for layout in (plan.queries, plan.keys))
+        every, seen = sum(queries.values()), sum(keys_of.values())
+        # A sequence that is not told apart is all of them.
+        pairs = sum(count * keys_of.get(sample, keys_of.get(None, 0)) for sample, count in queries.items())
+        new = round(pairs / max(seen, 1))
+        keys = round(new * seen / max(every, 1))
         heads, sizes = (case.num_heads, case.num_kv_heads), (case.dtype, accumulation_dtype(case.dtype))
         return cls(new, max(keys - new, 0), plan.queries.num_ranks, *heads, *(each.itemsize for each in sizes))
 
@@ -292,6 +301,10 @@ def decode_sent(case: DecodeCase, method: str, backend: str) -> Sent:
     raise ValueError(f"method={method!r} has no backend={backend!r}; see decode_attention.")
 
 
-def _tokens(layout: Layout) -> int:
-    """Of all ranks and all samples that are told apart."""
-    return sum(run.stop - run.start for rank in range(layout.num_ranks) for run in layout.runs(rank))
+def _tokens(layout: Layout) -> dict[int | None, int]:
+    """Of all ranks, by sample; None for all of them, where they are not told apart."""
+    found: dict[int | None, int] = {}
+    for rank in range(layout.num_ranks):
+        for run in layout.runs(rank):
+            found[run.sample] = found.get(run.sample, 0) + run.stop - run.start
+    return found

@@ -127,6 +127,9 @@ class Session:
     ) -> Iterator[Step]:
         """Go on with each sequence by its prompt, then give up to so many tokens for each, step by step; 0 for none.
 
+        Nothing is done before the first step is asked for: with 0 tokens, `list(...)` of it does the prompts. All ranks
+        ask for as many steps.
+
         prompts: tokens of each sequence, one at least in the first turn. ends: tokens after which a sequence ends,
         until its next prompt. progress: told after each chunk of the prompts.
 

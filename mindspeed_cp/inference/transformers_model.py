@@ -222,7 +222,7 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_ONLY_WHAT_IS_THERE)
     except Exception as error:  # The parsers of tokenizers raise no class of their own.
-        raise ValueError(f"--model {folder} holds no tokenizer that can be read; add its tokenizer.json.") from error
+        raise ValueError(f"{folder} holds no tokenizer that can be read; add its tokenizer.json.") from error
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # The grouped products of others take no fp64.
     ends = model.generation_config.eos_token_id
@@ -253,14 +253,14 @@ def _weights(folder: Path, dtype: torch.dtype | None) -> Any:
     except Exception as error:  # Parsers of several packages, with classes of their own.
         said = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(
-            f"--model {folder} cannot be loaded by transformers: {said[:_LONGEST_REASON].rstrip('.')}; get its "
+            f"{folder} cannot be loaded by transformers: {said[:_LONGEST_REASON].rstrip('.')}; get its "
             f"config.json and safetensors anew, or use a model that this transformers knows."
         ) from error
     # transformers fills these with random numbers.
     unfit = sorted([*report["missing_keys"], *(str(each[0]) for each in report["mismatched_keys"])])
     if unfit:
         raise ValueError(
-            f"--model {folder}: its safetensors lack {unfit[0]}{f' and {len(unfit) - 1} more' * (len(unfit) > 1)}, or "
+            f"{folder}: its safetensors lack {unfit[0]}{f' and {len(unfit) - 1} more' * (len(unfit) > 1)}, or "
             f"have it in another shape than config.json says; get the folder anew."
         )
     return model
@@ -270,22 +270,22 @@ def check_folder(folder: Path) -> None:
     """Raise ValueError unless a folder holds a model that can be loaded without running anything of it."""
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"--model {folder} holds no config.json; give the folder of a Hugging Face model.")
+        raise ValueError(f"{folder} holds no config.json; give the folder of a Hugging Face model.")
     if not any(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
         found = f"{pickles[0]}, a pickle, which may run code" if pickles else "no weights"
         raise ValueError(
-            f"--model {folder} holds {found}, and only safetensors are loaded; get it as safetensors, or convert it "
+            f"{folder} holds {found}, and only safetensors are loaded; get it as safetensors, or convert it "
             f"where you trust it: model.save_pretrained(folder)."
         )
     try:
         said = json.loads(config.read_text())
     except ValueError as error:
-        raise ValueError(f"--model {folder}: its config.json is no JSON ({error}); get it anew.") from error
+        raise ValueError(f"{folder}: its config.json is no JSON ({error}); get it anew.") from error
     if not isinstance(said, dict):
-        raise ValueError(f"--model {folder}: its config.json is a {type(said).__name__}, no JSON object; get it anew.")
+        raise ValueError(f"{folder}: its config.json is a {type(said).__name__}, no JSON object; get it anew.")
     if "auto_map" in said:
         raise ValueError(
-            f"--model {folder} comes with code of its own (auto_map in config.json), which is not run; use a model "
+            f"{folder} comes with code of its own (auto_map in config.json), which is not run; use a model "
             f"whose code is in transformers."
         )
