@@ -57,6 +57,7 @@ _REFUSALS = (
     _Refusal("external_cuda_graph", _is_set, _GRAPHS, "leave it out"),
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
+    _Refusal("batch_invariant_mode", _is_set, "no kernel here makes that promise", "leave it out"),
     _Refusal("perform_rl_step", _is_set, _RL_LOOP, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
     _Refusal(

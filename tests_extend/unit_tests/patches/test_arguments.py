@@ -194,6 +194,7 @@ REFUSED_FLAGS = [
         ["--external-cuda-graph"],
         "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
     ),
+    (["--batch-invariant-mode"], "--batch-invariant-mode: no kernel here makes that promise; leave it out."),
     *(
         (
             [option],
