@@ -40,7 +40,7 @@ def test_decode_at_every_number_of_ranks(size, way):
         assert_equal(found, dense_decode(*given, lengths), shares)
 
 
-@pytest.mark.parametrize(("size", "way"), product((2, 4), WAYS))
+@pytest.mark.parametrize(("size", "way"), list(product((2, 4), WAYS)))
 def test_prefill_sends_a_message_a_hop_and_states_of_all_in_one_operation(size, way):
     case = PrefillCase(size, (16,), (32,), bands=FULL, settings={"transport": None})
     traffics = [Traffic() for _ in range(size)]
