@@ -8,43 +8,28 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, build_attention
+from mindspeed_cp.attention import build_attention
 from mindspeed_cp.attention.terms import default_scale
-from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig, MaskType
+from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
-from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_attention import take_head_sizes
-from mindspeed_cp.patches.latent_travel import UpProjection
-from mindspeed_cp.patches.packing import CAUSAL_WINDOW, FULL_WINDOW, Packing, plan_of_documents, plan_of_length
+from mindspeed_cp.patches.layer_attention import LayerAttention, other_mask_type, way_out
+from mindspeed_cp.patches.packing import CAUSAL_WINDOW
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import layer_group
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
 from mindspeed_cp.patching import Patch, bind_by_name
-from mindspeed_cp.plan import AttentionPlan, Band
-from mindspeed_cp.sharding import SequenceLayout
 
 LOCAL_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 TE_ATTENTION = "megatron.core.extensions.transformer_engine:TEDotProductAttention"
-
-WITHOUT_MASK: dict[str, MaskType] = {"causal": "causal", "no_mask": "general", "padding": "general"}
-"""What a layer's mask type, by Megatron's name, means where no mask comes: what the local spec's own attention computes
-at CP = 1. The others (arbitrary, padding_causal, causal_bottom_right) say nothing without one there."""
-
-WINDOWED: dict[str, Window] = {
-    "causal": CAUSAL_WINDOW,
-    "padding_causal": CAUSAL_WINDOW,
-    "no_mask": FULL_WINDOW,
-    "padding": FULL_WINDOW,
-}
-"""What a query sees of its document, by the layer's mask type; where that is causal, the layer may have a window."""
 
 
 def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
@@ -99,199 +84,6 @@ def _class_patches(
             needs=needs,
         ),
     )
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """The context-parallel attention of one layer, in Megatron's terms.
-
-    causal: each token sees itself and what came before.
-    general: the batch's mask says who sees whom, or without one all see all; None with --attention-mask-type causal,
-        where the batch's mask is not read.
-    mask_type: Megatron's name of who sees whom in this layer where no mask comes; Megatron gives one to the pipeline
-        stages that have a batch, which are the first and the last.
-    scale: factor on the scores.
-    size: context-parallel ranks.
-    window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
-    packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
-    latent: how keys and values are made of a payload, which a key then is; None where they are given.
-    length: tokens of a whole sample where ranks have unequal shards of it.
-    dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
-    slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
-    """
-
-    causal: ContextParallelAttention
-    general: ContextParallelAttention | None
-    mask_type: str
-    scale: float
-    size: int
-    window: Window = CAUSAL_WINDOW
-    packing: Packing = field(default_factory=Packing)
-    apart_by: str | None = None
-    latent: UpProjection | None = None
-    length: int | None = None
-    dropout: LayerDropout | None = None
-    watches_scores: bool = False
-    slopes: tuple[float, ...] | None = None
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        mask_type: str | None = None,
-        packed: Any = None,
-        sinks: Tensor | None = None,
-        is_training: bool = False,
-        watch: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
-
-        query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
-        where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
-        mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
-        and [S, G, V], and the result is [S, N * V]. sinks: a score for each head that has no value, N floating numbers;
-        its gradient is this rank's part, which data-parallel reducers add up. is_training: whether dropout drops.
-        watch: told the largest score of each head, [N] in the dtype of sums; -inf for those this rank has not computed.
-
-        Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
-        documents that do not fit the tokens, and for inference.
-        """
-        if query.size(0) != key.size(0):
-            self.refuse(
-                f"{query.size(0)} queries over {key.size(0)} keys a rank: inference with context parallelism is not "
-                f"available; use --context-parallel-size 1.",
-                query,
-            )
-        mask_type = mask_type or self.mask_type
-        call = functools.partial(self._attend, terms=self._terms(sinks, is_training, query.device), watch=watch)
-        if packed is not None:
-            q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
-            out = call(self.causal, q, k, v, plan=self._plan_of_stream(query, packed, mask_type))
-            return out[0].transpose(0, 1).flatten(1)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is not None and attention_mask.dtype == torch.int32:
-            plan = self._planned(query, mask_type, lambda window: plan_of_documents(attention_mask, self.size, window))
-            out = call(self.causal, q, k, v, plan=plan)
-        elif self.apart_by is not None and (attention_mask is None or self.general is None):
-            self.refuse(
-                f"{self.apart_by}, and this layer was not told where documents end; import "
-                f"mindspeed_cp.megatron_adaptor before megatron, and let Megatron's get_batch_on_this_cp_rank or "
-                f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch.",
-                query,
-            )
-        elif self.window != CAUSAL_WINDOW or self.length is not None:
-            if attention_mask is not None and self.general is not None:
-                self.refuse(
-                    "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
-                )
-            plan = self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
-            out = call(self.causal, q, k, v, plan=plan)
-        elif self.general is None:
-            if mask_type != "causal":
-                self.refuse(_other_mask_type(mask_type), query)
-            out = call(self.causal, q, k, v)
-        elif attention_mask is not None:
-            self._check_mask(query, attention_mask)
-            out = call(self.general, q, k, v, visible=~attention_mask)
-        elif mask_type in WITHOUT_MASK:
-            attention = self.causal if WITHOUT_MASK[mask_type] == "causal" else self.general
-            out = call(attention, q, k, v)
-        else:
-            self.refuse(
-                f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
-                f"sees whom; give it one, or build it with the mask type causal or no_mask.",
-                query,
-            )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-    def of_latents(self, up: UpProjection) -> "LayerAttention":
-        """The same where keys are payloads, of which keys and values are made."""
-        return replace(self, latent=up)
-
-    def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
-        dropout = self.dropout.draw() if self.dropout is not None and is_training else None
-        if sinks is None and dropout is None and self.slopes is None:
-            return None
-        return AttentionTerms(
-            sinks=None if sinks is None else sinks.flatten(),
-            alibi_slopes=None if self.slopes is None else _on_device(self.slopes, device),
-            dropout=dropout,
-        )
-
-    def _attend(
-        self,
-        attention: ContextParallelAttention,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        terms: AttentionTerms | None,
-        watch: Callable[[Tensor], None] | None,
-        plan: AttentionPlan | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        if self.latent is not None:
-            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
-        if watch is None:
-            return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
-        out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
-        watch(largest)
-        return out
-
-    def refuse(self, reason: str, query: Tensor) -> NoReturn:
-        """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
-        self.causal.refuse(reason, query)
-
-    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
-        if self.length is not None:
-            return plan_of_length(self.length, self.size, window)
-        return _plan_of_window(query.size(0), self.size, window)
-
-    def _plan_of_stream(self, query: Tensor, packed: Any, mask_type: str) -> AttentionPlan:
-        tokens = query.size(0) * self.size
-        return self._planned(query, mask_type, lambda window: self.packing.plan(packed, tokens, self.size, window))
-
-    def _planned(self, query: Tensor, mask_type: str, plan: Callable[[Window], AttentionPlan]) -> AttentionPlan:
-        """The plan under this layer's window. Raises ValueError on all ranks where it cannot be made."""
-        if mask_type not in WINDOWED:
-            self.refuse(
-                f"a layer with the mask type {mask_type} and documents or a window: only {or_list([*WINDOWED])} say "
-                f"who sees whom in them; build it with one of these.",
-                query,
-            )
-        try:
-            return plan(self.window if WINDOWED[mask_type] == CAUSAL_WINDOW else WINDOWED[mask_type])
-        except ValueError as error:
-            self.refuse(str(error), query)
-
-    def _check_mask(self, query: Tensor, mask: Tensor) -> None:
-        tokens, batch, heads, _ = query.shape
-        keys = tokens * self.size
-        fits = mask.dim() == 4 and mask.size(0) in (1, batch) and mask.size(1) in (1, heads)
-        if not fits or mask.shape[2:] != (tokens, keys) or mask.dtype != torch.bool:
-            self.refuse(
-                f"attention_mask is {list(mask.shape)} of {mask.dtype}, and this rank's {tokens} queries of {keys} "
-                f"tokens need [{batch} or 1, {heads} or 1, {tokens}, {keys}] of torch.bool, True where masked; "
-                f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
-                query,
-            )
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
-    """Made once for all layers."""
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _plan_of_window(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
-    """Who sees whom in samples without documents. num_tokens: of a sample on each rank."""
-    shards = SequenceLayout(size=num_ranks).of(num_tokens)
-    behind, ahead = (None if each == -1 else each for each in window)
-    return AttentionPlan(shards, shards, (Band(behind, ahead),))
 
 
 def _agree_with_environment(config: Any) -> None:
@@ -364,8 +156,8 @@ def _wrap_forward(
             attention = alone(self)
         if named["attention_bias"] is not None:
             attention.refuse(
-                "attention_bias with context parallelism: attention biases are not available yet; use "
-                "--context-parallel-size 1.",
+                f"attention_bias: nothing of Megatron's says which of its rows a rank holds; {attention.way_out()}, or "
+                f"call the library's attention, which takes one.",
                 named["query"],
             )
         mask_type = named.get("attn_mask_type")
@@ -429,8 +221,8 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
     reads_mask = config.attention_mask_type == "general"
     recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(
-        causal=build_attention(replace(config, attention_mask_type="causal"), groups, recomputation=recomputation),
-        general=build_attention(config, groups, recomputation=recomputation) if reads_mask else None,
+        by_plan=build_attention(replace(config, attention_mask_type="causal"), groups, recomputation=recomputation),
+        by_mask=build_attention(config, groups, recomputation=recomputation) if reads_mask else None,
         mask_type=named["attn_mask_type"].name,
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=default_scale(head_size) if scale is None else scale,
@@ -472,8 +264,8 @@ def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
     """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
     return LayerAttention(
-        causal=build_attention(replace(_of_one_rank(plugin.config), attention_mask_type="causal")),
-        general=None,
+        by_plan=build_attention(replace(_of_one_rank(plugin.config), attention_mask_type="causal")),
+        by_mask=None,
         mask_type=layer.attn_mask_type.name,
         scale=layer.softmax_scale * (layer.layer_number if layer.config.apply_query_key_layer_scaling else 1),
         size=1,
@@ -511,17 +303,11 @@ def _field_defaults(layer_config: Any) -> dict[str, object]:
 
 
 def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:
+    size = config.context_parallel_size
     if named["attention_type"] != "self":
         raise ConfigurationError(
-            f"a layer of attention type {named['attention_type']!r} with --context-parallel-size "
-            f"{config.context_parallel_size}: only self-attention is available; use --context-parallel-size 1."
+            f"a layer of attention type {named['attention_type']!r} with --context-parallel-size {size}: only "
+            f"self-attention is available; {way_out(size)}."
         )
     if config.attention_mask_type == "causal" and (mask_type := named["attn_mask_type"].name) != "causal":
-        raise ConfigurationError(_other_mask_type(mask_type))
-
-
-def _other_mask_type(mask_type: str) -> str:
-    return (
-        f"a layer with the mask type {mask_type} and --attention-mask-type causal: they differ; "
-        f"use --attention-mask-type general."
-    )
+        raise ConfigurationError(other_mask_type(mask_type))

@@ -63,11 +63,11 @@ def give_up_projection(layer: Any) -> None:
     Raises ConfigurationError where that is not a linear layer alone.
     """
     attention = getattr(layer.core_attention, "context_parallel_attention", None)
-    if attention is None or attention.size == 1 or attention.causal.config.context_parallel_latent == "expanded":
+    if attention is None or attention.size == 1 or attention.by_plan.config.context_parallel_latent == "expanded":
         return
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
-    linear, config, form = layer.linear_kv_up_proj, layer.config, attention.causal.config.context_parallel_latent
+    linear, config, form = layer.linear_kv_up_proj, layer.config, attention.by_plan.config.context_parallel_latent
     if type(linear) is not ColumnParallelLinear or linear.bias is not None:
         raise ConfigurationError(
             f"--context-parallel-latent {form} with a layer whose linear_kv_up_proj is {type(linear).__name__}: the "

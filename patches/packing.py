@@ -70,7 +70,7 @@ class Packing:
         if ends[-1] != num_tokens:
             raise ValueError(
                 f"cu_seqlens ends at {ends[-1]}, and the stream has {num_tokens} tokens; let the last document, or "
-                f"what pads it, end where the stream does."
+                f"what pads it, end where the stream does, at a multiple of the context-parallel size."
             )
         return _stream(ends, num_ranks, self.layout)
 
@@ -135,6 +135,11 @@ class PaddingCount:
         said = f" padding tokens: {self._padding} of {self._tokens} in the packed streams of this data-parallel rank"
         self._tokens = self._padding = 0
         return said
+
+
+def is_documents(mask: Tensor) -> bool:
+    """Whether what comes where a mask would be is documents of samples."""
+    return mask.dtype == torch.int32 and mask.dim() == 2
 
 
 def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:

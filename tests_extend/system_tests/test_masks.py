@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from mindspeed_cp.patches.attention import WITHOUT_MASK
+from mindspeed_cp.patches.layer_attention import WITHOUT_MASK
 from system_tests.compare_losses import largest_difference
 from system_tests.training_cases import HAS_TRAINING, ITERATIONS
 

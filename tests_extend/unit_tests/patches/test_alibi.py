@@ -8,7 +8,8 @@ import torch
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels.bias import geometric_slopes
-from mindspeed_cp.patches.attention import LayerAttention, _slopes
+from mindspeed_cp.patches.attention import _slopes
+from mindspeed_cp.patches.layer_attention import LayerAttention
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
-from mindspeed_cp.patches.attention import LayerAttention, _wrap_forward
+from mindspeed_cp.patches.attention import _wrap_forward
 from mindspeed_cp.patches.dropout import LayerDropout
+from mindspeed_cp.patches.layer_attention import LayerAttention
 from mindspeed_cp.patches.unsupported import refuse_unwatched_scores
 
 DROPOUT = LayerDropout(rate=0.5, seed=7, layer=1, data_parallel_rank=0, first_head=0)

@@ -7,7 +7,7 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
-from mindspeed_cp.patches.attention import LayerAttention
+from mindspeed_cp.patches.layer_attention import LayerAttention
 from mindspeed_cp.patches.unsupported import refuse_lost_documents, refuse_unsupported
 from unit_tests.dense import causal_mask, dense_attention
 

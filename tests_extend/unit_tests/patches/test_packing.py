@@ -7,8 +7,8 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches.attention import LayerAttention
 from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.layer_attention import LayerAttention
 from mindspeed_cp.patches.packing import Packing
 from unit_tests.dense import dense_attention
 
@@ -109,7 +109,10 @@ def test_window_without_documents_is_megatrons():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (packed([0, 2, 5]), "cu_seqlens ends at 5, and the stream has 6 tokens; let the last document"),
+        (
+            packed([0, 2, 5]),
+            "cu_seqlens ends at 5, and the stream has 6 tokens; let the last document",
+        ),
         (packed([0, 4, 2, 6]), r"cu_seqlens\[2\] = 2 comes after 4"),
         (packed([0, 6], qkv_format="sbhd"), "packed streams are 'thd', over all context-parallel ranks"),
         (packed([0, 6], local_cp_size=1), "leave out --hybrid-context-parallel"),

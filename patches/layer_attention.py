@@ -1,0 +1,271 @@
+"""What a layer of Megatron's computes: who sees whom, as it comes to a layer, and attention by that.
+
+Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, G K/V heads of it, D head size,
+V head size of the values (D but in latent attention), T tokens of all ranks.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention
+from mindspeed_cp.documents import Window
+from mindspeed_cp.messages import or_list
+from mindspeed_cp.patches.dropout import LayerDropout
+from mindspeed_cp.patches.latent_travel import UpProjection
+from mindspeed_cp.patches.packing import (
+    CAUSAL_WINDOW,
+    FULL_WINDOW,
+    Packing,
+    is_documents,
+    plan_of_documents,
+    plan_of_length,
+)
+from mindspeed_cp.plan import AttentionPlan, Band
+from mindspeed_cp.sharding import SequenceLayout
+
+ON_ONE_RANK = ("--attention-on-one-rank", "--use-alibi", "--qk-clip", "--log-max-attention-logit", "packed streams")
+"""With which this plugin computes attention without context parallelism too."""
+
+WITHOUT_MASK: dict[str, Window] = {"causal": CAUSAL_WINDOW, "no_mask": FULL_WINDOW, "padding": FULL_WINDOW}
+"""What a layer's mask type, by Megatron's name, means where no mask comes: what the local spec's own attention computes
+at CP = 1. The others (arbitrary, padding_causal, causal_bottom_right) say nothing without one there."""
+
+WINDOWED: dict[str, Window] = {
+    "causal": CAUSAL_WINDOW,
+    "padding_causal": CAUSAL_WINDOW,
+    "no_mask": FULL_WINDOW,
+    "padding": FULL_WINDOW,
+}
+"""What a query sees of its document, by the layer's mask type; where that is causal, the layer may have a window."""
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The context-parallel attention of one layer, in Megatron's terms.
+
+    by_plan: takes plans; without one each token sees itself and what came before.
+    by_mask: takes the batch's mask; without one all see all. None with --attention-mask-type causal, where the batch's
+        mask is not read.
+    mask_type: Megatron's name of who sees whom in this layer where no mask comes; Megatron gives one to the pipeline
+        stages that have a batch, which are the first and the last.
+    scale: factor on the scores.
+    size: context-parallel ranks.
+    window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
+    packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    latent: how keys and values are made of a payload, which a key then is; None where they are given.
+    length: tokens of a whole sample where ranks have unequal shards of it.
+    dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
+    slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
+    """
+
+    by_plan: ContextParallelAttention
+    by_mask: ContextParallelAttention | None
+    mask_type: str
+    scale: float
+    size: int
+    window: Window = CAUSAL_WINDOW
+    packing: Packing = field(default_factory=Packing)
+    apart_by: str | None = None
+    latent: UpProjection | None = None
+    length: int | None = None
+    dropout: LayerDropout | None = None
+    watches_scores: bool = False
+    slopes: tuple[float, ...] | None = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        mask_type: str | None = None,
+        packed: Any = None,
+        sinks: Tensor | None = None,
+        is_training: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Attention of this rank's tokens over those of all ranks, [S, B, N * V].
+
+        query: [S, B, N, D]; key: [S, B, G, D]; value: [S, B, G, V]; attention_mask: [B or 1, N or 1, S, T] bool, True
+        where masked (as Megatron has it), with T the tokens of all ranks, or the documents that packing describes.
+        mask_type: overrides the layer's own. packed: Megatron's PackedSeqParams; tensors are then [S, N, D], [S, G, D]
+        and [S, G, V], and the result is [S, N * V]. sinks: a score for each head that has no value, N floating numbers;
+        its gradient is this rank's part, which data-parallel reducers add up. is_training: whether dropout drops.
+        watch: told the largest score of each head, [N] in the dtype of sums; -inf for those this rank has not computed.
+
+        Raises ValueError, on all ranks, where nothing says who sees whom, for a mask of another shape or dtype, for
+        documents that do not fit the tokens, and for inference.
+        """
+        if query.size(0) != key.size(0):
+            self.refuse(
+                f"{query.size(0)} queries over {key.size(0)} keys a rank: inference through Megatron is not available "
+                f"in this attention; {self.way_out()}.",
+                query,
+            )
+        seen = self._who_sees_whom(query, attention_mask, mask_type or self.mask_type, packed)
+        q, k, v = (_apart(x, packed is not None) for x in (query, key, value))
+        out = self._attend(seen, q, k, v, terms=self._terms(sinks, is_training, query.device), watch=watch)
+        return out[0].transpose(0, 1).flatten(1) if packed is not None else out.permute(2, 0, 1, 3).flatten(2)
+
+    def way_out(self) -> str:
+        """What to do in place of a case that is not taken."""
+        return way_out(self.size)
+
+    def _who_sees_whom(self, query: Tensor, mask: Tensor | None, mask_type: str, packed: Any) -> "_Seen":
+        """What says it, the first of these that there is: a packed stream; documents; --window-size, or a length that
+        the ranks do not divide; causality; a mask tensor; the layer's mask type.
+
+        Raises ValueError on all ranks where nothing says it, or two that differ.
+        """
+        reads_mask = mask is not None and self.by_mask is not None
+        if packed is not None:
+            return self._planned(query, mask_type, functools.partial(self._plan_of_stream, query, packed))
+        if mask is not None and is_documents(mask):
+            return self._planned(query, mask_type, lambda window: plan_of_documents(mask, self.size, window))
+        if self.apart_by is not None and not reads_mask:
+            self.refuse(
+                f"{self.apart_by}, and this layer was not told where documents end; import "
+                f"mindspeed_cp.megatron_adaptor before megatron, and let Megatron's get_batch_on_this_cp_rank or "
+                f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch; where it is one packed stream, hand its "
+                f"PackedSeqParams to the model.",
+                query,
+            )
+        if self.window != CAUSAL_WINDOW or self.length is not None:
+            if reads_mask:
+                self.refuse(
+                    "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
+                )
+            return self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
+        if self.by_mask is None:
+            if mask_type != "causal":
+                self.refuse(other_mask_type(mask_type), query)
+            return _Seen(self.by_plan)
+        if mask is not None:
+            self._check_mask(query, mask)
+            return _Seen(self.by_mask, visible=~mask)
+        if mask_type in WITHOUT_MASK:
+            return _Seen(self.by_plan if WITHOUT_MASK[mask_type] == CAUSAL_WINDOW else self.by_mask)
+        self.refuse(
+            f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
+            f"sees whom; give it one, or build it with the mask type causal or no_mask.",
+            query,
+        )
+
+    def of_latents(self, up: UpProjection) -> "LayerAttention":
+        """The same where keys are payloads, of which keys and values are made."""
+        return replace(self, latent=up)
+
+    def _terms(self, sinks: Tensor | None, is_training: bool, device: torch.device) -> AttentionTerms | None:
+        dropout = self.dropout.draw() if self.dropout is not None and is_training else None
+        if sinks is None and dropout is None and self.slopes is None:
+            return None
+        return AttentionTerms(
+            sinks=None if sinks is None else sinks.flatten(),
+            alibi_slopes=None if self.slopes is None else _on_device(self.slopes, device),
+            dropout=dropout,
+        )
+
+    def _attend(
+        self,
+        seen: "_Seen",
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        terms: AttentionTerms | None,
+        watch: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        attention, plan, visible = seen
+        if self.latent is not None:
+            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        if watch is None:
+            return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+        watch(largest)
+        return out
+
+    def refuse(self, reason: str, query: Tensor) -> NoReturn:
+        """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
+        self.by_plan.refuse(reason, query)
+
+    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
+        if self.length is not None:
+            return plan_of_length(self.length, self.size, window)
+        return _plan_of_window(query.size(0), self.size, window)
+
+    def _plan_of_stream(self, query: Tensor, packed: Any, window: Window) -> AttentionPlan:
+        return self.packing.plan(packed, query.size(0) * self.size, self.size, window)
+
+    def _planned(self, query: Tensor, mask_type: str, plan: Callable[[Window], AttentionPlan]) -> "_Seen":
+        """By a plan under this layer's window. Raises ValueError on all ranks where it cannot be made."""
+        if mask_type not in WINDOWED:
+            self.refuse(
+                f"a layer with the mask type {mask_type} and documents or a window: only {or_list([*WINDOWED])} say "
+                f"who sees whom in them; build it with one of these.",
+                query,
+            )
+        try:
+            window = self.window if WINDOWED[mask_type] == CAUSAL_WINDOW else WINDOWED[mask_type]
+            return _Seen(self.by_plan, plan(window))
+        except ValueError as error:
+            self.refuse(str(error), query)
+
+    def _check_mask(self, query: Tensor, mask: Tensor) -> None:
+        tokens, batch, heads, _ = query.shape
+        keys = tokens * self.size
+        fits = mask.dim() == 4 and mask.size(0) in (1, batch) and mask.size(1) in (1, heads)
+        if not fits or mask.shape[2:] != (tokens, keys) or mask.dtype != torch.bool:
+            self.refuse(
+                f"attention_mask is {list(mask.shape)} of {mask.dtype}, and this rank's {tokens} queries of {keys} "
+                f"tokens need [{batch} or 1, {heads} or 1, {tokens}, {keys}] of torch.bool, True where masked; "
+                f"Megatron's get_batch_on_this_cp_rank gives each rank the rows of its own tokens.",
+                query,
+            )
+
+
+def way_out(context_parallel_size: int) -> str:
+    """What to do to have Megatron's own attention, as an imperative clause."""
+    if context_parallel_size > 1:
+        return "use --context-parallel-size 1"
+    return f"leave out what has this plugin compute attention on one rank: {or_list(ON_ONE_RANK)}"
+
+
+class _Seen(NamedTuple):
+    """By which attention, and with what, it is said who sees whom."""
+
+    attention: ContextParallelAttention
+    plan: AttentionPlan | None = None
+    visible: Tensor | None = None
+
+
+def _apart(x: Tensor, is_stream: bool) -> Tensor:
+    """[B, N, S, D] of [S, B, N, D]; of a stream's [S, N, D] with a batch of one."""
+    return x.unsqueeze(0).transpose(1, 2) if is_stream else x.permute(1, 2, 0, 3)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for all layers."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_of_window(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+    """Who sees whom in samples without documents. num_tokens: of a sample on each rank."""
+    shards = SequenceLayout(size=num_ranks).of(num_tokens)
+    behind, ahead = (None if each == -1 else each for each in window)
+    return AttentionPlan(shards, shards, (Band(behind, ahead),))
+
+
+def other_mask_type(mask_type: str) -> str:
+    """What a layer is told whose mask type is not the one of the flag."""
+    return (
+        f"a layer with the mask type {mask_type} and --attention-mask-type causal: they differ; "
+        f"use --attention-mask-type general."
+    )
