@@ -85,9 +85,9 @@ def train(folder: Path, seconds: float, tell: Callable[[str], None], seed: int =
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95))
     tell(f"training {sum(x.numel() for x in model.parameters()):,} parameters on {len(tokens):,} tokens of {library()}")
     step, told = 0, start
-    while (spent := (time.monotonic() - start) / seconds) < 1.0:
+    while (spent := (time.monotonic() - start) / seconds) < 1.0 or step == 0:  # Once, however slow the machine is.
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20, 3.0 * (1.0 - spent) + 0.03)
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20, 3.0 * max(0.0, 1.0 - spent) + 0.03)
         loss = _loss(model, tokens, *STRETCHES[step % len(STRETCHES)])
         optimizer.zero_grad()
         loss.backward()
