@@ -156,8 +156,8 @@ def _wrap_forward(
             attention = alone(self)
         if named["attention_bias"] is not None:
             attention.refuse(
-                f"attention_bias: nothing of Megatron's says which of its rows a rank holds; {attention.way_out()}, or "
-                f"call the library's attention, which takes one.",
+                f"attention_bias: nothing of Megatron's says which of its rows a rank holds; "
+                f"{way_out(attention.size)}, or call the library's attention, which takes one.",
                 named["query"],
             )
         mask_type = named.get("attn_mask_type")

@@ -104,17 +104,13 @@ class LayerAttention:
         if query.size(0) != key.size(0):
             self.refuse(
                 f"{query.size(0)} queries over {key.size(0)} keys a rank: inference through Megatron is not available "
-                f"in this attention; {self.way_out()}.",
+                f"in this attention; {way_out(self.size)}.",
                 query,
             )
         seen = self._who_sees_whom(query, attention_mask, mask_type or self.mask_type, packed)
         q, k, v = (_apart(x, packed is not None) for x in (query, key, value))
         out = self._attend(seen, q, k, v, terms=self._terms(sinks, is_training, query.device), watch=watch)
         return out[0].transpose(0, 1).flatten(1) if packed is not None else out.permute(2, 0, 1, 3).flatten(2)
-
-    def way_out(self) -> str:
-        """What to do in place of a case that is not taken."""
-        return way_out(self.size)
 
     def _who_sees_whom(self, query: Tensor, mask: Tensor | None, mask_type: str, packed: Any) -> "_Seen":
         """What says it, the first of these that there is: a packed stream; documents; --window-size, or a length that
