@@ -13,8 +13,8 @@ import sys
 
 from mindspeed_cp.benchmark import recomputation
 from mindspeed_cp.benchmark.cases import algorithms_for
-from mindspeed_cp.planner import AttentionShape, Network
-from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, why_not_here
+from mindspeed_cp.planner import AttentionShape
+from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, network_of, why_not_here
 
 ALGORITHMS = ["Ulysses", "ring", "ring, overlap", "double ring 2, overlap", "hybrid 2x2, overlap"]
 
@@ -37,13 +37,7 @@ def main() -> int:
     args = parser.parse_args()
     if reason := why_not_here():
         parser.error(reason)
-    network = Network(
-        num_ranks=args.ranks,
-        ranks_per_node=args.ranks_per_node,
-        fast_mbit=args.fast_mbit,
-        slow_mbit=args.slow_mbit,
-        slow_link=args.slow_link,
-    )
+    network = network_of(args)
     shape = AttentionShape(
         num_tokens=args.tokens, num_heads=args.heads, num_kv_heads=args.heads, head_size=args.head_size
     )

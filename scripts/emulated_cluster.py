@@ -8,8 +8,13 @@ Needs root; how it is wired is said in mindspeed_cp/testing/emulated_cluster.py.
 import argparse
 import sys
 
-from mindspeed_cp.planner import Network
-from mindspeed_cp.testing.emulated_cluster import Cluster, add_network_arguments, measure_link, why_not_here
+from mindspeed_cp.testing.emulated_cluster import (
+    Cluster,
+    add_network_arguments,
+    measure_link,
+    network_of,
+    why_not_here,
+)
 
 
 def main() -> int:
@@ -22,13 +27,7 @@ def main() -> int:
     args = parser.parse_args()
     if reason := why_not_here():
         parser.error(reason)
-    network = Network(
-        num_ranks=args.ranks,
-        ranks_per_node=args.ranks_per_node,
-        fast_mbit=args.fast_mbit,
-        slow_mbit=args.slow_mbit,
-        slow_link=args.slow_link,
-    )
+    network = network_of(args)
     with Cluster(network) as cluster:
         # The first rank's neighbour, and the last rank: in one node, and between nodes, where there are both.
         for to in sorted({1, args.ranks - 1} & set(range(1, args.ranks))):

@@ -315,3 +315,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         default="rank",
         help="whether each rank has a link to other nodes, or each node has one for all its ranks",
     )
+
+
+def network_of(args: argparse.Namespace) -> Network:
+    """The network of these options, and of --ranks, --ranks-per-node and --slow-mbit."""
+    return Network(
+        num_ranks=args.ranks,
+        ranks_per_node=args.ranks_per_node,
+        fast_mbit=args.fast_mbit,
+        slow_mbit=args.slow_mbit,
+        slow_link=args.slow_link,
+    )
