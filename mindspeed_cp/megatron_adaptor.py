@@ -22,6 +22,7 @@ from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
@@ -139,6 +140,7 @@ registry = PatchRegistry(
         *rotary_patches(plugin),
         *padding_patches(plugin),
         *any_length_patches(plugin),
+        *expert_loss_patches(plugin),
         *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),
