@@ -96,7 +96,6 @@ class OfThree(Plugin):
     """The plugin of a rank of three."""
 
     place = (0, 3)
-    groups = Namespace(context_parallel=None)  # type: ignore[assignment]
 
 
 @pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -114,7 +113,7 @@ def test_losses_of_experts_are_those_of_one_rank(adaptor, monkeypatch):
     monkeypatch.setattr(moe_utils, "reduce_from_tensor_model_parallel_region", summed)
     one, three = (Namespace(size=lambda size=size: size) for size in (1, 3))
     _, _, alone = router.get_tokens_per_expert_and_token_count(chosen, one, topk=2)
-    with PatchRegistry(expert_loss_patches(OfThree(length=7))).applied():
+    with PatchRegistry(expert_loss_patches(OfThree(length=7, groups=Namespace(context_parallel=None)))).applied():
         for each in shards:
             mine = torch.zeros_like(each, dtype=torch.bool).scatter_(1, each.topk(2).indices, True)
             per_expert, of_rank, total = router.get_tokens_per_expert_and_token_count(mine, three, topk=2)
