@@ -205,9 +205,10 @@ REFUSED_FLAGS = [
     ),
     (
         ["--hybrid-context-parallel"],
-        "--hybrid-context-parallel: it gives each document ranks of its own, and a layer's groups are made once, for all; "
-        "from 0.18 on Megatron's HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that get_batch cuts "
-        "by --context-parallel-size and no layer is told the document's own size; leave it out, or use --sft.",
+        "--hybrid-context-parallel: it gives each document ranks of its own, and a layer's groups are made once, for "
+        "all; from 0.18 on Megatron's HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that "
+        "get_batch cuts by --context-parallel-size and no layer is told the document's own size; leave it out, or use "
+        "--sft.",
     ),
     (
         ["--position-embedding-type", "relative"],
