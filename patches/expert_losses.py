@@ -25,7 +25,7 @@ def expert_loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def get_tokens_per_expert_and_token_count(*args: Any, **kwargs: Any) -> Any:
             named = bind_by_name(original, args, kwargs)
-            if plugin.length is None or named["with_padding_mask"]:
+            if not plugin.is_unequal or named["with_padding_mask"]:
                 return original(*args, **kwargs)
             # Each token has topk experts: their sum counts the tokens of all ranks.
             per_expert, _, total = original(**{**named, "with_padding_mask": True})
@@ -38,7 +38,7 @@ def expert_loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def z_loss_func(*args: Any, **kwargs: Any) -> Tensor:
             loss = original(*args, **kwargs)
-            if plugin.length is None or plugin.groups is None:
+            if not plugin.is_unequal or plugin.groups is None:
                 return loss
             logits = bind_by_name(original, args, kwargs)["logits"]
             tokens = torch.tensor(float(logits.size(0)), device=logits.device)

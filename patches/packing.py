@@ -47,6 +47,7 @@ class Packing:
     """
 
     layout: LayoutName = "zigzag_by_document"
+    _of_last: dict[str, StreamLayout] = field(default_factory=dict, repr=False, compare=False)
     _read: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
 
     def ends(self, cu_seqlens: Tensor) -> Ends:
@@ -74,7 +75,14 @@ class Packing:
                 f"and {num_tokens} came; let the last document, or what pads it, end where the stream does, and cut "
                 f"the batch by megatron_adaptor.shard_batch."
             )
+        self._of_last["stream"] = stream.layout
         return stream
+
+    @property
+    def is_unequal(self) -> bool:
+        """Whether ranks have unequal numbers of tokens of the stream that was attended to last."""
+        layout = self._of_last.get("stream")
+        return layout is not None and sum(layout.samples[0]) % layout.num_ranks > 0
 
     def cut(self, batch: dict[str, Any], cu_seqlens: Tensor, rank: int, num_ranks: int) -> None:
         """Replace what lies along the stream by this rank's tokens. batch: tensors [1, T] by name, or None.

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from system_tests.model_cases import MOST, difference
+from system_tests.stream_cases import TOKENS
 from system_tests.training_cases import HAS_TRAINING, MEGATRON_LM, MODEL_FLAGS
 
 pytestmark = [
@@ -39,3 +40,11 @@ def test_losses_and_gradient_norms_are_those_of_cp_1(training, beside, ranks, si
     shared = [*flags, "--context-parallel-size", str(size), *shlex.split(algorithm)]
     found = difference(training.log(ranks, flags), training.log(ranks * size, shared))
     assert found.within(MOST), found
+
+
+def test_a_program_s_stream_that_the_ranks_do_not_divide_trains_as_on_one_rank(training):
+    alone = training.train_on_streams(1, "padded", {})
+    ranks = next(ranks for ranks in range(2, 8) if TOKENS % ranks)
+    shared = training.train_on_streams(ranks, "padded", {"context_parallel_algo": "megatron_cp_algo"})
+    for one, other in zip(alone, shared, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)

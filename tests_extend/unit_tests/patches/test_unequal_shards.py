@@ -80,8 +80,9 @@ def test_a_stream_has_a_plan_on_each_rank_and_other_tokens_are_refused():
     ends = torch.tensor([0, 5, 13], dtype=torch.int32)
     packed = Namespace(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
     packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = None
-    plans = {Packing().plan(packed, tokens, rank, 4, CAUSAL_WINDOW) for rank, tokens in enumerate((4, 3, 3, 3))}
-    assert len(plans) == 1
+    packing = Packing()
+    plans = {packing.plan(packed, tokens, rank, 4, CAUSAL_WINDOW) for rank, tokens in enumerate((4, 3, 3, 3))}
+    assert len(plans) == 1 and packing.is_unequal and not Packing().is_unequal
     with pytest.raises(ValueError) as refusal:
         Packing().plan(packed, 4, 3, 4, CAUSAL_WINDOW)
     assert str(refusal.value) == (
