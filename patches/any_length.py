@@ -97,7 +97,12 @@ _NEEDS = (
 
 def length_of(args: argparse.Namespace, config: ContextParallelConfig) -> int | None:
     """Tokens of a whole sample where the ranks get unequal shards of it; None where equal ones, or nothing is known."""
-    length, size = _length(args), config.context_parallel_size
+    return if_unequal(_length(args), config)
+
+
+def if_unequal(length: int | None, config: ContextParallelConfig) -> int | None:
+    """A length that 2 x CP does not divide; None else."""
+    size = config.context_parallel_size
     return length if size > 1 and length is not None and length % (2 * size) else None
 
 

@@ -122,3 +122,15 @@ def test_losses_of_experts_are_those_of_one_rank(adaptor, monkeypatch):
             assert of_rank * 3 == total
         losses = [router.z_loss_func(each, 0.5 / 3) for each in shards]
     torch.testing.assert_close(sum(losses), router.z_loss_func(whole, 0.5))
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+@pytest.mark.parametrize(("seq_length", "unequal"), [(61, 61), (60, 60), (64, None), (None, None)])
+def test_configure_takes_a_length(adaptor, monkeypatch, seq_length, unequal):
+    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: "cuda")
+    for name in ("config", "length"):
+        monkeypatch.setattr(adaptor.plugin, name, None)
+    adaptor.configure(context_parallel_size=4, seq_length=seq_length)
+    assert adaptor.plugin.length == unequal
+    with pytest.raises(ConfigurationError, match="--seq-length 3 is below --context-parallel-size 4; use 4 or more"):
+        adaptor.configure(context_parallel_size=4, seq_length=3)
