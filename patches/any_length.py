@@ -47,7 +47,7 @@ def _asks(*names: str) -> Callable[[argparse.Namespace], bool]:
 
 def _spans_ranks(args: argparse.Namespace) -> bool:
     """Whether experts are shared by ranks that hold different tokens of a sequence."""
-    tensor_parallel: int = args.tensor_model_parallel_size
+    tensor_parallel: int = args.tensor_model_parallel_size or 1
     of_experts: int = getattr(args, "expert_tensor_parallel_size", None) or tensor_parallel
     return (getattr(args, "expert_model_parallel_size", None) or 1) * of_experts > tensor_parallel
 
