@@ -4,14 +4,16 @@ followed        assignments, `+=`, arrays and their elements; `export`, `declare
                 `$X`, `${X}`, `${X[0]}`, `"${X[@]}"`, `"$*"`, `${X:-d}` and `=`, `?`, `+`; `$((...))`; `~`; `IFS`
                 `$1`, `"$@"`, `$#`, `set`, `shift`, `cd`; functions, `return`, `exit`, `exec`; groups and subshells
                 `source` of a file that is there, `eval`, `bash -c "..."`, `env X=... command`
-either way      bodies of `if`, `case`, `for`, `while`, and what follows `||`, or a command and `&&`: what they run has
-                that condition, and what they set is not known afterwards
+                the branch of `if` that `[ ... ]`, `[[ ... ]]`, `true` or `false` choose, and what follows `&&` and `||`
+either way      branches of other conditions, or of what is not known; bodies of `case`, `for`, `while`: what they run
+                has that condition, and what they set is not known afterwards
 not known       `$(...)`, patterns (`${X%.sh}`, `*.py` where files match, `{1,2}`), a variable that nobody sets or that
                 is yet to be filled in ("your data path"): the word keeps its spelling, as `Unresolved`, and knows why
 not read        here-documents, `read`, `let`, `((X++))`, another script's file: listed as an `Omission`, and what they
                 set is not known afterwards
 
-Nothing is guessed. shell_syntax.py parses, shell_arithmetic.py computes, and reading.py has what comes out.
+Nothing is guessed. shell_syntax.py parses, shell_arithmetic.py computes, shell_conditions.py decides, and reading.py
+has what comes out.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 from mindspeed_cp.launch.reading import Command, Field, Omission, Piece, Reading, Unresolved
 from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
+from mindspeed_cp.launch.shell_conditions import evaluate_conditional, evaluate_test, opposite
 from mindspeed_cp.launch.shell_syntax import (
     DECLARATIONS,
     Arithmetic,
@@ -94,6 +97,15 @@ _MAX_DEPTH = 16
 _ARGUMENTS_BEFORE_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1, "let": 0, "printf": 0}
 """Builtins that set variables from what would have to run: how many of their arguments come before the names."""
 
+_STATUS: dict[str, Callable[[Sequence[Field]], bool | None]] = {
+    "[": lambda fields: evaluate_test(fields[:-1]),
+    "test": evaluate_test,
+    "true": lambda fields: True,
+    ":": lambda fields: True,
+    "false": lambda fields: False,
+}
+"""Builtins of which it can be told whether they succeed, by their arguments."""
+
 _SHELLS = ("bash", "sh")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
@@ -123,6 +135,8 @@ class _Shell:
         self._variables = {**variables, _POSITIONAL: _Variable(tuple(arguments), True)}
         self._functions: dict[str, tuple[Sequence[Statement], ...]] = {}
         self._folder = folder
+        # Of a script that needs arguments, and is given none, what it does with them is what is asked for.
+        self._arguments_are_set = bool(arguments)
         self._scopes: list[_Scope] = []
         self._integers: frozenset[str] = frozenset()
         self._constants: frozenset[str] = frozenset()
@@ -136,52 +150,72 @@ class _Shell:
         except _Exit:
             return
 
-    def _follow(self, statements: Sequence[Statement]) -> None:
-        succeeded, before = True, ""
+    def _follow(self, statements: Sequence[Statement]) -> bool | None:
+        """Whether the last of them succeeds; None where it is not known."""
+        succeeded: bool | None = True
+        before = ""
         for statement in statements:
-            if statement.joined == "||" or (statement.joined and not succeeded):
+            if not statement.joined or succeeded is (statement.joined == "&&"):
+                succeeded = self._one(statement)
+            elif succeeded is None:
                 alone = statement._replace(joined="")
                 self._perhaps([(alone,)], f"{before} {statement.joined}", statement.line, again=False)
-                succeeded = False
-            else:
-                self._one(statement)
-                succeeded = _cannot_fail(statement)
             before = _first_line(statement.text)
+        return succeeded
 
-    def _one(self, statement: Statement) -> None:
+    def _one(self, statement: Statement) -> bool | None:
         if statement.subshell:
             kept = self._state()
             self._alone(statement)
             self._restore(kept)
-        else:
-            self._alone(statement)
+            return None
+        succeeded = self._alone(statement)
+        return opposite(succeeded) if statement.negated else succeeded
 
-    def _alone(self, statement: Statement) -> None:
+    def _alone(self, statement: Statement) -> bool | None:
         if isinstance(statement, Simple):
-            self._simple(statement)
+            return self._simple(statement)
+        if statement.kind == "[[":
+            return evaluate_conditional(statement.words, lambda word: Field.joined(self._expand(word, split=False)))
+        if statement.kind == "{":
+            return self._follow(statement.bodies[0])
+        if statement.kind == "if":
+            self._if(statement)
         elif statement.kind == "function":
             self._functions[statement.name] = (statement.bodies[0],)
-        elif statement.kind == "{":
-            self._follow(statement.bodies[0])
         elif statement.kind == "(":
             kept = self._state()
             self.run(statement.bodies[0])
             self._restore(kept)
         elif statement.kind == "((":
             self._forget(names_assigned(statement.name), statement.line, statement.text)
-        elif statement.kind != "[[":
-            self._block(statement)
+        else:
+            self._block(statement, statement.bodies)
+        return None
 
-    def _block(self, block: Block) -> None:
-        """A block whose bodies may run or not, or several times."""
+    def _if(self, block: Block) -> None:
+        """The branch that is taken; that of a condition which is not known may be, or what is below it."""
+        if len(block.bodies) < 2:
+            for otherwise in block.bodies:
+                self._follow(otherwise)
+            return
+        condition, body, *below = block.bodies
+        rest = block._replace(bodies=tuple(below))
+        holds = self._follow(condition)
+        if holds is None:
+            self._block(block, (body, (rest,)))
+        elif holds:
+            self._follow(body)
+        else:
+            self._if(rest)
+
+    def _block(self, block: Block, bodies: Sequence[Sequence[Statement]]) -> None:
+        """Bodies of a block that may run or not, or several times."""
         loops = block.kind in ("for", "while", "until", "select")
         why = "how often it runs is not known" if loops else "which branch is taken is not known"
         several = block.end_line > block.line
         lines = f"lines {block.line} to {block.end_line} set" if several else f"line {block.line} sets"
         self._omit(Omission(block.line, block.text, f"{why}; what {lines} counts as not known"))
-        if not loops:
-            self._follow(block.bodies[0])
-        bodies = block.bodies if loops else block.bodies[1:]
         for name in [block.name] if _NAME.fullmatch(block.name) else names_assigned(block.name):
             self._variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
         self._perhaps(bodies, block.text, block.line, again=loops)
@@ -249,18 +283,28 @@ class _Shell:
 
     # Simple commands
 
-    def _simple(self, command: Simple) -> None:
+    def _simple(self, command: Simple) -> bool | None:
+        """Follow a command; whether it succeeds, None where that is not known."""
         words = tuple(field for word in command.words for field in self._expand(word))
         if command.has_heredoc:
             self._omit(Omission(command.line, _first_line(command.text), "a here-document's text is not read"))
         if not words:
             for assignment in command.assignments:
                 self._assign(assignment)
-            return
+            return _success(command)
         name, arguments = words[0].text, words[1:]
         if name in DECLARATIONS:
             self._declare(name, command, arguments)
-        elif name in ("source", ".") and arguments:
+            return _success(command)
+        if name in _STATUS and name not in self._functions:
+            self._record(command, words)
+            return _STATUS[name](arguments)
+        self._command(name, arguments, command, words)
+        return None
+
+    def _command(self, name: str, arguments: Sequence[Field], command: Simple, words: tuple[Field, ...]) -> None:
+        """Follow a command whose success is not known. name, arguments: its words."""
+        if name in ("source", ".") and arguments:
             self._source(arguments, command)
         elif name == "eval":
             self._nested(" ".join(field.text for field in arguments), command)
@@ -301,6 +345,7 @@ class _Shell:
             return
         number += texts[number] in ("-", "--")
         self._variables[_POSITIONAL] = _Variable(tuple(arguments[number:]), True)
+        self._arguments_are_set = True
 
     def _shift(self, count: str, command: Simple) -> None:
         fields = self._variables[_POSITIONAL].fields
@@ -334,7 +379,8 @@ class _Shell:
                 Omission(command.line, _first_line(command.text), "it starts another script; check that one too")
             )
             return
-        self.commands.append(Command(command.line, words, environment, ", within ".join(self._conditions)))
+        condition = ", within ".join(dict.fromkeys(self._conditions))
+        self.commands.append(Command(command.line, words, environment, condition))
         if words[0].text == "exec" and len(words) > 1:
             raise _Exit
 
@@ -484,14 +530,14 @@ class _Shell:
     @contextlib.contextmanager
     def _arguments(self, arguments: Sequence[Field]) -> Iterator[None]:
         """Positional parameters for the time being."""
-        before = self._variables[_POSITIONAL]
-        self._variables[_POSITIONAL] = _Variable(tuple(arguments), True)
+        before, are_set = self._variables[_POSITIONAL], self._arguments_are_set
+        self._variables[_POSITIONAL], self._arguments_are_set = _Variable(tuple(arguments), True), True
         try:
             yield
         finally:
-            self._variables[_POSITIONAL] = before
+            self._variables[_POSITIONAL], self._arguments_are_set = before, are_set
 
-    def _deeper(self, follow: Callable[[], None], command: Simple) -> None:
+    def _deeper(self, follow: Callable[[], object], command: Simple) -> None:
         """Follow what a function or another script says, up to where it returns."""
         if self._depth == _MAX_DEPTH:
             self._omit(Omission(command.line, _first_line(command.text), f"it is nested more than {_MAX_DEPTH} deep"))
@@ -638,6 +684,9 @@ class _Shell:
             for field in positional:
                 if field.is_unknown:
                     return [Field((field.unresolved[0]._replace(spelling=part.spelling),))]
+            if not positional and not self._arguments_are_set:
+                why = f"line {line}: the script is given no arguments"
+                return [Field((Unresolved(part.spelling, why, "1"),))]
             return [Field((str(len(positional)),))]
         if part.name == "0" or part.name in ("?", "$", "!", "-", "RANDOM", "SECONDS"):
             return [Field((Unresolved(part.spelling, f"line {line}: it is known when the script runs"),))]
@@ -721,20 +770,10 @@ def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]
             yield name, _Change.MORE_WORDS if more_words else _Change.LONGER if grown else _Change.REPLACED
 
 
-def _cannot_fail(statement: Statement) -> bool:
-    """Whether a statement does nothing but assign what is there."""
-    if (
-        isinstance(statement, Block)
-        or not statement.assignments
-        or any(_is_other_word(word) for word in statement.words)
-    ):
-        return False
-    words = [word for assignment in statement.assignments for word in assignment.values]
-    return not any(isinstance(part, Opaque) for word in words for part in word.parts)
-
-
-def _is_other_word(word: Word) -> bool:
-    return not (len(word.parts) == 1 and isinstance(word.parts[0], Literal) and word.parts[0].text in DECLARATIONS)
+def _success(command: Simple) -> bool | None:
+    """Of a command that does nothing but assign: it succeeds, unless something that has to run decides it."""
+    words = (word for assignment in command.assignments for word in assignment.values)
+    return None if any(isinstance(part, Opaque) for word in words for part in word.parts) else True
 
 
 def _first_line(text: str) -> str:

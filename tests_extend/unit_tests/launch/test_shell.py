@@ -128,7 +128,7 @@ def test_command_sees_what_is_exported_to_it(tmp_path):
         ("A=1\nif $X; then A=2; fi\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\ncase $X in a) A=2;; esac\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\nfor B in 1 2; do A=$B; done\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
-        ("A=1\n[ -n x ] && A=2\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
+        ("A=1\n[ -f x ] && A=2\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("for A in 1 2; do run $A; done", "${A}", "", "it is set by the loop in line 1"),
         ("A=1; while true; do run $A; A=2; done", "${A}", "", "line 1, which may or may not run, sets it"),
         ("A=1; read A; run $A", "${A}", "", "line 1 sets it, and is not read"),
