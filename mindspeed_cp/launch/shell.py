@@ -390,7 +390,7 @@ class _Shell:
         for assignment in command.assignments:
             self._assign(assignment)
         for found, field in quoted:
-            rest = Field.of([found.group(3), *field.pieces[1:]])
+            rest = Field.of([found.group(3), *field.fragments[1:]])
             self._put(found.group(1), Variable((rest,)), bool(found.group(2)), command.line)
         if any(field.is_unknown for field in arguments):
             self._omit(Omission(command.line, _first_line(command.text), "which variables it sets is not known"))
@@ -447,9 +447,9 @@ class _Shell:
             if before is not None or value.is_array:
                 self._forget([name], line, f"{name}=")
                 return
-            pieces = value.fields[0].pieces
-            word = Word(tuple(Literal(piece, True) for piece in pieces if isinstance(piece, str)), line)
-            if len(word.parts) == len(pieces):
+            fragments = value.fields[0].fragments
+            word = Word(tuple(Literal(fragment, True) for fragment in fragments if isinstance(fragment, str)), line)
+            if len(word.parts) == len(fragments):
                 value = Variable((Field((self._words.compute(Arithmetic(word, True, value.fields[0].text), line),)),))
         elif not value.is_array and _TO_BE_FILLED_IN.fullmatch(text := value.fields[0].text):
             # Three words where it is not quoted; the path that takes its place will be one.
@@ -607,7 +607,7 @@ def _first_line(text: str) -> str:
 
 def _known_start(field: Field) -> str:
     """The text of a field up to the first part that is not known."""
-    return field.pieces[0] if field.pieces and isinstance(field.pieces[0], str) else ""
+    return field.fragments[0] if field.fragments and isinstance(field.fragments[0], str) else ""
 
 
 def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
@@ -619,7 +619,7 @@ def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
         if option.text in ("-u", "-C"):
             continue
         if assignment := _NAME_AND_VALUE.match(_known_start(field)):
-            found[assignment.group(1)] = Field.of([assignment.group(3), *field.pieces[1:]])
+            found[assignment.group(1)] = Field.of([assignment.group(3), *field.fragments[1:]])
         elif not field.text.startswith("-"):
             break
     return found

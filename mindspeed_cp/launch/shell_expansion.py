@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mindspeed_cp.launch.reading import Field, Piece, Unresolved
+from mindspeed_cp.launch.reading import Field, Fragment, Unresolved
 from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
 from mindspeed_cp.launch.shell_syntax import Arithmetic, Literal, Opaque, Parameter, Word
 
@@ -33,7 +33,7 @@ class Variable(NamedTuple):
         """The value that `+=` makes of this one."""
         if self.is_array or more.is_array:
             return Variable((*self.fields, *more.fields), True)
-        return Variable((Field.of([*self.fields[0].pieces, *more.fields[0].pieces]),))
+        return Variable((Field.of([*self.fields[0].fragments, *more.fields[0].fragments]),))
 
 
 class Expansion:
@@ -57,12 +57,12 @@ class Expansion:
         self._forget = forget
 
     def expand(self, word: Word, *, split: bool = True) -> list[Field]:
-        """The fields that a word becomes; without `split` what is not quoted stays in one piece."""
-        fields: list[list[Piece]] = []
-        current: list[Piece] | None = None
+        """The fields that a word becomes; without `split` what is not quoted is not split into several."""
+        fields: list[list[Fragment]] = []
+        current: list[Fragment] | None = None
         for part in word.parts:
             if isinstance(part, Literal):
-                found: Piece = part.text
+                found: Fragment = part.text
                 if not part.quoted:
                     found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
                 current = [*(current or []), found]
@@ -75,13 +75,13 @@ class Expansion:
                     fields.append(current)
                     current = None
                 if quoted:
-                    current = [*(current or []), *value.pieces]
+                    current = [*(current or []), *value.fragments]
                     continue
                 if doubt := self._doubt_about_words(value, word.line):
                     current = [*(current or []), Unresolved(value.text, doubt)]
                     continue
-                for piece in value.pieces:
-                    for chunk in [piece] if isinstance(piece, Unresolved) else _WORD_AND_BLANKS.findall(piece):
+                for fragment in value.fragments:
+                    for chunk in [fragment] if isinstance(fragment, Unresolved) else _WORD_AND_BLANKS.findall(fragment):
                         if isinstance(chunk, str) and chunk.isspace():
                             if current is not None:
                                 fields.append(current)
@@ -90,9 +90,9 @@ class Expansion:
                             current = [*(current or []), chunk]
         if current is not None:
             fields.append(current)
-        return [Field.of(pieces) for pieces in fields]
+        return [Field.of(fragments) for fragments in fields]
 
-    def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
+    def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Fragment:
         """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
         if starts and text.startswith("~"):
             home = self.variables.get("HOME")
@@ -183,12 +183,12 @@ class Expansion:
             return Field((Unresolved(part.spelling, f"line {line}: IFS decides what stands between its elements"),))
         return Field.joined(fields, between.text[:1])
 
-    def compute(self, part: Arithmetic, line: int) -> Piece:
+    def compute(self, part: Arithmetic, line: int) -> Fragment:
         expression = Field.joined(self.expand(part.expression, split=False))
         assigned = names_assigned(expression.text)
         self._forget(assigned, line, part.spelling)
-        for piece in expression.unresolved:
-            return Unresolved(part.spelling, piece.why, piece.name)
+        for fragment in expression.unresolved:
+            return Unresolved(part.spelling, fragment.why, fragment.name)
         if assigned:
             return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
         try:
