@@ -19,17 +19,19 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.unsupported import PATTERNS, is_recurrent
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import shard
 
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _REMOVE_WHEN = "Megatron takes sequences that 2 x CP does not divide."
-_WANT_EQUAL_SHARDS = {
+_WANT_EQUAL_SHARDS: dict[str, Callable[[Any], bool]] = {
     "sft": bool,
     "dataloader_inter_document_masking": bool,
     "mtp_num_layers": bool,
     "num_experts": bool,
+    **dict.fromkeys(PATTERNS, is_recurrent),
 }
 """Options that take each rank to have as many tokens as any other."""
 
