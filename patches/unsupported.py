@@ -15,13 +15,15 @@ from mindspeed_cp.patches.blockers import Blocker, raise_for
 class _Refusal(NamedTuple):
     """An option that is refused where `refused` says so of its value.
 
-    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there.
+    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there. alone: whether
+    Megatron's local attention cannot honour it without context parallelism either.
     """
 
     option: str
     refused: Callable[[Any], bool]
     reason: str
     way_out: str
+    alone: bool = False
 
 
 def _is_set(value: Any) -> bool:
@@ -54,6 +56,12 @@ _RL_LOOP = (
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
+_DYNAMIC_SIZES = (
+    "it gives each document ranks of its own, and a layer's groups are made once, for all; from 0.18 on Megatron's "
+    "HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that get_batch cuts by "
+    "--context-parallel-size and no layer is told the document's own size"
+)
+
 _REFUSALS = (
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
@@ -75,8 +83,9 @@ _REFUSALS = (
     _Refusal(
         "hybrid_context_parallel",
         _is_set,
-        "it changes the context-parallel size from batch to batch",
-        "leave it out",
+        _DYNAMIC_SIZES,
+        "leave it out, or use --sft",
+        alone=True,
     ),
     _Refusal(
         "position_embedding_type",
@@ -147,14 +156,16 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
     defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
     """
-    if size == 1:
-        return []
     blockers = []
-    for option, refused, reason, way_out in _REFUSALS:
+    for option, refused, reason, way_out, alone in _REFUSALS:
+        if size == 1 and not (alone and getattr(options, "transformer_impl", None) == "local"):
+            continue
         value = getattr(options, option, None)
         if refused(value):
             sentence = f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
             blockers.append(Blocker(flag(option), sentence))
+    if size == 1:
+        return blockers
     if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
         sentence = (
             f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "

@@ -23,8 +23,12 @@ def test_packed_streams_are_refused_beside_recurrent_layers():
         refuse_unsupported(argparse.Namespace(**taken), CONFIG)
 
 
-def test_unequal_shards_are_refused_beside_recurrent_layers():
-    sizes = dict(seq_length=61, encoder_seq_length=None, tensor_model_parallel_size=1, sequence_parallel=False)
+def test_unequal_chunks_are_refused_beside_recurrent_layers():
+    sizes = dict(seq_length=60, encoder_seq_length=None, tensor_model_parallel_size=1, sequence_parallel=False)
     refuse_length(argparse.Namespace(**sizes, **ATTENTION, max_position_embeddings=64), CONFIG)
-    with pytest.raises(ConfigurationError, match="which --hybrid-layer-pattern needs; use 56 or 64"):
+    with pytest.raises(ConfigurationError) as refusal:
         refuse_length(argparse.Namespace(**sizes, **HYBRID, max_position_embeddings=64), CONFIG)
+    assert str(refusal.value) == (
+        "--seq-length 60 is not a multiple of 2 * --context-parallel-size 4, which --hybrid-layer-pattern with recurrent "
+        "layers needs: Megatron puts a sequence together of equal chunks; use 56, 64 or a pattern without M and G."
+    )
