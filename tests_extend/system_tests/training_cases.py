@@ -285,6 +285,9 @@ def forget_run() -> None:
     # What the losses of experts are logged with keeps groups of this run; before 0.18 it went with the others.
     if (moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         moe_logging.destroy_moe_metrics_tracker()
+    # Where the next run has more layers of multi-token prediction, it has no place for their losses.
+    if (predictions := sys.modules.get("megatron.core.transformer.multi_token_prediction")) is not None:
+        predictions.MTPLossLoggingHelper.tracker.clear()
     if HAS_TRAINING:
         from megatron.training import training
 

@@ -30,5 +30,6 @@ def test_unequal_chunks_are_refused_beside_recurrent_layers():
         refuse_length(argparse.Namespace(**sizes, **HYBRID, max_position_embeddings=64), CONFIG)
     assert str(refusal.value) == (
         "--seq-length 60 is not a multiple of 2 * --context-parallel-size 4, which --hybrid-layer-pattern with "
-        "recurrent layers needs: Megatron puts a sequence together of equal chunks; use 56, 64 or a pattern without M and G."
+        "recurrent layers needs: Megatron puts a sequence together of equal chunks; use 56, 64 or a pattern without M "
+        "and G."
     )
