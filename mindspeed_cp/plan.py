@@ -647,10 +647,10 @@ A document's runs lie side by side: they are one part of the rank's tokens, in t
 
 def _by_document(runs: Sequence[Run]) -> _Documents:
     # Thousands of documents have mostly a run each: those are left to loops in C.
-    key = itemgetter(3)
-    if runs and runs[0].sample is not None:
-        key, runs = itemgetter(3, 4), sorted(runs, key=itemgetter(4))
-    documents: list[_Document] = list(map(key, runs))
+    whole_batch = not runs or runs[0].sample is None
+    if not whole_batch:
+        runs = sorted(runs, key=itemgetter(4))
+    documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(3, 4), runs))
     held: _Documents = dict(zip(documents, zip(runs, strict=False), strict=True))
     if len(held) < len(runs):
         several: dict[_Document, list[Run]] = {}
