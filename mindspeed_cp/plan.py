@@ -32,7 +32,7 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, count, pairwise
 from operator import eq, itemgetter
 from typing import NamedTuple, Protocol, TypeVar, cast
 
@@ -149,8 +149,7 @@ class AttentionPlan:
         pair = query_rank, key_rank
         if pair not in self._tiles:
             queries, keys = self._query_documents(query_rank), self._documents(key_rank)
-            apart = queries.keys().isdisjoint(keys)  # As most pairs of many ranks are.
-            self._tiles[pair] = () if apart else _tiles(_merged_along(self._seen_between(queries, keys)))
+            self._tiles[pair] = _tiles(_merged_along(self._seen_between(queries, keys)))
         return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
@@ -250,13 +249,11 @@ class AttentionPlan:
         """Document by document, what its queries see of its keys, as few tiles as possible."""
         if queries is keys and self.bands == CAUSAL and not self.bands_of:
             return list(map(_triangle, queries.values()))
-        fewer, more = (queries, keys) if len(queries) < len(keys) else (keys, queries)
-        shared = [of for of in fewer if of in more]
         result: list[_Bounds] = []
         bands = self.bands
-        for of in shared:
+        for of in sorted(cast("set[int]", queries.keys() & keys.keys())):  # Or all of them are pairs.
             if self.bands_of:
-                bands = self.bands_in(of if isinstance(of, int) else of[0])
+                bands = self.bands_in(of if isinstance(of, int) else of[1])
             result += _seen(queries[of], keys[of], bands)
         return result
 
@@ -636,7 +633,7 @@ def _merged_along(tiles: Iterable[_Bounds]) -> list[_Bounds]:
 
 
 _Document = int | tuple[int, int]
-"""A document, and its sample where it has one."""
+"""A document, after its sample where it has one."""
 
 _Documents = dict[_Document, tuple[Run, ...]]
 """A rank's runs by document, as few as possible, in order.
@@ -650,13 +647,12 @@ def _by_document(runs: Sequence[Run]) -> _Documents:
     whole_batch = not runs or runs[0].sample is None
     if not whole_batch:
         runs = sorted(runs, key=itemgetter(4))
-    documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(3, 4), runs))
+    documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(4, 3), runs))
     held: _Documents = dict(zip(documents, zip(runs, strict=False), strict=True))
     if len(held) < len(runs):
         several: dict[_Document, list[Run]] = {}
-        for number, goes_on in enumerate(map(eq, documents, documents[1:])):
-            if goes_on:
-                several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
+        for number in compress(count(), map(eq, documents, documents[1:])):
+            several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
         held.update((document, joined(parts)) for document, parts in several.items())
     return held
 

@@ -1,4 +1,4 @@
-"""What tiles of packed documents cost on the host, in calls of Python's: a count, which no load of the machine changes."""
+"""What tiles of packed documents cost on the host: a count of calls, which no load of the machine changes."""
 
 import sys
 from functools import partial
