@@ -76,9 +76,11 @@ class Latent:
 
     def named(self) -> NamedExpand:
         """The `expand` for an operator in a graph. Raises ValueError where it has no handle."""
-        is_method = isinstance(self.expand, types.MethodType) and hasattr(self.expand.__self__, "handle")
-        method = self.expand.__name__ if is_method else ""
-        handle = getattr(self.expand.__self__ if is_method else self.expand, "handle", None)
+        owner: object = self.expand
+        method = ""
+        if isinstance(self.expand, types.MethodType) and hasattr(self.expand.__self__, "handle"):
+            owner, method = self.expand.__self__, self.expand.__name__
+        handle: Tensor | None = getattr(owner, "handle", None)
         if handle is None:
             raise ValueError(
                 "a compiled function was given a Latent whose expand has no handle; give the method of a LatentHeads, "
