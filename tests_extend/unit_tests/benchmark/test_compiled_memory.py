@@ -30,7 +30,13 @@ def fake_group() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("topology", "policy"),
-    [(RING, None), (RING, "full"), (DOUBLE, "half"), (ULYSSES, None), (HYBRID, None)],
+    [
+        (RING, "full"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in ((RING, None), (DOUBLE, "half"), (ULYSSES, None), (HYBRID, None))
+        ),
+    ],
     ids=str,
 )
 def test_a_compiled_pass_holds_and_copies_what_the_eager_one_does(topology, policy):
@@ -47,7 +53,7 @@ def test_a_compiled_pass_holds_and_copies_what_the_eager_one_does(topology, poli
     assert 0 < found.peak - plain.peak < NUMBERS
 
 
-@pytest.mark.parametrize("topology", [RING, ULYSSES], ids=str)
+@pytest.mark.parametrize("topology", [pytest.param(RING, marks=pytest.mark.slow), ULYSSES], ids=str)
 def test_a_compiled_pass_holds_a_latent_and_the_weights_beside_it_once(topology):
     """Neither the payload, which travels as keys of one head, nor a rank's share of the weights is kept twice."""
     join_fake_group(0, CASE.num_ranks)
