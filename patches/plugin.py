@@ -65,6 +65,11 @@ class Plugin:
         return self.documents if self.config is not None and self.config.computes_attention else None
 
     @property
+    def is_unequal(self) -> bool:
+        """Whether the ranks hold unequal numbers of tokens of what is at hand."""
+        return self.length is not None or self.packing.is_unequal
+
+    @property
     def place(self) -> tuple[int, int]:
         """This rank among those that share its sequences, and how many these are."""
         if self.groups is None:

@@ -55,6 +55,7 @@ class Attention(Protocol):
             mask; without it every query sees every key.
         plan: who holds what and sees whom (`PackedBatch.plan`, say), in place of equal shards and of the type of mask
             that the attention was built with; ranks may then have different numbers of tokens. The same on all ranks.
+            Beside `visible` it says who holds what alone: one document, in which all see all.
         terms: sinks, softcap, ALiBi, bias, dropout.
 
         Returns [B, N, S, V] in the dtype of q, differentiable in q, k, v and the terms that are learnable; 0 in rows
@@ -376,7 +377,7 @@ class ContextParallelAttention:
         refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
         if visible is None:
             return
-        check_mask(visible, q, self.layout.size)
+        check_mask(visible, q, self.layout.size * q.size(2) if plan is None else num_keys(plan), self.layout.size)
 
     @functools.cached_property
     def _setup(self) -> str:
@@ -422,9 +423,14 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
 
-def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
+def num_keys(plan: AttentionPlan) -> int:
+    """Keys of a whole sample."""
+    return sum(map(plan.keys.num_tokens, range(plan.keys.num_ranks)))
+
+
+def check_mask(visible: Tensor, q: Tensor, keys: int, num_ranks: int) -> None:
     """Raise ValueError unless these are the mask's rows for one of so many ranks, see Attention."""
-    rows, keys = q.size(2), q.size(2) * num_ranks
+    rows = q.size(2)
     needed = f"give [{rows}, {keys}] or [1 or {q.size(0)}, 1 or {q.size(1)}, {rows}, {keys}]"
     of_heads = visible.dim() == 4 and visible.size(0) in (1, q.size(0)) and visible.size(1) in (1, q.size(1))
     if (visible.dim() != 2 and not of_heads) or tuple(visible.shape[-2:]) != (rows, keys):
@@ -471,10 +477,11 @@ def refuse_other_plans(plan: object) -> None:
 
 
 def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: bool) -> None:
-    """Raise ValueError where a causal attention is given a mask, or a call has both a mask and a plan."""
-    if visible is not None and plan is not None:
+    """Raise ValueError where a causal attention is given a mask, or one beside a plan that says who sees whom."""
+    if visible is not None and plan is not None and not plan.shows_all:
         raise ValueError(
-            "a call with a plan takes no mask tensor: each says who sees whom; leave out `visible`, or `plan`."
+            "a call with a plan takes no mask tensor: each says who sees whom; leave out `visible`, or give a plan of "
+            "one document in which all see all."
         )
     if causal and visible is not None:
         raise ValueError(
@@ -518,7 +525,10 @@ def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None
     """What has to be the same on all ranks of a call, for messages and for comparing."""
     shapes = [tuple(x.shape) if plan is None else (*x.shape[:2], "tokens", x.size(3)) for x in (q, k, v)]
     of_plan = "" if plan is None else f", {plan.words}"
-    mask = "no mask" if visible is None else f"a mask {tuple(visible.shape)}"
+    mask = "no mask"
+    if visible is not None:
+        rows: object = visible.size(-2) if plan is None else "tokens"
+        mask = f"a mask {_spelled((*visible.shape[:-2], rows, visible.size(-1)))}"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         f"q {_spelled(shapes[0])}, k {_spelled(shapes[1])}, v {_spelled(shapes[2])}, "

@@ -38,11 +38,6 @@ def test_lengths_that_the_ranks_can_share_are_taken(options):
     [
         (dict(seq_length=3), "--seq-length 3 is below --context-parallel-size 4; use 4 or more."),
         (
-            dict(mtp_num_layers=1),
-            "--seq-length 61 is not a multiple of 2 * --context-parallel-size 4 = 8, which --mtp-num-layers needs; use "
-            "56 or 64.",
-        ),
-        (
             dict(tensor_model_parallel_size=3, sequence_parallel=True),
             "--seq-length 61 is not a multiple of --context-parallel-size 4 * --tensor-model-parallel-size 3 = 12, "
             "which --sequence-parallel needs; use 60 or 72.",
@@ -53,7 +48,7 @@ def test_lengths_that_the_ranks_can_share_are_taken(options):
         ),
     ],
 )
-def test_others_are_refused_with_the_option_that_needs_equal_shards(options, message):
+def test_others_are_refused(options, message):
     with pytest.raises(ConfigurationError) as refusal:
         refuse_length(arguments(**options), CONFIG)
     assert str(refusal.value) == message
