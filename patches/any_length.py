@@ -173,11 +173,12 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def get_pos_emb_on_this_cp_rank(*args: Any, **kwargs: Any) -> Tensor:
             named = bind_by_name(original, args, kwargs)
-            embeddings, dim = named["pos_emb"], named["seq_dim"]
-            if plugin.length is None or embeddings.size(dim) != plugin.length:
+            embeddings, dim, group = named["pos_emb"], named["seq_dim"], named["cp_group"]
+            if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
                 return original(*args, **kwargs)
-            rank, size = plugin.place
-            return shard(embeddings, layout_of_length(plugin.length, size), rank, dim)
+            # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
+            layout = layout_of_length(embeddings.size(dim), group.size())
+            return shard(embeddings, layout, group.rank(), dim)
 
         return get_pos_emb_on_this_cp_rank
 
