@@ -41,7 +41,7 @@ from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 class Prefill:
     """Attention of the tokens at the positions `new` of each sample, dealt as `layout`, in one forward pass.
 
-    communicator: the ranks that share the cache; None for one. strategy, rates, coefficients, kernels: see
+    communicator: the ranks that share the cache; None for one. strategy, rates, coefficients, pieces, kernels: see
     prefix_attention. dtype: of scores, probabilities and states, see Note [Wide attention]; that of q by default.
     """
 
@@ -54,13 +54,14 @@ class Prefill:
         strategy: Strategy = "auto",
         rates: Rates | None = None,
         coefficients: Coefficients | None = None,
+        pieces: int = 1,
         dtype: torch.dtype | None = None,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
         self._cache, self._new, self._dtype = cache, tuple(new), dtype
         self.layout = cache.layout(new)
         self._communicator, self._kernels = communicator, kernels
-        self._strategy, self._rates, self._coefficients = strategy, rates, coefficients
+        self._strategy, self._rates, self._coefficients, self._pieces = strategy, rates, coefficients, pieces
         self._plans: dict[int | None, AttentionPlan] = {}
 
     def refuse_window(self, layer: int, window: int | None) -> None:
@@ -92,6 +93,7 @@ class Prefill:
             strategy=self._strategy,
             rates=self._rates,
             coefficients=self._coefficients,
+            pieces=self._pieces,
         )
         return F.pad(state.out.to(q.dtype), (0, 0, 0, given - num_tokens))
 
