@@ -53,6 +53,8 @@ def test_commands_are_those_that_bash_runs(tmp_path, script):
         "[[ 7 == $X || 1 -gt $X ]]",
         "[[ 7B == [^7]B ]]",
         "[ $# -gt 0 ]",
+        "[ 1 = 1 -o 7B -eq 7 ]",
+        "[ -z -o -n 7B -a 1 ]",
         "(( 1 > 2 ))",
         "grep -q 7B sizes",
     ],
