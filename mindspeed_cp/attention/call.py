@@ -343,6 +343,7 @@ class ContextParallelAttention:
                 q, k, v = in_one_dtype(q, k, v)
             else:
                 self.check_latent()
+                latent.check()
                 k, v = latent.stand_ins
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
