@@ -99,16 +99,15 @@ class Screen:
 
 
 def generate(
-    session: Session, turns: list[Turn], loaded: Loaded, options: argparse.Namespace, shown: bool
+    session: Session, turns: list[Turn], loaded: Loaded, sampling: Sampling, num_tokens: int, shown: bool
 ) -> list[list[Step]]:
     """All turns; the steps of each."""
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     result = []
     for turn in turns:
         screen = Screen(loaded, len(turn.tokens), shown)
         steps = []
         for step in session.generate(
-            turn.tokens, options.max_new_tokens, sampling=sampling, ends=loaded.ends, progress=screen.progress
+            turn.tokens, num_tokens, sampling=sampling, ends=loaded.ends, progress=screen.progress
         ):
             steps.append(step)
             screen.step(step)
@@ -299,17 +298,20 @@ def run(
         if options.prompt is None and options.prompt_file is None:
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
             options.question = options.question or [text_model.GO_ON]
-    elif options.prompt is None and options.prompt_file is None:
-        raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
 
-    def prepare() -> tuple[Loaded, list[Turn]]:
+    def prepare() -> tuple[Loaded, list[Turn], Sampling]:
+        if options.prompt is None and options.prompt_file is None:
+            raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
+        if options.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
+        sampling = Sampling(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+        )
         loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
         turns = turns_of(loaded, options)
-        return loaded._replace(model=loaded.model.for_length(positions(turns, options))), turns
+        return loaded._replace(model=loaded.model.for_length(positions(turns, options))), turns, sampling
 
-    loaded, turns = on_all_ranks(communicator, prepare)
+    loaded, turns, sampling = on_all_ranks(communicator, prepare)
     settings = {
         "chunk": options.chunk,
         "interleave": options.interleave,
@@ -320,8 +322,10 @@ def run(
         "attention_dtype": attention_dtype(loaded, options),
     }
     batch = len(turns[0].tokens)
-    session = Session(loaded.model, batch, communicator, decode=options.decode, **settings)
-    found = generate(session, turns, loaded, options, shown=rank == 0)
+    session = on_all_ranks(
+        communicator, lambda: Session(loaded.model, batch, communicator, decode=options.decode, **settings)
+    )
+    found = generate(session, turns, loaded, sampling, options.max_new_tokens, shown=rank == 0)
     memory = torch.tensor([session.cache.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     rows = memory[None] if communicator is None else communicator.all_gather(memory.to(device)).cpu()
     if rank == 0:
@@ -330,7 +334,7 @@ def run(
     if not options.compare or rank:
         return 0
     alone = Session(loaded.model, batch, **settings)
-    expected = generate(alone, turns, loaded, options, shown=False)
+    expected = generate(alone, turns, loaded, sampling, options.max_new_tokens, shown=False)
     print(f"one rank: {alone.cache.nbytes / 2**20:.2f} MiB of K/V")
     return compared(found, expected, loaded.dtype)
 
