@@ -233,10 +233,15 @@ def _try(model: Any, windows: tuple[int | None, ...], config: Any) -> None:
     name = type(model).__name__
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{name} looks ahead (is_causal=False in its config.json); use a model that is causal.")
-    # A padding token may have a position of its own.
-    tokens = torch.full((1, 3), 1 if getattr(config, "pad_token_id", None) == 0 else 0, device=model.device)
+    # Different ones, or positions would not matter where they only turn keys; a padding token may have its own.
+    tokens = [token for token in range(4) if token != getattr(config, "pad_token_id", None)][:3]
     own, given = (
-        model(input_ids=tokens, use_cache=False, cached_attention=_Trial(windows, 3, name), **more).logits
+        model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            use_cache=False,
+            cached_attention=_Trial(windows, 3, name),
+            **more,
+        ).logits
         for more in ({}, {"position_ids": torch.arange(3, device=model.device)[None]})
     )
     # The same operations on the same numbers, bit for bit.
