@@ -16,12 +16,14 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches import batches
-from mindspeed_cp.patches.any_length import any_length_patches
+from mindspeed_cp.patches.any_length import any_length_patches, if_unequal
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.dropout import dropout_patches
+from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
@@ -75,15 +77,17 @@ def configure(
     distributed_backend: str = "nccl",
     seed: int = 1234,
     packed_sequence_layout: LayoutName = "zigzag_by_document",
+    seq_length: int | None = None,
     **flags: Any,
 ) -> ContextParallelConfig:
     """Set what the flags set, for programs without Megatron's argument parser.
 
     To be called before `initialize_model_parallel`. No algorithm is chosen: where none is named, it is Ulysses.
-    Documents come as PackedSeqParams; a sequence's tokens are a multiple of 2 x CP.
+    Documents come as PackedSeqParams.
 
     distributed_backend: "gloo" on a machine without an accelerator asks for training on the CPU.
     seed: of attention dropout. packed_sequence_layout: how packed streams are dealt to ranks.
+    seq_length: tokens of a whole sample, where 2 x CP does not divide them; batches are then cut by shard_batch.
     flags: fields of ContextParallelConfig, which are the flags with underscores:
         `configure(context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")`.
 
@@ -93,13 +97,19 @@ def configure(
     if unknown := next((name for name in flags if name not in known), None):
         raise ConfigurationError(f"configure() knows no {unknown}; of the flags it takes {or_list(known)}.")
     config = ContextParallelConfig(**flags)
+    if seq_length is not None and seq_length < config.context_parallel_size:
+        raise ConfigurationError(
+            f"--seq-length {seq_length} is below --context-parallel-size {config.context_parallel_size}; use "
+            f"{config.context_parallel_size} or more."
+        )
     KERNELS.only(config.context_parallel_kernels)
     if asks_for_cpu(distributed_backend):
         use_cpu()
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.seed = config, seed
-    plugin.documents, plugin.apart_by, plugin.padding, plugin.length = None, None, None, None
+    plugin.documents, plugin.apart_by, plugin.padding = None, None, None
+    plugin.length = if_unequal(seq_length, config)
     plugin.packing = Packing(packed_sequence_layout)
     return config
 
@@ -129,6 +139,7 @@ registry = PatchRegistry(
         *argument_patches(plugin, use_cpu),
         *process_group_patches(plugin),
         *attention_patches(plugin),
+        *dropout_patches(),
         *latent_attention_patches(),
         *latent_travel_patches(),
         *loss_patches(plugin),
@@ -139,6 +150,7 @@ registry = PatchRegistry(
         *rotary_patches(plugin),
         *padding_patches(plugin),
         *any_length_patches(plugin),
+        *expert_loss_patches(plugin),
         *sft_data_patches(),
         *torch_norm_patches(),
         *dataset_helper_patches(),

@@ -173,6 +173,11 @@ class AttentionPlan:
         return any(band.ahead is None or band.ahead > 0 for band in bands)
 
     @functools.cached_property
+    def shows_all(self) -> bool:
+        """Whether every query sees every key: one document for all samples, without a bound."""
+        return self.bands == FULL and not self.bands_of and self.starts.keys() <= {(None, 0)}
+
+    @functools.cached_property
     def starts(self) -> "dict[tuple[int | None, int], int]":
         """Where in the stream of its sample each document begins, counted in keys."""
         lengths: dict[tuple[int | None, int], int] = {}

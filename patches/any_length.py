@@ -11,32 +11,104 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
+from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.unsupported import PATTERNS, is_recurrent
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import shard
 
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _REMOVE_WHEN = "Megatron takes sequences that 2 x CP does not divide."
-_WANT_EQUAL_SHARDS = {
-    "sft": bool,
-    "dataloader_inter_document_masking": bool,
-    "mtp_num_layers": bool,
-    "num_experts": bool,
-}
-"""Options that take each rank to have as many tokens as any other."""
+
+
+class _Need(NamedTuple):
+    """What takes each rank to have as many tokens as any other.
+
+    applies: whether these arguments ask for it. spelled: how. reason: why. instead: what to use in place of another
+    length. parts: in which a rank's tokens are cut, all alike.
+    """
+
+    applies: Callable[[argparse.Namespace], bool]
+    spelled: str
+    reason: str
+    instead: str
+    parts: int = 1
+
+
+def _asks(*names: str) -> Callable[[argparse.Namespace], bool]:
+    """Whether all of these options are set; those that a release lacks are not."""
+    return lambda args: all(getattr(args, name, None) for name in names)
+
+
+def _spans_ranks(args: argparse.Namespace) -> bool:
+    """Whether experts are shared by ranks that hold different tokens of a sequence."""
+    tensor_parallel: int = args.tensor_model_parallel_size or 1
+    of_experts: int = getattr(args, "expert_tensor_parallel_size", None) or tensor_parallel
+    size = (getattr(args, "expert_model_parallel_size", None) or 1) * of_experts
+    return bool(getattr(args, "num_experts", None)) and size > tensor_parallel
+
+
+def _balances_by_quantiles(args: argparse.Namespace) -> bool:
+    kinds = getattr(args, "moe_router_load_balancing_type", None) or ()
+    return "quantile_balancing" in ([kinds] if isinstance(kinds, str) else kinds)
+
+
+_NEEDS = (
+    _Need(
+        lambda args: _spans_ranks(args) and getattr(args, "moe_token_dispatcher_type", None) == "allgather",
+        "--moe-token-dispatcher-type allgather with experts on several ranks",
+        "Megatron gathers as many tokens of each rank",
+        "--moe-token-dispatcher-type alltoall",
+    ),
+    _Need(
+        lambda args: _spans_ranks(args) and bool(getattr(args, "moe_pad_expert_input_to_capacity", None)),
+        "--moe-pad-expert-input-to-capacity with experts on several ranks",
+        "Megatron takes the capacity of an expert to be that of this rank on all",
+        "no --moe-pad-expert-input-to-capacity",
+    ),
+    _Need(
+        lambda args: _asks("num_experts")(args) and _balances_by_quantiles(args),
+        "--moe-router-load-balancing-type quantile_balancing",
+        "Megatron gathers as many scores of each rank",
+        "another --moe-router-load-balancing-type",
+    ),
+    _Need(
+        _asks("num_experts", "moe_z_loss_coeff", "calculate_per_token_loss"),
+        "--moe-z-loss-coeff with --calculate-per-token-loss",
+        "Megatron weighs that loss by the tokens of each rank",
+        "no --calculate-per-token-loss",
+    ),
+    _Need(
+        _asks("mtp_num_layers", "calculate_per_token_loss"),
+        "--mtp-num-layers with --calculate-per-token-loss",
+        "Megatron weighs that loss by the tokens of each rank",
+        "no --calculate-per-token-loss",
+    ),
+    _Need(
+        lambda args: any(is_recurrent(getattr(args, name, None)) for name in PATTERNS),
+        "--hybrid-layer-pattern with recurrent layers",
+        "Megatron puts a sequence together of equal chunks",
+        "a pattern without M and G",
+        parts=2,
+    ),
+)
 
 
 def length_of(args: argparse.Namespace, config: ContextParallelConfig) -> int | None:
     """Tokens of a whole sample where the ranks get unequal shards of it; None where equal ones, or nothing is known."""
-    length, size = _length(args), config.context_parallel_size
+    return if_unequal(_length(args), config)
+
+
+def if_unequal(length: int | None, config: ContextParallelConfig) -> int | None:
+    """A length that 2 x CP does not divide; None else."""
+    size = config.context_parallel_size
     return length if size > 1 and length is not None and length % (2 * size) else None
 
 
@@ -52,29 +124,32 @@ def refuse_length(args: argparse.Namespace, config: ContextParallelConfig) -> No
     size, tensor_parallel = config.context_parallel_size, args.tensor_model_parallel_size
     if size == 1 or length is None:
         return
-    wanting = [flag(name) for name, wants in _WANT_EQUAL_SHARDS.items() if wants(getattr(args, name, None))]
-    wanting += ["--attention-mask-type general"] * (config.attention_mask_type == "general")
-    unit, rule = size, f"--context-parallel-size {size}"
-    if wanting:
-        unit, rule = 2 * size, f"2 * --context-parallel-size {size} = {2 * size}, which {wanting[0]} needs"
-    split = args.sequence_parallel and tensor_parallel > 1
-    if split and size * tensor_parallel % unit == 0:
-        unit = size * tensor_parallel
-        rule = (
-            f"--context-parallel-size {size} * --tensor-model-parallel-size {tensor_parallel} = {unit}, which "
-            f"--sequence-parallel needs"
+    if args.sequence_parallel and tensor_parallel > 1 and length % (unit := size * tensor_parallel):
+        raise ConfigurationError(
+            f"--seq-length {length} is not a multiple of --context-parallel-size {size} * --tensor-model-parallel-size "
+            f"{tensor_parallel} = {unit}, which --sequence-parallel needs; use {or_list(_multiples(length, unit))}."
         )
-    below = length // unit * unit
-    lengths = or_list(each for each in (below, below + unit) if each)
-    if (wanting or split) and length % unit:
-        raise ConfigurationError(f"--seq-length {length} is not a multiple of {rule}; use {lengths}.")
+    for need in _NEEDS:
+        unit = need.parts * size
+        if length % unit and need.applies(args):
+            times = "" if need.parts == 1 else f"{need.parts} * "
+            raise ConfigurationError(
+                f"--seq-length {length} is not a multiple of {times}--context-parallel-size {size}, which "
+                f"{need.spelled} needs: {need.reason}; use {or_list([*_multiples(length, unit), need.instead])}."
+            )
     if length < size:
-        raise ConfigurationError(f"--seq-length {length} is below {rule}; use {size} or more.")
+        raise ConfigurationError(f"--seq-length {length} is below --context-parallel-size {size}; use {size} or more.")
     positions = args.max_position_embeddings
     if length % (2 * size) and positions is not None and positions < length:
         raise ConfigurationError(
             f"--max-position-embeddings {positions} is below --seq-length {length}; use {length} or more."
         )
+
+
+def _multiples(length: int, unit: int) -> list[int]:
+    """Those next to a length that is none."""
+    below = length // unit * unit
+    return [each for each in (below, below + unit) if each]
 
 
 @contextmanager
@@ -98,11 +173,12 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def get_pos_emb_on_this_cp_rank(*args: Any, **kwargs: Any) -> Tensor:
             named = bind_by_name(original, args, kwargs)
-            embeddings, dim = named["pos_emb"], named["seq_dim"]
-            if plugin.length is None or embeddings.size(dim) != plugin.length:
+            embeddings, dim, group = named["pos_emb"], named["seq_dim"], named["cp_group"]
+            if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
                 return original(*args, **kwargs)
-            rank, size = plugin.place
-            return shard(embeddings, layout_of_length(plugin.length, size), rank, dim)
+            # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
+            layout = layout_of_length(embeddings.size(dim), group.size())
+            return shard(embeddings, layout, group.rank(), dim)
 
         return get_pos_emb_on_this_cp_rank
 

@@ -57,6 +57,7 @@ class LayerAttention:
     size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    cuts_streams_alone: whether all batches that this rank has cut are packed streams.
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
     length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
@@ -71,6 +72,7 @@ class LayerAttention:
     window: Window = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
+    cuts_streams_alone: Callable[[], bool] = lambda: False
     latent: UpProjection | None = None
     length: int | None = None
     dropout: LayerDropout | None = None
@@ -113,8 +115,8 @@ class LayerAttention:
         return out[0].transpose(0, 1).flatten(1) if packed is not None else out.permute(2, 0, 1, 3).flatten(2)
 
     def _who_sees_whom(self, query: Tensor, mask: Tensor | None, mask_type: str, packed: Any) -> "_Seen":
-        """What says it, the first of these that there is: a packed stream; documents; --window-size, or a length that
-        the ranks do not divide; causality; a mask tensor; the layer's mask type.
+        """What says it, the first of these that there is: a packed stream; documents; --window-size; causality; a mask
+        tensor; the layer's mask type.
 
         Raises ValueError on all ranks where nothing says it, or two that differ.
         """
@@ -123,34 +125,42 @@ class LayerAttention:
             return self._planned(query, mask_type, functools.partial(self._plan_of_stream, query, packed))
         if mask is not None and is_documents(mask):
             return self._planned(query, mask_type, lambda window: plan_of_documents(mask, self.size, window))
-        if self.apart_by is not None and not reads_mask:
+        apart_by = self.apart_by or ("a packed stream was cut" if self.cuts_streams_alone() else None)
+        if apart_by is not None and not reads_mask:
             self.refuse(
-                f"{self.apart_by}, and this layer was not told where documents end; import "
+                f"{apart_by}, and this layer was not told where documents end; import "
                 f"mindspeed_cp.megatron_adaptor before megatron, and let Megatron's get_batch_on_this_cp_rank or "
                 f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch; where it is one packed stream, hand its "
                 f"PackedSeqParams to the model.",
                 query,
             )
-        if self.window != CAUSAL_WINDOW or self.length is not None:
+        if self.window != CAUSAL_WINDOW:
             if reads_mask:
                 self.refuse(
                     "--window-size and a mask tensor: each says who sees whom; use --attention-mask-type causal.", query
                 )
-            return self._planned(query, mask_type, functools.partial(self._plan_of_samples, query))
+            return self._planned(query, mask_type, functools.partial(self._plan_of_window, query))
         if self.by_mask is None:
             if mask_type != "causal":
                 self.refuse(other_mask_type(mask_type), query)
-            return _Seen(self.by_plan)
+            return _Seen(self.by_plan, self._plan_of_shards(CAUSAL_WINDOW))
         if mask is not None:
             self._check_mask(query, mask)
-            return _Seen(self.by_mask, visible=~mask)
+            return _Seen(self.by_mask, self._plan_of_shards(FULL_WINDOW), visible=~mask)
         if mask_type in WITHOUT_MASK:
-            return _Seen(self.by_plan if WITHOUT_MASK[mask_type] == CAUSAL_WINDOW else self.by_mask)
+            window = WITHOUT_MASK[mask_type]
+            return _Seen(self.by_plan if window == CAUSAL_WINDOW else self.by_mask, self._plan_of_shards(window))
         self.refuse(
             f"a layer with the mask type {mask_type} was given no attention_mask, and without one nothing says who "
             f"sees whom; give it one, or build it with the mask type causal or no_mask.",
             query,
         )
+
+    @property
+    def rank(self) -> int:
+        """This one among the context-parallel ranks."""
+        agreement = self.by_plan.agreement
+        return 0 if agreement is None else agreement.communicator.rank
 
     def of_latents(self, up: UpProjection) -> "LayerAttention":
         """The same where keys are payloads, of which keys and values are made."""
@@ -189,13 +199,15 @@ class LayerAttention:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.by_plan.refuse(reason, query)
 
-    def _plan_of_samples(self, query: Tensor, window: Window) -> AttentionPlan:
-        if self.length is not None:
-            return plan_of_length(self.length, self.size, window)
-        return _plan_of_window(query.size(0), self.size, window)
+    def _plan_of_shards(self, window: Window) -> AttentionPlan | None:
+        """Of samples without documents, where the ranks have unequal shards of them."""
+        return None if self.length is None else plan_of_length(self.length, self.size, window)
+
+    def _plan_of_window(self, query: Tensor, window: Window) -> AttentionPlan:
+        return self._plan_of_shards(window) or _plan_of_window(query.size(0), self.size, window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, window: Window) -> AttentionPlan:
-        return self.packing.plan(packed, query.size(0) * self.size, self.size, window)
+        return self.packing.plan(packed, query.size(0), self.rank, self.size, window)
 
     def _planned(self, query: Tensor, mask_type: str, plan: Callable[[Window], AttentionPlan]) -> "_Seen":
         """By a plan under this layer's window. Raises ValueError on all ranks where it cannot be made."""
@@ -213,7 +225,7 @@ class LayerAttention:
 
     def _check_mask(self, query: Tensor, mask: Tensor) -> None:
         tokens, batch, heads, _ = query.shape
-        keys = tokens * self.size
+        keys = tokens * self.size if self.length is None else self.length
         fits = mask.dim() == 4 and mask.size(0) in (1, batch) and mask.size(1) in (1, heads)
         if not fits or mask.shape[2:] != (tokens, keys) or mask.dtype != torch.bool:
             self.refuse(

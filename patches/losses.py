@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mindspeed_cp.patches.packing import Packing, ends_with_padding
+from mindspeed_cp.layouts import StreamLayout
+from mindspeed_cp.patches.packing import ends_with_padding, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import has_next, restore, shard
@@ -89,7 +91,11 @@ def _wrap_roll_tensor(plugin: Plugin, original: Callable[..., Any]) -> Callable[
         if tensor is None or group is None or group.size() == 1:
             return original(**named)
         if packed is not None:
-            return _roll_stream(plugin.packing, tensor, packed, group)
+            ends = ends_with_padding(packed)
+            stream = plugin.packing.stream_of(ends, group.rank(), group.size(), tensor.size(-1))
+            return _roll_by(stream.layout, tensor, group)
+        if plugin.length is not None:
+            return _roll_by(layout_of_length(plugin.length, group.size()), tensor, group)
         rolled, total = original(**named)
         # Tokens are rolled as well as the loss mask, and it may hold integers: one number too many travels for those.
         total = total.clone()
@@ -99,16 +105,16 @@ def _wrap_roll_tensor(plugin: Plugin, original: Callable[..., Any]) -> Callable[
     return roll_tensor
 
 
-def _roll_stream(packing: Packing, tensor: Tensor, packed: Any, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _roll_by(layout: StreamLayout, tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Each token's successor in its document, 0 for the last, and the mean of a rank's sum.
 
-    tensor: [..., t], what this rank holds of a packed stream. Megatron's rule at CP = 1; with more ranks it takes every
-    document to be cut as a zigzag of its own, in lengths that 2 x CP divides.
+    tensor: [..., t], what this rank holds by this layout. Megatron's rule at CP = 1; with more ranks it takes shards to
+    be equal, and every document of a stream to be cut as a zigzag of its own, in lengths that 2 x CP divides.
     """
-    size = group.size()
-    layout = packing.stream(ends_with_padding(packed), size, tensor.size(-1) * size).layout
-    shards = [torch.empty_like(tensor) for _ in range(size)]
-    dist.all_gather(shards, tensor.contiguous(), group=group)
-    whole = restore(shards, layout, -1)
+    tokens = [layout.num_tokens(rank) for rank in range(group.size())]
+    filled = pad(tensor, (0, max(tokens) - tensor.size(-1)))
+    shards = [torch.empty_like(filled) for _ in tokens]
+    dist.all_gather(shards, filled.contiguous(), group=group)
+    whole = restore([each[..., :length] for each, length in zip(shards, tokens, strict=True)], layout, -1)
     rolled = whole.roll(-1, dims=-1) * has_next(layout, whole.device)[0]
-    return shard(rolled, layout, group.rank(), -1), rolled.sum() / size
+    return shard(rolled, layout, group.rank(), -1), rolled.sum() / group.size()

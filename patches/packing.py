@@ -47,6 +47,7 @@ class Packing:
     """
 
     layout: LayoutName = "zigzag_by_document"
+    _of_last: dict[str, StreamLayout] = field(default_factory=dict, repr=False, compare=False)
     _read: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
 
     def ends(self, cu_seqlens: Tensor) -> Ends:
@@ -61,32 +62,50 @@ class Packing:
         ends: Ends = known[1]
         return ends
 
-    def stream(self, cu_seqlens: Tensor, num_ranks: int, num_tokens: int) -> PackedBatch:
-        """A stream of so many tokens over the ranks.
+    def stream(self, cu_seqlens: Tensor, num_ranks: int) -> PackedBatch:
+        """The stream of these documents over the ranks. cu_seqlens: with what pads documents, where that is."""
+        return _stream(self.ends(cu_seqlens), num_ranks, self.layout)
 
-        cu_seqlens: with what pads each document, where it is padded. Raises ValueError where they end elsewhere.
-        """
-        ends = self.ends(cu_seqlens)
-        if ends[-1] != num_tokens:
+    def stream_of(self, cu_seqlens: Tensor, rank: int, num_ranks: int, num_tokens: int) -> PackedBatch:
+        """The same where a rank has so many tokens of it. Raises ValueError where it would have others."""
+        stream = self.stream(cu_seqlens, num_ranks)
+        if (expected := stream.layout.num_tokens(rank)) != num_tokens:
             raise ValueError(
-                f"cu_seqlens ends at {ends[-1]}, and the stream has {num_tokens} tokens; let the last document, or "
-                f"what pads it, end where the stream does, at a multiple of the context-parallel size."
+                f"cu_seqlens ends at {stream.layout.length}, which gives rank {rank} of {num_ranks} {expected} tokens, "
+                f"and {num_tokens} came; let the last document, or what pads it, end where the stream does, and cut "
+                f"the batch by megatron_adaptor.shard_batch."
             )
-        return _stream(ends, num_ranks, self.layout)
+        self._of_last["stream"] = stream.layout
+        return stream
+
+    @property
+    def is_unequal(self) -> bool:
+        """Whether ranks have unequal numbers of tokens of the stream that was attended to last."""
+        layout = self._of_last.get("stream")
+        return layout is not None and sum(layout.samples[0]) % layout.num_ranks > 0
 
     def cut(self, batch: dict[str, Any], cu_seqlens: Tensor, rank: int, num_ranks: int) -> None:
-        """Replace what lies along the stream by this rank's tokens. batch: tensors [1, T] by name, or None."""
+        """Replace what lies along the stream by this rank's tokens. batch: tensors [1, T] by name, or None.
+
+        Raises ValueError where the documents end elsewhere than the stream.
+        """
+        layout = self.stream(cu_seqlens, num_ranks).layout
         whole = {name: batch[name] for name in SEQUENCE_KEYS if batch.get(name) is not None}
         for name, tensor in whole.items():
-            batch[name] = shard(tensor, self.stream(cu_seqlens, num_ranks, tensor.size(1)).layout, rank, 1)
+            if layout.length != tensor.size(1):
+                raise ValueError(
+                    f"cu_seqlens ends at {layout.length}, and the stream has {tensor.size(1)} tokens; let the last "
+                    f"document, or what pads it, end where the stream does."
+                )
+            batch[name] = shard(tensor, layout, rank, 1)
 
-    def plan(self, packed: Any, num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
-        """Who sees whom in a stream. packed: Megatron's PackedSeqParams. num_tokens: of the whole stream.
+    def plan(self, packed: Any, num_tokens: int, rank: int, num_ranks: int, window: Window) -> AttentionPlan:
+        """Who sees whom in a stream. packed: Megatron's PackedSeqParams. num_tokens: of this rank.
 
         Raises ValueError for what is no packed stream of self-attention.
         """
         cu_seqlens, lengths = ends_with_padding(packed), packed.cu_seqlens_q
-        stream = self.stream(cu_seqlens, num_ranks, num_tokens)
+        stream = self.stream_of(cu_seqlens, rank, num_ranks, num_tokens)
         if window[1] == 0 or lengths is cu_seqlens:
             # What pads a document comes after it, and no token of it sees that causally.
             return _plan(stream, window)
@@ -105,13 +124,14 @@ class Packing:
         said = [int(each) for each in (packed.max_seqlen_q, packed.max_seqlen_kv) if each is not None]
         return max(*said, self.longest(ends_with_padding(packed)), 1)
 
-    def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, like: Tensor, *, over_stream: bool) -> Tensor:
-        """Place of each of a rank's tokens in its document, or over the whole stream: [t] int64.
+    def positions(self, cu_seqlens: Tensor, rank: int, num_ranks: int, like: Tensor, num_embeddings: int) -> Tensor:
+        """Place of each of a rank's tokens in its document: [t] int64.
 
+        Over the whole stream where there are embeddings for as many: Megatron's way to say that positions run on.
         like: [t, ...], a tensor of these tokens, on the device that is wanted.
         """
-        layout = self.stream(cu_seqlens, num_ranks, like.size(0) * num_ranks).layout
-        return _positions(layout, rank, like.device, over_stream)
+        layout = self.stream_of(cu_seqlens, rank, num_ranks, like.size(0)).layout
+        return _positions(layout, rank, like.device, layout.length == num_embeddings)
 
 
 @dataclass

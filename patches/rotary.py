@@ -55,10 +55,7 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
                     f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens "
                     f"with what pads it; make as many, as Megatron's get_rotary_seq_len says."
                 )
-            # Frequencies for each token of the stream are Megatron's second form: positions that do not begin anew.
-            positions = plugin.packing.positions(
-                named["cu_seqlens"], rank, size, t, over_stream=freqs.size(0) == t.size(0) * size
-            )
+            positions = plugin.packing.positions(named["cu_seqlens"], rank, size, t, freqs.size(0))
             passed_on = {name: named[name] for name in _PASSED_ON if name in named}
             freqs = freqs.index_select(0, positions)
             rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, **passed_on)

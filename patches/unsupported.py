@@ -15,13 +15,15 @@ from mindspeed_cp.patches.blockers import Blocker, raise_for
 class _Refusal(NamedTuple):
     """An option that is refused where `refused` says so of its value.
 
-    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there.
+    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there. alone: whether
+    Megatron's local attention cannot honour it without context parallelism either.
     """
 
     option: str
     refused: Callable[[Any], bool]
     reason: str
     way_out: str
+    alone: bool = False
 
 
 def _is_set(value: Any) -> bool:
@@ -32,10 +34,16 @@ def _is_given(value: Any) -> bool:
     return value is not None
 
 
+def _reaches_below_zero(window: Any) -> bool:
+    return window is not None and min(window) < 0
+
+
 def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProxyType({})) -> str:
     """The option and its value as on the command line, and whether it is what Megatron takes if nobody gives one."""
     if value is True:
         return flag(option)
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     spelled = f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     return f"{spelled} (Megatron's default)" if value == defaults.get(option) else spelled
 
@@ -48,6 +56,12 @@ _RL_LOOP = (
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
+_DYNAMIC_SIZES = (
+    "it gives each document ranks of its own, and a layer's groups are made once, for all; from 0.18 on Megatron's "
+    "HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that get_batch cuts by "
+    "--context-parallel-size and no layer is told the document's own size"
+)
+
 _REFUSALS = (
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
@@ -58,13 +72,20 @@ _REFUSALS = (
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("batch_invariant_mode", _is_set, "no kernel here makes that promise", "leave it out"),
+    _Refusal(
+        "window_size",
+        _reaches_below_zero,
+        "below 0 Megatron's own attention hides each token from itself, and TransformerEngine's sees all",
+        "use two numbers from 0 on, or leave it out",
+    ),
     _Refusal("perform_rl_step", _is_set, _RL_LOOP, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
     _Refusal(
         "hybrid_context_parallel",
         _is_set,
-        "it changes the context-parallel size from batch to batch",
-        "leave it out",
+        _DYNAMIC_SIZES,
+        "leave it out, or use --sft",
+        alone=True,
     ),
     _Refusal(
         "position_embedding_type",
@@ -73,6 +94,15 @@ _REFUSALS = (
         "use rope or learned_absolute",
     ),
 )
+
+
+PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
+"""Options that say of each layer what it is, a letter each; the second is the name of older releases."""
+
+
+def is_recurrent(pattern: str | None) -> bool:
+    """Whether some layers of a pattern are Mamba's (M) or gated delta nets (G)."""
+    return not {"M", "G"}.isdisjoint(pattern or "")
 
 
 class _Difference(NamedTuple):
@@ -126,14 +156,16 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
     options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
     defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
     """
-    if size == 1:
-        return []
     blockers = []
-    for option, refused, reason, way_out in _REFUSALS:
+    for option, refused, reason, way_out, alone in _REFUSALS:
+        if size == 1 and not (alone and getattr(options, "transformer_impl", None) == "local"):
+            continue
         value = getattr(options, option, None)
         if refused(value):
             sentence = f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
             blockers.append(Blocker(flag(option), sentence))
+    if size == 1:
+        return blockers
     if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
         sentence = (
             f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "
@@ -147,6 +179,16 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
                 flag(packed[0]),
                 f"{flag(packed[0])} with --context-parallel-size {size} and fused rotary embeddings: these take all "
                 f"documents to be cut in lengths that 2 x CP divides; add --no-rope-fusion.",
+            )
+        )
+    recurrent = next((name for name in PATTERNS if is_recurrent(getattr(options, name, None))), None)
+    if packed and recurrent:
+        blockers.append(
+            Blocker(
+                flag(packed[0]),
+                f"{flag(packed[0])} with --context-parallel-size {size} and "
+                f"{_spell(recurrent, getattr(options, recurrent))}: its recurrent layers take all documents to be cut "
+                f"in lengths that 2 x CP divides; leave out one of the two.",
             )
         )
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")

@@ -185,6 +185,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt at once, over all ranks")
     parser.add_argument("--interleave", type=int, default=64, help="tokens of a stripe of the cache")
     parser.add_argument("--prefill", choices=("auto", "pass_kv", "pass_q"), default="auto", help="what travels")
+    parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, which travel one after another")
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument("--rates", type=float, nargs=2, metavar=("FLOPS", "BYTES"), help="a second, for --prefill auto")
     rule.add_argument("--measure-rates", action="store_true", help="likewise, measured first")
@@ -284,6 +285,7 @@ def run(
             dist.barrier()
         if options.prompt is None and options.prompt_file is None:
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
+            options.question = options.question or [text_model.GO_ON]
     elif options.prompt is None and options.prompt_file is None:
         raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
     if options.max_new_tokens < 1:
@@ -299,6 +301,7 @@ def run(
         "chunk": options.chunk,
         "interleave": options.interleave,
         "strategy": options.prefill,
+        "pieces": options.pieces,
         "rates": rates_of(loaded, options, communicator),
         "coefficients": options.coefficients and Coefficients(*options.coefficients),
         "attention_dtype": attention_dtype(loaded, options),

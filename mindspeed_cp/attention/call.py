@@ -4,15 +4,14 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import NamedTuple, NoReturn, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
-from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, are_called, attend
+from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, Source, are_called, attend
 from mindspeed_cp.attention.parameters import with_summed_gradients
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, default_scale, terms_words
@@ -27,23 +26,6 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _outside_graphs(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The method, left out of the graphs of torch.compile: what ranks agree on and send is no part of one."""
-
-    @functools.wraps(method)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling():
-            outside: Callable[_P, _R] = torch.compiler.disable(method)
-            return outside(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return run
 
 
 class Attention(Protocol):
@@ -73,6 +55,7 @@ class Attention(Protocol):
             mask; without it every query sees every key.
         plan: who holds what and sees whom (`PackedBatch.plan`, say), in place of equal shards and of the type of mask
             that the attention was built with; ranks may then have different numbers of tokens. The same on all ranks.
+            Beside `visible` it says who holds what alone: one document, in which all see all.
         terms: sinks, softcap, ALiBi, bias, dropout.
 
         Returns [B, N, S, V] in the dtype of q, differentiable in q, k, v and the terms that are learnable; 0 in rows
@@ -233,7 +216,7 @@ class ContextParallelAttention:
 
         Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
         """
-        (out,) = self._attend(OUTPUT, q, k, v, scale, visible, plan, terms)
+        (out,) = self._attend(OUTPUT, q, (k, v), scale, visible, plan, terms)
         return out
 
     def with_lse(
@@ -248,7 +231,7 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        out, lse = self._attend(WITH_LSE, q, k, v, scale, visible, plan, terms)
+        out, lse = self._attend(WITH_LSE, q, (k, v), scale, visible, plan, terms)
         return out, lse
 
     def with_largest(
@@ -263,15 +246,28 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        out, largest = self._attend(WITH_LARGEST, q, k, v, scale, visible, plan, terms)
+        out, largest = self._attend(WITH_LARGEST, q, (k, v), scale, visible, plan, terms)
         return out, largest
+
+    def of_latent(
+        self,
+        q: Tensor,
+        latent: Latent,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> Tensor:
+        """See Attention; else as the call."""
+        (out,) = self._attend(OUTPUT, q, latent, scale, visible, plan, terms)
+        return out
 
     def _attend(
         self,
         wanted: str,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        source: Source,
         scale: float | Tensor | None,
         visible: Tensor | None,
         plan: AttentionPlan | None,
@@ -280,17 +276,19 @@ class ContextParallelAttention:
         """What is wanted: as it is, or as an operator where somebody looks for one."""
         # What is kept for recomputations anyway is no policy's to keep.
         if not are_called(by_policies=self.recomputation is None):
-            return self.run(wanted, q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
+            return self.run(wanted, q, source, scale=scale, visible=visible, plan=plan, terms=terms)
         refuse_learnt(scale)
         refuse_other_plans(plan)
-        return attend(self, wanted, *in_one_dtype(q, k, v), scale=scale, visible=visible, plan=plan, terms=terms)
+        if not isinstance(source, Latent):
+            q, *source_ = in_one_dtype(q, *source)
+            source = source_[0], source_[1]
+        return attend(self, wanted, q, source, scale=scale, visible=visible, plan=plan, terms=terms)
 
     def run(
         self,
         wanted: str,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        source: Source,
         *,
         scale: float | Tensor | None,
         visible: Tensor | None,
@@ -298,7 +296,12 @@ class ContextParallelAttention:
         terms: AttentionTerms | None,
     ) -> tuple[Tensor, ...]:
         """The output, and what is wanted beside it; what the operator runs too, see Note [Operators]."""
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
+        if isinstance(source, Latent):
+            call = self.prepare(q, q, q, scale=scale, visible=visible, plan=plan, terms=terms, latent=source)
+            if call.is_empty:
+                return (_empty(call.q, source.payload, call.v),)
+            return (self.attention.of_latent(call.q, source, **call.told),)
+        call = self.prepare(q, *source, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
         dtype = accumulation_dtype(call.q.dtype)
         if wanted == OUTPUT:
             return (_empty(*call.tensors) if call.is_empty else self.attention(*call.tensors, **call.told),)
@@ -314,23 +317,6 @@ class ContextParallelAttention:
     def check_latent(self) -> None:
         """See Attention."""
         self.attention.check_latent()
-
-    @_outside_graphs
-    def of_latent(
-        self,
-        q: Tensor,
-        latent: Latent,
-        *,
-        scale: float | Tensor | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> Tensor:
-        """See Attention; else as the call."""
-        call = self.prepare(q, q, q, scale=scale, visible=visible, plan=plan, terms=terms, latent=latent)
-        if call.is_empty:
-            return _empty(call.q, latent.payload, call.v)
-        return self.attention.of_latent(call.q, latent, **call.told)
 
     def prepare(
         self,
@@ -357,6 +343,7 @@ class ContextParallelAttention:
                 q, k, v = in_one_dtype(q, k, v)
             else:
                 self.check_latent()
+                latent.check()
                 k, v = latent.stand_ins
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
@@ -390,7 +377,7 @@ class ContextParallelAttention:
         refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
         if visible is None:
             return
-        check_mask(visible, q, self.layout.size)
+        check_mask(visible, q, self.layout.size * q.size(2) if plan is None else num_keys(plan), self.layout.size)
 
     @functools.cached_property
     def _setup(self) -> str:
@@ -436,9 +423,14 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
 
-def check_mask(visible: Tensor, q: Tensor, num_ranks: int) -> None:
+def num_keys(plan: AttentionPlan) -> int:
+    """Keys of a whole sample."""
+    return sum(map(plan.keys.num_tokens, range(plan.keys.num_ranks)))
+
+
+def check_mask(visible: Tensor, q: Tensor, keys: int, num_ranks: int) -> None:
     """Raise ValueError unless these are the mask's rows for one of so many ranks, see Attention."""
-    rows, keys = q.size(2), q.size(2) * num_ranks
+    rows = q.size(2)
     needed = f"give [{rows}, {keys}] or [1 or {q.size(0)}, 1 or {q.size(1)}, {rows}, {keys}]"
     of_heads = visible.dim() == 4 and visible.size(0) in (1, q.size(0)) and visible.size(1) in (1, q.size(1))
     if (visible.dim() != 2 and not of_heads) or tuple(visible.shape[-2:]) != (rows, keys):
@@ -485,10 +477,11 @@ def refuse_other_plans(plan: object) -> None:
 
 
 def refuse_mask(visible: Tensor | None, plan: AttentionPlan | None, *, causal: bool) -> None:
-    """Raise ValueError where a causal attention is given a mask, or a call has both a mask and a plan."""
-    if visible is not None and plan is not None:
+    """Raise ValueError where a causal attention is given a mask, or one beside a plan that says who sees whom."""
+    if visible is not None and plan is not None and not plan.shows_all:
         raise ValueError(
-            "a call with a plan takes no mask tensor: each says who sees whom; leave out `visible`, or `plan`."
+            "a call with a plan takes no mask tensor: each says who sees whom; leave out `visible`, or give a plan of "
+            "one document in which all see all."
         )
     if causal and visible is not None:
         raise ValueError(
@@ -532,7 +525,10 @@ def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None
     """What has to be the same on all ranks of a call, for messages and for comparing."""
     shapes = [tuple(x.shape) if plan is None else (*x.shape[:2], "tokens", x.size(3)) for x in (q, k, v)]
     of_plan = "" if plan is None else f", {plan.words}"
-    mask = "no mask" if visible is None else f"a mask {tuple(visible.shape)}"
+    mask = "no mask"
+    if visible is not None:
+        rows: object = visible.size(-2) if plan is None else "tokens"
+        mask = f"a mask {_spelled((*visible.shape[:-2], rows, visible.size(-1)))}"
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         f"q {_spelled(shapes[0])}, k {_spelled(shapes[1])}, v {_spelled(shapes[2])}, "

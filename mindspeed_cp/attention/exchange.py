@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from mindspeed_cp.attention.in_place import LARGE
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
@@ -48,15 +49,16 @@ class Player:
         self,
         kind: "Kind",
         exchange: Exchange,
-        sent: Sequence[Tensor],
+        sent: Sequence["Content"],
         whole: "BlockFormat",
     ) -> "_Posted":
         """Start an exchange. sent: the content of what leaves. whole: how a message of all heads lies in memory."""
         assert self.communicators is not None, "a program of one rank has no messages"
         numel = self.format(whole, (exchange.receives or exchange.sends)[0]).numel
         received = [whole.like.new_empty(numel(message.num_tokens)) for message in exchange.receives]
-        leave = [Addressed(message.peer, content) for message, content in zip(exchange.sends, sent, strict=True)]
-        come = [Addressed(message.peer, content) for message, content in zip(exchange.receives, received, strict=True)]
+        arriving = [self.format(whole, of).split(x) for of, x in zip(exchange.receives, received, strict=True)]
+        leave = [Addressed(to.peer, x) for to, content in zip(exchange.sends, sent, strict=True) for x in content]
+        come = [Addressed(of.peer, x) for of, content in zip(exchange.receives, arriving, strict=True) for x in content]
         communicator = self.communicators.along(exchange.axis)
         try:
             with self._leaving(kind, exchange):
@@ -126,8 +128,15 @@ _profiler_is_on = torch._C._autograd._profiler_enabled
 _NOTHING = nullcontext()
 
 
+Content = tuple[Tensor, ...]
+"""What is sent of a message: all of it, or its keys and its values."""
+
+
 class BlockFormat(NamedTuple):
     """How keys and values, or their gradients, lie in one flat message: the keys [S, B, G, D], then the values.
+
+    Where both are large they are sent by themselves, so that what lies like that already, as a rank's own block and
+    what kernels give often do, is sent from where it is.
 
     like: of the dtype and device of a message.
     """
@@ -182,6 +191,35 @@ class BlockFormat(NamedTuple):
                 target.copy_(tokens)
         return message
 
+    def split(self, message: Tensor) -> Content:
+        """A message as it is sent."""
+        keys, values = (message.numel() // self.numel(1) * self.batch * self.num_heads * size for size in self._sizes)
+        if min(keys, values) * message.itemsize < LARGE:
+            return (message,)
+        return message[:keys], message[keys:]
+
+    def content(self, k: Sequence[Tensor], v: Sequence[Tensor]) -> Content:
+        """A message, as it is sent, of tokens that lie in several tensors."""
+        tokens = sum(x.size(2) for x in k) * self.batch * self.num_heads
+        if tokens * min(self._sizes) * self.like.itemsize < LARGE:
+            return (self.pack(k, v),)
+        return _flat(k, self.like), _flat(v, self.like)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.head_size, self.value_head_size
+
+
+def _flat(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Tokens [B, G, s, D] one after another as [S, B, G, D], flat and in the dtype of `like`; where they lie if so."""
+    sequences = [x.permute(2, 0, 1, 3) for x in parts]
+    if len(parts) == 1 and sequences[0].is_contiguous() and sequences[0].dtype == like.dtype:
+        return sequences[0].flatten()
+    whole = like.new_empty((sum(map(len, sequences)), *sequences[0].shape[1:]))
+    for place, tokens in zip(whole.split([len(x) for x in sequences]), sequences, strict=True):
+        place.copy_(tokens)
+    return whole.flatten()
+
 
 class Block(NamedTuple):
     """Some tokens of an owner's K/V.
@@ -228,7 +266,7 @@ class _Posted(NamedTuple):
 
     transfer: Transfer
     exchange: Exchange
-    sent: Sequence[Tensor]
+    sent: Sequence[Content]
     received: Sequence[Tensor]
 
     def arrived(self) -> Iterator[tuple[Message, Tensor]]:
@@ -313,7 +351,7 @@ class KeyValues:
 
         Pieces travel one after another, and each is waited for by itself: the first is worked on while the next comes.
         """
-        packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
+        packed: list[tuple[Message, Content]] = []  # What goes several ways is packed once.
         for exchange in exchanges:
             leaving = [self._packed(message, packed) for message in exchange.sends]
             self._settle([each for each in self._coming if each.exchange.is_before(exchange, step)])
@@ -321,7 +359,7 @@ class KeyValues:
             if not self._player.overlap:
                 self._settle(self._coming[-1:])
 
-    def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> Tensor:
+    def _packed(self, message: Message, packed: list[tuple[Message, Content]]) -> Content:
         """The content of a message, which is that of one already packed where it is the same."""
         content = next((each for other, each in packed if _same_content(message, other)), None)
         content = self._message(message) if content is None else content
@@ -348,14 +386,14 @@ class KeyValues:
         heads = self._player.heads(piece, whole.k.size(1))
         return Block(whole.tokens, part(whole.k, 1, heads), part(whole.v, 1, heads))
 
-    def _message(self, message: Message) -> Tensor:
-        """Its content: what has arrived as it is, where it goes on as a whole; else a copy."""
+    def _message(self, message: Message) -> Content:
+        """Its content: what has arrived as it is, where it goes on as a whole; else what is to be had of the block."""
         block = self._block(message.owner, message.piece)
         if block.message is not None and block.tokens == message.tokens:
-            return block.message
+            return self._player.format(self._whole, message).split(block.message)
         if message.carries is not KV.BOTH:
             block = block.only(message.carries)
-        return BlockFormat.of(block.k, block.v).pack(*block.parts(message.tokens))
+        return BlockFormat.of(block.k, block.v).content(*block.parts(message.tokens))
 
 
 def in_one(parts: Sequence[Tensor]) -> Tensor:
@@ -465,7 +503,7 @@ class Gradients:
         parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
         self._add(message.owner, message.piece, [Partial.of_slice(*part) for part in parts])
 
-    def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Tensor:
+    def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Content:
         """The message that leaves: what the step has found or, where it computes nothing, the sum for its owner."""
         if step.tiles and [each.tokens for each in partials] == list(gives.tokens):
             found = [each.dk for each in partials], [each.dv for each in partials]
@@ -477,7 +515,7 @@ class Gradients:
                 total = self._others.pop((step.owner, step.piece))
             dk, dv = total.unrounded()
             found = [dk], [dv]
-        return self._player.format(self._whole, gives).pack(*found)
+        return self._player.format(self._whole, gives).content(*found)
 
     def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
         """Add to the sum for an owner, which is of all heads where it is this rank's own."""

@@ -107,7 +107,8 @@ class ImmediateCommunicator:
         """The same of several messages."""
         if self.stand_in is None:
             return self
-        for _, receive in receives:
+        for _, content in receives:
+            receive = content if content._base is None else content._base  # Of a message that comes in two.
             part = self.stand_in[: receive.numel()]
             receive.set_(part.untyped_storage(), part.storage_offset(), part.size(), part.stride())
         return self

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from system_tests import block_cases, layer_cases, mask_cases, stream_cases, training_cases
+from system_tests import block_cases, layer_cases, mask_cases, recomputation_cases, stream_cases, training_cases
 from system_tests.compare_losses import VALIDATION
 
 
@@ -34,6 +34,11 @@ class TrainingPool:
         """What training with these flags alone prints on the last of so many ranks; see log_of_training."""
         function = training_cases.log_of_training
         return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags, sabotage)[-1]
+
+    def train_counted(self, ranks: int, flags: Sequence[str]) -> list[recomputation_cases.Counted]:
+        """What recomputation_cases.train_counted gives on each rank."""
+        function = recomputation_cases.train_counted
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags)
 
     def train_on_streams(
         self, ranks: int, kind: str, flags: dict[str, object], sabotage: str | None = None

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mindspeed_cp.patches.batches import batch_patches
-from mindspeed_cp.patches.losses import _roll_stream
-from mindspeed_cp.patches.packing import Packing
+from mindspeed_cp.patches.losses import loss_patches
+from mindspeed_cp.patches.packing import Packing, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.rotary import rotary_patches
 from mindspeed_cp.patches.sft_data import sft_data_patches
@@ -23,7 +23,7 @@ ENDS = torch.tensor([0, 5, 12], dtype=torch.int32)
 
 
 def layout(ranks, name="zigzag_by_document"):
-    return Packing(name).stream(ENDS, ranks, 12).layout
+    return Packing(name).stream(ENDS, ranks).layout
 
 
 def group(rank, size):
@@ -74,22 +74,28 @@ def test_packed_batch_is_cut_without_transformer_engine(adaptor, name):
     assert torch.equal(cut["cu_seqlens"], ENDS[None])
 
 
-def test_next_token_is_the_documents_own_wherever_it_is_held(monkeypatch):
-    whole = torch.arange(1, 13)[None]
-    rolled = torch.tensor([[2, 3, 4, 5, 0, 7, 8, 9, 10, 11, 12, 0]])
-    shards = [shard(whole, layout(3), rank, 1) for rank in range(3)]
+@pytest.mark.parametrize("size", [3, 5], ids=["equal shards", "unequal shards"])
+@pytest.mark.parametrize("packed", [True, False], ids=["of its document", "of its sample"])
+def test_next_token_is_that_of_one_rank_wherever_it_is_held(adaptor, monkeypatch, size, packed):
+    from megatron.core.transformer import multi_token_prediction
 
     def all_gather(into, tensor, group):
         for place, each in zip(into, shards, strict=True):
-            place.copy_(each)
+            place[..., : each.size(-1)] = each
 
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-    params = SimpleNamespace(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS)
-    params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = None
-    for rank in range(3):
-        mine, total = _roll_stream(Packing(), shards[rank], params, group(rank, 3))
-        assert torch.equal(mine, shard(rolled, layout(3), rank, 1))
-        assert total * 3 == rolled.sum()
+    params = SimpleNamespace(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS) if packed else None
+    if params is not None:
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = None
+    whole, held = torch.arange(1, 13).expand(1, -1), layout(size) if packed else layout_of_length(12, size)
+    shards = [shard(whole, held, rank, 1) for rank in range(size)]
+    with PatchRegistry(loss_patches(Plugin(length=None if packed else 12))).applied():
+        roll = multi_token_prediction.roll_tensor
+        rolled, count = roll(whole.clone(), cp_group=group(0, 1), packed_seq_params=params)
+        for rank in range(size):
+            mine, total = roll(shards[rank], cp_group=group(rank, size), packed_seq_params=params)
+            assert torch.equal(mine, shard(rolled, held, rank, 1))
+            assert total * size == pytest.approx(count.item())
 
 
 class WordByWord:

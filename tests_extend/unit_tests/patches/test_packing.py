@@ -111,7 +111,7 @@ def test_window_without_documents_is_megatrons():
     [
         (
             packed([0, 2, 5]),
-            "cu_seqlens ends at 5, and the stream has 6 tokens; let the last document",
+            "cu_seqlens ends at 5, which gives rank 0 of 1 5 tokens, and 6 came; let the last document",
         ),
         (packed([0, 4, 2, 6]), r"cu_seqlens\[2\] = 2 comes after 4"),
         (packed([0, 6], qkv_format="sbhd"), "packed streams are 'thd', over all context-parallel ranks"),

@@ -20,6 +20,7 @@ from mindspeed_cp.patches.batches import batch_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
 from mindspeed_cp.patches.losses import loss_patches
@@ -54,6 +55,7 @@ PATCHES = (
     *rotary_patches(Plugin()),
     *padding_patches(Plugin()),
     *any_length_patches(Plugin()),
+    *expert_loss_patches(Plugin()),
     *sft_data_patches(),
     *torch_norm_patches(),
     *dataset_helper_patches(),

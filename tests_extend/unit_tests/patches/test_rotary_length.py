@@ -29,7 +29,7 @@ def test_embeddings_reach_to_the_end_of_what_pads_the_longest_document(longest, 
     module = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
     whole = torch.randn(12, 2, 8, generator=torch.Generator().manual_seed(0))
     group = SimpleNamespace(size=lambda: 2)
-    layout = Packing().stream(PADDED, 2, 12).layout
+    layout = Packing().stream(PADDED, 2).layout
     exact_freqs = torch.randn(12, 1, 1, 8, generator=torch.Generator().manual_seed(1))[:11]
     one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     exact = rope_utils._apply_rotary_pos_emb_thd(whole, PADDED, exact_freqs, cp_group=one)
