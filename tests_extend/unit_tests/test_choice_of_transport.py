@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from mindspeed_cp.attention import build_attention
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.layouts import Balanced
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Phase, Transport, cheapest_transport, program
@@ -42,3 +44,8 @@ def test_the_choice_weighs_tokens_and_with_overlap_waits_where_steps_are_uneven(
             met.add((direct > rotated, chosen))
     more_tokens = {chosen for more, chosen in met if more}
     assert more_tokens == ({Transport.DIRECT, Transport.ROTATION} if ahead else {Transport.ROTATION})
+
+
+def test_what_is_no_transport_is_refused_on_one_rank_as_on_many():
+    with pytest.raises(ValueError, match=r"transport='direct' is none; give Transport\.ROTATION, Transport\.DIRECT, "):
+        build_attention(ContextParallelConfig(), transport="direct")  # type: ignore[arg-type]
