@@ -73,17 +73,20 @@ def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
         yield from live(step._replace(receives=receives, sends=sends))
 
 
-def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False) -> Transport:
+def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False, pieces: int = 1) -> Transport:
     """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
 
     ahead: whether direct transport may go ahead, see Note [Room] in straight.py. A rotation goes in step; where steps
-    are uneven it has to be as much better in tokens as it is slower, see `_in_step`.
+    are uneven it has to be as much better in tokens as it is slower, see `_in_step`. pieces: of the heads in a
+    rotation. With pieces the two give a kernel other heads at once, and so other last bits: `ahead`, which overlap
+    brings, then decides nothing.
 
     Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
     between inner rings are the slow ones: it is rotation, unless no key is seen in another inner ring than its own. All
     ranks find the same, as all have the plan. Where tokens lie in so many runs that it would take long to find out, it
     is rotation.
     """
+    ahead = ahead and pieces == 1
     return plan.once(("cheapest transport", schedule, ahead), lambda: _cheapest(plan, schedule, ahead))
 
 
