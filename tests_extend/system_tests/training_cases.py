@@ -278,6 +278,8 @@ def forget_run() -> None:
     # What the losses of experts are logged with keeps groups of this run; before 0.18 it went with the others.
     if (moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         moe_logging.destroy_moe_metrics_tracker()
+    if (prediction := sys.modules.get("megatron.core.transformer.multi_token_prediction")) is not None:
+        prediction.MTPLossLoggingHelper.tracker = {}
     if HAS_TRAINING:
         from megatron.training import training
 
