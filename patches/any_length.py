@@ -30,8 +30,8 @@ _REMOVE_WHEN = "Megatron takes sequences that 2 x CP does not divide."
 class _Need(NamedTuple):
     """What takes each rank to have as many tokens as any other.
 
-    applies: whether these arguments ask for it. spelled: how. reason: why. instead: what to
-    use in place of another length.
+    applies: whether these arguments ask for it. spelled: how. reason: why. instead: what to use in place of another
+    length.
     """
 
     applies: Callable[[argparse.Namespace], bool]
@@ -47,9 +47,10 @@ def _asks(*names: str) -> Callable[[argparse.Namespace], bool]:
 
 def _spans_ranks(args: argparse.Namespace) -> bool:
     """Whether experts are shared by ranks that hold different tokens of a sequence."""
-    tensor_parallel: int = args.tensor_model_parallel_size
+    tensor_parallel: int = args.tensor_model_parallel_size or 1
     of_experts: int = getattr(args, "expert_tensor_parallel_size", None) or tensor_parallel
-    return (getattr(args, "expert_model_parallel_size", None) or 1) * of_experts > tensor_parallel
+    size = (getattr(args, "expert_model_parallel_size", None) or 1) * of_experts
+    return bool(getattr(args, "num_experts", None)) and size > tensor_parallel
 
 
 def _balances_by_quantiles(args: argparse.Namespace) -> bool:
@@ -59,18 +60,14 @@ def _balances_by_quantiles(args: argparse.Namespace) -> bool:
 
 _NEEDS = (
     _Need(
-        lambda args: (
-            _asks("num_experts")(args)
-            and _spans_ranks(args)
-            and getattr(args, "moe_token_dispatcher_type", None) == "allgather"
-        ),
-        "--moe-token-dispatcher-type allgather with experts on several of them",
+        lambda args: _spans_ranks(args) and getattr(args, "moe_token_dispatcher_type", None) == "allgather",
+        "--moe-token-dispatcher-type allgather with experts on several ranks",
         "Megatron gathers as many tokens of each rank",
         "--moe-token-dispatcher-type alltoall",
     ),
     _Need(
-        lambda args: _asks("num_experts", "moe_pad_expert_input_to_capacity")(args) and _spans_ranks(args),
-        "--moe-pad-expert-input-to-capacity with experts on several of them",
+        lambda args: _spans_ranks(args) and bool(getattr(args, "moe_pad_expert_input_to_capacity", None)),
+        "--moe-pad-expert-input-to-capacity with experts on several ranks",
         "Megatron takes the capacity of an expert to be that of this rank on all",
         "no --moe-pad-expert-input-to-capacity",
     ),

@@ -34,10 +34,16 @@ def _is_given(value: Any) -> bool:
     return value is not None
 
 
+def _reaches_below_zero(window: Any) -> bool:
+    return window is not None and min(window) < 0
+
+
 def _spell(option: str, value: Any, defaults: Mapping[str, object] = MappingProxyType({})) -> str:
     """The option and its value as on the command line, and whether it is what Megatron takes if nobody gives one."""
     if value is True:
         return flag(option)
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     spelled = f"{flag(option)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     return f"{spelled} (Megatron's default)" if value == defaults.get(option) else spelled
 
@@ -66,6 +72,12 @@ _REFUSALS = (
     _Refusal("fp8_dot_product_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("fp8_multi_head_attention", _is_set, "attention in fp8 is not available", "leave it out"),
     _Refusal("batch_invariant_mode", _is_set, "no kernel here makes that promise", "leave it out"),
+    _Refusal(
+        "window_size",
+        _reaches_below_zero,
+        "below 0 Megatron's own attention hides each token from itself, and TransformerEngine's sees all",
+        "use two numbers from 0 on, or leave it out",
+    ),
     _Refusal("perform_rl_step", _is_set, _RL_LOOP, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
     _Refusal(

@@ -1,6 +1,7 @@
 """Sequence-parallel inference on an emulated cluster: both ways of a prefill, a prefill against its link, and decode.
 
-    python scripts/bench_inference.py        # as root
+    python scripts/bench_inference.py                        # as root
+    python scripts/bench_inference.py --parts link           # a prefill against its link alone
 
 A kernel is a wait for its floating-point operations, because ranks that outnumber the cores cannot compute side by
 side; messages are real (mindspeed_cp/benchmark/inference.py).
@@ -11,10 +12,12 @@ import sys
 from pathlib import Path
 
 from mindspeed_cp.benchmark.inference import (
+    WAYS,
     Decode,
     Heads,
     Measured,
     Prefill,
+    Way,
     decodes,
     measure_alone,
     prefills,
@@ -25,7 +28,7 @@ from mindspeed_cp.planner import Network
 from mindspeed_cp.testing.emulated_cluster import Cluster, why_not_here
 
 RATIOS = [0.5, 1.0, 2.0]
-WAYS = [
+DECODES = [
     Decode("tree", "replicated", "a2a"),
     Decode("tree", "replicated", "all_reduce"),
     Decode("allgather_q", "heads", "a2a"),
@@ -59,22 +62,44 @@ def draw(prefill_s: dict, decode_s: dict, path: Path) -> None:  # type: ignore[t
     figure.savefig(path, dpi=120)
 
 
-def print_prefills(found: dict[tuple[Prefill, str], Measured], heads: Heads, rates: Rates) -> None:
-    """Both ways, the faster one, and what the rule says."""
-    print(
-        "| new | cached | pass-KV ms | KiB | pass-Q ms | KiB | faster | the rule |\n|---|---|---|---|---|---|---|---|"
-    )
+def print_prefills(found: dict[tuple[Prefill, Way], Measured], heads: Heads, rates: Rates) -> None:
+    """Each way, the faster of both in one piece, and what the rule says."""
+    print("| new | cached | pass-KV ms | KiB | pass-Q ms | in two pieces ms | KiB | faster | the rule |")
+    print("|---" * 9 + "|")
     for case in dict.fromkeys(case for case, _ in found):
-        kv, q = found[case, "pass_kv"], found[case, "pass_q"]
-        times = (f"{1e3 * each.seconds:.0f} | {each.bytes / 1024:.0f}" for each in (kv, q))
+        kv, q, in_pieces = (found[case, way] for way in WAYS)
+        assert q.bytes == in_pieces.bytes, "pieces change what is sent"
+        times = [f"{1e3 * each.seconds:.0f}" for each in (kv, q, in_pieces)]
         faster = "pass_kv" if kv.seconds < q.seconds else "pass_q"
+        sent = [f"{each.bytes / 1024:.0f}" for each in (kv, q)]
         chosen = case.chosen(RANKS, heads, rates)
-        print(f"| {case.new} | {case.cached} | {' | '.join(times)} | {faster} | {chosen} |", flush=True)
+        row = case.new, case.cached, times[0], sent[0], *times[1:], sent[1], faster, chosen
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def print_decodes(steps: dict[tuple[Decode, int], Measured], alone: dict[int, float]) -> None:
+    """Bytes and operations of each way, which do not depend on the context, and time, which does."""
+    contexts = list(alone)
+    print(f"\n| decode | bytes | operations | {' | '.join(f'ms at {context}' for context in contexts)} |")
+    print("|---" * (3 + len(contexts)) + "|")
+    for way in DECODES:
+        found = [steps[way, context] for context in contexts]
+        assert len({(each.bytes, each.operations) for each in found}) == 1, "what is sent depends on the context"
+        times = " | ".join(f"{1e3 * each.seconds:.1f}" for each in found)
+        print(f"| {way} | {found[0].bytes} | {found[0].operations} | {times} |")
+    print(f"| one rank | 0 | 0 | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in alone.values())} |")
 
 
 def main() -> int:
     """Read the command line, measure, print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("context", "link"),
+        default=["context", "link"],
+        help="prefill and decode over the context; a prefill against its link",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mbit", type=float, default=50.0, help="of each rank's link")
     parser.add_argument("--gflops", type=float, default=20.0, help="of the emulated accelerator")
@@ -93,35 +118,30 @@ def main() -> int:
         parser.error(reason)
     heads, flops = Heads(), 1e9 * args.gflops
     rates = Rates(flops, args.mbit * 1e6 / 8)
-    cases = [Prefill(args.new, context) for context in args.contexts] + [Prefill(args.full, args.full)]
-    network = {"fast_mbit": args.mbit, "slow_mbit": args.mbit}
-    with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
-        both = prefills(cluster, cases, heads, flops, args.repeats)
-        print_prefills(both, heads, rates)
+    if "context" in args.parts:
+        cases = [Prefill(args.new, context) for context in args.contexts] + [Prefill(args.full, args.full)]
         contexts = args.decode_contexts
-        steps = decodes(cluster, WAYS, heads, contexts, args.batch, flops, 5 * args.repeats)
-        alone = {context: max(cluster.call(measure_alone, heads, context, args.batch, flops)) for context in contexts}
-    print(f"\n| decode | bytes | operations | {' | '.join(f'ms at {context}' for context in contexts)} |")
-    print("|---" * (3 + len(contexts)) + "|")
-    for way in WAYS:
-        found = [steps[way, context] for context in contexts]
-        assert len({(each.bytes, each.operations) for each in found}) == 1, "what is sent depends on the context"
-        times = " | ".join(f"{1e3 * each.seconds:.1f}" for each in found)
-        print(f"| {way} | {found[0].bytes} | {found[0].operations} | {times} |")
-    print(f"| one rank | 0 | 0 | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in alone.values())} |")
-    network = {"fast_mbit": args.ratio_mbit, "slow_mbit": args.ratio_mbit}
-    with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
-        print("\n| link / kernel | kernel ms | link ms | prefill ms | over the larger |\n|---|---|---|---|---|")
-        for ratio, each in ratios(cluster, Prefill(args.full, 0), heads, RATIOS, args.repeats, args.pieces).items():
-            times = " | ".join(f"{1e3 * seconds:.0f}" for seconds in (each.kernel, each.link, each.prefill))
-            print(f"| {ratio:g} | {times} | {each.over_larger:.2f} |", flush=True)
-    if args.picture:
-        prefill_s = {
-            name: {context: both[Prefill(args.new, context), way].seconds for context in args.contexts}
-            for name, way in (("pass-KV", "pass_kv"), ("pass-Q", "pass_q"))
-        }
-        decode_s = {str(way): {context: steps[way, context].seconds for context in contexts} for way in WAYS}
-        draw(prefill_s, decode_s | {"one rank": alone}, args.picture)
+        network = {"fast_mbit": args.mbit, "slow_mbit": args.mbit}
+        with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
+            found = prefills(cluster, cases, heads, flops, args.repeats)
+            print_prefills(found, heads, rates)
+            steps = decodes(cluster, DECODES, heads, contexts, args.batch, flops, 5 * args.repeats)
+            alone = {each: max(cluster.call(measure_alone, heads, each, args.batch, flops)) for each in contexts}
+        print_decodes(steps, alone)
+        if args.picture:
+            prefill_s = {
+                name: {context: found[Prefill(args.new, context), way].seconds for context in args.contexts}
+                for name, way in zip(("pass-KV", "pass-Q", "pass-Q in two pieces"), WAYS, strict=True)
+            }
+            decode_s = {str(way): {context: steps[way, context].seconds for context in contexts} for way in DECODES}
+            draw(prefill_s, decode_s | {"one rank": alone}, args.picture)
+    if "link" in args.parts:
+        network = {"fast_mbit": args.ratio_mbit, "slow_mbit": args.ratio_mbit}
+        with Cluster(Network(num_ranks=RANKS, ranks_per_node=RANKS, **network)) as cluster:
+            print("\n| link / kernel | kernel ms | link ms | prefill ms | over the larger |\n|---|---|---|---|---|")
+            for ratio, each in ratios(cluster, Prefill(args.full, 0), heads, RATIOS, args.repeats, args.pieces).items():
+                times = " | ".join(f"{1e3 * seconds:.0f}" for seconds in (each.kernel, each.link, each.prefill))
+                print(f"| {ratio:g} | {times} | {each.over_larger:.2f} |", flush=True)
     return 0
 
 

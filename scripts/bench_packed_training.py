@@ -12,7 +12,8 @@ The model is a GPT on a ring of all ranks: forward and backward pass, reduction 
 in the same processes, --repeats times with each batch, of which the median counts. Attention waits for as long as an
 accelerator of --gflops would compute what is seen, since ranks that share cores would hide what waits for the slowest;
 everything else is computed. --kernel cpu computes that as well. "attention": the part of a step for which the rank that
-computes most is in the kernel.
+computes most is in the kernel; a ratio of that time alone is what the areas of the batches allow, and steps fall
+behind it by what all other layers take.
 """
 
 import argparse
@@ -194,14 +195,21 @@ class Trainer:
 def table(steps: dict[str, list[list[Measured]]], trainers: dict[str, Trainer], tokens: int) -> Iterator[str]:
     """A row for each way. steps: by way, for each iteration, its repeats."""
     # Over all of them as training goes through them: their mixes differ.
-    seconds = {name: sum(statistics.median(each.step for each in batch) for batch in of) for name, of in steps.items()}
+    seconds = {
+        name: Measured(
+            sum(statistics.median(each.step for each in batch) for batch in of),
+            sum(statistics.median(each.attention for each in batch) for batch in of),
+        )
+        for name, of in steps.items()
+    }
     compared = {trainer.way.short: seconds[name] for name, trainer in trainers.items() if trainer.way.short}
-    yield f"| | tokens/s | {' | '.join(f'times {short}' for short in compared)} | attention |"
+    yield f"| | tokens/s | {' | '.join(f'times {short} (in attention alone)' for short in compared)} | attention |"
     yield "|---" * (len(compared) + 3) + "|"
-    for name, of in steps.items():
-        share = statistics.median(each.attention / each.step for batch in of for each in batch)
-        ratios = " | ".join(f"{other / seconds[name]:.2f}" for other in compared.values())
-        yield f"| {name} | {tokens * len(of) / seconds[name]:.0f} | {ratios} | {share:.0%} |"
+    for name, own in seconds.items():
+        ratios = " | ".join(
+            f"{other.step / own.step:.2f} ({other.attention / own.attention:.2f})" for other in compared.values()
+        )
+        yield f"| {name} | {tokens * len(steps[name]) / own.step:.0f} | {ratios} | {own.attention / own.step:.0%} |"
 
 
 def main() -> None:

@@ -4,15 +4,14 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import NamedTuple, NoReturn, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
-from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, are_called, attend
+from mindspeed_cp.attention.operators import OUTPUT, WITH_LARGEST, WITH_LSE, Source, are_called, attend
 from mindspeed_cp.attention.parameters import with_summed_gradients
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.terms import AttentionTerms, check_terms, default_scale, terms_words
@@ -27,23 +26,6 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _outside_graphs(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The method, left out of the graphs of torch.compile: what ranks agree on and send is no part of one."""
-
-    @functools.wraps(method)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling():
-            outside: Callable[_P, _R] = torch.compiler.disable(method)
-            return outside(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return run
 
 
 class Attention(Protocol):
@@ -234,7 +216,7 @@ class ContextParallelAttention:
 
         Raises ValueError, on every rank, where one of them has tensors that do not fit, or other ones than the rest.
         """
-        (out,) = self._attend(OUTPUT, q, k, v, scale, visible, plan, terms)
+        (out,) = self._attend(OUTPUT, q, (k, v), scale, visible, plan, terms)
         return out
 
     def with_lse(
@@ -249,7 +231,7 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        out, lse = self._attend(WITH_LSE, q, k, v, scale, visible, plan, terms)
+        out, lse = self._attend(WITH_LSE, q, (k, v), scale, visible, plan, terms)
         return out, lse
 
     def with_largest(
@@ -264,15 +246,28 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See Attention; else as the call."""
-        out, largest = self._attend(WITH_LARGEST, q, k, v, scale, visible, plan, terms)
+        out, largest = self._attend(WITH_LARGEST, q, (k, v), scale, visible, plan, terms)
         return out, largest
+
+    def of_latent(
+        self,
+        q: Tensor,
+        latent: Latent,
+        *,
+        scale: float | Tensor | None = None,
+        visible: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+        terms: AttentionTerms | None = None,
+    ) -> Tensor:
+        """See Attention; else as the call."""
+        (out,) = self._attend(OUTPUT, q, latent, scale, visible, plan, terms)
+        return out
 
     def _attend(
         self,
         wanted: str,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        source: Source,
         scale: float | Tensor | None,
         visible: Tensor | None,
         plan: AttentionPlan | None,
@@ -281,17 +276,19 @@ class ContextParallelAttention:
         """What is wanted: as it is, or as an operator where somebody looks for one."""
         # What is kept for recomputations anyway is no policy's to keep.
         if not are_called(by_policies=self.recomputation is None):
-            return self.run(wanted, q, k, v, scale=scale, visible=visible, plan=plan, terms=terms)
+            return self.run(wanted, q, source, scale=scale, visible=visible, plan=plan, terms=terms)
         refuse_learnt(scale)
         refuse_other_plans(plan)
-        return attend(self, wanted, *in_one_dtype(q, k, v), scale=scale, visible=visible, plan=plan, terms=terms)
+        if not isinstance(source, Latent):
+            q, *source_ = in_one_dtype(q, *source)
+            source = source_[0], source_[1]
+        return attend(self, wanted, q, source, scale=scale, visible=visible, plan=plan, terms=terms)
 
     def run(
         self,
         wanted: str,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        source: Source,
         *,
         scale: float | Tensor | None,
         visible: Tensor | None,
@@ -299,7 +296,12 @@ class ContextParallelAttention:
         terms: AttentionTerms | None,
     ) -> tuple[Tensor, ...]:
         """The output, and what is wanted beside it; what the operator runs too, see Note [Operators]."""
-        call = self.prepare(q, k, v, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
+        if isinstance(source, Latent):
+            call = self.prepare(q, q, q, scale=scale, visible=visible, plan=plan, terms=terms, latent=source)
+            if call.is_empty:
+                return (_empty(call.q, source.payload, call.v),)
+            return (self.attention.of_latent(call.q, source, **call.told),)
+        call = self.prepare(q, *source, scale=scale, visible=visible, plan=plan, terms=terms, wanted=wanted)
         dtype = accumulation_dtype(call.q.dtype)
         if wanted == OUTPUT:
             return (_empty(*call.tensors) if call.is_empty else self.attention(*call.tensors, **call.told),)
@@ -315,23 +317,6 @@ class ContextParallelAttention:
     def check_latent(self) -> None:
         """See Attention."""
         self.attention.check_latent()
-
-    @_outside_graphs
-    def of_latent(
-        self,
-        q: Tensor,
-        latent: Latent,
-        *,
-        scale: float | Tensor | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> Tensor:
-        """See Attention; else as the call."""
-        call = self.prepare(q, q, q, scale=scale, visible=visible, plan=plan, terms=terms, latent=latent)
-        if call.is_empty:
-            return _empty(call.q, latent.payload, call.v)
-        return self.attention.of_latent(call.q, latent, **call.told)
 
     def prepare(
         self,

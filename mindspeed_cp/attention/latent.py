@@ -15,8 +15,10 @@ size, V value head size, L numbers of a latent, R numbers of the part of a key t
 """
 
 import functools
+import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,23 @@ from torch import Tensor
 from mindspeed_cp.attention.exchange import Block, Partial, in_one
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm.reduction import accumulation_dtype
+from mindspeed_cp.handles import with_handle
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.plan import Tile, union
 
 Expand = Callable[..., tuple[Tensor, Tensor]]
 """Keys [B, G, s, D] and values [B, G, s, V] of a payload [B, s, W] and weights: pure, token by token, of any s."""
+
+
+class NamedExpand(NamedTuple):
+    """An `expand` by its handle (Note [Handles] in handles.py), and what an operator is told of what it makes.
+
+    handle: of the object whose method it is, by this name; or of itself, with no name. value_head_size: V, for a graph.
+    """
+
+    handle: Tensor
+    method: str
+    value_head_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +69,25 @@ class Latent:
         """What has to be the same on all ranks."""
         wants = torch.is_grad_enabled() and any(x.requires_grad for x in (self.payload, *self.weights))
         return f"payloads of {self.payload.size(-1)} numbers with{'' if wants else 'out'} gradients"
+
+    def with_handle(self) -> "Latent":
+        """The same, with an `expand` that has a handle for as long as this is held."""
+        return replace(self, expand=with_handle(functools.partial(self.expand)))
+
+    def named(self) -> NamedExpand:
+        """The `expand` for an operator in a graph. Raises ValueError where it has no handle."""
+        is_method = isinstance(self.expand, types.MethodType) and hasattr(self.expand.__self__, "handle")
+        method = self.expand.__name__ if is_method else ""
+        handle = getattr(self.expand.__self__ if is_method else self.expand, "handle", None)
+        if handle is None:
+            raise ValueError(
+                "a compiled function was given a Latent whose expand has no handle; give the method of a LatentHeads, "
+                "or mindspeed_cp.handles.with_handle(expand), which is to be done outside of it."
+            )
+        if not torch.compiler.is_compiling():  # What an operator gives is seen when it runs.
+            return NamedExpand(handle, method, 0)
+        few, weights = self.payload.detach()[:, :2], (weight.detach() for weight in self.weights)
+        return NamedExpand(handle, method, self.expand(few, *weights)[-1].size(-1))
 
     def of_heads(self, payload: Tensor, heads: slice, given: Sequence[int]) -> "Latent":
         """That of other tokens [B, T, W] and some of the heads. given: which of these kernels are given, in order."""
@@ -109,13 +142,22 @@ class Latent:
 class LatentHeads:
     """Keys and values of multi-latent attention, as DeepSeek-V2 has them.
 
-    latent: L; a payload is a latent, and after it the rotated part of the keys. unshared: U, of a head's keys.
+    latent: L; a payload is a latent, and after it the rotated part of the keys. unshared: U, of a head's keys. handle:
+    what stands for it in a graph of torch.compile, see handles.py.
 
     Source: DeepSeek-V2, arXiv:2405.04434.
     """
 
     latent: int
     unshared: int
+    handle: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        with_handle(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        with_handle(self)
 
     def expand(self, payload: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Keys of U + R and values of V numbers from a payload of L + R. up: the up projection, [G, U + V, L]."""

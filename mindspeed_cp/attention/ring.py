@@ -204,7 +204,7 @@ def _forward_pass(
     case: TileCase,
 ) -> RingPass:
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
-    share = _share(case, pieces)
+    share = case.of_piece(pieces)
     return RingPass(
         transport,
         ahead,
@@ -212,11 +212,6 @@ def _forward_pass(
         Phase.FORWARD,
         tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
     )
-
-
-def _share(case: TileCase, pieces: int) -> TileCase:
-    """The case of a piece of the heads."""
-    return case._replace(num_heads=case.num_heads // pieces, num_kv_heads=case.num_kv_heads // pieces)
 
 
 def _backward_pass(
@@ -234,7 +229,7 @@ def _backward_pass(
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
 
     def share(step: Step) -> TileCase:
-        return case if step.piece is None else _share(case, pieces)
+        return case if step.piece is None else case.of_piece(pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
         made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)

@@ -221,7 +221,7 @@ class TermsOfTiles:
             positions=self._positions(owner, call) if self._needs & _BY_POSITION else None,
             softcap=terms.softcap,
             alibi_slopes=None if slopes is None else part(slopes, 0, heads),
-            bias=None if terms.bias is None else self._columns(terms.bias, owner, call, heads),
+            bias=None if terms.bias is None else self.bias_of(terms.bias, owner, call, heads),
             dropout=self._dropout(dropout, heads) if dropout is not None and self._needs & _DROPOUT else None,
             terms=self._needs,
             gradients=self._taken_in(owner, call, heads),
@@ -241,7 +241,7 @@ class TermsOfTiles:
         """Where a rank's tokens are in the stream, [1 or B, s] int64."""
         if (of_keys, rank) not in self._places:
             self._places[of_keys, rank] = self._plan.once(
-                ("places", rank, of_keys), lambda: _places(self._plan, rank, of_keys=of_keys)
+                ("places", rank, of_keys), lambda: places_in_stream(self._plan, rank, of_keys=of_keys)
             ).to(self._q.device)
         return self._places[of_keys, rank]
 
@@ -253,7 +253,7 @@ class TermsOfTiles:
         # As long as what calls count in: of queries that travel there may be less at hand.
         samples = torch.arange(batch, device=self._q.device)[:, None].expand(-1, of_queries.size(1))
         rows = [(queries, of_queries), (keys, of_keys), (queries, samples)]
-        placed = [place.take((x if alike else _of_batch(x, batch)).unsqueeze(1)).squeeze(1) for place, x in rows]
+        placed = [place.take((x if alike else places_of_batch(x, batch)).unsqueeze(1)).squeeze(1) for place, x in rows]
         return Positions(*placed)
 
     def _dropout(self, dropout: Dropout, heads: slice) -> DropoutTerms:
@@ -265,6 +265,10 @@ class TermsOfTiles:
         (tile,) = call.tiles
         seen, window = self._columns(visible, owner, call, heads), Window(tile.left, tile.right)
         return seen if window == EVERYTHING else seen & window.visible(tile.num_queries, tile.num_keys, seen.device)
+
+    def bias_of(self, bias: Tensor, owner: int, call: Call, heads: slice) -> Tensor:
+        """The part of a bias that is about a call of one tile."""
+        return self._columns(bias, owner, call, heads)
 
     def _columns(self, x: Tensor, owner: int, call: Call, heads: slice) -> Tensor:
         """The part of [.., S, T] that is about a call of one tile."""
@@ -278,7 +282,7 @@ _DROPOUT = frozenset({Term.DROPOUT, Term.KERNEL_DROPOUT})
 _BY_POSITION = frozenset({Term.ALIBI}) | _DROPOUT
 
 
-def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
+def places_in_stream(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
     """Where a rank's tokens are in the stream, [1 or B, s] int64; 0 where a sample is padded."""
     layout = plan.keys if of_keys else plan.queries
     num_samples = 1 + max((sample or 0 for sample, _ in plan.starts), default=0)
@@ -289,7 +293,7 @@ def _places(plan: AttentionPlan, rank: int, *, of_keys: bool) -> Tensor:
     return places
 
 
-def _of_batch(places: Tensor, batch: int) -> Tensor:
+def places_of_batch(places: Tensor, batch: int) -> Tensor:
     """[B, s]; a plan does not know of samples without tokens behind the last one that has some."""
     return places.expand(batch, -1) if places.size(0) == 1 else F.pad(places, (0, 0, 0, batch - places.size(0)))
 

@@ -69,6 +69,17 @@ class Prefill(NamedTuple):
         return choose_pass(PrefixCase(self.new, self.cached, num_ranks, *sizes), rates)
 
 
+class Way(NamedTuple):
+    """What travels in a prefill, in how many pieces of the heads."""
+
+    travels: Pass
+    pieces: int = 1
+
+
+WAYS = (Way("pass_kv"), Way("pass_q"), Way("pass_q", 2))
+"""Those that are measured side by side."""
+
+
 class Decode(NamedTuple):
     """One way of decode_attention."""
 
@@ -109,13 +120,13 @@ class Ratio(NamedTuple):
         return self.prefill / max(self.link, self.kernel)
 
 
-_WAYS: dict[Pass, Callable[..., State]] = {"pass_kv": ring_pass_kv_attention, "pass_q": ring_pass_q_attention}
+_FUNCTIONS: dict[Pass, Callable[..., State]] = {"pass_kv": ring_pass_kv_attention, "pass_q": ring_pass_q_attention}
 
 
 # In a rank's process.
 
 
-def measure_prefill(prefill: Prefill, heads: Heads, way: Pass, flops_per_s: float, pieces: int, repeats: int) -> Runs:
+def measure_prefill(prefill: Prefill, heads: Heads, way: Way, flops_per_s: float, repeats: int) -> Runs:
     """Some prefills."""
     communicator = ProcessGroupCommunicator()
     rank, kernels = communicator.rank, KernelRegistry((EmulatedKernel(flops_per_s),))
@@ -124,10 +135,10 @@ def measure_prefill(prefill: Prefill, heads: Heads, way: Pass, flops_per_s: floa
         torch.zeros(1, number, layout.num_tokens(rank), heads.size, dtype=heads.dtype)
         for number, layout in ((heads.query, plan.queries), (heads.kv, plan.keys))
     )
-    settings = {"pieces": pieces} if way == "pass_kv" else {}
+    attend = _FUNCTIONS[way.travels]
 
     def run() -> None:
-        _WAYS[way](q, k, k, plan=plan, communicator=communicator, kernels=kernels, **settings)
+        attend(q, k, k, plan=plan, communicator=communicator, kernels=kernels, pieces=way.pieces)
 
     return _measured(run, communicator, repeats)
 
@@ -179,11 +190,11 @@ def _measured(run: Callable[[], None], communicator: ProcessGroupCommunicator, r
 
 def prefills(
     cluster: Cluster, cases: Sequence[Prefill], heads: Heads, flops_per_s: float, repeats: int
-) -> dict[tuple[Prefill, Pass], Measured]:
-    """Each case both ways."""
-    settings = [(case, way) for case in cases for way in _WAYS]
+) -> dict[tuple[Prefill, Way], Measured]:
+    """Each case each way."""
+    settings = [(case, way) for case in cases for way in WAYS]
     return {
-        (case, way): _of_ranks(cluster.call(measure_prefill, case, heads, way, flops_per_s, 1, repeats))
+        (case, way): _of_ranks(cluster.call(measure_prefill, case, heads, way, flops_per_s, repeats))
         for case, way in settings
     }
 
@@ -192,11 +203,11 @@ def ratios(
     cluster: Cluster, case: Prefill, heads: Heads, wanted: Sequence[float], repeats: int, pieces: int
 ) -> dict[float, Ratio]:
     """Pass-KV with a kernel that takes 1 / ratio of what the link takes."""
-    flops, found = case.flops(cluster.network.num_ranks, heads), {}
+    flops, found, way = case.flops(cluster.network.num_ranks, heads), {}, Way("pass_kv", pieces)
     for ratio in wanted:
-        link = _of_ranks(cluster.call(measure_prefill, case, heads, "pass_kv", float("inf"), pieces, repeats)).seconds
+        link = _of_ranks(cluster.call(measure_prefill, case, heads, way, float("inf"), repeats)).seconds
         rate = flops * ratio / link
-        whole = _of_ranks(cluster.call(measure_prefill, case, heads, "pass_kv", rate, pieces, repeats)).seconds
+        whole = _of_ranks(cluster.call(measure_prefill, case, heads, way, rate, repeats)).seconds
         found[ratio] = Ratio(whole, link, link / ratio)
     return found
 

@@ -7,7 +7,7 @@ Note [Agreement]
     error, which names what each rank has come with. It is asked at every call, never remembered from an earlier one: a
     rank that remembers goes on to its tensors, while the one whose case has changed asks.
 
-    A program whose layers all get the tensors of one micro-batch may ask once for all of them: `once` remembers what
+    A program whose layers all get the tensors of one micro-batch may ask once for all of them: `remembering` keeps what
     has been agreed on for the time of a `with` block. All ranks enter and leave it at the same place of their program,
     and within it a case that is new on one rank is new on all. The words hold the number of the call, so that a rank
     that has made fewer is found out when they next agree.

@@ -1,20 +1,22 @@
 """Keys and values of a sequence that grows, spread over ranks: each keeps its own, and none moves.
 
 Note [Pages]
-    A rank's tokens lie in pages of so many slots, [B, G, page, D], one after another. Pages are made when they are
-    needed, several at once where much comes at once; what is in them stays where it is, however long a sequence grows.
-    Those made together lie together, and are one stretch of memory for a kernel; a long prompt is one. Pages made one
-    by one are more each time, an eighth of what is there: so there are few stretches, and little room is left empty.
+    A rank's tokens of a sample lie in pages of so many slots, [G, page, D]. Pages are made when they are needed,
+    several at once where much comes at once; what is in them stays where it is, however long a sequence grows. Those
+    made together lie together, in a slab, and are one stretch of memory for a kernel; a long prompt is one. Pages made
+    one by one are more each time, an eighth of what is there: so there are few stretches, and little room is left
+    empty.
 
-    In a layer with a sliding window pages that no later query sees are used again for later tokens.
+    Each sample of a batch has pages for as long as it is. Samples that need as many at once get them side by side in
+    one slab [B, G, pages * page, D], and a kernel computes with all of them in one call.
 
-    A page holds the same slots of all samples: in a batch, of prompts of very different lengths, the longest one says
-    how many there are.
+    In a layer with a sliding window pages that no later query of a sample sees are used again for its later tokens.
 
 Shapes: B batch, G key/value heads, T tokens, D key head size, V value head size.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -24,20 +26,49 @@ from mindspeed_cp.inference.interleave import Interleaved, Span
 
 
 class Stretch(NamedTuple):
-    """Keys [B, G, n, D] and values [B, G, n, V] that lie together: views of the cache. slots: which."""
+    """Keys [b, G, n, D] and values [b, G, n, V] that lie together: views of the cache.
+
+    samples: whose they are, b of them side by side. slots: which; of some samples there may be fewer.
+    """
 
     k: Tensor
     v: Tensor
+    samples: slice
     slots: Span
 
 
-class _Page(NamedTuple):
-    """A page of a slab [B, G, pages * page, D]. slab: in which order it was made. number: of the page in it."""
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """Pages that were made together, [b, G, pages * page, D]. number: in which order slabs were."""
 
     k: Tensor
     v: Tensor
-    slab: int
     number: int
+
+
+class _Page(NamedTuple):
+    """A page of a sample: the row of the slab, and which of its pages."""
+
+    slab: _Slab
+    row: int
+    number: int
+
+
+@dataclass
+class _Table:
+    """The pages of a sample, by their numbers in the sequence; None for what was given back. free: to be used again."""
+
+    pages: list[_Page | None] = field(default_factory=list)
+    free: list[_Page] = field(default_factory=list)
+
+
+class _Piece(NamedTuple):
+    """Slots of a sample that lie together: from a place in a row of a slab on."""
+
+    slab: _Slab
+    row: int
+    place: int
+    slots: Span
 
 
 class ShardedKVCache:
@@ -71,7 +102,7 @@ class ShardedKVCache:
         self.batch, self.rank, self.size, self.interleave, self.page = batch, rank, size, interleave, page
         self.firsts = tuple(firsts)
         self.windows = tuple(windows)
-        self._layers = [_Layer(page, f"layer {number}") for number in range(len(self.windows))]
+        self._layers = [_Layer(batch, page, f"layer {number}") for number in range(len(self.windows))]
         self._lengths = [[0] * batch for _ in self.windows]
 
     @property
@@ -108,48 +139,47 @@ class ShardedKVCache:
         self._check(layer, k, v, new, whole)
         layout, at = self.layout(new), self._layers[layer]
         self._release(layer, new)
-        for sample, span in enumerate(new):
-            slots = layout.slots(self.rank, sample)
-            if slots.start == slots.stop:
-                continue
-            if layout.alike and not whole:
-                at.write(k, v, slots, slice(None))
-                break
-            samples = slice(sample, sample + 1)
-            if whole:
-                places = [position - span.start for position in layout.positions(self.rank, sample)]
-                index = torch.tensor(places, device=k.device)
-                at.write(
-                    k[samples].index_select(2, index), v[samples].index_select(2, index), slots, samples, self.batch
-                )
-            else:
-                at.write(k[samples], v[samples], slots, samples, self.batch)
-        at.like(k, v)
+        if whole:
+            k, v = (self._own(x, layout) for x in (k, v))
+        at.write(k, v, self._slots(layout))
         self._lengths[layer] = [span.stop for span in new]
 
     def stretches(self, layer: int, seen: Interleaved) -> list[Stretch]:
         """This rank's keys and values of `keys(...)`, as they lie, see Note [Pages]: nothing is copied."""
-        first = seen.base(self.rank, 0) if seen.num_tokens(self.rank) else 0
-        return self._layers[layer].stretches(Span(first, first + seen.num_tokens(self.rank)))
+        return self._layers[layer].stretches(self._slots(seen))
 
     def view(self, layer: int, seen: Interleaved) -> tuple[Tensor, Tensor]:
         """This rank's keys [B, G, T, D] and values [B, G, T, V] of `keys(...)`; copied where they lie apart.
 
         What a sample has none of, where others do, is whatever it is: `seen` does not name it.
         """
-        found = self.stretches(layer, seen)
-        if len(found) == 1:
+        found, at = self.stretches(layer, seen), self._layers[layer]
+        first, num_tokens = seen.base(self.rank, 0), seen.num_tokens(self.rank)
+        slots = Span(first, first + num_tokens)
+        if len(found) == 1 and (found[0].samples, found[0].slots) == (slice(0, self.batch), slots):
             return found[0].k, found[0].v
-        if not found:
-            return self._layers[layer].nothing(self.batch)
-        return torch.cat([each.k for each in found], dim=2), torch.cat([each.v for each in found], dim=2)
+        k, v = at.room(num_tokens)
+        for each in found:
+            there = slice(each.slots.start - first, each.slots.stop - first)
+            k[each.samples, :, there], v[each.samples, :, there] = each.k, each.v
+        return k, v
+
+    def _slots(self, layout: Interleaved) -> list[Span]:
+        """Of each sample on this rank."""
+        return [layout.slots(self.rank, sample) for sample in range(self.batch)]
+
+    def _own(self, x: Tensor, layout: Interleaved) -> Tensor:
+        """This rank's part of all tokens [B, H, T, D], each sample's from 0 on."""
+        places = torch.zeros(self.batch, layout.num_tokens(self.rank), dtype=torch.int64)
+        for sample, span in enumerate(layout.spans):
+            for place, position in enumerate(layout.positions(self.rank, sample)):
+                places[sample, place] = position - span.start
+        return x.gather(2, places.to(x.device)[:, None, :, None].expand(-1, x.size(1), -1, x.size(3)))
 
     def _release(self, layer: int, new: Sequence[Span]) -> None:
         """Give pages back that no query from `new` on sees."""
         if self.windows[layer] is not None:
-            seen = self.keys(layer, new)
-            # A sample that has nothing here at present may get what it has in these slots later.
-            self._layers[layer].release(min(seen.slots(self.rank, sample).start for sample in range(self.batch)))
+            self._layers[layer].release([slots.start for slots in self._slots(self.keys(layer, new))])
 
     def _check(self, layer: int, k: Tensor, v: Tensor, new: Sequence[Span], whole: bool) -> None:
         shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -178,21 +208,15 @@ class ShardedKVCache:
 class _Layer:
     """The pages of one layer, see Note [Pages]. name: in messages."""
 
-    def __init__(self, page: int, name: str) -> None:
+    def __init__(self, batch: int, page: int, name: str) -> None:
         self._page, self._name = page, name
-        self._pages: list[_Page | None] = []
-        self._free: list[_Page] = []
+        self._tables = [_Table() for _ in range(batch)]
         self._sample: tuple[Tensor, Tensor] | None = None
         self._made = self._slabs = 0
 
     @property
     def nbytes(self) -> int:
         return self._made
-
-    def like(self, k: Tensor, v: Tensor) -> None:
-        """Remember of what kind keys and values are."""
-        if self._sample is None:
-            self._sample = k.new_empty((0, k.size(1), 0, k.size(3))), v.new_empty((0, v.size(1), 0, v.size(3)))
 
     def check(self, k: Tensor, v: Tensor, shapes: str) -> None:
         """Raise ValueError for others than those that are there."""
@@ -205,75 +229,109 @@ class _Layer:
                     f"{known.dtype} on {known.device}, not {x.dtype} on {x.device}; make a cache for each model."
                 )
 
-    def nothing(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of no tokens."""
+    def room(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of so many tokens of all samples, with nothing in them yet."""
         assert self._sample is not None, "nothing was appended"
         k, v = self._sample
-        return k.new_empty((batch, *k.shape[1:])), v.new_empty((batch, *v.shape[1:]))
+        of_all = (len(self._tables), k.size(1), num_tokens)
+        return k.new_empty((*of_all, k.size(3))), v.new_empty((*of_all, v.size(3)))
 
-    def write(self, k: Tensor, v: Tensor, slots: Span, samples: slice, rows: int | None = None) -> None:
-        """Put tokens [b, G, T, ...] of some samples into these slots. rows: B, that of k by default."""
-        self._reserve(slots.stop, k, v, rows or k.size(0))
-        start = slots.start
+    def write(self, k: Tensor, v: Tensor, slots: Sequence[Span]) -> None:
+        """Put tokens [B, G, T, ...], each sample's from 0 on, into these slots of each sample."""
+        if self._sample is None:
+            self._sample = k.new_empty((0, k.size(1), 0, k.size(3))), v.new_empty((0, v.size(1), 0, v.size(3)))
+        self._reserve([each.stop for each in slots], k, v)
+        for there in self.stretches(slots, alike=True):
+            first = there.slots.start - slots[there.samples.start].start
+            tokens = slice(first, first + there.slots.stop - there.slots.start)
+            for target, x in (there.k, k), (there.v, v):
+                target.copy_(x[there.samples, :, tokens])
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Give back each sample's pages before the one of a slot."""
+        for table, slot in zip(self._tables, slots, strict=True):
+            for number in range(min(slot // self._page, len(table.pages))):
+                page = table.pages[number]
+                if page is not None:
+                    table.free.append(page)
+                    table.pages[number] = None
+            table.free.sort(key=lambda page: (page.slab.number, page.number))
+
+    def stretches(self, slots: Sequence[Span], *, alike: bool = False) -> list[Stretch]:
+        """What is in these slots of each sample, as few stretches as the pages allow.
+
+        alike: samples share one only where their slots begin and end together.
+        """
+        open_: list[tuple[slice, _Piece]] = []
+        done: list[tuple[slice, _Piece]] = []
+        for sample, wanted in enumerate(slots):
+            still: list[tuple[slice, _Piece]] = []
+            for piece in self._pieces(sample, wanted):
+                beside = next((each for each in open_ if _side_by_side(each, sample, piece)), None)
+                if beside is None or (alike and wanted != slots[beside[0].start]):
+                    still.append((slice(sample, sample + 1), piece))
+                else:
+                    open_.remove(beside)
+                    still.append((slice(beside[0].start, sample + 1), _joined(beside[1], piece)))
+            done += open_
+            open_ = still
+        return [self._stretch(*each) for each in (*done, *open_)]
+
+    def _pieces(self, sample: int, slots: Span) -> Iterator[_Piece]:
+        """Slots of a sample whose pages lie together."""
+        pages, start = self._tables[sample].pages, slots.start
         while start < slots.stop:
-            number, within = divmod(start, self._page)
+            number = start // self._page
+            page = first = pages[number]
+            assert first is not None, "a query sees what was given back"
+            while (number + 1) * self._page < slots.stop:
+                after = pages[number + 1]
+                if after is None or page is None or after.slab is not page.slab or after.number != page.number + 1:
+                    break
+                page, number = after, number + 1
             stop = min(slots.stop, (number + 1) * self._page)
-            page = self._pages[number]
-            assert page is not None, "nobody writes to what was given back"
-            there = page.number * self._page + within
-            for slab, x in (page.k, k), (page.v, v):
-                slab[samples].narrow(2, there, stop - start).copy_(x.narrow(2, start - slots.start, stop - start))
+            place = first.number * self._page + start % self._page
+            yield _Piece(first.slab, first.row, place, Span(start, stop))
             start = stop
 
-    def release(self, slot: int) -> None:
-        """Give back the pages before the one of a slot."""
-        for number in range(min(slot // self._page, len(self._pages))):
-            page = self._pages[number]
-            if page is not None:
-                self._free.append(page)
-                self._pages[number] = None
-        self._free.sort(key=lambda page: (page.slab, page.number))
+    def _stretch(self, samples: slice, piece: _Piece) -> Stretch:
+        count, rows = piece.slots.stop - piece.slots.start, samples.stop - samples.start
+        k, v = (x.narrow(0, piece.row, rows).narrow(2, piece.place, count) for x in (piece.slab.k, piece.slab.v))
+        return Stretch(k, v, samples, piece.slots)
 
-    def stretches(self, slots: Span) -> list[Stretch]:
-        """What is in these slots, as few stretches as the pages allow."""
-        return [self._of_pages(*each) for each in self._together(slots)]
+    def _reserve(self, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Have pages for so many slots of each sample."""
+        wanted: dict[int, list[tuple[int, _Table]]] = {}
+        for each, table in zip(slots, self._tables, strict=True):
+            missing = -(-each // self._page) - len(table.pages)
+            while missing > 0 and table.free:
+                table.pages.append(table.free.pop(0))
+                missing -= 1
+            if missing > 0:
+                held = sum(page is not None for page in table.pages)
+                wanted.setdefault(max(missing, held // 8), []).append((missing, table))
+        for count, tables in wanted.items():
+            self._slabs += 1
+            shape = (len(tables), k.size(1), count * self._page)
+            slab = _Slab(k.new_zeros((*shape, k.size(3))), v.new_zeros((*shape, v.size(3))), self._slabs)
+            self._made += slab.k.nbytes + slab.v.nbytes
+            for row, (missing, table) in enumerate(tables):
+                pages = [_Page(slab, row, number) for number in range(count)]
+                table.pages += pages[:missing]
+                table.free += pages[missing:]
 
-    def _together(self, slots: Span) -> Iterator[tuple[Span, int]]:
-        """Slots whose pages lie together, and the page of the first."""
-        start = slots.start
-        while start < slots.stop:
-            number = first = start // self._page
-            while (number + 1) * self._page < slots.stop and self._follows(number + 1):
-                number += 1
-            stop = min(slots.stop, (number + 1) * self._page)
-            yield Span(start, stop), first
-            start = stop
 
-    def _follows(self, number: int) -> bool:
-        before, after = self._pages[number - 1], self._pages[number]
-        assert before is not None and after is not None, "a query sees what was given back"
-        return before.slab == after.slab and after.number == before.number + 1
+def _side_by_side(beside: tuple[slice, _Piece], sample: int, piece: _Piece) -> bool:
+    """Whether a sample's piece lies in the next row of the same slab, its slots at the same places."""
+    samples, other = beside
+    return (
+        other.slab is piece.slab
+        and other.row + sample - samples.start == piece.row
+        and other.place - other.slots.start == piece.place - piece.slots.start
+    )
 
-    def _of_pages(self, slots: Span, first: int) -> Stretch:
-        page = self._pages[first]
-        assert page is not None, "a query sees what was given back"
-        start = page.number * self._page + slots.start - first * self._page
-        k, v = (x.narrow(2, start, slots.stop - slots.start) for x in (page.k, page.v))
-        return Stretch(k, v, slots)
 
-    def _reserve(self, slots: int, k: Tensor, v: Tensor, rows: int) -> None:
-        """Have pages for so many slots."""
-        missing = -(-slots // self._page) - len(self._pages)
-        while missing > 0 and self._free:
-            self._pages.append(self._free.pop(0))
-            missing -= 1
-        if missing <= 0:
-            return
-        held = sum(page is not None for page in self._pages)
-        count = max(missing, held // 8)
-        self._slabs += 1
-        slab_k, slab_v = (x.new_zeros((rows, x.size(1), count * self._page, x.size(3))) for x in (k, v))
-        self._made += slab_k.nbytes + slab_v.nbytes
-        pages = [_Page(slab_k, slab_v, self._slabs, number) for number in range(count)]
-        self._pages += pages[:missing]
-        self._free += pages[missing:]
+def _joined(one: _Piece, other: _Piece) -> _Piece:
+    """From the first slot of both to the last: what lies between is there, and nobody's."""
+    start, stop = min(one.slots.start, other.slots.start), max(one.slots.stop, other.slots.stop)
+    return one._replace(place=one.place + start - one.slots.start, slots=Span(start, stop))

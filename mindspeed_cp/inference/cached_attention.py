@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms
 from mindspeed_cp.attention.sinks import with_sinks
+from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.cache import ShardedKVCache, Stretch
@@ -31,8 +32,9 @@ from mindspeed_cp.inference.decode import Method, gather_queries, pass_queries, 
 from mindspeed_cp.inference.interleave import Interleaved, Span
 from mindspeed_cp.inference.local import attention_state
 from mindspeed_cp.inference.prefill import Strategy, prefix_attention
-from mindspeed_cp.inference.states import State, all_reduce_state, merge_states
+from mindspeed_cp.inference.states import State, all_reduce_state
 from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileOutput
+from mindspeed_cp.kernels.calls import ALL, Place
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 
 
@@ -124,7 +126,7 @@ class Decode:
     ) -> None:
         self._cache, self._new, self._communicator = cache, tuple(new), communicator
         self._method, self._dtype, self._kernels = method, dtype, kernels
-        self._plans: dict[tuple[int | None, Span, int], AttentionPlan] = {}
+        self._plans: dict[tuple[int | None, Span, tuple[int, int]], AttentionPlan] = {}
         sharded = method != "tree" and communicator is not None
         counts = shares(cache.batch, cache.size) if sharded else [cache.batch] * cache.size
         self._samples = [slice(sum(counts[:rank]), sum(counts[: rank + 1])) for rank in range(cache.size)]
@@ -176,38 +178,43 @@ class Decode:
     ) -> State:
         """Of the queries of some samples over the keys that this rank keeps of them."""
         seen = self._cache.keys(layer, self._new)
-        states = [
-            attention_state(
-                *(q, stretch.k[samples].to(q.dtype), stretch.v[samples].to(q.dtype)),
-                plan=self._plan(layer, seen, stretch, samples),
+        merged = MergedOutput.of(q, value_head_size)
+        for stretch in self._cache.stretches(layer, seen):
+            first, stop = max(samples.start, stretch.samples.start), min(samples.stop, stretch.samples.stop)
+            if first >= stop:
+                continue
+            rows, held = (slice(first - each.start, stop - each.start) for each in (samples, stretch.samples))
+            state = attention_state(
+                *(q[rows], stretch.k[held].to(q.dtype), stretch.v[held].to(q.dtype)),
+                plan=self._plan(layer, seen, stretch, slice(first, stop)),
                 scale=scale,
                 terms=terms,
                 kernels=self._kernels,
             )
-            for stretch in self._cache.stretches(layer, seen)
-        ]
-        return merge_states(*zip(*states, strict=True)) if states else _nothing_seen(q, value_head_size)
+            merged.merge(TileOutput(*state), Place(rows, ALL))
+        return State(*merged.result(accumulation_dtype(q.dtype))[:2])
 
     def _plan(self, layer: int, seen: Interleaved, stretch: Stretch, samples: slice) -> AttentionPlan:
         """Each sample's query sees those of its keys that are in the stretch, all earlier ones. One for all layers."""
-        case = self._cache.windows[layer], stretch.slots, samples.start
+        case = self._cache.windows[layer], stretch.slots, (samples.start, samples.stop)
         if case not in self._plans:
+            every = [seen.slots(self._cache.rank, sample) for sample in range(self._cache.batch)]
+            held = [
+                Span(max(every[sample].start, stretch.slots.start), min(every[sample].stop, stretch.slots.stop))
+                if self._new[sample].start < self._new[sample].stop
+                else Span(0, 0)
+                for sample in range(samples.start, samples.stop)
+            ]
+            alike = len(set(held)) == 1
             queries, keys = [], []
-            for place, sample in enumerate(range(samples.start, samples.stop)):
-                new, slots = self._new[sample], seen.slots(self._cache.rank, sample)
-                start, stop = max(slots.start, stretch.slots.start), min(slots.stop, stretch.slots.stop)
-                if start < stop and new.start < new.stop and not (seen.alike and place):
-                    named = None if seen.alike else place
+            for place, (start, stop) in enumerate(held[:1] if alike else held):
+                if start < stop:
+                    named = None if alike else place
                     queries.append(Run(0, 1, 0, place, named))
                     keys.append(Run(start - stretch.slots.start, stop - stretch.slots.start, 0, place, named))
-            held = stretch.slots.stop - stretch.slots.start
-            self._plans[case] = AttentionPlan(_Held(1, tuple(queries)), _Held(held, tuple(keys)), FULL)
+            count = stretch.slots.stop - stretch.slots.start
+            self._plans[case] = AttentionPlan(_Held(1, tuple(queries)), _Held(count, tuple(keys)), FULL)
         return self._plans[case]
-
-
-def _nothing_seen(q: Tensor, value_head_size: int) -> State:
-    out = q.new_zeros((*q.shape[:3], value_head_size), dtype=accumulation_dtype(q.dtype))
-    return State(out, out.new_full(out.shape[:3], -torch.inf))
 
 
 def _refuse_window(cache: ShardedKVCache, layer: int, window: int | None) -> None:

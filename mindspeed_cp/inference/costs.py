@@ -1,13 +1,16 @@
 """What each method sends, and which of pass-KV and pass-Q is cheaper for a cached prefix.
 
-Note [Choice]
-    Of T new and P cached tokens on N ranks, with N_H query and N_KV key/value heads, numbers of e bytes, states of f,
-    C operations a second and B bytes a second *achieved* by kernel and link:
+Letters: P ranks; T new and C cached tokens of all ranks; B sequences of S queries on a rank; N query and G key/value
+heads, of key head size D and value head size V; e bytes of a number of q, k and v, and f of a state's.
 
-        queries are the smaller message where    T / (T + P) <= 2 N_KV / N_H
-        K/V hide behind the kernel where         T >= N C N_KV e / (2 N_H B)
+Note [Choice]
+    Where kernels achieve F operations a second, and links W bytes a second (the paper's C and BW; its N, N_H, N_KV and
+    P are P, N, G and C here):
+
+        queries are the smaller message where    T / (T + C) <= 2 G / N
+        K/V hide behind the kernel where         T >= P F G e / (2 N W)
         algorithm 1   pass-Q where queries are the smaller message and K/V do not hide
-        algorithm 5   pass-Q where               f/e T / (T + P) < 2 N_KV / N_H - 4 T B / (N C e)
+        algorithm 5   pass-Q where               f/e T / (T + C) < 2 G / N - 4 T W / (P F e)
 
     Algorithm 5 counts the all-to-all of pass-Q, which nothing hides; the paper has f = e, and here a state is fp32. Its
     first clause (K/V hide) follows from the second: it is one inequality. With peak rates both are wrong where it
@@ -15,7 +18,7 @@ Note [Choice]
     coefficients of the fitted rule (appendix D) give pass-Q on every row of that table, the full prefill too; none are
     built in: `fit_coefficients` finds them from one's own samples.
 
-    Every rank has to come to the same: T and P are of all ranks, and rates those that `agreed_rates` gives.
+    Every rank has to come to the same: T and C are of all ranks, and rates those that `agreed_rates` gives.
 
 Source: arXiv:2411.01783, algorithms 1 and 5, appendices C and D.
 """
@@ -47,7 +50,7 @@ class Rates(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Of h = new * log T + missing * log(T / (T + P)) + constant; pass-KV where h is above 0."""
+    """Of h = new * log T + missing * log(T / (T + C)) + constant; pass-KV where h is above 0."""
 
     new: float
     missing: float
@@ -74,7 +77,7 @@ class PrefixCase(NamedTuple):
         """That of a plan, and of one rank's tensors: the same on all ranks.
 
         Of sequences of several lengths T is the mean that hides as much behind the kernel as they do together, and
-        T / (T + P) that of all of them, which bytes go by. So copies of one sequence are as that one.
+        T / (T + C) that of all of them, which bytes go by. So copies of one sequence are as that one.
         """
         queries, keys_of = (_tokens(layout) for layout in (plan.queries, plan.keys))
         every, seen = sum(queries.values()), sum(keys_of.values())
@@ -87,12 +90,12 @@ class PrefixCase(NamedTuple):
 
     @property
     def missing(self) -> float:
-        """T / (T + P): the share of tokens that the cache does not have."""
+        """T / (T + C): the share of tokens that the cache does not have."""
         return self.new / max(self.new + self.cached, 1)
 
     @property
     def share(self) -> float:
-        """2 N_KV / N_H: K/V of a token, over its queries."""
+        """2 G / N: K/V of a token, over its queries."""
         return 2 * self.num_kv_heads / self.num_heads
 
 
@@ -139,7 +142,7 @@ def choose_pass(
 def fit_coefficients(samples: Sequence[Sample]) -> Coefficients:
     """The coefficients whose h comes closest to log(pass-Q / pass-KV) over samples, by least squares.
 
-    Where samples leave a direction open (T + P the same in all, say) the smallest ones. Raises ValueError for fewer
+    Where samples leave a direction open (T + C the same in all, say) the smallest ones. Raises ValueError for fewer
     than two samples, or times that are not above 0.
     """
     if len(samples) < 2 or min(min(sample.pass_kv_s, sample.pass_q_s) for sample in samples) <= 0.0:
@@ -203,10 +206,13 @@ def _fastest(run: Callable[[], None], repeats: int) -> float:
 
 
 class PrefillBytes(NamedTuple):
-    """Bytes that one rank sends. carried: K/V, or queries. home: states of pass-Q, none of pass-KV."""
+    """Bytes that one rank sends. carried: K/V, or queries. home: states of pass-Q; bias: its rows, which go with
+    queries. None of both in pass-KV.
+    """
 
     carried: int
     home: int = 0
+    bias: int = 0
 
 
 def pass_kv_bytes(
@@ -217,7 +223,10 @@ def pass_kv_bytes(
     transport: Transport | None = None,
     overlap: bool = True,
 ) -> PrefillBytes:
-    """What a rank sends in `ring_pass_kv_attention`: (N-1) B 2 L G D e, less where not all is seen."""
+    """What a rank sends in `ring_pass_kv_attention`: (P-1) B L G (D + V) e, less where not all is seen.
+
+    L: the keys of a rank, cached and new ones.
+    """
     schedule = RingSchedule(1, plan.keys.num_ranks)
     transport = transport or cheapest_transport(plan, schedule, ahead=overlap)
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport)
@@ -232,16 +241,26 @@ def pass_q_bytes(
     batch: int,
     transport: Transport | None = None,
     overlap: bool = True,
+    bias: Tensor | None = None,
 ) -> PrefillBytes:
-    """What a rank sends in `ring_pass_q_attention`: (N-1) B S H (D e + 4 (V + 1)), less where not all is seen."""
+    """What a rank sends in `ring_pass_q_attention`: (P-1) B S N (D e + (V+1) f), less where not all is seen.
+
+    bias: the rank's, where there is one.
+    """
     turned, schedule = TransposedPlan(plan), RingSchedule(1, plan.keys.num_ranks)
     transport = transport or cheapest_transport(turned, schedule, ahead=overlap)
     made = program(turned, schedule, rank, Phase.FORWARD, transport=transport)
     rows = sum(num_tokens(turned.needed(rank, owner)) for owner in range(schedule.size) if owner != rank)
     numbers, state = batch * case.num_heads, accumulation_dtype(case.dtype).itemsize
+    pairs = sum(
+        num_tokens(turned.needed(other, rank)) * plan.keys.num_tokens(other)
+        for other in range(schedule.size)
+        if other != rank
+    )
     return PrefillBytes(
         made.sent().total() * numbers * case.head_size * case.dtype.itemsize,
         rows * numbers * (case.value_head_size + 1) * state,
+        0 if bias is None else pairs * bias.size(0) * bias.size(1) * bias.itemsize,
     )
 
 
@@ -267,15 +286,15 @@ class Sent(NamedTuple):
 def decode_sent(case: DecodeCase, method: str, backend: str) -> Sent:
     """What a rank sends in `decode_attention`: nothing of it depends on the context.
 
-    With R = B S H rows of all queries, V the value head size, e bytes of a number and f of a state's, on N ranks:
+    With R = B S N rows of all queries:
 
-        tree        a2a         2 (N-1)/N R (V+1) f           all-to-all and all-gather of states
-        tree        all_reduce  2 (N-1)/N R (V+2) f           all-reduce of the maximum; of numerator and denominator
-        allgather_q a2a         (N-1)/N R (D e + (V+1) f)     all-gather of queries; all-to-all of states
-        allgather_q ag_rs       (N-1)/N R (D e + V f) + (N-1) R f        and all-gather of lse, reduce-scatter of out
-        ring_q      a2a         (N-1)/N R (D e + (V+1) f)     N-1 hops of queries; all-to-all of states
+        tree        a2a         2 (P-1)/P R (V+1) f           all-to-all and all-gather of states
+        tree        all_reduce  2 (P-1)/P R (V+2) f           all-reduce of the maximum; of numerator and denominator
+        allgather_q a2a         (P-1)/P R (D e + (V+1) f)     all-gather of queries; all-to-all of states
+        allgather_q ag_rs       (P-1)/P R (D e + V f) + (P-1) R f        and all-gather of lse, reduce-scatter of out
+        ring_q      a2a         (P-1)/P R (D e + (V+1) f)     P-1 hops of queries; all-to-all of states
 
-    Rows are those that N divides, or padded to it. Raises ValueError for a method that has no such backend.
+    Rows are those that P divides, or padded to it. Raises ValueError for a method that has no such backend.
     """
     size, head_size = case.num_ranks, case.head_size
     values = head_size if case.value_head_size is None else case.value_head_size

@@ -49,9 +49,9 @@ def local_length(length: int, rank: int, size: int, interleave: int = 1, first: 
 class Interleaved:
     """Positions of each sample of a batch as ranks keep them, see the head of this file: a plan's Layout, see there.
 
-    num_ranks: P. spans: of each sample. interleave: tokens of a stripe. firsts: the rank of each sample's position 0.
-    aligned: whether a tensor of them has what is in one slot side by side, as a cache has; else each sample's tokens
-    begin at 0. Samples whose tokens are at the same places are alike, and share a tile.
+    num_ranks: among which they are dealt. spans: of each sample. interleave: tokens of a stripe. firsts: the rank of
+    each sample's position 0. aligned: whether a tensor of them has what is in one slot side by side, as a cache has;
+    else each sample's tokens begin at 0. Samples whose tokens are at the same places are alike, and share a tile.
     """
 
     num_ranks: int

@@ -86,16 +86,18 @@ def attention_of(
     told: TermsOfTiles,
     owner: int,
     held: Sequence[slice] | None = None,
+    heads: slice = ALL,
 ) -> TileOutput:
     """Output and log-sum-exp of calls over k [B, G, T, D] and v of `owner`, in the dtype of sums; sinks left out.
 
-    q: [B, N, s, D], which holds those tokens of its rank; all of them for None.
+    q: [B, N, s, D], which holds those tokens of its rank; all of them for None. heads: which of the model's query heads
+        they are; k and v are of those that they read.
     """
     merged = MergedOutput.of(q, v.size(3))
     for call in made:
         queries, keys = call.queries(q, held), call.keys(k)
         given = queries.given.take(q), keys.given.take(k), keys.given.take(v)
-        output = call.kernel.forward(*given, told.of(owner, call, ALL))
+        output = call.kernel.forward(*given, told.of(owner, call, heads))
         merged.merge(TileOutput(queries.result(output.out), queries.result(output.lse)), queries.back)
     return merged.result(accumulation_dtype(q.dtype))
 

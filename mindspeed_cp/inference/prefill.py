@@ -2,13 +2,8 @@
 
     pass-KV     K/V of one owner after another come to a rank's queries; the rank has its output at the end
 
-    pass-Q      queries of one owner after another come to a rank's K/V, which stay where they are
-                    step        0   1   2   3        of four ranks; columns of a row are ranks
-                    owner       0   1   2   3
-                                3   0   1   2
-                                2   3   0   1
-                                1   2   3   0
-                then each rank has a state for every owner: all of them go home in one all-to-all, and are merged there
+    pass-Q      queries of one owner after another come to a rank's K/V, which stay where they are; the states that are
+                found for them go home at the end, see pass_q.py
 
 Both are programs of the plan (program/): pass-KV is the ring that training has, pass-Q the program of the plan in which
 queries and keys have changed places, with the same transports. Only what is seen travels, so that cached prefixes of
@@ -27,20 +22,16 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, RingAttention, RingCommunicators
-from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player
-from mindspeed_cp.attention.sums import MergedOutput
-from mindspeed_cp.attention.terms import TermsOfTiles, check_terms, terms_words
-from mindspeed_cp.comm import Agreement, Communicator, Sizes, Subject
+from mindspeed_cp.attention.terms import check_terms, terms_words
+from mindspeed_cp.comm import Agreement, Communicator, Subject
 from mindspeed_cp.comm.communicator import AgreeingCommunicator
 from mindspeed_cp.inference.costs import Coefficients, PrefixCase, Rates, choose_pass
-from mindspeed_cp.inference.local import Asked, agreed, attention_of, check_tokens
+from mindspeed_cp.inference.local import Asked, agreed, check_tokens
+from mindspeed_cp.inference.pass_q import PassQ
 from mindspeed_cp.inference.states import State
-from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput
-from mindspeed_cp.kernels.calls import Call, in_all_samples, part, place_within
-from mindspeed_cp.kernels.precision import autocast_off
+from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase
 from mindspeed_cp.plan import AttentionPlan
-from mindspeed_cp.program import Phase, Program, Transport, TransposedPlan, cheapest_transport, num_tokens, program
-from mindspeed_cp.program.transposed import transposed
+from mindspeed_cp.program import Transport
 from mindspeed_cp.schedule import RingSchedule
 
 Strategy = Literal["auto", "pass_kv", "pass_q"]
@@ -99,15 +90,17 @@ def ring_pass_q_attention(
     terms: AttentionTerms | None = None,
     kernels: KernelRegistry = KERNELS,
     transport: Transport | None = None,
+    pieces: int = 1,
     overlap: bool = True,
     agreement: Agreement | None = None,
 ) -> State:
     """Attention of this rank's queries over the keys of all ranks; queries travel, and their states come home.
 
-    Arguments, result and errors are those of `ring_pass_kv_attention`; a bias is refused: its rows stay with their
-    queries' rank.
+    Arguments, result and errors are those of `ring_pass_kv_attention`. With pieces states of all but the last one go
+    home while the next is computed, see Note [Home in pieces] in pass_q.py. A bias is sent to the keys, which is as
+    many numbers for each of its heads as there are queries that travel, times keys where they go.
     """
-    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_q")
+    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_q", pieces)
     return call.pass_q()
 
 
@@ -134,7 +127,8 @@ def prefix_attention(
     strategy: one of them, or "auto": `choose_pass` from the plan's numbers of new and cached tokens, which are the
     same on all ranks, and `rates` or `coefficients`, which have to be: see `agreed_rates` and `fit_coefficients`.
     Without either it is by the bytes alone.
-    The rest as `ring_pass_kv_attention`; with a bias it is always that one.
+    With a bias "auto" is pass-KV: a bias travels with queries, and stays with them where K/V do.
+    The rest as `ring_pass_kv_attention`.
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is none; give one of {', '.join(map(repr, get_args(Strategy)))}.")
@@ -188,10 +182,6 @@ class _Call:
             case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
             _check(q, k, plan, rank, size)
             check_terms(terms, q, k, plan, size)
-            if strategy == "pass_q" and terms is not None and terms.bias is not None:
-                raise ValueError(
-                    "pass_q takes no bias: its rows stay with their queries' rank; use strategy='pass_kv'."
-                )
             made = cls(q, k, v, plan, communicator, asked, case, transport, overlap, pieces)
             made.ring.check_heads(k.size(1))
             heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
@@ -236,79 +226,10 @@ class _Call:
 
     def pass_q(self) -> State:
         """Queries around, states home."""
-        q, plan = self.q, self.plan
-        with torch.no_grad(), autocast_off(q.device.type):
-            made = self._pass()
-            player = Player(made.program, Phase.FORWARD, self.schedule, self.communicators, self.overlap)
-            # What travels are tokens with numbers of heads, as keys do; there are no values beside them.
-            carried = KeyValues(player, q, q[..., :0], kind=QUERIES)
-            states: dict[int, _Owned] = {}
-            for number, step in enumerate(carried.steps()):
-                if step.tiles:
-                    with player.step(step.owner):
-                        block = carried.block(step)
-                        told = TermsOfTiles(plan, step.owner, self.asked.terms, self.case.terms, block.k)
-                        state = attention_of(made.calls[number], block.k, self.k, self.v, told, self.rank, block.tokens)
-                        states[step.owner] = _Owned(block.tokens, state)
-            return self.asked.finished(self._home(states), q.dtype)
-
-    def _pass(self) -> "_PassQ":
-        turned, schedule = TransposedPlan(self.plan), self.schedule
-        transport = self.transport or cheapest_transport(turned, schedule, ahead=self.overlap)
-
-        def make() -> _PassQ:
-            made = program(turned, schedule, self.rank, Phase.FORWARD, transport=transport, ahead=self.overlap)
-            tiles = (tuple(map(transposed, step.tiles)) for step in made.steps)
-            return _PassQ(made, tuple(self.asked.calls(each, self.case) for each in tiles))
-
-        return turned.once((schedule, self.rank, transport, self.overlap, self.asked.kernels, self.case), make)
-
-    def _home(self, states: "dict[int, _Owned]") -> TileOutput:
-        """Each owner gets the states of its queries, in one all-to-all, and merges them."""
-        turned, rank = TransposedPlan(self.plan), self.rank
-        merged = MergedOutput.of(self.q, self.v.size(3))
-        if rank in states:
-            merged.merge(states[rank].state, in_all_samples(slice(0, self.q.size(2))))
-        if self.communicator is not None and self.communicator.size > 1:
-            ranks = range(self.communicator.size)
-            sent = [() if other == rank else turned.needed(rank, other) for other in ranks]
-            coming = [() if other == rank else turned.needed(other, rank) for other in ranks]
-            batch, heads, size = self.q.size(0), self.q.size(1), self.v.size(3)
-            numbers = Sizes([num_tokens(each) for each in sent], [num_tokens(each) for each in coming])
-            like = merged.result().lse  # In the dtype of sums.
-            message = like.new_empty(sum(numbers.sent), batch, heads, size + 1)
-            for owner, place in zip(ranks, message.split(list(numbers.sent)), strict=True):
-                if sent[owner]:
-                    states[owner].pack(sent[owner], place)
-            received = self.communicator.all_to_all(message, numbers)
-            for tokens, rows in zip(coming, received.split(list(numbers.received)), strict=True):
-                for each in tokens:
-                    state = rows[place_within(tokens, each)].permute(1, 2, 0, 3)
-                    merged.merge(TileOutput(state[..., :-1], state[..., -1]), in_all_samples(each))
-        return merged.result(self.case.dtype if self.case.dtype == torch.float64 else torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class _PassQ:
-    """A rank's program, and the calls of kernels for each step."""
-
-    program: Program
-    calls: tuple[tuple[Call, ...], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Owned:
-    """State of those tokens of an owner's queries that have come here."""
-
-    tokens: tuple[slice, ...]
-    state: TileOutput
-
-    def pack(self, wanted: tuple[slice, ...], message: Tensor) -> None:
-        """Write the states of some tokens into a message [tokens, B, N, V + 1], one after another."""
-        for tokens in wanted:
-            here, there = place_within(self.tokens, tokens), message[place_within(wanted, tokens)]
-            there[..., :-1].copy_(part(self.state.out, 2, here).permute(2, 0, 1, 3))
-            there[..., -1].copy_(part(self.state.lse, 2, here).permute(2, 0, 1))
+        return PassQ(
+            *(self.q, self.k, self.v, self.plan, self.communicator, self.asked, self.case),
+            *(self.transport, self.overlap, self.pieces),
+        )()
 
 
 def _check(q: Tensor, k: Tensor, plan: AttentionPlan, rank: int, size: int) -> None:

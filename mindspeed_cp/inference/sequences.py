@@ -20,8 +20,8 @@ from torch import Tensor
 from mindspeed_cp.layouts import Zigzag
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Layout, Run, joined
 
-Span = tuple[int, int]
-"""Positions first..stop of a sequence, the last excluded."""
+Ends = tuple[int, int]
+"""Where positions of a sequence begin and end, first..stop, the last excluded; a Span is one (interleave.py)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Spans:
     Raises ValueError where ranks have different numbers of samples, or spans are empty or do not ascend.
     """
 
-    held: tuple[tuple[tuple[Span, ...], ...], ...]
+    held: tuple[tuple[tuple[Ends, ...], ...], ...]
 
     def __post_init__(self) -> None:
         samples = {len(held) for held in self.held}
@@ -82,7 +82,7 @@ class Spans:
         """The spans of any layout whose documents are the samples of a batch, each sample by itself."""
         held = []
         for rank in range(layout.num_ranks):
-            spans: list[list[Span]] = [[] for _ in range(num_samples)]
+            spans: list[list[Ends]] = [[] for _ in range(num_samples)]
             for run in layout.runs(rank):
                 span = run.position, run.position + run.stop - run.start
                 for sample in range(num_samples) if run.sample is None else (run.sample,):
@@ -123,7 +123,7 @@ def prefill_plan(
     return AttentionPlan(Spans(queries), Spans(keys), bands)
 
 
-def decode_plan(new: Sequence[Span], keys: Layout, *, bands: tuple[Band, ...] = CAUSAL) -> AttentionPlan:
+def decode_plan(new: Sequence[Ends], keys: Layout, *, bands: tuple[Band, ...] = CAUSAL) -> AttentionPlan:
     """The plan of queries that all ranks come to, over the keys that each holds; for decode_attention.
 
     new: positions of each sequence's queries. keys: who holds which positions, those of the queries included; its
@@ -161,7 +161,7 @@ def _stretch(length: int) -> Spans:
     return Spans(((((0, length),) if length else (),),))
 
 
-def _zigzag(length: int, num_ranks: int, first: int) -> list[tuple[Span, ...]]:
+def _zigzag(length: int, num_ranks: int, first: int) -> list[tuple[Ends, ...]]:
     """The spans of each rank of so many tokens from a position on."""
     if not length:
         return [()] * num_ranks

@@ -205,6 +205,10 @@ class TileCase(NamedTuple):
             f"{str(self.dtype).removeprefix('torch.')}, {self.device_type}{capability}{terms}"
         )
 
+    def of_piece(self, pieces: int) -> "TileCase":
+        """The case of one of so many pieces of the heads."""
+        return self._replace(num_heads=self.num_heads // pieces, num_kv_heads=self.num_kv_heads // pieces)
+
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> "TileCase":
         """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""

@@ -207,7 +207,7 @@ def _sort_out_unknown(
             without_value.append(each.name)
         if open_values and not _is_text(each.name, actions):
             spelled = " ".join(field.text for field in values)
-            why = "; ".join(dict.fromkeys(piece.why for field in open_values for piece in field.unresolved))
+            why = "; ".join(dict.fromkeys(fragment.why for field in open_values for fragment in field.unresolved))
             blocked.append(Row(Verdict.BLOCKED, f"{spelled}: its value is not known ({why}); {_way_out(open_values)}."))
             known += [field.text for field in rest]
             continue
@@ -217,7 +217,7 @@ def _sort_out_unknown(
 
 
 def _way_out(fields: Sequence[Field]) -> str:
-    names = [piece.name for field in fields for piece in field.unresolved if piece.name]
+    names = [fragment.name for field in fields for fragment in field.unresolved if fragment.name]
     if not names:
         return "write the value itself, or check the flags alone"
     if names[0].isdecimal():
@@ -296,7 +296,7 @@ def _describe(report: Report, name: str) -> str:
     if report.unknown:
         lines += ["", "not known"]
         for each in dict.fromkeys(report.unknown):
-            why = "; ".join(dict.fromkeys(piece.why for piece in each.word.unresolved))
+            why = "; ".join(dict.fromkeys(fragment.why for fragment in each.word.unresolved))
             lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
     lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]
     start = f"-m mindspeed_cp {launch.script}"

@@ -16,47 +16,47 @@ class Unresolved(NamedTuple):
     name: str = ""
 
 
-Piece: TypeAlias = str | Unresolved
+Fragment: TypeAlias = str | Unresolved
 
 
 class Field(NamedTuple):
     """A word after expansion."""
 
-    pieces: tuple[Piece, ...]
+    fragments: tuple[Fragment, ...]
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece]) -> "Field":
-        """A field whose neighbouring texts are one piece."""
-        merged: list[Piece] = []
-        for piece in pieces:
-            if isinstance(piece, str) and merged and isinstance(merged[-1], str):
-                merged[-1] += piece
-            elif piece != "" or not isinstance(piece, str):
-                merged.append(piece)
+    def of(cls, fragments: Sequence[Fragment]) -> "Field":
+        """A field whose neighbouring texts are one fragment."""
+        merged: list[Fragment] = []
+        for fragment in fragments:
+            if isinstance(fragment, str) and merged and isinstance(merged[-1], str):
+                merged[-1] += fragment
+            elif fragment != "" or not isinstance(fragment, str):
+                merged.append(fragment)
         return cls(tuple(merged))
 
     @classmethod
     def joined(cls, fields: Sequence["Field"], between: str = " ") -> "Field":
         """Several fields as one."""
-        pieces: list[Piece] = []
+        fragments: list[Fragment] = []
         for number, field in enumerate(fields):
-            pieces += [between] * bool(number) + list(field.pieces)
-        return cls.of(pieces)
+            fragments += [between] * bool(number) + list(field.fragments)
+        return cls.of(fragments)
 
     @property
     def text(self) -> str:
         """Its text, with what is not known as it is spelt."""
-        return "".join(piece if isinstance(piece, str) else piece.spelling for piece in self.pieces)
+        return "".join(fragment if isinstance(fragment, str) else fragment.spelling for fragment in self.fragments)
 
     @property
     def unresolved(self) -> tuple[Unresolved, ...]:
         """What is not known of it."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Unresolved))
+        return tuple(fragment for fragment in self.fragments if isinstance(fragment, Unresolved))
 
     @property
     def is_unknown(self) -> bool:
         """Whether nothing of it is known, so that it may as well be no word or several."""
-        return bool(self.pieces) and all(isinstance(piece, Unresolved) for piece in self.pieces)
+        return bool(self.fragments) and all(isinstance(fragment, Unresolved) for fragment in self.fragments)
 
 
 class Omission(NamedTuple):

@@ -4,19 +4,20 @@ followed        assignments, `+=`, arrays and their elements; `export`, `declare
                 `$X`, `${X}`, `${X[0]}`, `"${X[@]}"`, `"$*"`, `${X:-d}` and `=`, `?`, `+`; `$((...))`; `~`; `IFS`
                 `$1`, `"$@"`, `$#`, `set`, `shift`, `cd`; functions, `return`, `exit`, `exec`; groups and subshells
                 `source` of a file that is there, `eval`, `bash -c "..."`, `env X=... command`
-either way      bodies of `if`, `case`, `for`, `while`, and what follows `||`, or a command and `&&`: what they run has
-                that condition, and what they set is not known afterwards
+                the branch of `if` that `[ ... ]`, `[[ ... ]]`, `true` or `false` choose, and what follows `&&` and `||`
+either way      branches of other conditions, or of what is not known; bodies of `case`, `for`, `while`: what they run
+                has that condition, and what they set is not known afterwards
 not known       `$(...)`, patterns (`${X%.sh}`, `*.py` where files match, `{1,2}`), a variable that nobody sets or that
                 is yet to be filled in ("your data path"): the word keeps its spelling, as `Unresolved`, and knows why
 not read        here-documents, `read`, `let`, `((X++))`, another script's file: listed as an `Omission`, and what they
                 set is not known afterwards
 
-Nothing is guessed. shell_syntax.py parses, shell_arithmetic.py computes, and reading.py has what comes out.
+Nothing is guessed. shell_syntax.py parses, shell_expansion.py expands, shell_arithmetic.py computes,
+shell_conditions.py decides, and reading.py has what comes out.
 """
 
 import contextlib
 import functools
-import glob
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,8 +25,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from mindspeed_cp.launch.reading import Command, Field, Omission, Piece, Reading, Unresolved
-from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
+from mindspeed_cp.launch.reading import Command, Field, Omission, Reading, Unresolved
+from mindspeed_cp.launch.shell_arithmetic import names_assigned
+from mindspeed_cp.launch.shell_conditions import evaluate_conditional, evaluate_test, opposite
+from mindspeed_cp.launch.shell_expansion import POSITIONAL, Expansion, Variable
 from mindspeed_cp.launch.shell_syntax import (
     DECLARATIONS,
     Arithmetic,
@@ -33,7 +36,6 @@ from mindspeed_cp.launch.shell_syntax import (
     Block,
     Literal,
     Opaque,
-    Parameter,
     Simple,
     Statement,
     Word,
@@ -49,17 +51,10 @@ def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mappin
 
     Raises ShellSyntaxError where the text is no shell script.
     """
-    variables = {name: _Variable((Field((value,)),)) for name, value in environment.items()}
+    variables = {name: Variable((Field((value,)),)) for name, value in environment.items()}
     shell = _Shell(variables, [Field((each,)) for each in arguments], folder)
     shell.run(parse(text))
     return Reading(tuple(shell.commands), tuple(shell.omissions))
-
-
-class _Variable(NamedTuple):
-    """A variable's value; a scalar is an array of one element here."""
-
-    fields: tuple[Field, ...]
-    is_array: bool = False
 
 
 class _Exit(Exception):
@@ -73,14 +68,14 @@ class _Return(_Exit):
 class _Scope(NamedTuple):
     """A call of a function. hidden: what its local variables hide. depth: how many conditions it is called under."""
 
-    hidden: dict[str, _Variable | None]
+    hidden: dict[str, Variable | None]
     depth: int
 
 
 class _State(NamedTuple):
     """What a subshell, or a branch, does not share with what comes after it."""
 
-    variables: dict[str, _Variable]
+    variables: dict[str, Variable]
     exported: dict[str, str]
     functions: dict[str, tuple[Sequence[Statement], ...]]
     folder: Path | None
@@ -94,19 +89,20 @@ _MAX_DEPTH = 16
 _ARGUMENTS_BEFORE_NAMES = {"read": 0, "mapfile": 0, "readarray": 0, "getopts": 1, "let": 0, "printf": 0}
 """Builtins that set variables from what would have to run: how many of their arguments come before the names."""
 
+_STATUS: dict[str, Callable[[Sequence[Field]], bool | None]] = {
+    "[": lambda fields: evaluate_test(fields[:-1]),
+    "test": evaluate_test,
+    "true": lambda fields: True,
+    ":": lambda fields: True,
+    "false": lambda fields: False,
+}
+"""Builtins of which it can be told whether they succeed, by their arguments."""
+
 _SHELLS = ("bash", "sh")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
 _NAME_AND_VALUE = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
-_PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
 _TO_BE_FILLED_IN = re.compile(r"your(\s+(?!-)\S+)+\s*", re.IGNORECASE)
 """What stands in published scripts where a path belongs: `your data path`."""
-
-_POSITIONAL = "@"
-"""The name of the positional parameters among the variables."""
-
-_BLANKS = " \t\n"
-"""What bash splits words at, unless IFS says otherwise."""
 
 
 class _Shell:
@@ -116,13 +112,12 @@ class _Shell:
     it may not be, empty where it is.
     """
 
-    def __init__(self, variables: dict[str, _Variable], arguments: Sequence[Field], folder: Path | None) -> None:
+    def __init__(self, variables: dict[str, Variable], arguments: Sequence[Field], folder: Path | None) -> None:
         self.commands: list[Command] = []
         self.omissions: list[Omission] = []
+        self._words = Expansion(variables, arguments, folder, self._forget)
         self._exported = dict.fromkeys(variables, "")
-        self._variables = {**variables, _POSITIONAL: _Variable(tuple(arguments), True)}
         self._functions: dict[str, tuple[Sequence[Statement], ...]] = {}
-        self._folder = folder
         self._scopes: list[_Scope] = []
         self._integers: frozenset[str] = frozenset()
         self._constants: frozenset[str] = frozenset()
@@ -136,54 +131,76 @@ class _Shell:
         except _Exit:
             return
 
-    def _follow(self, statements: Sequence[Statement]) -> None:
-        succeeded, before = True, ""
+    def _follow(self, statements: Sequence[Statement]) -> bool | None:
+        """Whether the last of them succeeds; None where it is not known."""
+        succeeded: bool | None = True
+        before = ""
         for statement in statements:
-            if statement.joined == "||" or (statement.joined and not succeeded):
+            if not statement.joined or succeeded is (statement.joined == "&&"):
+                succeeded = self._one(statement)
+            elif succeeded is None:
                 alone = statement._replace(joined="")
                 self._perhaps([(alone,)], f"{before} {statement.joined}", statement.line, again=False)
-                succeeded = False
-            else:
-                self._one(statement)
-                succeeded = _cannot_fail(statement)
             before = _first_line(statement.text)
+        return succeeded
 
-    def _one(self, statement: Statement) -> None:
+    def _one(self, statement: Statement) -> bool | None:
         if statement.subshell:
             kept = self._state()
             self._alone(statement)
             self._restore(kept)
-        else:
-            self._alone(statement)
+            return None
+        succeeded = self._alone(statement)
+        return opposite(succeeded) if statement.negated else succeeded
 
-    def _alone(self, statement: Statement) -> None:
+    def _alone(self, statement: Statement) -> bool | None:
         if isinstance(statement, Simple):
-            self._simple(statement)
+            return self._simple(statement)
+        if statement.kind == "[[":
+            return evaluate_conditional(
+                statement.words, lambda word: Field.joined(self._words.expand(word, split=False))
+            )
+        if statement.kind == "{":
+            return self._follow(statement.bodies[0])
+        if statement.kind == "if":
+            self._if(statement)
         elif statement.kind == "function":
             self._functions[statement.name] = (statement.bodies[0],)
-        elif statement.kind == "{":
-            self._follow(statement.bodies[0])
         elif statement.kind == "(":
             kept = self._state()
             self.run(statement.bodies[0])
             self._restore(kept)
         elif statement.kind == "((":
             self._forget(names_assigned(statement.name), statement.line, statement.text)
-        elif statement.kind != "[[":
-            self._block(statement)
+        else:
+            self._block(statement, statement.bodies)
+        return None
 
-    def _block(self, block: Block) -> None:
-        """A block whose bodies may run or not, or several times."""
+    def _if(self, block: Block) -> None:
+        """The branch that is taken; that of a condition which is not known may be, or what is below it."""
+        if len(block.bodies) < 2:
+            for otherwise in block.bodies:
+                self._follow(otherwise)
+            return
+        condition, body, *below = block.bodies
+        rest = block._replace(bodies=tuple(below))
+        holds = self._follow(condition)
+        if holds is None:
+            self._block(block, (body, (rest,)))
+        elif holds:
+            self._follow(body)
+        else:
+            self._if(rest)
+
+    def _block(self, block: Block, bodies: Sequence[Sequence[Statement]]) -> None:
+        """Bodies of a block that may run or not, or several times."""
         loops = block.kind in ("for", "while", "until", "select")
         why = "how often it runs is not known" if loops else "which branch is taken is not known"
         several = block.end_line > block.line
         lines = f"lines {block.line} to {block.end_line} set" if several else f"line {block.line} sets"
         self._omit(Omission(block.line, block.text, f"{why}; what {lines} counts as not known"))
-        if not loops:
-            self._follow(block.bodies[0])
-        bodies = block.bodies if loops else block.bodies[1:]
         for name in [block.name] if _NAME.fullmatch(block.name) else names_assigned(block.name):
-            self._variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
+            self._words.variables[name] = self._unknown(name, f"it is set by the loop in line {block.line}")
         self._perhaps(bodies, block.text, block.line, again=loops)
 
     def _perhaps(self, bodies: Sequence[Sequence[Statement]], text: str, line: int, *, again: bool) -> None:
@@ -191,7 +208,7 @@ class _Shell:
 
         again: the bodies belong to one loop, so that what one sets may be there when it starts.
         """
-        before = dict(self._variables)
+        before = dict(self._words.variables)
         changed: dict[str, _Change] = {}
         exported: set[str] = set()
         functions: dict[str, tuple[Sequence[Statement], ...]] = {}
@@ -201,7 +218,7 @@ class _Shell:
                 self._conditions.append(f"`{text}` (line {line})")
                 self.run(body)
                 self._conditions.pop()
-                for name, change in _differences(start.variables, self._variables):
+                for name, change in _differences(start.variables, self._words.variables):
                     changed[name] = min(change, changed.get(name, change))
                 exported |= self._exported.keys() - start.exported.keys()
                 for name, known in self._functions.items():
@@ -216,51 +233,61 @@ class _Shell:
                 unknown = self._unknown(name, f"line {line}, which may or may not run, {verb} it")
                 kept = before.get(name)
                 if kept is None or change is _Change.REPLACED:
-                    self._variables[name] = unknown
+                    self._words.variables[name] = unknown
                 else:
-                    between = [_Variable((Field((" ",)),))] if change is _Change.MORE_WORDS else []
-                    self._variables[name] = functools.reduce(_append, [*between, unknown], kept)
+                    between = [Variable((Field((" ",)),))] if change is _Change.MORE_WORDS else []
+                    self._words.variables[name] = functools.reduce(Variable.followed_by, [*between, unknown], kept)
             self._exported |= dict.fromkeys(exported, f"line {line}, which may or may not run, exports it")
             self._functions |= functions
 
     def _state(self) -> _State:
-        variables, exported, functions = dict(self._variables), dict(self._exported), dict(self._functions)
-        return _State(variables, exported, functions, self._folder, self._integers, self._constants)
+        variables, exported, functions = dict(self._words.variables), dict(self._exported), dict(self._functions)
+        return _State(variables, exported, functions, self._words.folder, self._integers, self._constants)
 
     def _restore(self, state: _State) -> None:
-        variables, exported, functions, self._folder, self._integers, self._constants = state
-        self._variables, self._exported, self._functions = dict(variables), dict(exported), dict(functions)
+        variables, exported, functions, self._words.folder, self._integers, self._constants = state
+        self._words.variables, self._exported, self._functions = dict(variables), dict(exported), dict(functions)
 
     def _omit(self, omission: Omission) -> None:
         if omission not in self.omissions:
             self.omissions.append(omission)
 
-    def _unknown(self, name: str, why: str) -> _Variable:
-        spelling = "$@" if name == _POSITIONAL else f"${{{name}}}"
-        return _Variable((Field((Unresolved(spelling, why),)),))
+    def _unknown(self, name: str, why: str) -> Variable:
+        spelling = "$@" if name == POSITIONAL else f"${{{name}}}"
+        return Variable((Field((Unresolved(spelling, why),)),))
 
     def _forget(self, names: Sequence[str], line: int, text: str) -> None:
         """Count variables as not known that a line sets to what is not read."""
         if names:
-            spelled = ", ".join("$@" if name == _POSITIONAL else name for name in names)
+            spelled = ", ".join("$@" if name == POSITIONAL else name for name in names)
             self._omit(Omission(line, _first_line(text), f"it sets {spelled}"))
         for name in names:
-            self._variables[name] = self._unknown(name, f"line {line} sets it, and is not read")
+            self._words.variables[name] = self._unknown(name, f"line {line} sets it, and is not read")
 
     # Simple commands
 
-    def _simple(self, command: Simple) -> None:
-        words = tuple(field for word in command.words for field in self._expand(word))
+    def _simple(self, command: Simple) -> bool | None:
+        """Follow a command; whether it succeeds, None where that is not known."""
+        words = tuple(field for word in command.words for field in self._words.expand(word))
         if command.has_heredoc:
             self._omit(Omission(command.line, _first_line(command.text), "a here-document's text is not read"))
         if not words:
             for assignment in command.assignments:
                 self._assign(assignment)
-            return
+            return _success(command)
         name, arguments = words[0].text, words[1:]
         if name in DECLARATIONS:
             self._declare(name, command, arguments)
-        elif name in ("source", ".") and arguments:
+            return _success(command)
+        if name in _STATUS and name not in self._functions:
+            self._record(command, words)
+            return _STATUS[name](arguments)
+        self._command(name, arguments, command, words)
+        return None
+
+    def _command(self, name: str, arguments: Sequence[Field], command: Simple, words: tuple[Field, ...]) -> None:
+        """Follow a command whose success is not known. name, arguments: its words."""
+        if name in ("source", ".") and arguments:
             self._source(arguments, command)
         elif name == "eval":
             self._nested(" ".join(field.text for field in arguments), command)
@@ -272,7 +299,7 @@ class _Shell:
             self._shift(arguments[0].text if arguments else "1", command)
         elif name == "unset":
             for field in arguments:
-                self._variables.pop(field.text, None)
+                self._words.variables.pop(field.text, None)
                 self._exported.pop(field.text, None)
         elif name == "cd":
             self._change_folder(arguments)
@@ -297,18 +324,19 @@ class _Shell:
         if number >= len(texts):
             return
         if arguments[number].is_unknown:
-            self._forget([_POSITIONAL], command.line, command.text)
+            self._forget([POSITIONAL], command.line, command.text)
             return
         number += texts[number] in ("-", "--")
-        self._variables[_POSITIONAL] = _Variable(tuple(arguments[number:]), True)
+        self._words.variables[POSITIONAL] = Variable(tuple(arguments[number:]), True)
+        self._words.arguments_are_set = True
 
     def _shift(self, count: str, command: Simple) -> None:
-        fields = self._variables[_POSITIONAL].fields
+        fields = self._words.variables[POSITIONAL].fields
         if not count.isdecimal() or any(field.is_unknown for field in fields[: int(count)]):
-            self._forget([_POSITIONAL], command.line, command.text)
+            self._forget([POSITIONAL], command.line, command.text)
         elif int(count) <= len(fields):
             # Bash shifts nothing where there are fewer.
-            self._variables[_POSITIONAL] = _Variable(fields[int(count) :], True)
+            self._words.variables[POSITIONAL] = Variable(fields[int(count) :], True)
 
     def _names_set_by(self, builtin: str, arguments: Sequence[Field]) -> list[str]:
         texts = [field.text for field in arguments]
@@ -334,7 +362,8 @@ class _Shell:
                 Omission(command.line, _first_line(command.text), "it starts another script; check that one too")
             )
             return
-        self.commands.append(Command(command.line, words, environment, ", within ".join(self._conditions)))
+        condition = ", within ".join(dict.fromkeys(self._conditions))
+        self.commands.append(Command(command.line, words, environment, condition))
         if words[0].text == "exec" and len(words) > 1:
             raise _Exit
 
@@ -344,8 +373,8 @@ class _Shell:
         for name, doubt in sorted(self._exported.items()):
             if doubt:
                 found[name] = Field((Unresolved(f"${{{name}}}", doubt),))
-            elif name in self._variables and self._variables[name].fields:
-                found[name] = self._variables[name].fields[0]
+            elif name in self._words.variables and self._words.variables[name].fields:
+                found[name] = self._words.variables[name].fields[0]
         return found
 
     def _declare(self, builtin: str, command: Simple, arguments: Sequence[Field]) -> None:
@@ -361,8 +390,8 @@ class _Shell:
         for assignment in command.assignments:
             self._assign(assignment)
         for found, field in quoted:
-            rest = Field.of([found.group(3), *field.pieces[1:]])
-            self._put(found.group(1), _Variable((rest,)), bool(found.group(2)), command.line)
+            rest = Field.of([found.group(3), *field.fragments[1:]])
+            self._put(found.group(1), Variable((rest,)), bool(found.group(2)), command.line)
         if any(field.is_unknown for field in arguments):
             self._omit(Omission(command.line, _first_line(command.text), "which variables it sets is not known"))
         if builtin == "readonly" or "r" in options:
@@ -377,55 +406,55 @@ class _Shell:
         scope = self._scopes[-1]
         certain = len(self._conditions) == scope.depth
         for name in names:
-            hidden = self._variables.get(name)
+            hidden = self._words.variables.get(name)
             if not certain:
                 hidden = self._unknown(name, "whether a function changes it, or hides it, is not known")
             if name not in scope.hidden:
                 scope.hidden[name] = hidden
                 if name in bare:
-                    self._variables.pop(name, None)
+                    self._words.variables.pop(name, None)
 
     def _assign(self, assignment: Assignment) -> None:
         for word in assignment.values:
             self._omit_opaque(word)
         name, line = assignment.name, assignment.line
         if assignment.is_array:
-            fields = tuple(field for word in assignment.values for field in self._expand(word))
-            self._put(name, _Variable(fields, True), assignment.append, line)
+            fields = tuple(field for word in assignment.values for field in self._words.expand(word))
+            self._put(name, Variable(fields, True), assignment.append, line)
             return
-        value = _Variable((Field.joined(self._expand(assignment.values[0], split=False)),))
+        value = Variable((Field.joined(self._words.expand(assignment.values[0], split=False)),))
         if assignment.subscript:
-            before = self._variables.get(name, _Variable((), True))
+            before = self._words.variables.get(name, Variable((), True))
             number = int(assignment.subscript) if assignment.subscript.isdecimal() else -1
             splits = any(field.is_unknown for field in before.fields[: number + 1])
             if not 0 <= number <= len(before.fields) or splits:
                 self._forget([name], line, f"{name}[{assignment.subscript}]=")
                 return
             if assignment.append:
-                value = _Variable((Field.joined([*before.fields[number : number + 1], *value.fields], ""),))
-            whole = _Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
+                value = Variable((Field.joined([*before.fields[number : number + 1], *value.fields], ""),))
+            whole = Variable((*before.fields[:number], *value.fields, *before.fields[number + 1 :]), True)
             self._put(name, whole, False, line)
             return
         self._put(name, value, assignment.append, line)
 
-    def _put(self, name: str, value: _Variable, append: bool, line: int) -> None:
+    def _put(self, name: str, value: Variable, append: bool, line: int) -> None:
         """Give a variable a value, or more of it."""
         if name in self._constants:
             self._omit(Omission(line, f"{name}=", f"{name} is read-only, so that bash refuses to set it"))
             return
-        before = self._variables.get(name) if append else None
+        before = self._words.variables.get(name) if append else None
         if name in self._integers:
             if before is not None or value.is_array:
                 self._forget([name], line, f"{name}=")
                 return
-            pieces = value.fields[0].pieces
-            word = Word(tuple(Literal(piece, True) for piece in pieces if isinstance(piece, str)), line)
-            if len(word.parts) == len(pieces):
-                value = _Variable((Field((self._compute(Arithmetic(word, True, value.fields[0].text), line),)),))
+            fragments = value.fields[0].fragments
+            word = Word(tuple(Literal(fragment, True) for fragment in fragments if isinstance(fragment, str)), line)
+            if len(word.parts) == len(fragments):
+                value = Variable((Field((self._words.compute(Arithmetic(word, True, value.fields[0].text), line),)),))
         elif not value.is_array and _TO_BE_FILLED_IN.fullmatch(text := value.fields[0].text):
             # Three words where it is not quoted; the path that takes its place will be one.
             value = self._unknown(name, f"line {line}: '{text}' is yet to be filled in")
-        self._variables[name] = value if before is None else _append(before, value)
+        self._words.variables[name] = value if before is None else before.followed_by(value)
 
     def _omit_opaque(self, word: Word) -> None:
         for part in word.parts:
@@ -439,10 +468,10 @@ class _Shell:
             self._omit(Omission(command.line, text, f"which file it is is not known: {file.unresolved[0].why}"))
             return
         path = Path(file.text)
-        if self._folder is None and not path.is_absolute():
+        if self._words.folder is None and not path.is_absolute():
             self._omit(Omission(command.line, text, "the working directory is not known after `cd`"))
             return
-        path = (self._folder or Path()) / path
+        path = (self._words.folder or Path()) / path
         try:
             statements = parse(path.read_text())
         except OSError:
@@ -475,23 +504,26 @@ class _Shell:
                 for name, value in hidden.items():
                     self._reset(name, value)
 
-    def _reset(self, name: str, value: _Variable | None) -> None:
+    def _reset(self, name: str, value: Variable | None) -> None:
         if value is None:
-            self._variables.pop(name, None)
+            self._words.variables.pop(name, None)
         else:
-            self._variables[name] = value
+            self._words.variables[name] = value
 
     @contextlib.contextmanager
     def _arguments(self, arguments: Sequence[Field]) -> Iterator[None]:
         """Positional parameters for the time being."""
-        before = self._variables[_POSITIONAL]
-        self._variables[_POSITIONAL] = _Variable(tuple(arguments), True)
+        before, are_set = self._words.variables[POSITIONAL], self._words.arguments_are_set
+        self._words.variables[POSITIONAL], self._words.arguments_are_set = (
+            Variable(tuple(arguments), True),
+            True,
+        )
         try:
             yield
         finally:
-            self._variables[_POSITIONAL] = before
+            self._words.variables[POSITIONAL], self._words.arguments_are_set = before, are_set
 
-    def _deeper(self, follow: Callable[[], None], command: Simple) -> None:
+    def _deeper(self, follow: Callable[[], object], command: Simple) -> None:
         """Follow what a function or another script says, up to where it returns."""
         if self._depth == _MAX_DEPTH:
             self._omit(Omission(command.line, _first_line(command.text), f"it is nested more than {_MAX_DEPTH} deep"))
@@ -523,9 +555,9 @@ class _Shell:
                 self._deeper(lambda: self._follow(statements), command)
                 return
             kept = self._state()
-            self._variables = {name: _Variable((field,)) for name, field in only.items()}
+            self._words.variables = {name: Variable((field,)) for name, field in only.items()}
             self._exported = dict.fromkeys(only, "")
-            self._variables[_POSITIONAL] = _Variable(tuple(arguments), True)
+            self._words.variables[POSITIONAL] = Variable(tuple(arguments), True)
             self._deeper(lambda: self.run(statements), command)
             self._restore(kept)
         finally:
@@ -533,166 +565,7 @@ class _Shell:
 
     def _change_folder(self, arguments: Sequence[Field]) -> None:
         known = len(arguments) == 1 and not arguments[0].unresolved and not arguments[0].text.startswith(("-", "~"))
-        self._folder = self._folder / arguments[0].text if known and self._folder else None
-
-    # Expansion
-
-    def _expand(self, word: Word, *, split: bool = True) -> list[Field]:
-        """The fields that a word becomes; without `split` what is not quoted stays in one piece."""
-        fields: list[list[Piece]] = []
-        current: list[Piece] | None = None
-        for part in word.parts:
-            if isinstance(part, Literal):
-                found: Piece = part.text
-                if not part.quoted:
-                    found = self._file_names(part.text, word.line, starts=part is word.parts[0], split=split)
-                current = [*(current or []), found]
-                continue
-            # What is not split is as if it stood in quotes.
-            quoted = part.quoted or not split
-            values = self._values(part._replace(quoted=quoted), word.line)
-            for number, value in enumerate(values):
-                if number and current is not None:
-                    fields.append(current)
-                    current = None
-                if quoted:
-                    current = [*(current or []), *value.pieces]
-                    continue
-                if doubt := self._doubt_about_words(value, word.line):
-                    current = [*(current or []), Unresolved(value.text, doubt)]
-                    continue
-                for piece in value.pieces:
-                    for chunk in [piece] if isinstance(piece, Unresolved) else _WORD_AND_BLANKS.findall(piece):
-                        if isinstance(chunk, str) and chunk.isspace():
-                            if current is not None:
-                                fields.append(current)
-                            current = None
-                        else:
-                            current = [*(current or []), chunk]
-        if current is not None:
-            fields.append(current)
-        return [Field.of(pieces) for pieces in fields]
-
-    def _file_names(self, text: str, line: int, *, starts: bool, split: bool) -> Piece:
-        """A text that is not quoted, in which a tilde is a folder, and of which a pattern makes names of files."""
-        if starts and text.startswith("~"):
-            home = self._variables.get("HOME")
-            if home is None or not re.match(r"~(/|$)", text) or home.fields[0].unresolved:
-                return Unresolved(text, f"line {line}: which folder ~ is is not known")
-            text = home.fields[0].text + text[1:]
-        if split and _PATTERN_OF_FILES.search(text):
-            # Path.glob does not take every pattern that bash takes.
-            matches = self._folder is None or any(glob.iglob(text, root_dir=self._folder))  # noqa: PTH207
-            # Bash leaves a pattern that no file matches as it is.
-            return (
-                Unresolved(text, f"line {line}: which files match is known when the script runs") if matches else text
-            )
-        return text
-
-    def _doubt_about_words(self, value: Field, line: int) -> str:
-        """Why it is not known which words a value becomes that is not quoted."""
-        if (separators := self._variables.get("IFS")) is None or separators.fields[0].text == _BLANKS:
-            return ""
-        splits = bool({*value.text} & {*_BLANKS, *separators.fields[0].text}) or separators.fields[0].unresolved
-        return f"line {line}: IFS decides which words it is" if splits else ""
-
-    def _values(self, part: Parameter | Arithmetic | Opaque, line: int) -> list[Field]:
-        """What an expansion gives: one value, or one for each element of an array."""
-        if isinstance(part, Opaque):
-            return [Field((Unresolved(part.spelling, f"line {line}: {part.why}"),))]
-        if isinstance(part, Arithmetic):
-            return [Field((self._compute(part, line),))]
-        return self._parameter(part, line)
-
-    def _parameter(self, part: Parameter, line: int) -> list[Field]:
-        fields = self._look_up(part, line)
-        if part.operator == "":
-            if fields is None:
-                why = f"line {line}: {_positional_why(part.name) or f'{part.name} is not set'}"
-                return [Field((Unresolved(part.spelling, why, part.name),))]
-            return fields
-        assert part.operand is not None
-        is_empty = fields is None or (part.operator.startswith(":") and not any(field.text for field in fields))
-        kind = part.operator[-1]
-        if kind == "+":
-            if fields and all(field.is_unknown for field in fields):
-                return [Field((Unresolved(part.spelling, f"line {line}: whether {part.name} is set is not known"),))]
-            return [] if is_empty else self._expand(part.operand, split=not part.quoted)
-        if not is_empty:
-            assert fields is not None
-            return fields
-        if kind == "?":
-            return [Field((Unresolved(part.spelling, f"line {line}: {part.name} is not set", part.name),))]
-        values = self._expand(part.operand, split=not part.quoted)
-        if kind == "=":
-            self._variables[part.name] = _Variable((Field.joined(values),))
-        return values or [Field(("",))]
-
-    def _look_up(self, part: Parameter, line: int) -> list[Field] | None:
-        """The values of a parameter; None where it is not set."""
-        positional = self._variables[_POSITIONAL].fields
-        if part.name in ("@", "*"):
-            fields = list(positional)
-            return [self._in_one_word(fields, part, line)] if part.name == "*" and part.quoted else fields
-        if part.name == "#":
-            for field in positional:
-                if field.is_unknown:
-                    return [Field((field.unresolved[0]._replace(spelling=part.spelling),))]
-            return [Field((str(len(positional)),))]
-        if part.name == "0" or part.name in ("?", "$", "!", "-", "RANDOM", "SECONDS"):
-            return [Field((Unresolved(part.spelling, f"line {line}: it is known when the script runs"),))]
-        if part.name.isdecimal():
-            return _element(positional, int(part.name) - 1, part)
-        if (variable := self._variables.get(part.name)) is None:
-            return None
-        if part.subscript in ("@", "*"):
-            fields = list(variable.fields)
-            return [self._in_one_word(fields, part, line)] if part.subscript == "*" and part.quoted else fields
-        if part.subscript == "":
-            return list(variable.fields[:1]) or None
-        if part.subscript.isdecimal():
-            return _element(variable.fields, int(part.subscript), part)
-        return [Field((Unresolved(part.spelling, f"line {line}: which element it is is not known"),))]
-
-    def _in_one_word(self, fields: Sequence[Field], part: Parameter, line: int) -> Field:
-        """All elements, with the first character of IFS between them."""
-        between = self._variables.get("IFS", _Variable((Field((_BLANKS,)),))).fields[0]
-        if between.unresolved:
-            return Field((Unresolved(part.spelling, f"line {line}: IFS decides what stands between its elements"),))
-        return Field.joined(fields, between.text[:1])
-
-    def _compute(self, part: Arithmetic, line: int) -> Piece:
-        expression = Field.joined(self._expand(part.expression, split=False))
-        assigned = names_assigned(expression.text)
-        self._forget(assigned, line, part.spelling)
-        for piece in expression.unresolved:
-            return Unresolved(part.spelling, piece.why, piece.name)
-        if assigned:
-            return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
-        try:
-            return str(compute(expression.text, self._number))
-        except UnknownNumberError as unknown:
-            return Unresolved(part.spelling, str(unknown) or f"line {line}: {unknown.name} is not set", unknown.name)
-        except ValueError:
-            return Unresolved(part.spelling, f"line {line}: arithmetic of this kind is not computed here")
-
-    def _number(self, name: str) -> Field | None:
-        variable = self._variables.get(name)
-        return variable.fields[0] if variable is not None and variable.fields else None
-
-
-def _element(fields: Sequence[Field], number: int, part: Parameter) -> list[Field] | None:
-    """An element of an array; a part that is not known may be any number of elements."""
-    for field in fields[: number + 1]:
-        if field.is_unknown:
-            return [Field((field.unresolved[0]._replace(spelling=part.spelling),))]
-    return [fields[number]] if number < len(fields) else None
-
-
-def _append(before: _Variable, more: _Variable) -> _Variable:
-    if before.is_array or more.is_array:
-        return _Variable((*before.fields, *more.fields), True)
-    return _Variable((Field.of([*before.fields[0].pieces, *more.fields[0].pieces]),))
+        self._words.folder = self._words.folder / arguments[0].text if known and self._words.folder else None
 
 
 class _Change(IntEnum):
@@ -703,7 +576,7 @@ class _Change(IntEnum):
     MORE_WORDS = 2
 
 
-def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]) -> Iterator[tuple[str, _Change]]:
+def _differences(before: Mapping[str, Variable], after: Mapping[str, Variable]) -> Iterator[tuple[str, _Change]]:
     """The variables that differ, and how."""
     for name in sorted({*before, *after}):
         was, now = before.get(name), after.get(name)
@@ -721,20 +594,10 @@ def _differences(before: Mapping[str, _Variable], after: Mapping[str, _Variable]
             yield name, _Change.MORE_WORDS if more_words else _Change.LONGER if grown else _Change.REPLACED
 
 
-def _cannot_fail(statement: Statement) -> bool:
-    """Whether a statement does nothing but assign what is there."""
-    if (
-        isinstance(statement, Block)
-        or not statement.assignments
-        or any(_is_other_word(word) for word in statement.words)
-    ):
-        return False
-    words = [word for assignment in statement.assignments for word in assignment.values]
-    return not any(isinstance(part, Opaque) for word in words for part in word.parts)
-
-
-def _is_other_word(word: Word) -> bool:
-    return not (len(word.parts) == 1 and isinstance(word.parts[0], Literal) and word.parts[0].text in DECLARATIONS)
+def _success(command: Simple) -> bool | None:
+    """Of a command that does nothing but assign: it succeeds, unless something that has to run decides it."""
+    words = (word for assignment in command.assignments for word in assignment.values)
+    return None if any(isinstance(part, Opaque) for word in words for part in word.parts) else True
 
 
 def _first_line(text: str) -> str:
@@ -742,13 +605,9 @@ def _first_line(text: str) -> str:
     return first.rstrip("\\ ") + (" ..." if newline else "")
 
 
-def _positional_why(name: str) -> str:
-    return f"the script is given no argument ${name}" if name.isdecimal() else ""
-
-
 def _known_start(field: Field) -> str:
     """The text of a field up to the first part that is not known."""
-    return field.pieces[0] if field.pieces and isinstance(field.pieces[0], str) else ""
+    return field.fragments[0] if field.fragments and isinstance(field.fragments[0], str) else ""
 
 
 def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
@@ -760,7 +619,7 @@ def _set_by_env(words: Sequence[Field]) -> dict[str, Field]:
         if option.text in ("-u", "-C"):
             continue
         if assignment := _NAME_AND_VALUE.match(_known_start(field)):
-            found[assignment.group(1)] = Field.of([assignment.group(3), *field.pieces[1:]])
+            found[assignment.group(1)] = Field.of([assignment.group(3), *field.fragments[1:]])
         elif not field.text.startswith("-"):
             break
     return found

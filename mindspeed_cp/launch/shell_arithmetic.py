@@ -49,8 +49,8 @@ def _number(node: ast.expr, look_up: Callable[[str], Field | None]) -> int:
         value = look_up(node.id)
         if value is None:
             raise UnknownNumberError(node.id)
-        for piece in value.unresolved:
-            raise UnknownNumberError(piece.name, piece.why)
+        for fragment in value.unresolved:
+            raise UnknownNumberError(fragment.name, fragment.why)
         return _number(ast.parse(value.text.strip(), mode="eval").body, look_up)
     # Bash takes -2 ** 2 for (-2) ** 2.
     if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY and not _is_power(node.operand):

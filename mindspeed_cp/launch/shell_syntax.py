@@ -84,6 +84,7 @@ class Simple(NamedTuple):
     has_heredoc: whether it is given a here-document.
     joined: the operator between the command before it and this one, "&&", "||" or nothing.
     subshell: a member of a pipeline or in the background, so that its assignments are lost.
+    negated: whether an exclamation mark stands before it.
     """
 
     assignments: tuple[Assignment, ...]
@@ -92,7 +93,8 @@ class Simple(NamedTuple):
     line: int
     text: str
     joined: str
-    subshell: bool
+    subshell: bool = False
+    negated: bool = False
 
 
 class Block(NamedTuple):
@@ -101,16 +103,19 @@ class Block(NamedTuple):
     kind: the word that opens it: if, case, for, while, until, select, function, `(`, `{`, `((` or `[[`.
     bodies: lists of statements, of which the first always runs; those after it may run or not.
     name: the function's, the loop's variable, or the expression of `((` and of `for ((`.
+    words: within `[[`, its operators among them.
     """
 
     kind: str
     name: str
     bodies: tuple[tuple["Statement", ...], ...]
+    words: tuple[Word, ...]
     line: int
     end_line: int
     text: str
     joined: str
-    subshell: bool
+    subshell: bool = False
+    negated: bool = False
 
 
 Statement: TypeAlias = Simple | Block
@@ -126,6 +131,8 @@ _FUNCTION = re.compile(r"([A-Za-z_][\w:.-]*)[ \t]*\([ \t]*\)")
 _EXPANSION = re.compile(rf"({_NAME}|[0-9]+|[@*])(?:\[([^\]]*)\])?(?:(:?[-=+?])|(?=\}}))")
 _PATTERN_OF_CASE = re.compile(r"\(?(?:[^)\\'\"\n]|\\.|'[^']*'|\"[^\"]*\")*\)")
 _CONNECTOR = re.compile(r"&&|\|\||\|&?|;;&|;;|;&|;|&(?!>)")
+_END_OF_CONDITIONAL = re.compile(r"\]\](?=[\s;()&|]|$)")
+_OPERATOR_OF_CONDITIONAL = re.compile(r"&&|\|\||[;&|()<>]")
 _METACHARACTERS = " \t\n;&|()<>"
 _CASE_END = frozenset({";;", ";&", ";;&"})
 
@@ -221,14 +228,19 @@ class _Parser:
         return any(self._peek(closer) for closer in closers if closer in (")", ";;", ";&"))
 
     def _statement(self, joined: str) -> Statement:
-        start = self._at
+        start, negated = self._at, False
         while (reserved := _RESERVED.match(self._text, self._at)) and reserved.group() in ("!", "time"):
+            negated ^= reserved.group() == "!"
             self._at = reserved.end()
             self._skip(newlines=False)
         line = self._line()
         kind = reserved.group() if reserved else "((" if self._peek("((") else "(" if self._peek("(") else ""
-        name, bodies = "", None
-        if kind and kind not in ("then", "do", "}", "fi", "done", "esac", "elif", "else"):
+        name, words = "", tuple[Word, ...]()
+        bodies: tuple[tuple[Statement, ...], ...] | None = None
+        if kind == "[[":
+            self._at += len(kind)
+            bodies, words = (), self._conditional(line)
+        elif kind and kind not in ("then", "do", "}", "fi", "done", "esac", "elif", "else"):
             self._at += len(kind)
             name, bodies = self._compound(kind, line)
         elif kind:
@@ -237,12 +249,12 @@ class _Parser:
             self._at = function.end()
             kind, name, bodies = "function", function.group(1), self._function_body()
         if bodies is None:
-            return self._simple(joined, start)
+            return self._simple(joined, start)._replace(negated=negated)
         self._skip(newlines=False)
         while self._redirection():
             self._skip(newlines=False)
         first_line = self._text[start : self._at].partition("\n")[0].strip()
-        return Block(kind, name, bodies, line, self._line(), first_line, joined, False)
+        return Block(kind, name, bodies, words, line, self._line(), first_line, joined, negated=negated)
 
     def _compound(self, kind: str, line: int) -> tuple[str, tuple[tuple[Statement, ...], ...]]:
         """What is within a compound command whose opening word was consumed: a name, where it has one, and bodies."""
@@ -262,14 +274,11 @@ class _Parser:
             if self._peek("("):
                 self._balanced("(", ")")
             return name, self._function_body()
-        if kind in ("((", "[["):
+        if kind == "((":
             self._at -= len(kind)
             start = self._at
-            if kind == "((":
-                self._balanced("(", ")")
-                return self._text[start : self._at], ()
-            self._conditional(line)
-            return "", ()
+            self._balanced("(", ")")
+            return self._text[start : self._at], ()
         return "", (self._body({"}" if kind == "{" else ")"}, line),)
 
     def _body(self, closers: Collection[str], opened: int) -> tuple[Statement, ...]:
@@ -328,18 +337,20 @@ class _Parser:
         body = self._statement("")
         return body.bodies if isinstance(body, Block) and body.kind in "({" else ((body,),)
 
-    def _conditional(self, line: int) -> None:
-        while not re.compile(r"\]\](?=[\s;()&|]|$)").match(self._text, self._at):
+    def _conditional(self, line: int) -> tuple[Word, ...]:
+        words: list[Word] = []
+        while True:
             self._skip(newlines=True)
             if self._at >= len(self._text):
                 raise self._error("]] is missing", line)
-            if self._peek("]]"):
-                continue
-            if self._text[self._at] in _METACHARACTERS:
-                self._at += 1
+            if end := _END_OF_CONDITIONAL.match(self._text, self._at):
+                self._at = end.end()
+                return tuple(words)
+            if operator := _OPERATOR_OF_CONDITIONAL.match(self._text, self._at):
+                self._at = operator.end()
+                words.append(Word((Literal(operator.group(), False),), self._line()))
             else:
-                self._word()
-        self._at += 2
+                words.append(self._word())
 
     def _match(self, pattern: "re.Pattern[str]", what: str, line: int | None = None) -> str:
         found = pattern.match(self._text, self._at)
@@ -371,7 +382,7 @@ class _Parser:
                 words.append(self._word())
             end = self._at
         has_heredoc, text = len(self._heredocs) > heredocs, self._text[start:end].strip()
-        return Simple(tuple(assignments), tuple(words), has_heredoc, line, text, joined, False)
+        return Simple(tuple(assignments), tuple(words), has_heredoc, line, text, joined)
 
     def _redirection(self) -> bool:
         """Go past a redirection; a here-document's text follows at the end of the line."""

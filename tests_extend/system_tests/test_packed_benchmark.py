@@ -17,6 +17,6 @@ def test_every_way_has_a_speed(training, what, ways):
     assert len(rows) == ways
     assert all(float(speed) > 0 for _, speed, *_ in rows)
     # Of the way that others are compared with first, and how much of a step is attention.
-    assert rows[0][2] == "1.00"
+    assert rows[0][2] == "1.00 (1.00)"
     assert all(0 < int(share.rstrip("% |")) <= 100 for *_, share in rows)
     assert not any(line.startswith("| ") for other in others for line in other.splitlines())

@@ -31,6 +31,7 @@ class PrefillCase:
     bands: tuple[Band, ...] = CAUSAL
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    kv_heads: int = 2
 
     @property
     def length(self) -> int:
@@ -55,7 +56,8 @@ def plan_of(case: PrefillCase) -> AttentionPlan:
 
 def inputs(case: PrefillCase) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    sizes = (2 * case.share, HEAD_SIZE), (2, HEAD_SIZE), (2, VALUE_HEAD_SIZE)
+    kv_heads = case.kv_heads
+    sizes = (kv_heads * case.share, HEAD_SIZE), (kv_heads, HEAD_SIZE), (kv_heads, VALUE_HEAD_SIZE)
     return tuple(  # type: ignore[return-value]
         torch.randn(len(case.new), heads, case.length, size, generator=generator, dtype=torch.float64).to(case.dtype)
         for heads, size in sizes

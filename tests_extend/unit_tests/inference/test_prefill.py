@@ -51,8 +51,7 @@ def case_of(row):
         row["place"],
         row["share"],
         row["bands"],
-        settings={"transport": row["transport"], "overlap": row["overlap"]}
-        | ({"pieces": row["pieces"]} if row["way"] == "pass_kv" else {}),
+        settings={"transport": row["transport"], "overlap": row["overlap"], "pieces": row["pieces"]},
     )
 
 
@@ -118,7 +117,7 @@ def test_bytes_sent_are_those_of_the_formula(way, function, bands, dtype):
     of = TileCase.of(*inputs(case), TileTerms(1.0))
     for rank, sent in enumerate(counted(case, way)):
         formula = function(plan, rank, of, batch=2)
-        assert (sent["exchange"], sent["all_to_all"]) == tuple(formula)
+        assert (sent["exchange"], sent["all_to_all"]) == (formula.carried, formula.home)
 
 
 def test_bytes_where_all_see_all_are_those_of_the_paper():
@@ -199,9 +198,9 @@ def test_cached_positions_that_overlap_or_leave_a_gap_are_refused():
         ({"tokens": 5}, "has 5 tokens in dim 2, and the plan has 4"),
         ({"batch": 1}, "has 1 sequences, and the plan has 2"),
         ({"strategy": "pass_v"}, "give one of 'auto', 'pass_kv', 'pass_q'."),
-        ({"terms": AttentionTerms(bias=torch.zeros(1, 1, 4, 4)), "strategy": "pass_q"}, "use strategy='pass_kv'"),
+        ({"strategy": "pass_q", "pieces": 3}, "pieces=3 do not divide the 2 K/V heads"),
     ],
-    ids=["ranks", "tokens", "sequences", "strategy", "bias"],
+    ids=["ranks", "tokens", "sequences", "strategy", "pieces"],
 )
 def test_what_does_not_fit_is_refused(changed, sentence):
     settings = dict(changed)

@@ -18,7 +18,7 @@ def test_prefill_over_processes_equals_dense_attention_and_sends_its_formula(glo
     assert_new_tokens_equal(CASE, [state for state, _ in found], dense(CASE))
     of = TileCase.of(*inputs(CASE), TileTerms(1.0))
     for rank, (_, sent) in enumerate(found):
-        assert (sent["exchange"], sent["all_to_all"]) == tuple(bytes_of(plan_of(CASE), rank, of, batch=4))
+        assert (sent["exchange"], sent["all_to_all"]) == bytes_of(plan_of(CASE), rank, of, batch=4)[:2]
 
 
 @pytest.mark.parametrize(

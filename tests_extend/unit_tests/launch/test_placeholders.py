@@ -10,9 +10,9 @@ def test_text_that_is_to_be_filled_in_is_one_value_that_is_not_known(tmp_path, a
     script = f'{assigned}\nrun --data-path $A --save "$A"/x'
     (command,) = read_script(script, environment={}, folder=tmp_path).commands
     assert [field.text for field in command.words] == ["run", "--data-path", "${A}", "--save", "${A}/x"]
-    (piece,) = command.words[2].unresolved
-    assert piece.why.startswith("line 1: '")
-    assert piece.why.endswith("path' is yet to be filled in")
+    (fragment,) = command.words[2].unresolved
+    assert fragment.why.startswith("line 1: '")
+    assert fragment.why.endswith("path' is yet to be filled in")
 
 
 @pytest.mark.parametrize("text", ["your_path", "--prompt your name", "your --lr 1"])

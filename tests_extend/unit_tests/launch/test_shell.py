@@ -128,7 +128,7 @@ def test_command_sees_what_is_exported_to_it(tmp_path):
         ("A=1\nif $X; then A=2; fi\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\ncase $X in a) A=2;; esac\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("A=1\nfor B in 1 2; do A=$B; done\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
-        ("A=1\n[ -n x ] && A=2\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
+        ("A=1\n[ -f x ] && A=2\nrun $A", "${A}", "", "line 2, which may or may not run, sets it"),
         ("for A in 1 2; do run $A; done", "${A}", "", "it is set by the loop in line 1"),
         ("A=1; while true; do run $A; A=2; done", "${A}", "", "line 1, which may or may not run, sets it"),
         ("A=1; read A; run $A", "${A}", "", "line 1 sets it, and is not read"),
@@ -136,7 +136,7 @@ def test_command_sees_what_is_exported_to_it(tmp_path):
 )
 def test_what_would_have_to_run_stays_as_it_is_spelt(tmp_path, script, word, name, why):
     field = read(script, tmp_path).commands[-1].words[1]
-    assert (field.text, [(piece.name, piece.why) for piece in field.unresolved]) == (word, [(name, why)])
+    assert (field.text, [(fragment.name, fragment.why) for fragment in field.unresolved]) == (word, [(name, why)])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_what_would_have_to_run_stays_as_it_is_spelt(tmp_path, script, word, nam
 def test_what_a_branch_appends_follows_what_is_there(tmp_path, initial, more, words):
     fields = read(f"{initial}\nif $X; then {more}; fi\nrun ${{A[@]}}", tmp_path).commands[-1].words[1:]
     assert [field.text for field in fields] == words
-    assert [piece.why for field in fields for piece in field.unresolved] == [
+    assert [fragment.why for field in fields for fragment in field.unresolved] == [
         "line 2, which may or may not run, appends to it"
     ]
 

@@ -194,6 +194,11 @@ REFUSED_FLAGS = [
         ["--external-cuda-graph"],
         "--external-cuda-graph: attention has not been tried within a captured graph; leave it out.",
     ),
+    (
+        ["--window-size", "8,-1"],
+        "--window-size 8,-1: below 0 Megatron's own attention hides each token from itself, and TransformerEngine's "
+        "sees all; use two numbers from 0 on, or leave it out.",
+    ),
     (["--batch-invariant-mode"], "--batch-invariant-mode: no kernel here makes that promise; leave it out."),
     *(
         (

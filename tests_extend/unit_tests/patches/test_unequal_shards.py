@@ -40,17 +40,17 @@ def test_options_beside_unequal_shards_are_taken(options):
     [
         (
             {**EXPERTS, "moe_token_dispatcher_type": "allgather"},
-            "--moe-token-dispatcher-type allgather with experts on several of them needs: Megatron gathers as many "
+            "--moe-token-dispatcher-type allgather with experts on several ranks needs: Megatron gathers as many "
             "tokens of each rank; use 60, 64 or --moe-token-dispatcher-type alltoall.",
         ),
         (
             {**UNSHARED, "expert_tensor_parallel_size": 2},
-            "--moe-token-dispatcher-type allgather with experts on several of them needs: Megatron gathers as many "
+            "--moe-token-dispatcher-type allgather with experts on several ranks needs: Megatron gathers as many "
             "tokens of each rank; use 60, 64 or --moe-token-dispatcher-type alltoall.",
         ),
         (
             {**EXPERTS, "moe_pad_expert_input_to_capacity": True},
-            "--moe-pad-expert-input-to-capacity with experts on several of them needs: Megatron takes the capacity of "
+            "--moe-pad-expert-input-to-capacity with experts on several ranks needs: Megatron takes the capacity of "
             "an expert to be that of this rank on all; use 60, 64 or no --moe-pad-expert-input-to-capacity.",
         ),
         (
