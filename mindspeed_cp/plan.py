@@ -149,7 +149,8 @@ class AttentionPlan:
         pair = query_rank, key_rank
         if pair not in self._tiles:
             queries, keys = self._query_documents(query_rank), self._documents(key_rank)
-            self._tiles[pair] = _tiles(_merged_along(self._seen_between(queries, keys)))
+            apart = queries.keys().isdisjoint(keys)  # As most pairs of many ranks are.
+            self._tiles[pair] = () if apart else _tiles(_merged_along(self._seen_between(queries, keys)))
         return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:

@@ -108,7 +108,8 @@ class TransformersModel:
     @property
     def vocabulary(self) -> int:
         """How many tokens it has an embedding for."""
-        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator,union-attr]
+        model: Any = self.model
+        return int(model.get_input_embeddings().num_embeddings)
 
     @property
     def heads(self) -> Heads:
