@@ -263,8 +263,8 @@ def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelCon
     if getattr(args, "qk_clip", False):
         if getattr(args, "use_distributed_optimizer", False):
             broken.append(
-                "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for the "
-                "whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
+                "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for "
+                "the whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
             )
         if not 0.0 < args.qk_clip_alpha < 1.0:
             broken.append(f"--qk-clip-alpha {args.qk_clip_alpha} is not between 0 and 1; use 0.5.")
@@ -286,8 +286,8 @@ def refuse_mask_beside_window(args: argparse.Namespace, config: ContextParallelC
         return
     window = ",".join(map(str, args.window_size))
     raise ConfigurationError(
-        f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who sees "
-        f"whom too; use --attention-mask-type causal, or --no-create-attention-mask-in-dataloader."
+        f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who "
+        f"sees whom too; use --attention-mask-type causal, or --no-create-attention-mask-in-dataloader."
     )
 
 
