@@ -30,7 +30,7 @@ Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `
 import functools
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, compress, count, pairwise
 from operator import eq, itemgetter
@@ -259,16 +259,17 @@ class AttentionPlan:
         if not shared:
             return []  # As mostly, of many ranks.
         result: list[_Bounds] = []
-        bands, mine, theirs = self.bands, queries.ends, keys.ends
+        bands, mine, theirs = self.bands, queries.ends_of(shared), keys.ends_of(shared)
         band = _over_all_keys(bands)
         for of in sorted(cast("set[int]", shared)):  # Or all of them are pairs.
             if self.bands_of:
                 bands = self.bands_in(of if isinstance(of, int) else of[1])
                 band = _over_all_keys(bands)
-            found = None
-            if band is not None:
-                found = _glance(mine.get(of) or queries.look_at(of), theirs.get(of) or keys.look_at(of), band)
-            result += _seen(queries.runs[of], keys.runs[of], bands) if found is None else found
+            found = None if band is None else _glance(mine[of], theirs[of], band)
+            if found:
+                result.append(found)
+            elif found is None:
+                result += _seen(queries.runs[of], keys.runs[of], bands)
         return result
 
 
@@ -640,10 +641,10 @@ class _Documents:
     """A rank's runs by document.
 
     runs: as few as possible of each, in the order of the stream. They lie side by side: a document's tokens are one
-    part of the rank's, in the order of positions. ends: of those that were looked at, see `_Ends`.
+    part of the rank's, in the order of positions.
     """
 
-    __slots__ = ("ends", "runs")
+    __slots__ = ("_ends", "runs")
 
     def __init__(self, runs: Sequence[Run]) -> None:
         # Thousands of documents have mostly a run each: those are left to loops in C.
@@ -652,25 +653,27 @@ class _Documents:
             runs = sorted(runs, key=itemgetter(4))
         documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(4, 3), runs))
         self.runs: dict[_Document, tuple[Run, ...]] = dict(zip(documents, zip(runs, strict=False), strict=True))
-        self.ends: dict[_Document, _Ends] = {}
+        self._ends: dict[_Document, _Ends] = {}
         if len(self.runs) < len(runs):
             several: dict[_Document, list[Run]] = {}
             for number in compress(count(), map(eq, documents, documents[1:])):
                 several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
             self.runs.update((document, joined(parts)) for document, parts in several.items())
 
-    def look_at(self, document: _Document) -> _Ends:
-        """The ends of a document, kept."""
-        runs = self.runs[document]
-        start, second, first, _, sample = runs[0]
-        late, stop, late_first, _, _ = runs[-1]
-        early_last, last = first + second - start - 1, late_first + stop - late - 1
-        # What would be left of a single run without it begins where that ends, and ends where that begins.
-        second_first, before = (runs[1].position, _last(runs[-2])) if len(runs) > 1 else (last + 1, first - 1)
-        self.ends[document] = ends = (
-            start, first, early_last, second, second_first, late, late_first, before, last, stop, sample
-        )  # fmt: skip
-        return ends
+    def ends_of(self, documents: Set[_Document]) -> "dict[_Document, _Ends]":
+        """The ends of these at least, which are looked at once."""
+        for document in documents - self._ends.keys():
+            self._ends[document] = _ends(self.runs[document])
+        return self._ends
+
+
+def _ends(runs: tuple[Run, ...]) -> _Ends:
+    start, second, first, _, sample = runs[0]
+    late, stop, late_first, _, _ = runs[-1]
+    early_last, last = first + second - start - 1, late_first + stop - late - 1
+    # What would be left of a single run without it begins where that ends, and ends where that begins.
+    second_first, before = (runs[1].position, _last(runs[-2])) if len(runs) > 1 else (last + 1, first - 1)
+    return start, first, early_last, second, second_first, late, late_first, before, last, stop, sample
 
 
 def _over_all_keys(bands: tuple[Band, ...]) -> Band | None:
@@ -678,7 +681,7 @@ def _over_all_keys(bands: tuple[Band, ...]) -> Band | None:
     return bands[0] if len(bands) == 1 and bands[0].keys == (0, None) else None
 
 
-def _glance(queries: _Ends, keys: _Ends, band: Band) -> list[_Bounds] | None:
+def _glance(queries: _Ends, keys: _Ends, band: Band) -> _Bounds | tuple[()] | None:
     """What a document's queries see of its keys where the ends tell: nothing, or all that is left without a first and
     a last run that see nothing or are seen by nothing, as of a zigzag's chunks of two ranks. None where they do not.
     """
@@ -699,10 +702,10 @@ def _glance(queries: _Ends, keys: _Ends, band: Band) -> list[_Bounds] | None:
             k0, key = k_second, key_second
     rows, width = q_stop - q0, k_stop - k0
     if rows < 1 or width < 1:
-        return []
+        return ()
     if (ahead is None or last_key <= query + ahead) and (behind is None or last_query - behind <= key):
         q1, k1 = q_stop - 1, k_stop - 1
-        return [(q0, q1, k0, k1, k0 - q1, k1 - q0, rows * width, sample)]
+        return q0, q1, k0, k1, k0 - q1, k1 - q0, rows * width, sample
     return None
 
 
