@@ -1,8 +1,8 @@
 """A small language model that writes Python, trained here in minutes from the text of Python's own library.
 
-A Qwen3 as transformers has it, with a tokenizer of byte pairs, in a Hugging Face folder. All layers but the last see a
-window no longer than the short stretches that it is mostly trained on: so the thousandth token is computed as the
-hundredth is. The last one sees everything: for it positions of the stretches jump at one place (PoSE,
+A Qwen3 as transformers has it, with a tokenizer of byte pairs, in a Hugging Face folder. The first and the last layer
+see a window no longer than the short stretches that it is mostly trained on: there the thousandth token is computed as
+the hundredth is. The one between sees everything: for it positions of the stretches jump at one place (PoSE,
 arXiv:2309.10400), so that it knows long distances too, and some stretches are long.
 """
 
@@ -25,7 +25,7 @@ GO_ON = "\n\n    def "
 
 VOCABULARY, END = 768, "<|endoftext|>"
 LONGEST = 16384
-STRETCHES = (*[(12, 192)] * 7, (1, 2304))
+STRETCHES = ((12, 192), (12, 192), (1, 2304))
 """Numbers and lengths of the stretches that are trained on, in turn: the long ones teach to find a word among many."""
 WINDOW = 192
 
@@ -75,7 +75,7 @@ def train(folder: Path, seconds: float, tell: Callable[[str], None], seed: int =
     tokenizer = tokenizer_of(texts)
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     tokens = torch.tensor([token for text in ids for token in text])
-    layers = [*["sliding_attention"] * 2, "full_attention"]
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,

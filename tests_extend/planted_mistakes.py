@@ -354,7 +354,7 @@ MISTAKES = {
         "attention/test_kept.py",
     ),
     "keys travel for values": Mistake(
-        "attention/exchange.py",
+        "attention/blocks.py",
         "((self.k, KV.KEYS), (self.v, KV.VALUES))",
         "((self.v, KV.KEYS), (self.k, KV.VALUES))",
         "attention/test_every_plan.py",

@@ -121,7 +121,7 @@ def compose_attention(
         merge_kernels=merge_kernels,
         transport=config.transport if transport is None else transport,
         pieces=pieces,
-        kept=KEPT[config.context_parallel_kv_cache_policy],
+        kept=KEPT[config.kept_policy],
         recomputation=recomputation,
     )
     attention: RingAttention | UlyssesAttention = ring_attention

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_cp.attention.exchange import Block, Partial, in_one
+from mindspeed_cp.attention.blocks import Block, in_one
+from mindspeed_cp.attention.exchange import Partial
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.handles import with_handle

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
-from mindspeed_cp.attention.exchange import BlockFormat
+from mindspeed_cp.attention.blocks import BlockFormat
 from mindspeed_cp.benchmark.kernels import block_flops
 from mindspeed_cp.comm import Addressed, Sizes
 from mindspeed_cp.comm.communicator import one_each_way

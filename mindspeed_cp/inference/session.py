@@ -43,6 +43,11 @@ class Model(Protocol):
         """Positions that a text may have; None where that is open."""
         ...
 
+    @property
+    def words(self) -> str:
+        """What tells it from another model, for messages: ranks that share sequences have the same."""
+        ...
+
     def __call__(self, tokens: Tensor, positions: Tensor, attention: "Prefill | Decode", rows: Tensor) -> Tensor:
         """Logits [B, len(rows), vocabulary] of some places of tokens [B, S] at positions [B, S]."""
         ...
@@ -113,6 +118,7 @@ class Session:
         if communicator is not None:
             subject = Subject("generation", "give all ranks the same model, prompts and options")
             self._agreement = Agreement(communicator.apart, on_host=communicator.on_host, subject=subject)
+        self._model_words = model.words if communicator is not None else ""
         self._last: list[int | None] = [None] * batch
         """Chosen, and not yet gone through the model."""
 
@@ -171,6 +177,7 @@ class Session:
                 refusal = f"prompts and new tokens make {needed} positions, and the model is set for {longest}; shorten"
                 refusal += " them, or set it for more (for_length of one of transformers)."
         words = (
+            f"{self._model_words}, "
             f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
             f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
             f"interleave={cache.interleave}, {self._strategy}, {self._rates}, {self._coefficients}, "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.exchange import BlockFormat
+from mindspeed_cp.attention.blocks import BlockFormat
 from mindspeed_cp.topology import CPTopology
 from unit_tests.attention.test_ring import assert_same_bits
 from unit_tests.pairwise import pairwise
@@ -48,7 +48,7 @@ def test_keys_and_values_that_are_sent_by_themselves_give_dense_attention(row, m
         pieces=row["pieces"] if kv_heads > 1 else 1,
     )
     in_one = passes(case)
-    monkeypatch.setattr("mindspeed_cp.attention.exchange.LARGE", 1)
+    monkeypatch.setattr("mindspeed_cp.attention.blocks.LARGE", 1)
     in_two = passes(case)
     assert [each.bytes for both in in_two for each in both] == [each.bytes for both in in_one for each in both]
     assert sum(len(each.messages) for both in in_two for each in both) > sum(
@@ -76,7 +76,7 @@ def sent_of(k: Sequence[Tensor], v: Sequence[Tensor]) -> list[bool]:
 
 
 def test_what_lies_token_after_token_is_sent_from_where_it_is(monkeypatch):
-    monkeypatch.setattr("mindspeed_cp.attention.exchange.LARGE", 1)
+    monkeypatch.setattr("mindspeed_cp.attention.blocks.LARGE", 1)
     tokens_first = torch.arange(48.0).view(6, 1, 2, 4).permute(1, 2, 0, 3)
     heads_first = torch.arange(48.0).view(1, 2, 6, 4)
     assert sent_of([tokens_first], [heads_first]) == [True, False]
