@@ -338,16 +338,17 @@ class GroupedLayout:
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same tokens in as few runs as possible."""
     result: list[Run] = []
-    end: tuple[int, int, int, int | None] | None = None
+    end, last = -1, 0
+    of: tuple[int, int | None] = 0, None
     for run in runs:
         start, stop, position, document, sample = run
         if stop <= start:
             continue
-        if (start, position, document, sample) == end:
+        if start == end and position == last and (document, sample) == of:
             start, _, position, _, _ = result.pop()
             run = Run(start, stop, position, document, sample)
         result.append(run)
-        end = stop, position + stop - start, document, sample
+        end, last, of = stop, position + stop - start, (document, sample)
     return tuple(result)
 
 
@@ -662,8 +663,9 @@ class _Documents:
 
     def ends_of(self, documents: Set[_Document]) -> "dict[_Document, _Ends]":
         """The ends of these at least, which are looked at once."""
-        for document in documents - self._ends.keys():
-            self._ends[document] = _ends(self.runs[document])
+        if len(self._ends) < len(self.runs):
+            for document in documents - self._ends.keys():
+                self._ends[document] = _ends(self.runs[document])
         return self._ends
 
 
@@ -671,8 +673,13 @@ def _ends(runs: tuple[Run, ...]) -> _Ends:
     start, second, first, _, sample = runs[0]
     late, stop, late_first, _, _ = runs[-1]
     early_last, last = first + second - start - 1, late_first + stop - late - 1
-    # What would be left of a single run without it begins where that ends, and ends where that begins.
-    second_first, before = (runs[1].position, _last(runs[-2])) if len(runs) > 1 else (last + 1, first - 1)
+    if len(runs) == 1:
+        # What would be left without its run begins where that ends, and ends where that begins.
+        second_first, before = last + 1, first - 1
+    elif len(runs) == 2:
+        second_first, before = late_first, early_last
+    else:
+        second_first, before = runs[1].position, _last(runs[-2])
     return start, first, early_last, second, second_first, late, late_first, before, last, stop, sample
 
 
