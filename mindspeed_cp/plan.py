@@ -30,7 +30,7 @@ Source of the window's convention: FlashAttention 2, arXiv:2307.08691, and its `
 import functools
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, compress, count, pairwise
 from operator import eq, itemgetter
@@ -149,8 +149,10 @@ class AttentionPlan:
         pair = query_rank, key_rank
         if pair not in self._tiles:
             queries, keys = self._query_documents(query_rank), self._documents(key_rank)
-            apart = queries.keys().isdisjoint(keys)  # As most pairs of many ranks are.
-            self._tiles[pair] = () if apart else _tiles(_merged_along(self._seen_between(queries, keys)))
+            if queries is keys and self.bands == CAUSAL and not self.bands_of:
+                self._tiles[pair] = _triangles(queries.runs.values())
+            else:
+                self._tiles[pair] = _tiles(self._seen_between(queries, keys))
         return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
@@ -244,23 +246,30 @@ class AttentionPlan:
     def _query_documents(self, query_rank: int) -> "_Documents":
         if self.queries is self.keys:
             return self._documents(query_rank)
-        return self.once(("queries", query_rank), lambda: _by_document(self.queries.runs(query_rank)))
+        return self.once(("queries", query_rank), lambda: _Documents(self.queries.runs(query_rank)))
 
     def _documents(self, key_rank: int) -> "_Documents":
         if key_rank not in self._held:
-            self._held[key_rank] = _by_document(self.keys.runs(key_rank))
+            self._held[key_rank] = _Documents(self.keys.runs(key_rank))
         return self._held[key_rank]
 
     def _seen_between(self, queries: "_Documents", keys: "_Documents") -> "list[_Bounds]":
         """Document by document, what its queries see of its keys, as few tiles as possible."""
-        if queries is keys and self.bands == CAUSAL and not self.bands_of:
-            return list(map(_triangle, queries.values()))
+        shared = queries.runs.keys() & keys.runs.keys()
+        if not shared:
+            return []  # As mostly, of many ranks.
         result: list[_Bounds] = []
-        bands = self.bands
-        for of in sorted(cast("set[int]", queries.keys() & keys.keys())):  # Or all of them are pairs.
+        bands, mine, theirs = self.bands, queries.ends_of(shared), keys.ends_of(shared)
+        band = _over_all_keys(bands)
+        for of in sorted(cast("set[int]", shared)):  # Or all of them are pairs.
             if self.bands_of:
                 bands = self.bands_in(of if isinstance(of, int) else of[1])
-            result += _seen(queries[of], keys[of], bands)
+                band = _over_all_keys(bands)
+            found = None if band is None else _glance(mine[of], theirs[of], band)
+            if found:
+                result.append(found)
+            elif found is None:
+                result += _seen(queries.runs[of], keys.runs[of], bands)
         return result
 
 
@@ -329,16 +338,17 @@ class GroupedLayout:
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same tokens in as few runs as possible."""
     result: list[Run] = []
-    end: tuple[int, int, int, int | None] | None = None
+    end, last = -1, 0
+    of: tuple[int, int | None] = 0, None
     for run in runs:
         start, stop, position, document, sample = run
         if stop <= start:
             continue
-        if (start, position, document, sample) == end:
+        if start == end and position == last and (document, sample) == of:
             start, _, position, _, _ = result.pop()
             run = Run(start, stop, position, document, sample)
         result.append(run)
-        end = stop, position + stop - start, document, sample
+        end, last, of = stop, position + stop - start, (document, sample)
     return tuple(result)
 
 
@@ -485,25 +495,25 @@ plain, and compared one by one where min and max would say it shorter.
 """
 
 
-def _tiles(bounds: Iterable[_Bounds]) -> tuple[Tile, ...]:
-    """As kernels know them."""
+def _tiles(each: Iterable[_Bounds]) -> tuple[Tile, ...]:
+    """As kernels know them. Documents of a token or two may go on where the one before them ends: those are merged."""
+    tiles: list[Tile] = []
     make = tuple.__new__  # Tile itself would take twice as long, and there are thousands.
-    return tuple(
-        [
-            make(
-                Tile,
-                (
-                    slice(q0, q1 + 1),
-                    slice(k0, k1 + 1),
-                    k1 - q1 - low if low > k0 - q1 else None,
-                    high + q1 - k1 if high < k1 - q0 else None,
-                    area,
-                    sample,
-                ),
-            )
-            for q0, q1, k0, k1, low, high, area, sample in bounds
-        ]
-    )
+    before: _Bounds | None = None
+    last_key, lowest = 0, 0
+    for bounds in each:
+        q0, q1, k0, k1, low, high, area, sample = bounds
+        # A band of both would let the later queries see the last of the earlier keys, mostly: seen at a glance.
+        if lowest > last_key - q0 < low and before is not None and sample == before[7]:
+            merged = _merged((before, bounds))
+            if merged is not None:
+                tiles.pop()
+                q0, q1, k0, k1, low, high, area, sample = bounds = merged
+        left = k1 - q1 - low if low > k0 - q1 else None
+        right = high + q1 - k1 if high < k1 - q0 else None
+        tiles.append(make(Tile, (slice(q0, q1 + 1), slice(k0, k1 + 1), left, right, area, sample)))
+        before, last_key, lowest = bounds, k1, low
+    return tuple(tiles)
 
 
 def _bounds(tile: Tile) -> _Bounds:
@@ -619,103 +629,126 @@ def _merged_rows(rows: Iterable[list[_Bounds]]) -> list[_Bounds]:
     return result
 
 
-def _merged_along(tiles: Iterable[_Bounds]) -> list[_Bounds]:
-    """The tiles of all documents: those of a token or two may go on where the one before them ends."""
-    result: list[_Bounds] = []
-    last_key, lowest, merged = 0, 0, None
-    for bounds in tiles:
-        first_query, _, _, key, low, _, _, sample = bounds
-        # A band of both would let the later queries see the last of the earlier keys, mostly: seen at a glance.
-        if lowest > last_key - first_query < low and result and sample == result[-1][7]:
-            merged = _merged((result[-1], bounds))
-        if merged is None:
-            result.append(bounds)
-            last_key, lowest = key, low
-        else:
-            result[-1] = merged
-            _, _, _, last_key, lowest, _, _, _ = merged
-            merged = None
-    return result
-
-
 _Document = int | tuple[int, int]
 """A document, after its sample where it has one."""
 
-_Documents = dict[_Document, tuple[Run, ...]]
-"""A rank's runs by document, as few as possible, in order.
-
-A document's runs lie side by side: they are one part of the rank's tokens, in the order of positions.
+_Ends = tuple[int, int, int, int, int, int, int, int, int, int, int | None]
+"""Of a document on a rank: its first token and position; the last position of its first run, and where the second one
+begins; where the last run begins, and the last position before; its last position, and where it ends; its sample.
 """
 
 
-def _by_document(runs: Sequence[Run]) -> _Documents:
-    # Thousands of documents have mostly a run each: those are left to loops in C.
-    whole_batch = not runs or runs[0].sample is None
-    if not whole_batch:
-        runs = sorted(runs, key=itemgetter(4))
-    documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(4, 3), runs))
-    held: _Documents = dict(zip(documents, zip(runs, strict=False), strict=True))
-    if len(held) < len(runs):
-        several: dict[_Document, list[Run]] = {}
-        for number in compress(count(), map(eq, documents, documents[1:])):
-            several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
-        held.update((document, joined(parts)) for document, parts in several.items())
-    return held
+class _Documents:
+    """A rank's runs by document.
+
+    runs: as few as possible of each, in the order of the stream. They lie side by side: a document's tokens are one
+    part of the rank's, in the order of positions.
+    """
+
+    __slots__ = ("_ends", "runs")
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        # Thousands of documents have mostly a run each: those are left to loops in C.
+        whole_batch = not runs or runs[0].sample is None
+        if not whole_batch:
+            runs = sorted(runs, key=itemgetter(4))
+        documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(4, 3), runs))
+        self.runs: dict[_Document, tuple[Run, ...]] = dict(zip(documents, zip(runs, strict=False), strict=True))
+        self._ends: dict[_Document, _Ends] = {}
+        if len(self.runs) < len(runs):
+            several: dict[_Document, list[Run]] = {}
+            for number in compress(count(), map(eq, documents, documents[1:])):
+                several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
+            self.runs.update((document, joined(parts)) for document, parts in several.items())
+
+    def ends_of(self, documents: Set[_Document]) -> "dict[_Document, _Ends]":
+        """The ends of these at least, which are looked at once."""
+        if len(self._ends) < len(self.runs):
+            for document in documents - self._ends.keys():
+                self._ends[document] = _ends(self.runs[document])
+        return self._ends
 
 
-def _triangle(runs: tuple[Run, ...]) -> _Bounds:
-    """What a document's tokens on a rank see of themselves under a causal mask, whatever is between the runs."""
-    q0, stop, _, _, sample = runs[0]
-    if len(runs) > 1:
-        _, stop, _, _, _ = runs[-1]
-    q1, rows = stop - 1, stop - q0
-    return q0, q1, q0, q1, 1 - rows, 0, rows * (rows + 1) // 2, sample
+def _ends(runs: tuple[Run, ...]) -> _Ends:
+    start, second, first, _, sample = runs[0]
+    late, stop, late_first, _, _ = runs[-1]
+    early_last, last = first + second - start - 1, late_first + stop - late - 1
+    if len(runs) == 1:
+        # What would be left without its run begins where that ends, and ends where that begins.
+        second_first, before = last + 1, first - 1
+    elif len(runs) == 2:
+        second_first, before = late_first, early_last
+    else:
+        second_first, before = runs[1].position, _last(runs[-2])
+    return start, first, early_last, second, second_first, late, late_first, before, last, stop, sample
+
+
+def _over_all_keys(bands: tuple[Band, ...]) -> Band | None:
+    """The one band of all keys, where that is what they are: all but prefixes."""
+    return bands[0] if len(bands) == 1 and bands[0].keys == (0, None) else None
+
+
+def _glance(queries: _Ends, keys: _Ends, band: Band) -> _Bounds | tuple[()] | None:
+    """What a document's queries see of its keys where the ends tell: nothing, or all that is left without a first and
+    a last run that see nothing or are seen by nothing, as of a zigzag's chunks of two ranks. None where they do not.
+    """
+    behind, ahead, _ = band
+    q0, query, early_query, q_second, query_second, q_late, late_query, query_before, last_query, q_stop, sample = (
+        queries
+    )
+    k0, key, early_key, k_second, key_second, k_late, late_key, key_before, last_key, k_stop, _ = keys
+    if ahead is not None:
+        if early_query + ahead < key:
+            q0, query = q_second, query_second
+        if late_key > last_query + ahead:
+            k_stop, last_key = k_late, key_before
+    if behind is not None:
+        if late_query - behind > last_key:
+            q_stop, last_query = q_late, query_before
+        if early_key < query - behind:
+            k0, key = k_second, key_second
+    rows, width = q_stop - q0, k_stop - k0
+    if rows < 1 or width < 1:
+        return ()
+    if (ahead is None or last_key <= query + ahead) and (behind is None or last_query - behind <= key):
+        q1, k1 = q_stop - 1, k_stop - 1
+        return q0, q1, k0, k1, k0 - q1, k1 - q0, rows * width, sample
+    return None
+
+
+def _triangles(documents: Iterable[tuple[Run, ...]]) -> tuple[Tile, ...]:
+    """What documents see of themselves on a rank under a causal mask, whatever lies between their runs.
+
+    Those of one token that follow each other are one diagonal.
+    """
+    tiles: list[Tile] = []
+    make, alone = tuple.__new__, 0  # How many of one token have come last.
+    for runs in documents:
+        start, stop, _, _, sample = runs[0]
+        if len(runs) > 1:
+            _, stop, _, _, _ = runs[-1]
+        rows = stop - start
+        if rows > 1:
+            tokens, alone = slice(start, stop), 0
+            tiles.append(make(Tile, (tokens, tokens, None, 0, rows * (rows + 1) // 2, sample)))
+            continue
+        if alone and tiles[-1].sample == sample:
+            tiles.pop()
+            alone += 1
+        else:
+            alone = 1
+        tokens, bound = slice(stop - alone, stop), 0 if alone > 1 else None
+        tiles.append(make(Tile, (tokens, tokens, bound, bound, alone, sample)))
+    return tuple(tiles)
 
 
 def _seen(queries: tuple[Run, ...], keys: tuple[Run, ...], bands: tuple[Band, ...]) -> list[_Bounds]:
-    """What a document's queries see of its keys, as few tiles as possible.
-
-    Runs at its ends that see nothing, or are seen by nothing, are left out. Then mostly all is seen of what is left, as
-    of a zigzag's chunks of two ranks, or it is the one triangle of a rank's own tokens: its ends tell.
-    """
-    if len(bands) == 1:
-        behind, ahead, (first, end) = bands[0]
-        if first == 0 and end is None:
-            q0, q_stop, query, _, sample = queries[0]
-            q_last, q1, late_query, _, _ = queries[-1]
-            last_query = late_query + q1 - q_last - 1
-            if ahead == 0 and queries is keys and (behind is None or last_query - query <= behind):
-                return [_triangle(queries)]
-            k0, k_stop, key, _, _ = keys[0]
-            k_last, k1, late_key, _, _ = keys[-1]
-            last_key = late_key + k1 - k_last - 1
-            if ahead is not None:
-                while query + q_stop - q0 - 1 + ahead < key:
-                    queries = queries[1:]
-                    if not queries:
-                        return []
-                    q0, q_stop, query, _, _ = queries[0]
-                while late_key > last_query + ahead:
-                    keys = keys[:-1]
-                    k_last, k1, late_key, _, _ = keys[-1]
-                    last_key = late_key + k1 - k_last - 1
-            if behind is not None:
-                while late_query - behind > last_key:
-                    queries = queries[:-1]
-                    if not queries:
-                        return []
-                    q_last, q1, late_query, _, _ = queries[-1]
-                    last_query = late_query + q1 - q_last - 1
-                while key + k_stop - k0 - 1 + behind < query:
-                    keys = keys[1:]
-                    k0, k_stop, key, _, _ = keys[0]
-            if (behind is None or last_query - key <= behind) and (ahead is None or last_key - query <= ahead):
-                return [(q0, q1 - 1, k0, k1 - 1, k0 - q1 + 1, k1 - 1 - q0, (q1 - q0) * (k1 - k0), sample)]
-    seen = [_seen_by(run, keys, bands) for run in queries]
-    if len(seen) == 1 and len(seen[0]) < 2:
-        return seen[0]
-    one = _merged(chain.from_iterable(seen))
-    return _merged_rows(_merged_keys(seen)) if one is None else [one]
+    """What a document's queries see of its keys, as few tiles as possible."""
+    rows = [_seen_by(run, keys, bands) for run in queries]
+    if len(rows) == 1 and len(rows[0]) < 2:
+        return rows[0]
+    one = _merged(chain.from_iterable(rows))
+    return _merged_rows(_merged_keys(rows)) if one is None else [one]
 
 
 def _seen_by(queries: Run, runs: tuple[Run, ...], bands: tuple[Band, ...]) -> list[_Bounds]:
