@@ -72,7 +72,7 @@ QUICK = [
     (f"{STREAM} {TWO_SAMPLES}", 1, 4, hybrid(2)),
 ]
 SLOW = [
-    (f"{YARN} {RECOMPUTE} {ODD}", 1, 4, ULYSSES),
+    (f"{YARN} {RECOMPUTE} {ODD}", 1, 3, ULYSSES),
     (f"{DOCUMENTS} {TWO_SAMPLES} {ODD}", 1, 4, hybrid(2)),
     (f"{INTERLEAVED} {ODD}", 2, 2, RING),
     (f"{WINDOW} {ODD} --position-embedding-type learned_absolute", 1, 2, RING),

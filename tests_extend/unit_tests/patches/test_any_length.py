@@ -1,6 +1,7 @@
 """Lengths that 2 x CP does not divide: what is refused, and what Megatron's own rules are shown."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_embeddings_and_stages_are_those_of_this_ranks_tokens(plugin):
     def cut(pos_emb, seq_dim, cp_group):
         raise AssertionError("cut by equal views")
 
-    found = patches["get_pos_emb_on_this_cp_rank"].function(cut)(embeddings, 0, None)
+    group = SimpleNamespace(rank=lambda: 1, size=lambda: 4)
+    found = patches["get_pos_emb_on_this_cp_rank"].function(cut)(embeddings, 0, group)
     assert torch.equal(found, shard(embeddings, Zigzag(4, ((61,),)), 1, 0))
 
     def schedule(seq_length):
