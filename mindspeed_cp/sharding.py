@@ -102,18 +102,19 @@ class SequenceLayout:
     """Assignment of sequence chunks to the `size` ranks of a context-parallel group, for sequences of any length.
 
     size: number of ranks P.
-    kind: "zigzag" (see Note [Zigzag]) or "contiguous" (rank r holds the r-th of P equal parts).
+    kind: "zigzag" (see Note [Zigzag]) or "contiguous" (rank r holds the r-th of P equal parts); one rank holds the
+        sequence as it is with either, of any length.
     """
 
     size: int
     kind: Literal["zigzag", "contiguous"] = "zigzag"
 
     def __post_init__(self) -> None:
-        self.of(0)
+        EqualChunks(self.size, 0, self.kind)
 
     def of(self, tokens: int) -> EqualChunks:
         """Who holds what, so many tokens each. Raises ValueError where the chunks do not divide them."""
-        return EqualChunks(self.size, tokens, self.kind)
+        return EqualChunks(self.size, tokens, self.kind if self.size > 1 else "contiguous")
 
     @property
     def chunks_per_rank(self) -> int:

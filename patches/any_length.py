@@ -186,10 +186,13 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def forward_backward(*args: Any, **kwargs: Any) -> Any:
             named = bind_by_name(original, args, kwargs)
-            if plugin.length is not None and named["seq_length"] == plugin.length:
+            if plugin.packs_streams:
+                # The samples of a micro-batch are one stream, and so are what travels between stages.
+                named["seq_length"], named["micro_batch_size"] = named["seq_length"] * named["micro_batch_size"], 1
+            rank, size = plugin.place
+            if named["seq_length"] % (2 * size):
                 # It is divided by the size again, for the shapes of what travels between stages.
-                rank, size = plugin.place
-                named["seq_length"] = layout_of_length(plugin.length, size).num_tokens(rank) * size
+                named["seq_length"] = layout_of_length(named["seq_length"], size).num_tokens(rank) * size
             return original(**named)
 
         return forward_backward
@@ -212,8 +215,9 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
                 target=f"{_SCHEDULES}:forward_backward_pipelining_{how}_interleaving",
                 kind="wrap",
                 function=wrap_schedule,
-                parameters=("seq_length",),
-                why="The shapes of what travels between stages are those of equal shards.",
+                parameters=("seq_length", "micro_batch_size"),
+                why="The shapes of what travels between stages are those of equal shards, and of a micro-batch whose "
+                "samples are no stream.",
                 remove_when=_REMOVE_WHEN,
             )
             for how in ("without", "with")

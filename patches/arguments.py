@@ -45,8 +45,11 @@ from mindspeed_cp.patches.recomputation import refuse_kept_outputs
 from mindspeed_cp.patches.unsupported import (
     WATCHING,
     difference_notes,
+    note_on_windows_across_documents,
     refuse_dropout_rate,
     refuse_lost_documents,
+    refuse_mask_beside_window,
+    refuse_recomputed_biases,
     refuse_unloadable_optimizer,
     refuse_unwatched_scores,
     unsupported,
@@ -429,6 +432,8 @@ def _examine_arguments(
         lambda: refuse_unloadable_optimizer(args, config),
         lambda: refuse_unwatched_scores(args, config),
         lambda: refuse_dropout_rate(args, config),
+        lambda: refuse_mask_beside_window(args, config),
+        lambda: refuse_recomputed_biases(none_for_unknown(args), config),
         lambda: refuse_kept_outputs(none_for_unknown(args), config),
     )
     return Settled(config, choice), [*of_options, *of_model, *of_ranks]
@@ -487,6 +492,7 @@ def notes_on_arguments(
         *_ineffective_document_flags(args),
         *latent_notes(args, config),
         *difference_notes(args, config, defaults),
+        *note_on_windows_across_documents(args, config),
         *kernel_notes(args, config, _device(args)),
     ]
 

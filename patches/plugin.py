@@ -77,6 +77,11 @@ class Plugin:
         return self.length is not None or self.packing.is_unequal
 
     @property
+    def packs_streams(self) -> bool:
+        """Whether the samples of a micro-batch are one packed stream, by the flags."""
+        return self.padding is not None
+
+    @property
     def place(self) -> tuple[int, int]:
         """This rank among those that share its sequences, and how many these are."""
         if self.groups is None:

@@ -261,12 +261,71 @@ def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelCon
             f"CP = 1 too; use --bf16 or --fp16."
         )
     if getattr(args, "qk_clip", False):
+        if getattr(args, "use_distributed_optimizer", False):
+            broken.append(
+                "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for the "
+                "whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
+            )
         if not 0.0 < args.qk_clip_alpha < 1.0:
             broken.append(f"--qk-clip-alpha {args.qk_clip_alpha} is not between 0 and 1; use 0.5.")
         if args.qk_clip_threshold <= 0:
             broken.append(f"--qk-clip-threshold {args.qk_clip_threshold} is not above 0; use 100.")
     if broken:
         raise ConfigurationError(*broken)
+
+
+def refuse_mask_beside_window(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where layers with a window would be given a mask tensor: each says who sees whom.
+
+    args: Megatron's arguments, before validate_args.
+    """
+    if not config.computes_attention or config.attention_mask_type == "causal" or args.window_size is None:
+        return
+    instead = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")  # No mask comes, or none is read.
+    if not getattr(args, _MASK_IS_MADE, True) or any(getattr(args, name, False) for name in instead):
+        return
+    window = ",".join(map(str, args.window_size))
+    raise ConfigurationError(
+        f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who sees "
+        f"whom too; use --attention-mask-type causal, or --no-create-attention-mask-in-dataloader."
+    )
+
+
+def note_on_windows_across_documents(args: argparse.Namespace, config: ContextParallelConfig) -> list[str]:
+    """A sentence where Megatron's own attention lets documents see each other, which this plugin's does not."""
+    if config.computes_attention or not args.reset_attention_mask or args.window_size is None:
+        return []
+    if args.transformer_impl != "local":
+        return []
+    return [
+        f"--window-size {','.join(map(str, args.window_size))} with --reset-attention-mask and --context-parallel-size "
+        f"{config.context_parallel_size}: Megatron's local attention replaces the mask of the documents by the window, "
+        f"so that they see each other; add --attention-on-one-rank for the losses of context parallelism."
+    ]
+
+
+def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where Megatron's checkpoint of an MLP would run itself again without end.
+
+    The checkpoint hands out the bias itself as its result. That makes it a tensor whose gradient is that of the
+    checkpoint, and the backward pass of the recomputed MLP comes to the bias.
+
+    args: Megatron's arguments, before validate_args.
+    """
+    modules = getattr(args, "recompute_modules", None) or ()
+    if not config.computes_attention or args.recompute_granularity != "selective" or "mlp" not in modules:
+        return
+    frequency = getattr(args, "moe_layer_freq", 1)
+    experts_alone = getattr(args, "num_experts", None) and (
+        frequency == 1 or (type(frequency) is list and all(frequency))
+    )
+    if not args.add_bias_linear or experts_alone or getattr(args, "fp8", None) or getattr(args, "fp4", None):
+        return
+    raise ConfigurationError(
+        f"--recompute-modules {' '.join(modules)} with biases: Megatron's checkpoint of an MLP gives its bias away, "
+        f"whose gradient then runs the checkpoint again without end, at CP = 1 too; add --disable-bias-linear, or "
+        f"leave mlp out of --recompute-modules."
+    )
 
 
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:

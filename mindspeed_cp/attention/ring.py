@@ -169,7 +169,7 @@ class RingAttention:
     def forward_pass(self, plan: AttentionPlan, case: TileCase) -> "RingPass":
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
-        transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap)
+        transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap, pieces=self.pieces)
         made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.overlap, self.kernels, case
         return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
 

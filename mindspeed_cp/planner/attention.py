@@ -201,7 +201,7 @@ def ring_program(
     ahead: bool = False,
 ) -> Program:
     """`program`, made once for all predictions that read it. transport: None is the cheapest for the plan."""
-    transport = transport or cheapest_transport(plan, schedule, ahead=ahead)
+    transport = transport or cheapest_transport(plan, schedule, ahead=ahead, pieces=pieces)
     return program(plan, schedule, rank, phase, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
 
 

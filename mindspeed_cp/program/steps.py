@@ -204,8 +204,11 @@ class Program:
         for number, step in enumerate(self.steps):
             own = step.gradients
             ways = {(Axis.HOME, None), (Axis.HOME, step.piece), *([(own.axis, own.piece)] if own else [])}
-            # All are added before the last part of the own block, in the order in which they come without room too.
-            room = max(0, self.room - own.widest) if own else 0 if step.owner == self.rank else self.room
+            room = max(0, self.room - own.widest) if own else self.room
+            if not own and step.owner == self.rank:
+                # All are added before the last part of the own block, whichever way and with what room they come.
+                ways |= {(axis, piece) for axis, piece, *_ in under_way.values() if step.piece in (None, piece)}
+                room = 0
             earlier = [place for place, each in under_way.items() if (each.axis, each.piece) in ways]
             left = sum(under_way[place].widest for place in earlier)
             now: list[int] = []

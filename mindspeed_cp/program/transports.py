@@ -73,7 +73,7 @@ def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
         yield from live(step._replace(receives=receives, sends=sends))
 
 
-def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False) -> Transport:
+def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False, pieces: int = 1) -> Transport:
     """By bytes, and with `ahead` by waits as well: what a plan takes where no transport is named.
 
     Bytes are the tokens of K/V that the rank which sends most of them sends, by rotation and by direct transport.
@@ -87,7 +87,11 @@ def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = F
     In a double ring gradients do not go straight home, and the links between inner rings are the slow ones: it is
     rotation, unless no key is seen in another inner ring than its own. Where tokens lie in so many runs that it would
     take long to find out, it is rotation. All ranks find the same, as all have the plan.
+
+    pieces: of the heads in a rotation. With pieces the two give a kernel other heads at once, and so other last bits:
+    `ahead`, which overlap brings, then decides nothing.
     """
+    ahead = ahead and pieces == 1
     return plan.once(("cheapest transport", schedule, ahead), lambda: _cheapest(plan, schedule, ahead))
 
 

@@ -75,6 +75,7 @@ SLOW = [
     (f"{YARN} {RECOMPUTE} {ODD}", 1, 3, ULYSSES),
     (f"{DOCUMENTS} {TWO_SAMPLES} {ODD}", 1, 4, hybrid(2)),
     (f"{INTERLEAVED} {ODD}", 2, 2, RING),
+    (f"{STREAM} {TWO_SAMPLES} {PIPELINE_PARALLEL} {ODD}", 2, 2, RING),
     (f"{WINDOW} {ODD} --position-embedding-type learned_absolute", 1, 2, RING),
     ("", 1, 4, f"{double_ring(2)} {OVERLAP}"),
     (f"{GQA} {RECOMPUTE}", 1, 2, f"{RING} --context-parallel-kv-cache-policy half --context-parallel-cache-interval 1"),
@@ -212,8 +213,8 @@ def test_dropout_drops_what_it_does_with_cp_1(training, record_property, beside,
 
 
 @pytest.mark.slow
-def test_documents_on_one_rank_of_ours_are_those_of_megatrons_own_masks(training):
-    flags = f"{DOCUMENTS} {TWO_SAMPLES}"
+@pytest.mark.parametrize("flags", [f"{DOCUMENTS} {TWO_SAMPLES}", f"{WINDOW} {ODD}"])
+def test_one_rank_of_ours_has_the_losses_of_megatrons_own_attention(training, flags):
     assert largest_difference(training.losses(1, flags), training.losses(1, f"{flags} --attention-on-one-rank")) <= 1e-5
 
 

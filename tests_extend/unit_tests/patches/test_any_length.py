@@ -9,6 +9,7 @@ import torch
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.layouts import Zigzag
 from mindspeed_cp.patches.any_length import any_length_patches, cut_unequal, equal_lengths, refuse_length
+from mindspeed_cp.patches.packing import PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.sharding import shard
 
@@ -94,3 +95,16 @@ def test_embeddings_and_stages_are_those_of_this_ranks_tokens(plugin):
 
     assert patches["forward_backward_pipelining_without_interleaving"].function(schedule)(61) == 15
     assert patches["forward_backward_pipelining_with_interleaving"].function(schedule)(64) == 16
+
+
+@pytest.mark.parametrize(("length", "shape"), [(64, (32, 1)), (61, (30, 1))])
+def test_stages_exchange_the_samples_of_packed_data_as_the_one_stream_that_they_are(monkeypatch, length, shape):
+    monkeypatch.setattr(Plugin, "place", (1, 4))
+    patches = any_length_patches(Plugin(padding=PaddingCount(1)))
+
+    def schedule(seq_length, micro_batch_size):
+        return seq_length // 4, micro_batch_size
+
+    for patch in patches:
+        if "forward_backward" in patch.target:
+            assert patch.function(schedule)(length, 2) == shape
