@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import Latent, LatentHeads, build_attention
+from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import AttentionTerms, Terms
 from mindspeed_cp.comm import Traffic, VirtualCommunicator
 from mindspeed_cp.config import ContextParallelConfig
@@ -258,6 +259,5 @@ def test_latents_that_cannot_be_attended_to_are_refused(changed, message):
 
 
 def test_half_of_a_latent_is_not_to_be_kept():
-    attention = attention_on_one_rank(context_parallel_kv_cache_policy="half")
     with pytest.raises(ValueError, match="made of the one latent, which is kept or not; use full, or leave it out"):
-        attention.of_latent(torch.zeros(1, N, 8, U + R), Latent(torch.zeros(1, 8, L + R), HEADS.absorbed))
+        RingAttention(kept=KV.KEYS).check_latent()
