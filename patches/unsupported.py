@@ -244,8 +244,8 @@ def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelCon
     if getattr(args, "qk_clip", False):
         if getattr(args, "use_distributed_optimizer", False):
             broken.append(
-                "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for the "
-                "whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
+                "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for "
+                "the whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
             )
         if not 0.0 < args.qk_clip_alpha < 1.0:
             broken.append(f"--qk-clip-alpha {args.qk_clip_alpha} is not between 0 and 1; use 0.5.")
@@ -267,8 +267,8 @@ def refuse_mask_beside_window(args: argparse.Namespace, config: ContextParallelC
         return
     window = ",".join(map(str, args.window_size))
     raise ConfigurationError(
-        f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who sees "
-        f"whom too; use --attention-mask-type causal, or --no-create-attention-mask-in-dataloader."
+        f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who "
+        f"sees whom too; use --attention-mask-type causal, or --no-create-attention-mask-in-dataloader."
     )
 
 
@@ -283,30 +283,6 @@ def note_on_windows_across_documents(args: argparse.Namespace, config: ContextPa
         f"{config.context_parallel_size}: Megatron's local attention replaces the mask of the documents by the window, "
         f"so that they see each other; add --attention-on-one-rank for the losses of context parallelism."
     ]
-
-
-def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError where Megatron's checkpoint of an MLP would run itself again without end.
-
-    The checkpoint hands out the bias itself as its result. That makes it a tensor whose gradient is that of the
-    checkpoint, and the backward pass of the recomputed MLP comes to the bias.
-
-    args: Megatron's arguments, before validate_args.
-    """
-    modules = getattr(args, "recompute_modules", None) or ()
-    if not config.computes_attention or args.recompute_granularity != "selective" or "mlp" not in modules:
-        return
-    frequency = getattr(args, "moe_layer_freq", 1)
-    experts_alone = getattr(args, "num_experts", None) and (
-        frequency == 1 or (type(frequency) is list and all(frequency))
-    )
-    if not args.add_bias_linear or experts_alone or getattr(args, "fp8", None) or getattr(args, "fp4", None):
-        return
-    raise ConfigurationError(
-        f"--recompute-modules {' '.join(modules)} with biases: Megatron's checkpoint of an MLP gives its bias away, "
-        f"whose gradient then runs the checkpoint again without end, at CP = 1 too; add --disable-bias-linear, or "
-        f"leave mlp out of --recompute-modules."
-    )
 
 
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:
