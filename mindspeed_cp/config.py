@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Fields that take one of a few values, with those values."""
 
 _WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
+_OF_A_RING = ("cp_window_size", "context_parallel_kv_cache_policy", "context_parallel_cache_interval")
 """Those that --cp-window-size says something about."""
 
 
@@ -165,12 +166,6 @@ class ContextParallelConfig:
             return
         if self.context_parallel_algo == "hybrid_cp_algo":
             self._check_degree(size, degree)
-        policy = self.context_parallel_kv_cache_policy
-        if policy and self.context_parallel_algo not in _WITH_RING:
-            raise ConfigurationError(
-                f"--context-parallel-kv-cache-policy {policy} keeps what a ring receives, and --context-parallel-algo "
-                f"{self.context_parallel_algo} has no ring; use megatron_cp_algo or hybrid_cp_algo, or leave it out."
-            )
         if self.context_parallel_algo in _WITH_RING and self._ring_size % inner:
             raise ConfigurationError(
                 f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
@@ -245,10 +240,15 @@ class ContextParallelConfig:
         inner = self.cp_window_size if is_double else self._ring_size
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
 
+    @property
+    def kept_policy(self) -> KVCachePolicy | None:
+        """What is kept of received K/V; None where no ring receives any."""
+        return self.context_parallel_kv_cache_policy if self.context_parallel_algo in _WITH_RING else None
+
     def keeps_in(self, layer_number: int) -> bool:
         """Whether this layer keeps K/V for its backward pass. layer_number: from 1 on."""
         interval = self.context_parallel_cache_interval
-        return self.context_parallel_kv_cache_policy is not None and (layer_number - 1) % (interval + 1) == 0
+        return self.kept_policy is not None and (layer_number - 1) % (interval + 1) == 0
 
     @property
     def transport(self) -> Transport | None:
@@ -272,10 +272,10 @@ class ContextParallelConfig:
         else:
             reason["attention_on_one_rank"] = "--context-parallel-size above 1, where attention is this plugin's anyway"
             here = f"--context-parallel-algo {self.context_parallel_algo}"
+            if self.context_parallel_algo not in _WITH_RING:
+                reason |= dict.fromkeys(_OF_A_RING, f"{here}, which has no ring")
             if self.context_parallel_algo == "ulysses_cp_algo":
-                reason |= dict.fromkeys(["cp_window_size", "use_cp_send_recv_overlap"], f"{here}, which has no ring")
-            if self.context_parallel_algo == "kvallgather_cp_algo":
-                reason["cp_window_size"] = f"{here}, which has no ring"
+                reason["use_cp_send_recv_overlap"] = f"{here}, which has no ring"
             if self.context_parallel_algo != "hybrid_cp_algo":
                 reason["ulysses_degree_in_cp"] = f"{here}; only hybrid_cp_algo reads it"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}

@@ -22,6 +22,7 @@ from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.dropout import dropout_patches
 from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
@@ -138,6 +139,7 @@ registry = PatchRegistry(
         *argument_patches(plugin, use_cpu),
         *process_group_patches(plugin),
         *attention_patches(plugin),
+        *dropout_patches(),
         *latent_attention_patches(),
         *latent_travel_patches(),
         *loss_patches(plugin),

@@ -32,7 +32,8 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, count, pairwise
+from operator import eq, itemgetter
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 _Made = TypeVar("_Made")
@@ -129,7 +130,7 @@ class AttentionPlan:
     _grouped: "dict[tuple[tuple[int, ...], ...], AttentionPlan]" = field(
         default_factory=dict, repr=False, compare=False
     )
-    _indices: dict[int, "_DocumentIndex"] = field(default_factory=dict, repr=False, compare=False)
+    _held: "dict[int, _Documents]" = field(default_factory=dict, repr=False, compare=False)
     _needed: dict[tuple[int, int], tuple[slice, ...]] = field(default_factory=dict, repr=False, compare=False)
     _readers: dict[int, frozenset[int]] = field(default_factory=dict, repr=False, compare=False)
     _made: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
@@ -147,9 +148,9 @@ class AttentionPlan:
         """
         pair = query_rank, key_rank
         if pair not in self._tiles:
-            apart = _lie_apart(self.queries.runs(query_rank), self.keys.runs(key_rank))
-            tiles = [] if apart else self._seen_between(self._query_runs(query_rank), self._index(key_rank))
-            self._tiles[pair] = tuple([_tile(bounds) for bounds in tiles])
+            queries, keys = self._query_documents(query_rank), self._documents(key_rank)
+            apart = queries.keys().isdisjoint(keys)  # As most pairs of many ranks are.
+            self._tiles[pair] = () if apart else _tiles(_merged_along(self._seen_between(queries, keys)))
         return self._tiles[pair]
 
     def needed(self, query_rank: int, key_rank: int) -> tuple[slice, ...]:
@@ -240,33 +241,26 @@ class AttentionPlan:
             self._grouped[groups] = AttentionPlan(queries, keys, self.bands, self.bands_of)
         return self._grouped[groups]
 
-    def _query_runs(self, query_rank: int) -> "_DocumentIndex":
+    def _query_documents(self, query_rank: int) -> "_Documents":
         if self.queries is self.keys:
-            return self._index(query_rank)
-        return self.once(("queries", query_rank), lambda: _DocumentIndex(self.queries.runs(query_rank)))
+            return self._documents(query_rank)
+        return self.once(("queries", query_rank), lambda: _by_document(self.queries.runs(query_rank)))
 
-    def _index(self, key_rank: int) -> "_DocumentIndex":
-        if key_rank not in self._indices:
-            self._indices[key_rank] = _DocumentIndex(self.keys.runs(key_rank))
-        return self._indices[key_rank]
+    def _documents(self, key_rank: int) -> "_Documents":
+        if key_rank not in self._held:
+            self._held[key_rank] = _by_document(self.keys.runs(key_rank))
+        return self._held[key_rank]
 
-    def _seen_between(self, queries: "_DocumentIndex", keys: "_DocumentIndex") -> "list[_Bounds]":
+    def _seen_between(self, queries: "_Documents", keys: "_Documents") -> "list[_Bounds]":
         """Document by document, what its queries see of its keys, as few tiles as possible."""
+        if queries is keys and self.bands == CAUSAL and not self.bands_of:
+            return list(map(_triangle, queries.values()))
         result: list[_Bounds] = []
-        for of in queries.shared(keys):
-            theirs, bands = keys.runs[of], self.bands_in(of[1])
-            rows = [_seen(run, theirs, bands) for run in queries.runs[of]]
-            if len(rows) == 1 and len(rows[0]) < 2:
-                tiles = rows[0]
-            else:
-                one = _merged(chain.from_iterable(rows))
-                tiles = _merged_rows(_merged_keys(rows)) if one is None else [one]
-            # Documents of a token or two may go on where the one before them ends.
-            if result and tiles and (merged := _merged_along(result[-1], tiles[0])) is not None:
-                result[-1] = merged
-                result += tiles[1:]
-            else:
-                result += tiles
+        bands = self.bands
+        for of in sorted(cast("set[int]", queries.keys() & keys.keys())):  # Or all of them are pairs.
+            if self.bands_of:
+                bands = self.bands_in(of if isinstance(of, int) else of[1])
+            result += _seen(queries[of], keys[of], bands)
         return result
 
 
@@ -335,16 +329,17 @@ class GroupedLayout:
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same tokens in as few runs as possible."""
     result: list[Run] = []
+    end: tuple[int, int, int, int | None] | None = None
     for run in runs:
-        if result and _continues(result[-1], run):
-            result[-1] = result[-1]._replace(stop=run.stop)
-        elif run.stop > run.start:
-            result.append(run)
+        start, stop, position, document, sample = run
+        if stop <= start:
+            continue
+        if (start, position, document, sample) == end:
+            start, _, position, _, _ = result.pop()
+            run = Run(start, stop, position, document, sample)
+        result.append(run)
+        end = stop, position + stop - start, document, sample
     return tuple(result)
-
-
-def _continues(run: Run, following: Run) -> bool:
-    return following == run._replace(start=run.stop, stop=following.stop, position=run.position + run.stop - run.start)
 
 
 def union(slices: Iterable[slice]) -> tuple[slice, ...]:
@@ -366,7 +361,7 @@ def within(tile: Tile, queries: slice, keys: slice) -> Tile | None:
     if q0 > q1 or k0 > k1:
         return None
     part = _cropped(q0, q1, k0, k1, low, high, sample)
-    return None if part is None else _tile(part)
+    return None if part is None else _tiles([part])[0]
 
 
 _MANY_TILES = 8
@@ -490,16 +485,29 @@ plain, and compared one by one where min and max would say it shorter.
 """
 
 
-def _tile(bounds: _Bounds) -> Tile:
-    """As kernels know it."""
-    q0, q1, k0, k1, low, high, area, sample = bounds
-    left = k1 - q1 - low if low > k0 - q1 else None
-    right = high + q1 - k1 if high < k1 - q0 else None
-    return Tile(slice(q0, q1 + 1), slice(k0, k1 + 1), left, right, area, sample)
+def _tiles(bounds: Iterable[_Bounds]) -> tuple[Tile, ...]:
+    """As kernels know them."""
+    make = tuple.__new__  # Tile itself would take twice as long, and there are thousands.
+    return tuple(
+        [
+            make(
+                Tile,
+                (
+                    slice(q0, q1 + 1),
+                    slice(k0, k1 + 1),
+                    k1 - q1 - low if low > k0 - q1 else None,
+                    high + q1 - k1 if high < k1 - q0 else None,
+                    area,
+                    sample,
+                ),
+            )
+            for q0, q1, k0, k1, low, high, area, sample in bounds
+        ]
+    )
 
 
 def _bounds(tile: Tile) -> _Bounds:
-    """The inverse of `_tile`."""
+    """The inverse of `_tiles`, of one."""
     q0, q1, k0, k1 = tile.queries.start, tile.queries.stop - 1, tile.keys.start, tile.keys.stop - 1
     low = k0 - q1 if tile.left is None else k1 - q1 - tile.left
     high = k1 - q0 if tile.right is None else tile.right + k1 - q1
@@ -611,57 +619,106 @@ def _merged_rows(rows: Iterable[list[_Bounds]]) -> list[_Bounds]:
     return result
 
 
-def _merged_along(first: _Bounds, second: _Bounds) -> _Bounds | None:
-    """`_merged` for tiles of different documents: the later queries must not see the last of the earlier keys."""
-    _, _, _, last_key, low, high, _, sample = first
-    first_query, _, _, _, lower, higher, _, other_sample = second
-    if sample != other_sample or min(low, lower) <= last_key - first_query <= max(high, higher):
-        return None
-    return _merged((first, second))
+def _merged_along(tiles: Iterable[_Bounds]) -> list[_Bounds]:
+    """The tiles of all documents: those of a token or two may go on where the one before them ends."""
+    result: list[_Bounds] = []
+    last_key, lowest, merged = 0, 0, None
+    for bounds in tiles:
+        first_query, _, _, key, low, _, _, sample = bounds
+        # A band of both would let the later queries see the last of the earlier keys, mostly: seen at a glance.
+        if lowest > last_key - first_query < low and result and sample == result[-1][7]:
+            merged = _merged((result[-1], bounds))
+        if merged is None:
+            result.append(bounds)
+            last_key, lowest = key, low
+        else:
+            result[-1] = merged
+            _, _, _, last_key, lowest, _, _, _ = merged
+            merged = None
+    return result
 
 
-def _lie_apart(runs: Sequence[Run], others: Sequence[Run]) -> bool:
-    """Whether all documents of the one come before those of the other: most pairs of many ranks, seen at a glance."""
-    if not runs or not others:
-        return True
-    return _document(runs[-1]) < _document(others[0]) or _document(others[-1]) < _document(runs[0])
+_Document = int | tuple[int, int]
+"""A document, after its sample where it has one."""
+
+_Documents = dict[_Document, tuple[Run, ...]]
+"""A rank's runs by document, as few as possible, in order.
+
+A document's runs lie side by side: they are one part of the rank's tokens, in the order of positions.
+"""
 
 
-def _document(run: Run) -> tuple[int, int]:
-    return run.sample or 0, run.document
+def _by_document(runs: Sequence[Run]) -> _Documents:
+    # Thousands of documents have mostly a run each: those are left to loops in C.
+    whole_batch = not runs or runs[0].sample is None
+    if not whole_batch:
+        runs = sorted(runs, key=itemgetter(4))
+    documents: list[_Document] = list(map(itemgetter(3) if whole_batch else itemgetter(4, 3), runs))
+    held: _Documents = dict(zip(documents, zip(runs, strict=False), strict=True))
+    if len(held) < len(runs):
+        several: dict[_Document, list[Run]] = {}
+        for number in compress(count(), map(eq, documents, documents[1:])):
+            several.setdefault(documents[number], [runs[number]]).append(runs[number + 1])
+        held.update((document, joined(parts)) for document, parts in several.items())
+    return held
 
 
-class _DocumentIndex:
-    """A rank's runs by sample and document, each document's in the order of positions and of tokens.
+def _triangle(runs: tuple[Run, ...]) -> _Bounds:
+    """What a document's tokens on a rank see of themselves under a causal mask, whatever is between the runs."""
+    q0, stop, _, _, sample = runs[0]
+    if len(runs) > 1:
+        _, stop, _, _, _ = runs[-1]
+    q1, rows = stop - 1, stop - q0
+    return q0, q1, q0, q1, 1 - rows, 0, rows * (rows + 1) // 2, sample
 
-    runs: as few as possible.
+
+def _seen(queries: tuple[Run, ...], keys: tuple[Run, ...], bands: tuple[Band, ...]) -> list[_Bounds]:
+    """What a document's queries see of its keys, as few tiles as possible.
+
+    Runs at its ends that see nothing, or are seen by nothing, are left out. Then mostly all is seen of what is left, as
+    of a zigzag's chunks of two ranks, or it is the one triangle of a rank's own tokens: its ends tell.
     """
+    if len(bands) == 1:
+        behind, ahead, (first, end) = bands[0]
+        if first == 0 and end is None:
+            q0, q_stop, query, _, sample = queries[0]
+            q_last, q1, late_query, _, _ = queries[-1]
+            last_query = late_query + q1 - q_last - 1
+            if ahead == 0 and queries is keys and (behind is None or last_query - query <= behind):
+                return [_triangle(queries)]
+            k0, k_stop, key, _, _ = keys[0]
+            k_last, k1, late_key, _, _ = keys[-1]
+            last_key = late_key + k1 - k_last - 1
+            if ahead is not None:
+                while query + q_stop - q0 - 1 + ahead < key:
+                    queries = queries[1:]
+                    if not queries:
+                        return []
+                    q0, q_stop, query, _, _ = queries[0]
+                while late_key > last_query + ahead:
+                    keys = keys[:-1]
+                    k_last, k1, late_key, _, _ = keys[-1]
+                    last_key = late_key + k1 - k_last - 1
+            if behind is not None:
+                while late_query - behind > last_key:
+                    queries = queries[:-1]
+                    if not queries:
+                        return []
+                    q_last, q1, late_query, _, _ = queries[-1]
+                    last_query = late_query + q1 - q_last - 1
+                while key + k_stop - k0 - 1 + behind < query:
+                    keys = keys[1:]
+                    k0, k_stop, key, _, _ = keys[0]
+            if (behind is None or last_query - key <= behind) and (ahead is None or last_key - query <= ahead):
+                return [(q0, q1 - 1, k0, k1 - 1, k0 - q1 + 1, k1 - 1 - q0, (q1 - q0) * (k1 - k0), sample)]
+    seen = [_seen_by(run, keys, bands) for run in queries]
+    if len(seen) == 1 and len(seen[0]) < 2:
+        return seen[0]
+    one = _merged(chain.from_iterable(seen))
+    return _merged_rows(_merged_keys(seen)) if one is None else [one]
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs = {(run.sample, run.document): [run] for run in runs}
-        if len(self.runs) == len(runs):
-            return
-        self.runs.clear()
-        for run in runs:
-            start, stop, position, document, sample = run
-            before = self.runs.get((sample, document))
-            if before is None:
-                self.runs[sample, document] = [run]
-                continue
-            first, last, first_position, _, _ = before[-1]
-            if last == start and first_position + last - first == position:
-                before[-1] = Run(first, stop, first_position, document, sample)
-            else:
-                before.append(run)
 
-    def shared(self, other: "_DocumentIndex") -> Iterable[tuple[int | None, int]]:
-        """The documents that both hold something of, in the order of the stream."""
-        if self.runs.keys() == other.runs.keys():
-            return self.runs
-        return [of for of in self.runs if of in other.runs]
-
-
-def _seen(queries: Run, runs: list[Run], bands: tuple[Band, ...]) -> list[_Bounds]:
+def _seen_by(queries: Run, runs: tuple[Run, ...], bands: tuple[Band, ...]) -> list[_Bounds]:
     """The tiles of a document's keys that a run of its queries sees, band by band in the order of tokens."""
     tiles: list[_Bounds] = []
     q0, stop, query, _, sample = queries
@@ -693,7 +750,7 @@ _MANY = -1
 """The position of a run that is many, each of them seen by all."""
 
 
-def _reached(queries: Run, runs: list[Run], band: Band) -> list[Run]:
+def _reached(queries: Run, runs: Sequence[Run], band: Band) -> list[Run]:
     """The runs of keys that a query sees something of.
 
     Those that every query sees as a whole are one without a position: they lie side by side.
@@ -702,7 +759,7 @@ def _reached(queries: Run, runs: list[Run], band: Band) -> list[Run]:
     lowest, highest = _limits(band, first, last)
     begin = max(0, bisect_right(runs, lowest, key=_position) - 1)
     end = bisect_right(runs, highest, begin, key=_position)
-    reached = runs[begin:end]
+    reached = list(runs[begin:end])
     lowest, highest = _limits(band, last, first)
     whole = bisect_left(runs, lowest, begin, end, key=_position)
     whole_end = bisect_right(runs, highest, whole, end, key=_position)

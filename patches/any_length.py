@@ -19,6 +19,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.unsupported import PATTERNS, is_recurrent
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import shard
 
@@ -31,13 +32,14 @@ class _Need(NamedTuple):
     """What takes each rank to have as many tokens as any other.
 
     applies: whether these arguments ask for it. spelled: how. reason: why. instead: what to use in place of another
-    length.
+    length. parts: in which a rank's tokens are cut, all alike.
     """
 
     applies: Callable[[argparse.Namespace], bool]
     spelled: str
     reason: str
     instead: str
+    parts: int = 1
 
 
 def _asks(*names: str) -> Callable[[argparse.Namespace], bool]:
@@ -89,6 +91,13 @@ _NEEDS = (
         "Megatron weighs that loss by the tokens of each rank",
         "no --calculate-per-token-loss",
     ),
+    _Need(
+        lambda args: any(is_recurrent(getattr(args, name, None)) for name in PATTERNS),
+        "--hybrid-layer-pattern with recurrent layers",
+        "Megatron puts a sequence together of equal chunks",
+        "a pattern without M and G",
+        parts=2,
+    ),
 )
 
 
@@ -121,10 +130,12 @@ def refuse_length(args: argparse.Namespace, config: ContextParallelConfig) -> No
             f"{tensor_parallel} = {unit}, which --sequence-parallel needs; use {or_list(_multiples(length, unit))}."
         )
     for need in _NEEDS:
-        if length % size and need.applies(args):
+        unit = need.parts * size
+        if length % unit and need.applies(args):
+            times = "" if need.parts == 1 else f"{need.parts} * "
             raise ConfigurationError(
-                f"--seq-length {length} is not a multiple of --context-parallel-size {size}, which {need.spelled} "
-                f"needs: {need.reason}; use {or_list([*_multiples(length, size), need.instead])}."
+                f"--seq-length {length} is not a multiple of {times}--context-parallel-size {size}, which "
+                f"{need.spelled} needs: {need.reason}; use {or_list([*_multiples(length, unit), need.instead])}."
             )
     if length < size:
         raise ConfigurationError(f"--seq-length {length} is below --context-parallel-size {size}; use {size} or more.")

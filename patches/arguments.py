@@ -504,6 +504,7 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
     given = {
         "hierarchical_context_parallel_sizes": args.hierarchical_context_parallel_sizes is not None and not two_levels,
         "attention_backend": args.attention_backend.name != "auto",
+        "flash_attention_version": getattr(args, "flash_attention_version", None) is not None,
     }
     ours = "--context-parallel-algo and --context-parallel-kernels are in force"
     return [f"{flag(name)} has no effect: it is TransformerEngine's, and {ours}." for name in given if given[name]]

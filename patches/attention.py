@@ -19,7 +19,7 @@ from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
-from mindspeed_cp.patches.dropout import LayerDropout
+from mindspeed_cp.patches.dropout import LayerDropout, drawing_number
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.layer_attention import LayerAttention, other_mask_type, way_out
 from mindspeed_cp.patches.packing import CAUSAL_WINDOW
@@ -230,6 +230,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
+        cuts_streams_alone=plugin.cuts_streams_alone,
         length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),
@@ -274,7 +275,7 @@ def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
         dropout=_dropout(
             plugin,
             layer.config,
-            {"layer_number": layer.layer_number, "attention_dropout": layer.attention_dropout.p},
+            {"layer_number": drawing_number(layer), "attention_dropout": layer.attention_dropout.p},
             getattr(layer, "pg_collection", None),
         ),
     )

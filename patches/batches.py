@@ -57,6 +57,7 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
                 # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
                 _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
                 return batch
+            plugin.kinds_cut.add("samples")
             note_documents(plugin, batch)
             return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
 
@@ -104,6 +105,7 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
     if (cu_seqlens := batch.get("cu_seqlens")) is not None:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch
+    plugin.kinds_cut.add("samples")
     note_documents(plugin, batch)
     rank, size = plugin.place
     if size == 1 or cut_unequal(plugin, batch):
@@ -119,4 +121,5 @@ def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padde
         ends = [plugin.packing.ends(each)[-1] for each in (cu_seqlens, padded) if each is not None]
         plugin.padding.add(ends[-1], ends[-1] - ends[0])
     if size > 1:
+        plugin.kinds_cut.add("streams")
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)

@@ -8,15 +8,63 @@ these states with it and puts them back before it recomputes, and a training che
 the number of draws of one layer, a tensor on the CPU, which nobody waits for. It is replaced and never changed: a
 checkpoint holds the tensor itself. Every rank that works on a sample has drawn as often as the others, whatever the
 pipeline's schedule, so that nothing has to be said between them.
+
+Layers draw apart by their numbers. Megatron numbers those of multi-token prediction anew, from 1 on: here they follow
+the decoder's, as they do in Megatron 0.16. Else such a layer would draw in turn with a decoder layer where both are on
+one pipeline stage, and drop what that layer drops where they are not.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mindspeed_cp.kernels import Dropout
 from mindspeed_cp.patches.process_groups import layer_group
+from mindspeed_cp.patching import Patch, bind_by_name
+
+
+def dropout_patches() -> tuple[Patch, ...]:
+    """Patch of the layers of multi-token prediction."""
+    return (
+        Patch(
+            target="megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer.__init__",
+            kind="wrap",
+            function=_wrap_prediction,
+            parameters=("config",),
+            versions=">=0.17",
+            why="Its attention has the number of a decoder layer, and would draw its dropout with that one.",
+            remove_when="Megatron gives it a number of its own, or TransformerEngine's dropout is the same on any "
+            "number of ranks.",
+        ),
+    )
+
+
+def _wrap_prediction(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        named = bind_by_name(original, (self, *args), kwargs)
+        original(**named)
+        for module in self.modules():
+            if (attention := getattr(module, "core_attention", None)) is not None:
+                _draw_as(attention, named["config"].num_layers + self.layer_number)
+
+    return __init__
+
+
+def _draw_as(attention: Any, number: int) -> None:
+    attention.drawing_number = number
+    ours = getattr(attention, "context_parallel_attention", None)
+    if ours is not None and ours.dropout is not None:
+        attention.context_parallel_attention = replace(ours, dropout=replace(ours.dropout, layer=number))
+
+
+def drawing_number(attention: Any) -> int:
+    """By which a layer's core attention draws apart from others', see Note [Draws]."""
+    number: int = getattr(attention, "drawing_number", attention.layer_number)
+    return number
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class LayerAttention:
     size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
+    cuts_streams_alone: whether all batches that this rank has cut are packed streams.
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
     length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
@@ -71,6 +72,7 @@ class LayerAttention:
     window: Window = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
+    cuts_streams_alone: Callable[[], bool] = lambda: False
     latent: UpProjection | None = None
     length: int | None = None
     dropout: LayerDropout | None = None
@@ -123,9 +125,10 @@ class LayerAttention:
             return self._planned(query, mask_type, functools.partial(self._plan_of_stream, query, packed))
         if mask is not None and is_documents(mask):
             return self._planned(query, mask_type, lambda window: plan_of_documents(mask, self.size, window))
-        if self.apart_by is not None and not reads_mask:
+        apart_by = self.apart_by or ("a packed stream was cut" if self.cuts_streams_alone() else None)
+        if apart_by is not None and not reads_mask:
             self.refuse(
-                f"{self.apart_by}, and this layer was not told where documents end; import "
+                f"{apart_by}, and this layer was not told where documents end; import "
                 f"mindspeed_cp.megatron_adaptor before megatron, and let Megatron's get_batch_on_this_cp_rank or "
                 f"mindspeed_cp.megatron_adaptor.shard_batch cut the batch; where it is one packed stream, hand its "
                 f"PackedSeqParams to the model.",

@@ -30,6 +30,7 @@ class Plugin:
     stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
         Megatron's checkpoints, where they keep what attention gives.
     padding: what pads packed streams, where there are some; set by the arguments patch.
+    kinds_cut: of the batches that were cut since Megatron's groups were made: "streams" where packed, "samples".
     """
 
     config: ContextParallelConfig | None = None
@@ -42,6 +43,7 @@ class Plugin:
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
     padding: PaddingCount | None = None
+    kinds_cut: set[str] = field(default_factory=set)
     recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
@@ -58,6 +60,11 @@ class Plugin:
         self.groups = None
         self._over_others.clear()
         self.stages = StageDocuments()
+        self.kinds_cut.clear()
+
+    def cuts_streams_alone(self) -> bool:
+        """Whether each batch that was cut is a packed stream, which no layer may take for one document."""
+        return self.kinds_cut == {"streams"}
 
     @property
     def rule(self) -> DocumentRule | None:

@@ -96,6 +96,15 @@ _REFUSALS = (
 )
 
 
+PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
+"""Options that say of each layer what it is, a letter each; the second is the name of older releases."""
+
+
+def is_recurrent(pattern: str | None) -> bool:
+    """Whether some layers of a pattern are Mamba's (M) or gated delta nets (G)."""
+    return not {"M", "G"}.isdisjoint(pattern or "")
+
+
 class _Difference(NamedTuple):
     """An option that is honoured, but within each rank: the losses are not those of one rank.
 
@@ -170,6 +179,16 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
                 flag(packed[0]),
                 f"{flag(packed[0])} with --context-parallel-size {size} and fused rotary embeddings: these take all "
                 f"documents to be cut in lengths that 2 x CP divides; add --no-rope-fusion.",
+            )
+        )
+    recurrent = next((name for name in PATTERNS if is_recurrent(getattr(options, name, None))), None)
+    if packed and recurrent:
+        blockers.append(
+            Blocker(
+                flag(packed[0]),
+                f"{flag(packed[0])} with --context-parallel-size {size} and "
+                f"{_spell(recurrent, getattr(options, recurrent))}: its recurrent layers take all documents to be cut "
+                f"in lengths that 2 x CP divides; leave out one of the two.",
             )
         )
     masked_mtp = ("mtp_num_layers", "eod_mask_loss", "calculate_per_token_loss")

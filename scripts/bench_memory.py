@@ -37,8 +37,8 @@ def main() -> None:
     print("| MB of the fullest rank | peak | kernel workspace | held between the passes | copied forward | backward |")
     print("|---|---|---|---|---|---|")
     for name, (topology, overlap) in OURS.items():
-        made = Algorithm(name=name, topology=topology, overlap=overlap)
-        _print(name, case, [_of_rank(case, rank, lambda case, rank, made=made: ours(made, rank)) for rank in _ranks()])
+        config = Algorithm(name=name, topology=topology, overlap=overlap).config
+        _print(name, case, [_of_rank(case, rank, lambda _, rank, made=config: ours(made, rank)) for rank in _ranks()])
     for name, make in peers().items():
         _print(name, case, [_of_rank(case, rank, make) for rank in _ranks()])
     dist.destroy_process_group()

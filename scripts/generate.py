@@ -11,6 +11,7 @@ exits with 1 where the tokens differ at a step at which the best logits are apar
 """
 
 import argparse
+import io
 import os
 import resource
 import sys
@@ -75,15 +76,20 @@ class Screen:
             if choice is not None:
                 written.append(choice.token)
         if self._shown and len(self._written) == 1:
-            text = self._tokenizer.decode(self._written[0])
-            if not text.endswith("\ufffd"):  # The rest of a character is yet to come.
-                print(text[len(self._told) :], end="", flush=True)
-                self._told = text
+            self._tell(self._tokenizer.decode(self._written[0]))
+
+    def _tell(self, text: str, *, all_of_it: bool = False) -> None:
+        """What of a text is not on the screen yet."""
+        if all_of_it or not text.endswith("\ufffd"):  # The rest of a character is yet to come.
+            print(text[len(self._told) :], end="", flush=True)
+            self._told = text
 
     def finish(self) -> None:
         """The turn is over."""
         if not self._shown:
             return
+        if len(self._written) == 1:
+            self._tell(self._tokenizer.decode(self._written[0]), all_of_it=True)
         for number, written in enumerate(self._written):
             if len(self._written) > 1:
                 print(f"--- {number}\n{self._tokenizer.decode(written)}")
@@ -93,16 +99,15 @@ class Screen:
 
 
 def generate(
-    session: Session, turns: list[Turn], loaded: Loaded, options: argparse.Namespace, shown: bool
+    session: Session, turns: list[Turn], loaded: Loaded, sampling: Sampling, num_tokens: int, shown: bool
 ) -> list[list[Step]]:
     """All turns; the steps of each."""
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     result = []
     for turn in turns:
         screen = Screen(loaded, len(turn.tokens), shown)
         steps = []
         for step in session.generate(
-            turn.tokens, options.max_new_tokens, sampling=sampling, ends=loaded.ends, progress=screen.progress
+            turn.tokens, num_tokens, sampling=sampling, ends=loaded.ends, progress=screen.progress
         ):
             steps.append(step)
             screen.step(step)
@@ -126,6 +131,12 @@ def turns_of(loaded: Loaded, options: argparse.Namespace) -> list[Turn]:
         Turn(each, [loaded.tokenizer(text, add_special_tokens=not number)["input_ids"] for text in each])
         for number, each in enumerate(texts)
     ]
+    highest = max((token for turn in turns for each in turn.tokens for token in each), default=0)
+    if highest >= loaded.model.vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token {highest}, and the model knows {loaded.model.vocabulary}; get both from one "
+            f"place."
+        )
     needed = positions(turns, options)
     if loaded.longest is not None and needed > loaded.longest:
         raise ValueError(
@@ -146,18 +157,16 @@ def compared(found: list[list[Step]], expected: list[list[Step]], dtype: torch.d
     status, parted = 0, set()
     for turn, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for sample in sorted(set(range(len(theirs[0].choices))) - parted):
-            tokens = [[step.choices[sample] for step in steps] for steps in (ours, theirs)]
-            parts = [
-                number
-                for number, (one, other) in enumerate(zip(*tokens, strict=False))
-                if (one and one.token) != (other and other.token)
-            ]
+            # A sequence that has ended has no choices in steps that others still take.
+            mine, one = ([each for step in steps if (each := step.choices[sample])] for steps in (ours, theirs))
             said = f"turn {turn}, sequence {sample}: "
-            if not parts and len(ours) == len(theirs):
-                print(f"{said}all {len(theirs)} tokens are those of one rank")
+            tokens = [[choice.token for choice in each] for each in (mine, one)]
+            if tokens[0] == tokens[1]:
+                print(f"{said}all {len(one)} tokens are those of one rank")
                 continue
-            first = parts[0] if parts else min(len(ours), len(theirs))
-            choice = tokens[1][first] if first < len(theirs) else None
+            pairs = enumerate(zip(*tokens, strict=False))
+            first = next((number for number, (my, its) in pairs if my != its), min(map(len, tokens)))
+            choice = one[first] if first < len(one) else None
             margin = 0.0 if choice is None else choice.margin
             print(f"{said}those of one rank up to step {first}, where the best two logits differ by {margin:.1e}")
             parted.add(sample)  # What follows answers to another text.
@@ -185,6 +194,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt at once, over all ranks")
     parser.add_argument("--interleave", type=int, default=64, help="tokens of a stripe of the cache")
     parser.add_argument("--prefill", choices=("auto", "pass_kv", "pass_q"), default="auto", help="what travels")
+    parser.add_argument("--pieces", type=int, default=1, help="of the K/V heads, which travel one after another")
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument("--rates", type=float, nargs=2, metavar=("FLOPS", "BYTES"), help="a second, for --prefill auto")
     rule.add_argument("--measure-rates", action="store_true", help="likewise, measured first")
@@ -204,6 +214,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Read the command line, generate, say what it took; the exit status."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # What a model writes is not always in the terminal's alphabet.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     parser = arguments()
@@ -284,28 +297,35 @@ def run(
             dist.barrier()
         if options.prompt is None and options.prompt_file is None:
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
-    elif options.prompt is None and options.prompt_file is None:
-        raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
+            options.question = options.question or [text_model.GO_ON]
 
-    def prepare() -> tuple[Loaded, list[Turn]]:
+    def prepare() -> tuple[Loaded, list[Turn], Sampling]:
+        if options.prompt is None and options.prompt_file is None:
+            raise ValueError("there is no prompt; give --prompt-file, or --prompt.")
+        if options.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {options.max_new_tokens} of each turn: give 1 or more.")
+        sampling = Sampling(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+        )
         loaded = load(folder, dtype=DTYPES.get(options.dtype), device=device)
         turns = turns_of(loaded, options)
-        return loaded._replace(model=loaded.model.for_length(positions(turns, options))), turns
+        return loaded._replace(model=loaded.model.for_length(positions(turns, options))), turns, sampling
 
-    loaded, turns = on_all_ranks(communicator, prepare)
+    loaded, turns, sampling = on_all_ranks(communicator, prepare)
     settings = {
         "chunk": options.chunk,
         "interleave": options.interleave,
         "strategy": options.prefill,
+        "pieces": options.pieces,
         "rates": rates_of(loaded, options, communicator),
         "coefficients": options.coefficients and Coefficients(*options.coefficients),
         "attention_dtype": attention_dtype(loaded, options),
     }
     batch = len(turns[0].tokens)
-    session = Session(loaded.model, batch, communicator, decode=options.decode, **settings)
-    found = generate(session, turns, loaded, options, shown=rank == 0)
+    session = on_all_ranks(
+        communicator, lambda: Session(loaded.model, batch, communicator, decode=options.decode, **settings)
+    )
+    found = generate(session, turns, loaded, sampling, options.max_new_tokens, shown=rank == 0)
     memory = torch.tensor([session.cache.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     rows = memory[None] if communicator is None else communicator.all_gather(memory.to(device)).cpu()
     if rank == 0:
@@ -314,7 +334,7 @@ def run(
     if not options.compare or rank:
         return 0
     alone = Session(loaded.model, batch, **settings)
-    expected = generate(alone, turns, loaded, options, shown=False)
+    expected = generate(alone, turns, loaded, sampling, options.max_new_tokens, shown=False)
     print(f"one rank: {alone.cache.nbytes / 2**20:.2f} MiB of K/V")
     return compared(found, expected, loaded.dtype)
 

@@ -1,6 +1,7 @@
 """Pretrain a GPT on megatron.training of megatron-core 0.17 and later, for those without a Megatron-LM checkout.
 
-Takes Megatron's flags and those of mindspeed_cp, and trains on --data-path (.bin/.idx) or --mock-data:
+Takes Megatron's flags and those of mindspeed_cp, and trains on --data-path (.bin/.idx; with --sft, conversations) or
+--mock-data:
 
     torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --context-parallel-size 4 --mock-data ...
 """
@@ -14,6 +15,7 @@ from megatron.core import __version__ as megatron_version
 from megatron.core import mpu, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -25,6 +27,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 from packaging.version import Version
 from torch import Tensor
@@ -68,7 +71,12 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
 
 
 def is_packed() -> bool:
-    """Whether samples are streams of documents, by a flag that Megatron has since 0.19."""
+    """Whether samples are streams of documents, or of conversations, as Megatron's data sets give them since 0.19."""
+    return get_args().sft or masks_between_documents()
+
+
+def masks_between_documents() -> bool:
+    """Whether pretraining data are streams of documents, by a flag that Megatron has since 0.19."""
     return getattr(get_args(), "dataloader_inter_document_masking", False)
 
 
@@ -95,7 +103,7 @@ def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
 
 
-def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[GPTDataset | None, ...]:
+def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[MegatronDataset | None, ...]:
     """Training, validation and test data of these numbers of samples."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -112,10 +120,16 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         # Of those releases that have the flag.
-        **({"inter_document_masking": True} if is_packed() else {}),
+        **({"inter_document_masking": True} if masks_between_documents() else {}),
     )
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()
+    return BlendedMegatronDatasetBuilder(dataset_class(), num_samples, reads_data, config).build()
+
+
+def dataset_class() -> type[MegatronDataset]:
+    """What --sft, --mock-data or --data-path alone asks for."""
+    if get_args().sft:
+        return SFTDataset
+    return MockGPTDataset if get_args().mock_data else GPTDataset
 
 
 def reads_data() -> bool:
@@ -132,8 +146,8 @@ def build_model(
     groups: the process groups, and a configuration that is None in pretraining.
     """
     args = get_args()
-    for option in ("spec", "yaml_cfg", "heterogeneous_layers_config_path", "experimental_attention_variant"):
-        if getattr(args, option, None) is not None:
+    for option in ("spec", "yaml_cfg", "heterogeneous_layers_config_path", "experimental_attention_variant", "sft"):
+        if getattr(args, option, None) not in (None, False):
             raise SystemExit(
                 f"error: --{option.replace('_', '-')} needs megatron-core 0.19 here, and this is {megatron_version}; "
                 f"use the pretrain_gpt.py of a Megatron-LM checkout."

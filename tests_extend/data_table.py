@@ -4,8 +4,8 @@
     python tests_extend/data_table.py windows dropout
 
 The first table has the largest differences of losses and gradient norms; the second, for each mistake that is planted
-in the library, how much it changes the losses. Conversations and bins of reinforcement learning need a checkout. Takes
-some minutes; exits with 1 where a row differs by more than rounding, or does not notice a mistake.
+in the library, how much it changes the losses. Bins of reinforcement learning need a checkout, and conversations one or
+Megatron 0.19. Takes some minutes; exits with 1 where a row differs by more than rounding, or does not notice a mistake.
 """
 
 import sys

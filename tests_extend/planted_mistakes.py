@@ -84,6 +84,27 @@ MISTAKES = {
         "return self.schedule.peer(self.rank, Hop(*divmod(number - 1, self.schedule.inner)))",
         "test_transports.py",
     ),
+    "a block too many at hand or on its way": Mistake(
+        "program/straight.py",
+        "at_hand = max(0, place - 1)",
+        "at_hand = place",
+        "test_room.py",
+    ),
+    "what leaves ahead is not counted while it does": Mistake(
+        "program/straight.py",
+        "sum(leaving[place : posted + 1])",
+        "sum(leaving[place + 1 : posted + 1])",
+        "test_room.py",
+    ),
+    "a block comes ahead into a place that is still read": Mistake(
+        "attention/exchange.py",
+        "received = [whole.like.new_empty(numel(message.num_tokens)) for message in exchange.receives]",
+        "received = [\n"
+        "            self.__dict__.setdefault(f'{kind.exchange}, {count} numbers', whole.like.new_empty(count))\n"
+        "            for count in (numel(message.num_tokens) for message in exchange.receives)\n"
+        "        ]",
+        "attention/test_every_plan.py",
+    ),
     "uneven tail dropped": Mistake(
         "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
     ),
@@ -333,7 +354,7 @@ MISTAKES = {
         "attention/test_kept.py",
     ),
     "keys travel for values": Mistake(
-        "attention/exchange.py",
+        "attention/blocks.py",
         "((self.k, KV.KEYS), (self.v, KV.VALUES))",
         "((self.v, KV.KEYS), (self.k, KV.VALUES))",
         "attention/test_every_plan.py",

@@ -52,14 +52,14 @@ def build_attention(
 
     Raises ValueError where the group's size is not `config.context_parallel_size`, or a mesh has several dimensions.
     """
+    if transport is not None and not isinstance(transport, Transport):
+        raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
     layout = layout or config.layout
     if config.context_parallel_size == 1 and group is None:
         alone = compose_attention(
             config, rank=0, ulysses=None, ring=None, layout=layout, kernels=kernels, recomputation=recomputation
         )
         return ContextParallelAttention(alone, config, layout, recomputation=recomputation)
-    if transport is not None and not isinstance(transport, Transport):
-        raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
     transport = config.transport if transport is None else transport
     groups = _groups(config, group)
     ulysses, ring = groups.along(config.topology, traffic)
@@ -121,7 +121,7 @@ def compose_attention(
         merge_kernels=merge_kernels,
         transport=config.transport if transport is None else transport,
         pieces=pieces,
-        kept=KEPT[config.context_parallel_kv_cache_policy],
+        kept=KEPT[config.kept_policy],
         recomputation=recomputation,
     )
     attention: RingAttention | UlyssesAttention = ring_attention

@@ -343,6 +343,7 @@ class ContextParallelAttention:
                 q, k, v = in_one_dtype(q, k, v)
             else:
                 self.check_latent()
+                latent.check()
                 k, v = latent.stand_ins
             self.check(q, k, v, plan)
             self._check_mask(q, visible, plan)
@@ -384,7 +385,7 @@ class ContextParallelAttention:
         grid, overlap = self.config.topology, " with overlap" * self.config.use_cp_send_recv_overlap
         transport = "" if self.transport is None else f", K/V by {self.transport.name.lower()}"
         transport += f" in {self.pieces} pieces" * (self.pieces > 1)
-        policy = self.config.context_parallel_kv_cache_policy
+        policy = self.config.kept_policy
         transport += f", K/V kept by policy {policy}" * (policy is not None)
         transport += ", gradients of parameters summed" * (self.parameters is not None)
         transport += ", outputs kept for recomputation" * (self.recomputation is not None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from mindspeed_cp.attention.blocks import Block, BlockFormat, Content, in_one
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
@@ -48,15 +49,16 @@ class Player:
         self,
         kind: "Kind",
         exchange: Exchange,
-        sent: Sequence[Tensor],
-        whole: "BlockFormat",
+        sent: Sequence[Content],
+        whole: BlockFormat,
     ) -> "_Posted":
         """Start an exchange. sent: the content of what leaves. whole: how a message of all heads lies in memory."""
         assert self.communicators is not None, "a program of one rank has no messages"
         numel = self.format(whole, (exchange.receives or exchange.sends)[0]).numel
         received = [whole.like.new_empty(numel(message.num_tokens)) for message in exchange.receives]
-        leave = [Addressed(message.peer, content) for message, content in zip(exchange.sends, sent, strict=True)]
-        come = [Addressed(message.peer, content) for message, content in zip(exchange.receives, received, strict=True)]
+        arriving = [self.format(whole, of).split(x) for of, x in zip(exchange.receives, received, strict=True)]
+        leave = [Addressed(to.peer, x) for to, content in zip(exchange.sends, sent, strict=True) for x in content]
+        come = [Addressed(of.peer, x) for of, content in zip(exchange.receives, arriving, strict=True) for x in content]
         communicator = self.communicators.along(exchange.axis)
         try:
             with self._leaving(kind, exchange):
@@ -96,15 +98,15 @@ class Player:
         share = num_heads // self.program.pieces
         return slice(piece * share, (piece + 1) * share)
 
-    def format(self, whole: "BlockFormat", message: Message) -> "BlockFormat":
+    def format(self, whole: BlockFormat, message: Message) -> BlockFormat:
         """How a message lies in memory. whole: how one with the keys and values of all heads does."""
         return self._format(whole, message.piece, message.carries)
 
-    def format_kept(self, whole: "BlockFormat", piece: int | None) -> "BlockFormat":
+    def format_kept(self, whole: BlockFormat, piece: int | None) -> BlockFormat:
         """How what is kept of a block lies in memory."""
         return self._format(whole, piece, self.program.kept)
 
-    def _format(self, whole: "BlockFormat", piece: int | None, carries: KV) -> "BlockFormat":
+    def _format(self, whole: BlockFormat, piece: int | None, carries: KV) -> BlockFormat:
         if piece is not None:
             whole = whole._replace(num_heads=whole.num_heads // self.program.pieces)
         return whole if carries is KV.BOTH else whole.only(carries)
@@ -126,90 +128,6 @@ _profiler_is_on = torch._C._autograd._profiler_enabled
 _NOTHING = nullcontext()
 
 
-class BlockFormat(NamedTuple):
-    """How keys and values, or their gradients, lie in one flat message: the keys [S, B, G, D], then the values.
-
-    like: of the dtype and device of a message.
-    """
-
-    like: Tensor
-    batch: int
-    num_heads: int
-    head_size: int
-    value_head_size: int
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> "BlockFormat":
-        """The format of k [B, G, S, D] and v [B, G, S, V]."""
-        return cls(k, k.size(0), k.size(1), k.size(3), v.size(3))
-
-    def numel(self, num_tokens: int) -> int:
-        """Numbers in a message of so many tokens."""
-        return num_tokens * self.batch * self.num_heads * (self.head_size + self.value_head_size)
-
-    def only(self, carries: KV) -> "BlockFormat":
-        """The format of these alone: the others have no numbers."""
-        return self._replace(
-            head_size=self.head_size if KV.KEYS in carries else 0,
-            value_head_size=self.value_head_size if KV.VALUES in carries else 0,
-        )
-
-    def unpack(self, message: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a message as k [B, G, S, D] and v [B, G, S, V]; of size 0 where it does not carry them."""
-        num_tokens = message.numel() // self.numel(1)
-        values_from = num_tokens * self.batch * self.num_heads * self.head_size
-        begin = int(message.storage_offset())
-        return (
-            self._view(message, num_tokens, self.head_size, begin),
-            self._view(message, num_tokens, self.value_head_size, begin + values_from),
-        )
-
-    def _view(self, message: Tensor, num_tokens: int, head_size: int, begin: int) -> Tensor:
-        """[B, G, S, D] of what lies as [S, B, G, D] from a place on: one operation."""
-        heads, token = self.num_heads * head_size, self.batch * self.num_heads * head_size
-        return message.as_strided(
-            (self.batch, self.num_heads, num_tokens, head_size), (heads, head_size, token, 1), begin
-        )
-
-    def pack(self, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-        """A new message of tokens that lie in several tensors."""
-        message = self.like.new_empty(self.numel(sum(x.size(2) for x in k)))
-        for place, parts in zip(self.unpack(message), (k, v), strict=True):
-            if len(parts) == 1:
-                place.copy_(parts[0])
-                continue
-            for target, tokens in zip(place.split([x.size(2) for x in parts], dim=2), parts, strict=True):
-                target.copy_(tokens)
-        return message
-
-
-class Block(NamedTuple):
-    """Some tokens of an owner's K/V.
-
-    tokens: which of the owner's. k, v: [B, G, S, D] and [B, G, S, V], those one after another. message: where they
-    lie in one, as they have arrived.
-    """
-
-    tokens: tuple[slice, ...]
-    k: Tensor
-    v: Tensor
-    message: Tensor | None = None
-
-    def place(self, keys: slice) -> slice:
-        """Where the owner's tokens `keys`, all of which are here, are in k and v."""
-        return place_within(self.tokens, keys)
-
-    def only(self, carries: KV) -> "Block":
-        """With these alone: the others have no numbers."""
-        k, v = (x if which in carries else x.narrow(3, 0, 0) for x, which in ((self.k, KV.KEYS), (self.v, KV.VALUES)))
-        return self._replace(k=k, v=v)
-
-    def parts(self, tokens: Iterable[slice]) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of k and of v of some of the owner's tokens, all of which are here."""
-        places = [self.place(each) for each in tokens]
-        return [part(self.k, 2, place) for place in places], [part(self.v, 2, place) for place in places]
-
-
 class Kind(NamedTuple):
     """How messages of a kind are called: while they leave, while they are waited for, and where they are lost."""
 
@@ -228,7 +146,7 @@ class _Posted(NamedTuple):
 
     transfer: Transfer
     exchange: Exchange
-    sent: Sequence[Tensor]
+    sent: Sequence[Content]
     received: Sequence[Tensor]
 
     def arrived(self) -> Iterator[tuple[Message, Tensor]]:
@@ -273,7 +191,7 @@ class KeyValues:
                 self._here.pop(block, None)
         self._settle(list(self._coming))
 
-    def block(self, step: Step) -> "Block":
+    def block(self, step: Step) -> Block:
         """K/V of the step's owner, waited for where they have not arrived; of its piece of the heads.
 
         Not to be held: the block is gone after the step.
@@ -313,7 +231,7 @@ class KeyValues:
 
         Pieces travel one after another, and each is waited for by itself: the first is worked on while the next comes.
         """
-        packed: list[tuple[Message, Tensor]] = []  # What goes several ways is packed once.
+        packed: list[tuple[Message, Content]] = []  # What goes several ways is packed once.
         for exchange in exchanges:
             leaving = [self._packed(message, packed) for message in exchange.sends]
             self._settle([each for each in self._coming if each.exchange.is_before(exchange, step)])
@@ -321,7 +239,7 @@ class KeyValues:
             if not self._player.overlap:
                 self._settle(self._coming[-1:])
 
-    def _packed(self, message: Message, packed: list[tuple[Message, Tensor]]) -> Tensor:
+    def _packed(self, message: Message, packed: list[tuple[Message, Content]]) -> Content:
         """The content of a message, which is that of one already packed where it is the same."""
         content = next((each for other, each in packed if _same_content(message, other)), None)
         content = self._message(message) if content is None else content
@@ -348,19 +266,14 @@ class KeyValues:
         heads = self._player.heads(piece, whole.k.size(1))
         return Block(whole.tokens, part(whole.k, 1, heads), part(whole.v, 1, heads))
 
-    def _message(self, message: Message) -> Tensor:
-        """Its content: what has arrived as it is, where it goes on as a whole; else a copy."""
+    def _message(self, message: Message) -> Content:
+        """Its content: what has arrived as it is, where it goes on as a whole; else what is to be had of the block."""
         block = self._block(message.owner, message.piece)
         if block.message is not None and block.tokens == message.tokens:
-            return block.message
+            return self._player.format(self._whole, message).split(block.message)
         if message.carries is not KV.BOTH:
             block = block.only(message.carries)
-        return BlockFormat.of(block.k, block.v).pack(*block.parts(message.tokens))
-
-
-def in_one(parts: Sequence[Tensor]) -> Tensor:
-    """Tokens [B, G, s, D] one after another; a view where they are one already."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
+        return BlockFormat.of(block.k, block.v).content(*block.parts(message.tokens))
 
 
 def _same_content(message: Message, other: Message) -> bool:
@@ -465,7 +378,7 @@ class Gradients:
         parts = zip(message.tokens, dk.split(sizes, dim=2), dv.split(sizes, dim=2), strict=True)
         self._add(message.owner, message.piece, [Partial.of_slice(*part) for part in parts])
 
-    def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Tensor:
+    def _content(self, step: Step, gives: Message, partials: Sequence[Partial]) -> Content:
         """The message that leaves: what the step has found or, where it computes nothing, the sum for its owner."""
         if step.tiles and [each.tokens for each in partials] == list(gives.tokens):
             found = [each.dk for each in partials], [each.dv for each in partials]
@@ -477,7 +390,7 @@ class Gradients:
                 total = self._others.pop((step.owner, step.piece))
             dk, dv = total.unrounded()
             found = [dk], [dv]
-        return self._player.format(self._whole, gives).pack(*found)
+        return self._player.format(self._whole, gives).content(*found)
 
     def _add(self, owner: int, piece: int | None, partials: Sequence[Partial]) -> None:
         """Add to the sum for an owner, which is of all heads where it is this rank's own."""

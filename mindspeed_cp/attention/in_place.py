@@ -5,7 +5,8 @@ Note [In place]
     chunk each finds its place in the sequence, and nothing is sorted; handed back chunk by chunk, an output is sent
     from where the kernel has put it, and nothing is regrouped. What is left is one copy that regroups the heads of q, k
     and v for their destinations, and one that joins the heads of what has come back. A rank's own share is copied once,
-    from where it is to where it belongs. That is worth it where a chunk is large: it is a message of its own.
+    from where it is to where it belongs. That is worth it where a chunk is large: it is a message of its own. Up
+    to twice that size the chunks of an output for one rank are joined: one more copy costs less than the messages.
 
 Shapes: P ranks, B batch, H heads, h = H / P heads of one rank, S tokens of all ranks, s tokens of this rank, D head
 size, W numbers that one token sends to one rank.
@@ -21,16 +22,20 @@ from mindspeed_cp.plan import Part
 
 LARGE = 2**16
 """Bytes of a message from which on it is sent and received by itself."""
+APART = 2 * LARGE
+"""Bytes of a chunk of an output from which on it is sent apart from the others for the same rank."""
 
 
-def is_worth_it(parts: Sequence[Part], shapes: Sequence[torch.Size], dtype: torch.dtype) -> bool:
-    """Whether the chunks of a group are large: the same on all of its ranks.
+def is_worth_it(
+    parts: Sequence[Part], shapes: Sequence[torch.Size], dtype: torch.dtype, least: int | None = None
+) -> bool:
+    """Whether the chunks of a group have `least` bytes or more, LARGE where it is None: the same on all of its ranks.
 
     parts: all chunks of the sequence, in order. shapes: [B, h, .., D] of a rank's share of the heads of each tensor.
     """
     tokens = sum(part.stop - part.start for part in parts)
     smallest = min(shape[0] * shape[1] * shape[3] for shape in shapes)
-    return bool(parts) and tokens * smallest * dtype.itemsize >= LARGE * len(parts)
+    return bool(parts) and tokens * smallest * dtype.itemsize >= (LARGE if least is None else least) * len(parts)
 
 
 def scatter_in_place(shards: Sequence[Tensor], communicator: Communicator, parts: Sequence[Part]) -> tuple[Tensor, ...]:
@@ -74,22 +79,27 @@ def gather_in_place(shares: Sequence[Tensor], communicator: Communicator, parts:
     sequences = [x.permute(2, 0, 1, 3).contiguous() for x in shares]  # [S, B, h, D], as kernels have it in memory.
     tokens = sum(part.stop - part.start for part in parts if part.member == rank)
     arriving = [x.new_empty((size - 1, tokens, *x.shape[1:])) for x in sequences]
-    sends: list[list[Tensor]] = [[] for _ in range(size)]
-    receives: list[list[Tensor]] = [[] for _ in range(size)]
-    own: list[tuple[Part, int]] = []
+    chunks: list[list[tuple[Part, slice]]] = [[] for _ in range(size)]  # In a member's shard, and in the sequence.
     begin = 0
     for part in parts:
-        here = slice(begin, begin + part.stop - part.start)
-        if part.member == rank:
-            own.append((part, begin))
-            for other in range(size):
-                if other != rank:
-                    receives[other] += [x[other - (other > rank), part.start : part.stop] for x in arriving]
+        chunks[part.member].append((part, slice(begin, begin + part.stop - part.start)))
+        begin += part.stop - part.start
+    apart = is_worth_it(parts, [x.shape for x in shares], shares[0].dtype, APART)
+    sends: list[list[Tensor]] = [[] for _ in range(size)]
+    receives: list[list[Tensor]] = [[] for _ in range(size)]
+    for other in range(size):
+        if other == rank:
+            continue
+        come_from = [x[other - (other > rank)] for x in arriving]
+        if apart:
+            sends[other] = [x[here] for _, here in chunks[other] for x in sequences]
+            receives[other] = [x[part.start : part.stop] for part, _ in chunks[rank] for x in come_from]
         else:
-            sends[part.member] += [x[here] for x in sequences]
-        begin = here.stop
+            in_shard = sorted(chunks[other], key=lambda chunk: chunk[0].start)
+            sends[other] = [torch.cat([x[here] for _, here in in_shard]) for x in sequences if in_shard]
+            receives[other] = come_from if tokens else []
     communicator.all_to_all_of_parts(sends, receives)
-    del receives, sends
+    del receives, sends, come_from
     joined = []
     for x in sequences:
         # One after another: what has come of a tensor is gone when the next is joined.
@@ -98,8 +108,8 @@ def gather_in_place(shares: Sequence[Tensor], communicator: Communicator, parts:
         whole[:, :, :rank].copy_(come[:, :, :rank])
         whole[:, :, rank + 1 :].copy_(come[:, :, rank:])
         del come
-        for part, begin in own:
-            whole[part.start : part.stop, :, rank].copy_(x[begin : begin + part.stop - part.start])
+        for part, here in chunks[rank]:
+            whole[part.start : part.stop, :, rank].copy_(x[here])
         joined.append(whole.flatten(2, 3).permute(1, 2, 0, 3))
     return tuple(joined)
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_cp.attention.exchange import Block, Partial, in_one
+from mindspeed_cp.attention.blocks import Block, in_one
+from mindspeed_cp.attention.exchange import Partial
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.handles import with_handle
@@ -70,15 +71,26 @@ class Latent:
         wants = torch.is_grad_enabled() and any(x.requires_grad for x in (self.payload, *self.weights))
         return f"payloads of {self.payload.size(-1)} numbers with{'' if wants else 'out'} gradients"
 
+    def check(self) -> None:
+        """Raise ValueError unless keys and values can be had of it, and weights are by K/V heads."""
+        k, _ = self.stand_ins
+        if wrong := [tuple(weight.shape) for weight in self.weights if weight.size(0) != k.size(1)]:
+            raise ValueError(
+                f"weights of expand are {wrong}, and it makes {k.size(1)} K/V heads; give each as [{k.size(1)}, ...], "
+                f"by K/V heads."
+            )
+
     def with_handle(self) -> "Latent":
         """The same, with an `expand` that has a handle for as long as this is held."""
         return replace(self, expand=with_handle(functools.partial(self.expand)))
 
     def named(self) -> NamedExpand:
         """The `expand` for an operator in a graph. Raises ValueError where it has no handle."""
-        is_method = isinstance(self.expand, types.MethodType) and hasattr(self.expand.__self__, "handle")
-        method = self.expand.__name__ if is_method else ""
-        handle = getattr(self.expand.__self__ if is_method else self.expand, "handle", None)
+        owner: object = self.expand
+        method = ""
+        if isinstance(self.expand, types.MethodType) and hasattr(self.expand.__self__, "handle"):
+            owner, method = self.expand.__self__, self.expand.__name__
+        handle: Tensor | None = getattr(owner, "handle", None)
         if handle is None:
             raise ValueError(
                 "a compiled function was given a Latent whose expand has no handle; give the method of a LatentHeads, "
@@ -127,12 +139,6 @@ class Latent:
             raise ValueError(
                 "expand reads a tensor that requires a gradient and is not among its weights, which would get none; "
                 "give it in Latent(weights=...), [G, ...] by K/V heads."
-            )
-        k, v = made
-        if wrong := [tuple(weight.shape) for weight in self.weights if weight.size(0) != k.size(1)]:
-            raise ValueError(
-                f"weights of expand are {wrong}, and it makes {k.size(1)} K/V heads; give each as [{k.size(1)}, ...], "
-                f"by K/V heads."
             )
         k, v = (x.new_empty(1).expand(batch, x.size(1), num_tokens, x.size(3)) for x in made)
         return k, v

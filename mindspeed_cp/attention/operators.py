@@ -143,7 +143,15 @@ _NUMBERS = "seed", "layer", "micro_batch", "data_parallel_rank", "first_head"
 
 
 def _dropout(rate: float, numbers: Sequence[int]) -> Dropout:
-    return Dropout(rate=rate, **dict(zip(_NUMBERS, numbers, strict=True)))
+    seed, layer, micro_batch, data_parallel_rank, first_head = numbers
+    return Dropout(
+        rate=rate,
+        seed=seed,
+        layer=layer,
+        micro_batch=micro_batch,
+        data_parallel_rank=data_parallel_rank,
+        first_head=first_head,
+    )
 
 
 class _Given(NamedTuple):
@@ -207,8 +215,7 @@ class _Given(NamedTuple):
         )
 
 
-@torch.library.custom_op("mindspeed_cp::attention", mutates_args=())
-def attention(
+def forward(
     attention: Tensor,
     plan: Tensor | None,
     expand: Tensor | None,
@@ -263,6 +270,9 @@ def attention(
     return *results, _RUNS.token(run)
 
 
+attention = torch.library.custom_op("mindspeed_cp::attention", forward, mutates_args=())
+
+
 @attention.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Tensors that do not fit are refused when the operator runs, on all ranks: here one would leave the others waiting.
@@ -310,8 +320,7 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor | None) -> t
 attention.register_autograd(_differentiate, setup_context=_keep_for_gradients)
 
 
-@torch.library.custom_op("mindspeed_cp::attention_backward", mutates_args=())
-def attention_backward(
+def backward(
     token: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
@@ -334,6 +343,9 @@ def attention_backward(
         empty.zero_() if gradient is None else _laid_out(gradient, empty.stride(), taken)
         for gradient, empty in zip(found, _empty(dout, dims, sizes, strides, dtypes), strict=True)
     ]
+
+
+attention_backward = torch.library.custom_op("mindspeed_cp::attention_backward", backward, mutates_args=())
 
 
 @attention_backward.register_fake
@@ -384,7 +396,7 @@ def _strides(sizes: Sequence[int], memory: Sequence[int]) -> list[int]:
 def _empty(
     like: Tensor, dims: Sequence[int], sizes: Sequence[int], strides: Sequence[int], dtypes: str
 ) -> Iterator[Tensor]:
-    """One tensor after another, see attention_backward."""
+    """One tensor after another, see `backward`."""
     begin = 0
     for dim, dtype in zip(dims, dtypes.split(), strict=True):
         here = slice(begin, begin + dim)

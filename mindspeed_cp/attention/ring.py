@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.exchange import Block, Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.blocks import Block
+from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks

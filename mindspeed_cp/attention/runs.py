@@ -47,7 +47,8 @@ class Run:
 
     def end(self, outputs: Sequence[Tensor]) -> None:
         """The graph ends with these."""
-        self._outputs = [get_gradient_edge(x) for x in outputs if x.requires_grad]
+        # Of views: their nodes are torch's own. One of a Function in Python is not kept by its edge up to torch 2.6.
+        self._outputs = [get_gradient_edge(x.view_as(x)) for x in outputs if x.requires_grad]
 
     def gradients(
         self, of_outputs: Sequence[Tensor], of_graph: Sequence[Tensor], *, keep_graph: bool

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention
-from mindspeed_cp.benchmark.cases import Algorithm
+from mindspeed_cp.attention import ContextParallelAttention, RingCommunicators, compose_attention, operators
 from mindspeed_cp.benchmark.peers import Attend, deepspeed_ulysses
 from mindspeed_cp.comm import ProcessGroupCommunicator
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KernelRegistry, TileCase, TileGradients, TileOutput, TileTerms
 
 Maker = Callable[["MemoryCase", int], Attend]
@@ -39,8 +39,15 @@ COPIES = ("copy_", "clone", "contiguous", "index_select", "cat", "_to_copy")
 """Operations of aten that copy."""
 
 
+_OPERATORS: dict[object, Callable[..., Any]] = {
+    torch.ops.mindspeed_cp.attention.default: operators.forward,
+    torch.ops.mindspeed_cp.attention_backward.default: operators.backward,
+}
+"""Ours, and what they run."""
+
+
 class PeakMemory(TorchDispatchMode):
-    """Counts, while it is entered, the bytes of all storages alive; see Note [Peak memory].
+    """Counts, while it is entered, the bytes of all storages alive; see Note [Peak memory]. Looks into our operators.
 
     now, peak: bytes. copied: bytes written by operations that copy.
     """
@@ -50,12 +57,20 @@ class PeakMemory(TorchDispatchMode):
         self.now = self.peak = self.copied = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """True: what has been compiled runs as it is within it."""
+        return True
+
     def hold(self, *tensors: Tensor) -> None:
         """Count what was there before."""
         for x in tensors:
             self._see(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (runs := _OPERATORS.get(func)) is not None:
+            with self:
+                return runs(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for x in tree_iter((args, kwargs, result)):
             if isinstance(x, Tensor):
@@ -107,7 +122,7 @@ def token_major(like: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """What is counted: one rank of a causal attention. tokens: of all ranks."""
+    """What is counted: one rank of an attention. tokens: of all ranks."""
 
     num_ranks: int = 4
     tokens: int = 8192
@@ -120,6 +135,16 @@ class MemoryCase:
         shape = self.tokens // self.num_ranks, 1, self.num_heads, self.head_size
         *qkv, dout = (torch.zeros(shape, dtype=self.dtype) for _ in range(4))
         return [*(x.requires_grad_() for x in qkv), dout]
+
+    @property
+    def tensor(self) -> int:
+        """Bytes of one of q, k, v and out of a rank."""
+        return self.tokens // self.num_ranks * self.num_heads * self.head_size * self.dtype.itemsize
+
+    @property
+    def lse(self) -> int:
+        """Bytes of a rank's log-sum-exp."""
+        return self.tokens // self.num_ranks * self.num_heads * 4
 
     @property
     def workspace(self) -> int:
@@ -163,9 +188,19 @@ def join_fake_group(rank: int, size: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
 
 
-def ours(algorithm: Algorithm, rank: int) -> Attend:
+def ours(config: ContextParallelConfig, rank: int) -> Attend:
     """Our attention of tensors [S, B, N, D], on one rank of the fake default group."""
-    group, topology = dist.group.WORLD, algorithm.topology
+    attention = composed(config, rank)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
+
+    return attend
+
+
+def composed(config: ContextParallelConfig, rank: int) -> ContextParallelAttention:
+    """Our attention on one rank of the fake default group, over a kernel that computes nothing."""
+    group, topology = dist.group.WORLD, config.topology
     assert group is not None, "join_fake_group has made it"
     ulysses = ring = None
     if topology.ulysses > 1:
@@ -173,14 +208,10 @@ def ours(algorithm: Algorithm, rank: int) -> Attend:
     if topology.ring_size > 1:
         along = ProcessGroupCommunicator(group, ranks=tuple(topology.ring_ranks(rank)))
         ring = RingCommunicators(along, along, along)
-    attention: Attention = compose_attention(
-        algorithm.config, rank=rank, ulysses=ulysses, ring=ring, kernels=KernelRegistry((ShapesKernel(),))
+    attention = compose_attention(
+        config, rank=rank, ulysses=ulysses, ring=ring, kernels=KernelRegistry((ShapesKernel(),))
     )
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
-
-    return attend
+    return ContextParallelAttention(attention, config, config.layout)
 
 
 def peers() -> dict[str, Maker]:

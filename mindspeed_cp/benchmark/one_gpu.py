@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from mindspeed_cp.attention import Attention, RingCommunicators, compose_attention, local_attention
-from mindspeed_cp.attention.exchange import BlockFormat
+from mindspeed_cp.attention.blocks import BlockFormat
 from mindspeed_cp.benchmark.kernels import block_flops
 from mindspeed_cp.comm import Addressed, Sizes
 from mindspeed_cp.comm.communicator import one_each_way
@@ -107,7 +107,8 @@ class ImmediateCommunicator:
         """The same of several messages."""
         if self.stand_in is None:
             return self
-        for _, receive in receives:
+        for _, content in receives:
+            receive = content if content._base is None else content._base  # Of a message that comes in two.
             part = self.stand_in[: receive.numel()]
             receive.set_(part.untyped_storage(), part.storage_offset(), part.size(), part.stride())
         return self

@@ -3,7 +3,7 @@
 Functions on plain tensors, for authors of engines; ../../docs/inference.md says which is for what.
 """
 
-from mindspeed_cp.inference.cache import ShardedKVCache, Stretch
+from mindspeed_cp.inference.cache import ShardedKVCache, Slab
 from mindspeed_cp.inference.chunks import Shared, chunked_attention, shared_prefix_attention
 from mindspeed_cp.inference.costs import (
     Coefficients,
@@ -47,11 +47,11 @@ __all__ = [
     "Session",
     "ShardedKVCache",
     "Shared",
+    "Slab",
     "Span",
     "Spans",
     "State",
     "Step",
-    "Stretch",
     "agreed_rates",
     "agreement_of",
     "all_reduce_state",

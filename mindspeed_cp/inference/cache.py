@@ -3,12 +3,11 @@
 Note [Pages]
     A rank's tokens of a sample lie in pages of so many slots, [G, page, D]. Pages are made when they are needed,
     several at once where much comes at once; what is in them stays where it is, however long a sequence grows. Those
-    made together lie together, in a slab, and are one stretch of memory for a kernel; a long prompt is one. Pages made
-    one by one are more each time, an eighth of what is there: so there are few stretches, and little room is left
-    empty.
+    made together lie together, and are one slab for a kernel; a long prompt is one. Pages made one by one are more
+    each time, an eighth of what is there: so there are few slabs, and little room is left empty.
 
-    Each sample of a batch has pages for as long as it is. Samples that need as many at once get them side by side in
-    one slab [B, G, pages * page, D], and a kernel computes with all of them in one call.
+    Each sample of a batch has pages for as long as it is. Samples that need as many at once get them side by side, in
+    [B, G, pages * page, D], and a kernel computes with all of them in one call.
 
     In a layer with a sliding window pages that no later query of a sample sees are used again for its later tokens.
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from mindspeed_cp.inference.interleave import Interleaved, Span
 
 
-class Stretch(NamedTuple):
+class Slab(NamedTuple):
     """Keys [b, G, n, D] and values [b, G, n, V] that lie together: views of the cache.
 
     samples: whose they are, b of them side by side. slots: which; of some samples there may be fewer.
@@ -38,8 +37,8 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Slab:
-    """Pages that were made together, [b, G, pages * page, D]. number: in which order slabs were."""
+class _Made:
+    """Pages that were made together, [b, G, pages * page, D]. number: in which order."""
 
     k: Tensor
     v: Tensor
@@ -47,9 +46,9 @@ class _Slab:
 
 
 class _Page(NamedTuple):
-    """A page of a sample: the row of the slab, and which of its pages."""
+    """A page of a sample. made: with which others. row, number: the row there, and which of its pages."""
 
-    slab: _Slab
+    made: _Made
     row: int
     number: int
 
@@ -63,9 +62,9 @@ class _Table:
 
 
 class _Piece(NamedTuple):
-    """Slots of a sample that lie together: from a place in a row of a slab on."""
+    """Slots of a sample that lie together: from a place in a row of pages on."""
 
-    slab: _Slab
+    made: _Made
     row: int
     place: int
     slots: Span
@@ -144,16 +143,16 @@ class ShardedKVCache:
         at.write(k, v, self._slots(layout))
         self._lengths[layer] = [span.stop for span in new]
 
-    def stretches(self, layer: int, seen: Interleaved) -> list[Stretch]:
+    def slabs(self, layer: int, seen: Interleaved) -> list[Slab]:
         """This rank's keys and values of `keys(...)`, as they lie, see Note [Pages]: nothing is copied."""
-        return self._layers[layer].stretches(self._slots(seen))
+        return self._layers[layer].slabs(self._slots(seen))
 
     def view(self, layer: int, seen: Interleaved) -> tuple[Tensor, Tensor]:
         """This rank's keys [B, G, T, D] and values [B, G, T, V] of `keys(...)`; copied where they lie apart.
 
         What a sample has none of, where others do, is whatever it is: `seen` does not name it.
         """
-        found, at = self.stretches(layer, seen), self._layers[layer]
+        found, at = self.slabs(layer, seen), self._layers[layer]
         first, num_tokens = seen.base(self.rank, 0), seen.num_tokens(self.rank)
         slots = Span(first, first + num_tokens)
         if len(found) == 1 and (found[0].samples, found[0].slots) == (slice(0, self.batch), slots):
@@ -212,11 +211,11 @@ class _Layer:
         self._page, self._name = page, name
         self._tables = [_Table() for _ in range(batch)]
         self._sample: tuple[Tensor, Tensor] | None = None
-        self._made = self._slabs = 0
+        self._bytes = self._times = 0
 
     @property
     def nbytes(self) -> int:
-        return self._made
+        return self._bytes
 
     def check(self, k: Tensor, v: Tensor, shapes: str) -> None:
         """Raise ValueError for others than those that are there."""
@@ -241,7 +240,7 @@ class _Layer:
         if self._sample is None:
             self._sample = k.new_empty((0, k.size(1), 0, k.size(3))), v.new_empty((0, v.size(1), 0, v.size(3)))
         self._reserve([each.stop for each in slots], k, v)
-        for there in self.stretches(slots, alike=True):
+        for there in self.slabs(slots, alike=True):
             first = there.slots.start - slots[there.samples.start].start
             tokens = slice(first, first + there.slots.stop - there.slots.start)
             for target, x in (there.k, k), (there.v, v):
@@ -255,10 +254,10 @@ class _Layer:
                 if page is not None:
                     table.free.append(page)
                     table.pages[number] = None
-            table.free.sort(key=lambda page: (page.slab.number, page.number))
+            table.free.sort(key=lambda page: (page.made.number, page.number))
 
-    def stretches(self, slots: Sequence[Span], *, alike: bool = False) -> list[Stretch]:
-        """What is in these slots of each sample, as few stretches as the pages allow.
+    def slabs(self, slots: Sequence[Span], *, alike: bool = False) -> list[Slab]:
+        """What is in these slots of each sample, as few slabs as the pages allow.
 
         alike: samples share one only where their slots begin and end together.
         """
@@ -275,7 +274,7 @@ class _Layer:
                     still.append((slice(beside[0].start, sample + 1), _joined(beside[1], piece)))
             done += open_
             open_ = still
-        return [self._stretch(*each) for each in (*done, *open_)]
+        return [self._slab(*each) for each in (*done, *open_)]
 
     def _pieces(self, sample: int, slots: Span) -> Iterator[_Piece]:
         """Slots of a sample whose pages lie together."""
@@ -286,18 +285,18 @@ class _Layer:
             assert first is not None, "a query sees what was given back"
             while (number + 1) * self._page < slots.stop:
                 after = pages[number + 1]
-                if after is None or page is None or after.slab is not page.slab or after.number != page.number + 1:
+                if after is None or page is None or after.made is not page.made or after.number != page.number + 1:
                     break
                 page, number = after, number + 1
             stop = min(slots.stop, (number + 1) * self._page)
             place = first.number * self._page + start % self._page
-            yield _Piece(first.slab, first.row, place, Span(start, stop))
+            yield _Piece(first.made, first.row, place, Span(start, stop))
             start = stop
 
-    def _stretch(self, samples: slice, piece: _Piece) -> Stretch:
+    def _slab(self, samples: slice, piece: _Piece) -> Slab:
         count, rows = piece.slots.stop - piece.slots.start, samples.stop - samples.start
-        k, v = (x.narrow(0, piece.row, rows).narrow(2, piece.place, count) for x in (piece.slab.k, piece.slab.v))
-        return Stretch(k, v, samples, piece.slots)
+        k, v = (x.narrow(0, piece.row, rows).narrow(2, piece.place, count) for x in (piece.made.k, piece.made.v))
+        return Slab(k, v, samples, piece.slots)
 
     def _reserve(self, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Have pages for so many slots of each sample."""
@@ -311,21 +310,21 @@ class _Layer:
                 held = sum(page is not None for page in table.pages)
                 wanted.setdefault(max(missing, held // 8), []).append((missing, table))
         for count, tables in wanted.items():
-            self._slabs += 1
+            self._times += 1
             shape = (len(tables), k.size(1), count * self._page)
-            slab = _Slab(k.new_zeros((*shape, k.size(3))), v.new_zeros((*shape, v.size(3))), self._slabs)
-            self._made += slab.k.nbytes + slab.v.nbytes
+            made = _Made(k.new_zeros((*shape, k.size(3))), v.new_zeros((*shape, v.size(3))), self._times)
+            self._bytes += made.k.nbytes + made.v.nbytes
             for row, (missing, table) in enumerate(tables):
-                pages = [_Page(slab, row, number) for number in range(count)]
+                pages = [_Page(made, row, number) for number in range(count)]
                 table.pages += pages[:missing]
                 table.free += pages[missing:]
 
 
 def _side_by_side(beside: tuple[slice, _Piece], sample: int, piece: _Piece) -> bool:
-    """Whether a sample's piece lies in the next row of the same slab, its slots at the same places."""
+    """Whether a sample's piece lies in the next row of the same pages, its slots at the same places."""
     samples, other = beside
     return (
-        other.slab is piece.slab
+        other.made is piece.made
         and other.row + sample - samples.start == piece.row
         and other.place - other.slots.start == piece.place - piece.slots.start
     )

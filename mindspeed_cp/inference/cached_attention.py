@@ -26,7 +26,7 @@ from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.inference.cache import ShardedKVCache, Stretch
+from mindspeed_cp.inference.cache import ShardedKVCache, Slab
 from mindspeed_cp.inference.costs import Coefficients, Rates
 from mindspeed_cp.inference.decode import Method, gather_queries, pass_queries, shares
 from mindspeed_cp.inference.interleave import Interleaved, Span
@@ -41,7 +41,7 @@ from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 class Prefill:
     """Attention of the tokens at the positions `new` of each sample, dealt as `layout`, in one forward pass.
 
-    communicator: the ranks that share the cache; None for one. strategy, rates, coefficients, kernels: see
+    communicator: the ranks that share the cache; None for one. strategy, rates, coefficients, pieces, kernels: see
     prefix_attention. dtype: of scores, probabilities and states, see Note [Wide attention]; that of q by default.
     """
 
@@ -54,13 +54,14 @@ class Prefill:
         strategy: Strategy = "auto",
         rates: Rates | None = None,
         coefficients: Coefficients | None = None,
+        pieces: int = 1,
         dtype: torch.dtype | None = None,
         kernels: KernelRegistry = KERNELS,
     ) -> None:
         self._cache, self._new, self._dtype = cache, tuple(new), dtype
         self.layout = cache.layout(new)
         self._communicator, self._kernels = communicator, kernels
-        self._strategy, self._rates, self._coefficients = strategy, rates, coefficients
+        self._strategy, self._rates, self._coefficients, self._pieces = strategy, rates, coefficients, pieces
         self._plans: dict[int | None, AttentionPlan] = {}
 
     def refuse_window(self, layer: int, window: int | None) -> None:
@@ -92,6 +93,7 @@ class Prefill:
             strategy=self._strategy,
             rates=self._rates,
             coefficients=self._coefficients,
+            pieces=self._pieces,
         )
         return F.pad(state.out.to(q.dtype), (0, 0, 0, given - num_tokens))
 
@@ -179,14 +181,14 @@ class Decode:
         """Of the queries of some samples over the keys that this rank keeps of them."""
         seen = self._cache.keys(layer, self._new)
         merged = MergedOutput.of(q, value_head_size)
-        for stretch in self._cache.stretches(layer, seen):
-            first, stop = max(samples.start, stretch.samples.start), min(samples.stop, stretch.samples.stop)
+        for slab in self._cache.slabs(layer, seen):
+            first, stop = max(samples.start, slab.samples.start), min(samples.stop, slab.samples.stop)
             if first >= stop:
                 continue
-            rows, held = (slice(first - each.start, stop - each.start) for each in (samples, stretch.samples))
+            rows, held = (slice(first - each.start, stop - each.start) for each in (samples, slab.samples))
             state = attention_state(
-                *(q[rows], stretch.k[held].to(q.dtype), stretch.v[held].to(q.dtype)),
-                plan=self._plan(layer, seen, stretch, slice(first, stop)),
+                *(q[rows], slab.k[held].to(q.dtype), slab.v[held].to(q.dtype)),
+                plan=self._plan(layer, seen, slab, slice(first, stop)),
                 scale=scale,
                 terms=terms,
                 kernels=self._kernels,
@@ -194,13 +196,13 @@ class Decode:
             merged.merge(TileOutput(*state), Place(rows, ALL))
         return State(*merged.result(accumulation_dtype(q.dtype))[:2])
 
-    def _plan(self, layer: int, seen: Interleaved, stretch: Stretch, samples: slice) -> AttentionPlan:
-        """Each sample's query sees those of its keys that are in the stretch, all earlier ones. One for all layers."""
-        case = self._cache.windows[layer], stretch.slots, (samples.start, samples.stop)
+    def _plan(self, layer: int, seen: Interleaved, slab: Slab, samples: slice) -> AttentionPlan:
+        """Each sample's query sees those of its keys that are in the slab, all earlier ones. One for all layers."""
+        case = self._cache.windows[layer], slab.slots, (samples.start, samples.stop)
         if case not in self._plans:
             every = [seen.slots(self._cache.rank, sample) for sample in range(self._cache.batch)]
             held = [
-                Span(max(every[sample].start, stretch.slots.start), min(every[sample].stop, stretch.slots.stop))
+                Span(max(every[sample].start, slab.slots.start), min(every[sample].stop, slab.slots.stop))
                 if self._new[sample].start < self._new[sample].stop
                 else Span(0, 0)
                 for sample in range(samples.start, samples.stop)
@@ -211,8 +213,8 @@ class Decode:
                 if start < stop:
                     named = None if alike else place
                     queries.append(Run(0, 1, 0, place, named))
-                    keys.append(Run(start - stretch.slots.start, stop - stretch.slots.start, 0, place, named))
-            count = stretch.slots.stop - stretch.slots.start
+                    keys.append(Run(start - slab.slots.start, stop - slab.slots.start, 0, place, named))
+            count = slab.slots.stop - slab.slots.start
             self._plans[case] = AttentionPlan(_Held(1, tuple(queries)), _Held(count, tuple(keys)), FULL)
         return self._plans[case]
 

@@ -85,8 +85,9 @@ class Interleaved:
 
     def num_tokens(self, rank: int) -> int:
         """See Layout: of the sample that has most; others are padded."""
-        samples = range(1 if self.alike else len(self.spans))
-        return max(0, *(self.slots(rank, sample).stop - self.base(rank, sample) for sample in samples))
+        held = [(sample, self.slots(rank, sample)) for sample in range(1 if self.alike else len(self.spans))]
+        # A sample that has nothing here has no place either: its slots may have been given back.
+        return max((slots.stop - self.base(rank, each) for each, slots in held if slots.stop > slots.start), default=0)
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """See Layout. Each sample is a document."""

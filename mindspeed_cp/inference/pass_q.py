@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import RingCommunicators
-from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player, in_one
+from mindspeed_cp.attention.blocks import in_one
+from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import TermsOfTiles, places_in_stream, places_of_batch
 from mindspeed_cp.comm import Addressed, Communicator, Sizes, Transfer

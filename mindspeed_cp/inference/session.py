@@ -43,6 +43,11 @@ class Model(Protocol):
         """Positions that a text may have; None where that is open."""
         ...
 
+    @property
+    def words(self) -> str:
+        """What tells it from another model, for messages: ranks that share sequences have the same."""
+        ...
+
     def __call__(self, tokens: Tensor, positions: Tensor, attention: "Prefill | Decode", rows: Tensor) -> Tensor:
         """Logits [B, len(rows), vocabulary] of some places of tokens [B, S] at positions [B, S]."""
         ...
@@ -66,7 +71,7 @@ class Session:
 
     model: the same on all ranks. batch: number of sequences. communicator: the ranks that share them; None for one.
     chunk: tokens of each prompt that go through the model at once, over all ranks. interleave, page: of the cache.
-    strategy, rates, coefficients: whether K/V or queries travel for a prompt, see prefix_attention.
+    strategy, rates, coefficients, pieces: whether K/V or queries travel for a prompt, and how, see prefix_attention.
     decode: how new tokens meet the keys, see decode.py. "tree" has every token go through the model on all ranks; with
         the others each rank has the tokens of its own sequences. "auto": "allgather_q" where ranks get as many each.
     attention_dtype: of scores, probabilities and states, that of the model by default; with fp64 one in bf16 or fp16
@@ -88,13 +93,14 @@ class Session:
         strategy: Strategy = "auto",
         rates: Rates | None = None,
         coefficients: Coefficients | None = None,
+        pieces: int = 1,
         decode: DecodeMethod = "auto",
         attention_dtype: torch.dtype | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk} tokens of a prompt at once: give 1 or more.")
         self._model, self._communicator, self._chunk = model, communicator, chunk
-        self._strategy, self._rates, self._coefficients = strategy, rates, coefficients
+        self._strategy, self._rates, self._coefficients, self._pieces = strategy, rates, coefficients, pieces
         self._attention_dtype = attention_dtype
         rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
         self._method = _method(decode, batch, size)
@@ -112,6 +118,7 @@ class Session:
         if communicator is not None:
             subject = Subject("generation", "give all ranks the same model, prompts and options")
             self._agreement = Agreement(communicator.apart, on_host=communicator.on_host, subject=subject)
+        self._model_words = model.words if communicator is not None else ""
         self._last: list[int | None] = [None] * batch
         """Chosen, and not yet gone through the model."""
 
@@ -170,11 +177,12 @@ class Session:
                 refusal = f"prompts and new tokens make {needed} positions, and the model is set for {longest}; shorten"
                 refusal += " them, or set it for more (for_length of one of transformers)."
         words = (
+            f"{self._model_words}, "
             f"prompts of {[len(prompt) for prompt in prompts]} tokens ({_digest(new)}) after {list(cache.lengths)}, "
             f"{num_tokens} tokens, {sampling}, ends {sorted(ends)}, chunk={self._chunk}, "
-            f"interleave={cache.interleave}, "
-            f"{self._strategy}, {self._rates}, {self._coefficients}, {self._method}, attention in "
-            f"{self._attention_dtype}, windows {_digest([[window or 0 for window in cache.windows]])}"
+            f"interleave={cache.interleave}, {self._strategy}, {self._rates}, {self._coefficients}, "
+            f"{self._pieces} pieces, {self._method}, attention in {self._attention_dtype}, "
+            f"windows {_digest([[window or 0 for window in cache.windows]])}"
         )
         if self._agreement is not None:
             self._agreement.reach(words, refusal=refusal, device=self._model.device)
@@ -197,6 +205,7 @@ class Session:
                 strategy=self._strategy,
                 rates=self._rates,
                 coefficients=self._coefficients,
+                pieces=self._pieces,
                 dtype=self._attention_dtype,
             )
             held = [list(attention.layout.positions(self.cache.rank, sample)) for sample in range(len(new))]

@@ -7,6 +7,7 @@ one that is not known here is refused.
 Folders are read from disk alone: config.json, safetensors, a tokenizer. No pickle is loaded, and no code of a folder.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_cp.attention import AttentionTerms
+from mindspeed_cp.inference.cache import ShardedKVCache
 from mindspeed_cp.inference.cached_attention import Decode, Prefill
+from mindspeed_cp.inference.interleave import Span
 
 NAME = "mindspeed_cp"
 """Of the attention function, in transformers' interface."""
@@ -28,10 +31,20 @@ _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 _BESIDE = {"position_ids", "use_cache", "cache_position"}
 """Arguments that say nothing which is not known here."""
 
+_OFF = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+"""Likewise, where they are False: of others False may say something, as is_causal does."""
+
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Rotary embeddings whose frequencies follow the length of the text. transformers finds it anew in each forward pass,
 from the positions that it is given: on ranks that have different tokens these are different lengths, and keys in a
 cache were turned by earlier ones. So it is set once, for all of a text, see TransformersModel.for_length."""
+
+
+_OF_THE_PLACE = {"_name_or_path", "transformers_version"}
+"""What of a configuration says where it was found, and may differ by rank."""
+
+_SAMPLED = 16
+"""Numbers of each parameter, about, by which models are told apart."""
 
 
 class Heads(NamedTuple):
@@ -83,6 +96,22 @@ class TransformersModel:
         return next(self.model.parameters()).device
 
     @property
+    def words(self) -> str:
+        """See Model: a digest of the configuration, and of some numbers of each parameter."""
+        config: Any = self.model.config
+        said = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_PLACE}
+        flat = (each.detach().reshape(-1) for each in self.model.parameters())
+        some = [each[:: max(1, each.numel() // _SAMPLED)].cpu().double().tolist() for each in flat]
+        digest = hashlib.blake2b(f"{json.dumps(said, sort_keys=True, default=str)}{some}".encode(), digest_size=8)
+        return f"{type(self.model).__name__} ({digest.hexdigest()})"
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has an embedding for."""
+        model: Any = self.model
+        return int(model.get_input_embeddings().num_embeddings)
+
+    @property
     def heads(self) -> Heads:
         """Of a layer's attention."""
         config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
@@ -114,6 +143,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     cached_attention: Prefill | Decode | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
@@ -122,8 +152,13 @@ def attend(
     Raises ValueError for what it is told and does not know.
     """
     if cached_attention is None:
-        raise ValueError(f"attention by {NAME!r} is that of a Session; elsewhere use set_attn_implementation('sdpa').")
-    unknown = {name: said for name, said in others.items() if not (name in _BESIDE or said is None or said is False)}
+        raise ValueError(
+            f"{type(module).__name__} is not told whose cache its attention by {NAME!r} is over: it is that of a "
+            f"Session, and of models that hand their arguments on; elsewhere use set_attn_implementation('sdpa')."
+        )
+    unknown = {name: said for name, said in others.items() if not _says_nothing(name, said)}
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        unknown["is_causal"] = False
     if attention_mask is not None:
         unknown["attention_mask"] = attention_mask
     if dropout:
@@ -137,7 +172,11 @@ def attend(
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     cached_attention.refuse_window(layer, sliding_window)
     out = cached_attention.attend(layer, query, key, value, scale, AttentionTerms(sinks=s_aux, softcap=softcap))
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # There are models that take a view of it.
+
+
+def _says_nothing(name: str, said: object) -> bool:
+    return name in _BESIDE or said is None or (name in _OFF and said is False)
 
 
 def _spelled(argument: tuple[str, object]) -> str:
@@ -150,7 +189,8 @@ def adapt(model: Any) -> TransformersModel:
 
     model: a PreTrainedModel of transformers with a head for the next token.
 
-    Raises ValueError where layers have no attention, or one that the cache cannot serve.
+    Raises ValueError where layers have no attention, several, or one that the cache cannot serve, and where positions
+    do not begin at 0. It is found by two forward passes of a few tokens.
     """
     from transformers import AttentionInterface
 
@@ -165,7 +205,52 @@ def adapt(model: Any) -> TransformersModel:
     model.set_attn_implementation(NAME)
     kinds: list[tuple[nn.Module, Any]] = [(each, getattr(each, "rope_type", None)) for each in model.modules()]
     rotary = tuple((module, kind) for module, kind in kinds if _LENGTH_DEPENDENT_ROPE & _words(kind))
-    return TransformersModel(model.eval(), windows, rotary, 0 if rotary else None)
+    _try(model.eval(), windows, config)
+    return TransformersModel(model, windows, rotary, 0 if rotary else None)
+
+
+class _Trial(Prefill):
+    """Attention of the first tokens of a text, on one rank. Raises ValueError for a layer that comes twice."""
+
+    def __init__(self, windows: tuple[int | None, ...], num_tokens: int, name: str) -> None:
+        super().__init__(ShardedKVCache(1, windows), [Span(0, num_tokens)])
+        self._seen: set[int] = set()
+        self._name = name
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, terms: AttentionTerms) -> Tensor:
+        """As Prefill.attend."""
+        if layer in self._seen:
+            raise ValueError(
+                f"{self._name} computes several attentions in layer {layer}, and a sharded cache keeps the keys of "
+                f"one; use a model that has one a layer."
+            )
+        self._seen.add(layer)
+        return super().attend(layer, q, k, v, scale, terms)
+
+
+@torch.no_grad()
+def _try(model: Any, windows: tuple[int | None, ...], config: Any) -> None:
+    """Raise ValueError for a model that a cache cannot serve, before any prompt: by its answers to a few tokens."""
+    name = type(model).__name__
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"{name} looks ahead (is_causal=False in its config.json); use a model that is causal.")
+    # Different ones, or positions would not matter where they only turn keys; a padding token may have its own.
+    tokens = [token for token in range(4) if token != getattr(config, "pad_token_id", None)][:3]
+    own, given = (
+        model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            use_cache=False,
+            cached_attention=_Trial(windows, 3, name),
+            **more,
+        ).logits
+        for more in ({}, {"position_ids": torch.arange(3, device=model.device)[None]})
+    )
+    # The same operations on the same numbers, bit for bit.
+    if not torch.allclose(own, given, rtol=0.0, atol=0.0, equal_nan=True):
+        raise ValueError(
+            f"{name} numbers positions otherwise than from 0 on, as those of RoBERTa's kind do, and is given these; "
+            f"use a model that does."
+        )
 
 
 def _words(kind: object) -> set[str]:

@@ -304,6 +304,8 @@ class _Shell:
         elif name == "cd":
             self._change_folder(arguments)
         elif name in ("exit", "return"):
+            if name == "exit" and not self._conditions and [field.text for field in arguments] not in ([], ["0"]):
+                self._omit(Omission(command.line, _first_line(command.text), "the script ends here"))
             raise _Exit if name == "exit" else _Return
         elif name in _ARGUMENTS_BEFORE_NAMES:
             self._forget(self._names_set_by(name, arguments), command.line, command.text)

@@ -22,6 +22,7 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "-ge": int.__ge__,
 }
 _EQUALITIES = {"=": True, "==": True, "!=": False}
+_MEANT_AS_OPERATORS = {"!", "(", ")", "-z", "-n", *_EQUALITIES, *_COMPARISONS}
 
 
 def both(*conditions: bool | None) -> bool | None:
@@ -60,11 +61,35 @@ def _test(words: Sequence[str]) -> bool | None:
             return opposite(_test(rest))
         case ["-z" | "-n" as operator, word]:
             return (word == "") is (operator == "-z")
-    for joint, joined in (("-o", either), ("-a", both)):
-        if joint in words[1:-1]:
-            at = words.index(joint, 1)
-            return joined(_test(words[:at]), _test(words[at + 1 :]))
-    return None
+    return _joined(words)
+
+
+def _split(words: Sequence[str], joint: str) -> list[list[str]]:
+    """The words between those that are the joint."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == joint:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+def _joined(words: Sequence[str]) -> bool | None:
+    """What conditions joined by -a and -o come to; None where it may not be conditions that they join."""
+    alternatives = [_split(each, "-a") for each in _split(words, "-o")]
+    parts = [part for alternative in alternatives for part in alternative]
+    # Bash looks for operators in all of it, and takes an error in one condition for the whole.
+    if len(parts) == 1 or not all(map(_is_plain, parts)) or None in map(_test, parts):
+        return None
+    return any(all(map(_test, alternative)) for alternative in alternatives)
+
+
+def _is_plain(condition: Sequence[str]) -> bool:
+    """Whether no operand of a condition could be taken for an operator."""
+    words = condition[1:] if condition[:1] == ["!"] else condition
+    operands = words[1:] if words[:1] in (["-z"], ["-n"]) else words[::2]
+    return len(operands) in (1, 2) and not {*operands} & _MEANT_AS_OPERATORS
 
 
 def _compare(left: str, operator: str, right: str) -> bool | None:

@@ -74,17 +74,22 @@ def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
 
 
 def cheapest_transport(plan: Carried, schedule: RingSchedule, *, ahead: bool = False, pieces: int = 1) -> Transport:
-    """Rotation, or direct transport where the rank that sends the most tokens of K/V then sends fewer.
+    """By bytes, and with `ahead` by waits as well: what a plan takes where no transport is named.
 
-    ahead: whether direct transport may go ahead, see Note [Room] in straight.py. A rotation goes in step; where steps
-    are uneven it has to be as much better in tokens as it is slower, see `_in_step`. pieces: of the heads in a
-    rotation. With pieces the two give a kernel other heads at once, and so other last bits: `ahead`, which overlap
-    brings, then decides nothing.
+    Bytes are the tokens of K/V that the rank which sends most of them sends, by rotation and by direct transport.
+    Where these are fewer it is direct, where they are as many rotation. Gradients are left out: they go straight home
+    either way.
 
-    Gradients are left out: in a ring they go straight home either way. In a double ring they do not, and the links
-    between inner rings are the slow ones: it is rotation, unless no key is seen in another inner ring than its own. All
-    ranks find the same, as all have the plan. Where tokens lie in so many runs that it would take long to find out, it
-    is rotation.
+    Where they are more it is rotation; but with `ahead`, see Note [Room] in straight.py, only if a rotation saves as
+    much in tokens as it loses by going in step: it takes the sum over the steps of the largest area at each, and direct
+    transport the largest area of a rank. It is direct where its tokens, times its area, come to less than a rotation's.
+
+    In a double ring gradients do not go straight home, and the links between inner rings are the slow ones: it is
+    rotation, unless no key is seen in another inner ring than its own. Where tokens lie in so many runs that it would
+    take long to find out, it is rotation. All ranks find the same, as all have the plan.
+
+    pieces: of the heads in a rotation. With pieces the two give a kernel other heads at once, and so other last bits:
+    `ahead`, which overlap brings, then decides nothing.
     """
     ahead = ahead and pieces == 1
     return plan.once(("cheapest transport", schedule, ahead), lambda: _cheapest(plan, schedule, ahead))

@@ -29,6 +29,10 @@ class DataRow(NamedTuple):
 
 _TWO_SAMPLES = "--micro-batch-size 2 --global-batch-size 4"
 _DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
+_EXPERTS = (
+    "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1 0.1 --moe-z-loss-coeff 0.1"
+)
 
 DATA_ROWS = {
     "documents in samples": DataRow(f"{_DOCUMENTS} {_TWO_SAMPLES}", (BOUNDARY, POSITIONS, LABEL), ("hybrid", LABEL)),
@@ -44,6 +48,11 @@ DATA_ROWS = {
         f"--dataloader-inter-document-masking {_TWO_SAMPLES} --mtp-num-layers 1 --mtp-loss-scaling-factor 1",
         (BOUNDARY, POSITIONS, LABEL, PREDICTION),
         ("double ring", PREDICTION),
+    ),
+    "experts beside documents": DataRow(
+        f"--dataloader-inter-document-masking {_TWO_SAMPLES} {_EXPERTS}",
+        (BOUNDARY, POSITIONS, LABEL),
+        ("ring", BOUNDARY),
     ),
     "windows": DataRow("--window-size 8,0 --window-attn-skip-freq 2", (WINDOW, POSITIONS), ("Ulysses", WINDOW)),
     "sinks beside windows": DataRow(

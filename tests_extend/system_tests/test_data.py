@@ -11,7 +11,7 @@ import pytest
 from system_tests.data_cases import DATA_ROWS, SEEN, STREAM_ROWS, runs_of
 from system_tests.model_cases import MOST
 from system_tests.planted_cases import PLANTED
-from system_tests.training_cases import HAS_TRAINING, MEGATRON_LM
+from system_tests.training_cases import HAS_TRAINING, READS_CONVERSATIONS
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRAINING, reason="megatron.training is not installed"),
@@ -27,7 +27,7 @@ def test_sample_plants_every_mistake():
 
 @pytest.mark.parametrize(("name", "row"), ROWS.items(), ids=ROWS)
 def test_row_has_the_losses_of_cp_1_and_notices_a_mistake(training, name, row):
-    if "conversations" in name and MEGATRON_LM is None:
+    if "conversations" in name and not READS_CONVERSATIONS:
         pytest.skip("MEGATRON_LM names no Megatron-LM checkout, whose script reads conversations")
     if "reinforcement" in name and find_spec("megatron.rl") is None:
         pytest.skip("MEGATRON_LM names no Megatron-LM checkout, whose packer makes them")

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor
 
 from mindspeed_cp.attention import ulysses
@@ -40,6 +42,11 @@ if MEGATRON_LM is not None:
 
 HAS_TRAINING = find_spec("megatron") is not None and find_spec("megatron.training") is not None
 """The wheels of Megatron 0.16 hold megatron.core alone, and a checkout the rest."""
+
+READS_CONVERSATIONS = MEGATRON_LM is not None or (
+    HAS_TRAINING and Version(metadata.version("megatron-core")) >= Version("0.19")
+)
+"""Whether SCRIPT takes --sft."""
 
 MODEL_FLAGS = (
     *TOY_FLAGS,
@@ -278,8 +285,9 @@ def forget_run() -> None:
     # What the losses of experts are logged with keeps groups of this run; before 0.18 it went with the others.
     if (moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         moe_logging.destroy_moe_metrics_tracker()
-    if (prediction := sys.modules.get("megatron.core.transformer.multi_token_prediction")) is not None:
-        prediction.MTPLossLoggingHelper.tracker = {}
+    # Where the next run has more layers of multi-token prediction, it has no place for their losses.
+    if (predictions := sys.modules.get("megatron.core.transformer.multi_token_prediction")) is not None:
+        predictions.MTPLossLoggingHelper.tracker.clear()
     if HAS_TRAINING:
         from megatron.training import training
 

@@ -16,6 +16,7 @@ ROWS = pairwise(
         "memory": ["BNSD", "SBND"],
         "batch": [1, 2],
         "heads": [(1, 1, 8), (4, 2, 4)],
+        "chunks": ["apart", "joined"],
     }
 )
 
@@ -25,6 +26,7 @@ def test_exchanges_in_place_give_dense_attention(row, monkeypatch):
     taken: list[int] = []
     worth = in_place.is_worth_it
     monkeypatch.setattr(in_place, "LARGE", 0)
+    monkeypatch.setattr(in_place, "APART", 0 if row["chunks"] == "apart" else 2**40)
     monkeypatch.setattr(
         "mindspeed_cp.attention.ulysses.is_worth_it", lambda *case: taken.append(worth(*case)) or taken[-1]
     )

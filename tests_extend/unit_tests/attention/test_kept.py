@@ -127,14 +127,24 @@ def test_every_nth_layer_keeps():
     assert layers(context_parallel_kv_cache_policy="half", context_parallel_cache_interval=2) == [1, 4, 7]
 
 
+@pytest.mark.parametrize("algorithm", ["ulysses_cp_algo", "kvallgather_cp_algo"])
+def test_nothing_is_kept_and_that_is_said_where_there_is_no_ring(algorithm):
+    config = ContextParallelConfig(
+        context_parallel_size=2,
+        context_parallel_algo=algorithm,
+        context_parallel_kv_cache_policy="full",
+        context_parallel_cache_interval=1,
+    )
+    assert not config.keeps_in(1)
+    assert config.ineffective_flags() == [
+        f"--context-parallel-{name} has no effect with --context-parallel-algo {algorithm}, which has no ring."
+        for name in ("kv-cache-policy", "cache-interval")
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            dict(context_parallel_kv_cache_policy="full"),
-            "--context-parallel-kv-cache-policy full keeps what a ring receives, and --context-parallel-algo "
-            "ulysses_cp_algo has no ring; use megatron_cp_algo or hybrid_cp_algo, or leave it out.",
-        ),
         (
             dict(context_parallel_kv_cache_policy="most"),
             "--context-parallel-kv-cache-policy most is unknown; use full or half.",
@@ -170,7 +180,9 @@ def test_an_interval_as_long_as_the_model_is_refused():
 
 def test_ranks_that_keep_different_things_are_told_apart():
     def setup(policy):
-        config = ContextParallelConfig(context_parallel_kv_cache_policy=policy)
+        config = ContextParallelConfig(
+            context_parallel_algo="megatron_cp_algo", context_parallel_kv_cache_policy=policy
+        )
         return build_attention(config)._setup
 
     assert setup("full") != setup("half") != setup(None)

@@ -104,11 +104,11 @@ def test_whole_tokens_are_kept_as_own_ones_are():
 def test_appending_moves_nothing_and_a_long_prompt_lies_together():
     cache = ShardedKVCache(1, [None], page=4)
     appended(cache, 0, [Span(0, 1000)])
-    prompt = cache.stretches(0, cache.keys(0, [Span(0, 1000)]))
+    prompt = cache.slabs(0, cache.keys(0, [Span(0, 1000)]))
     assert len(prompt) == 1
     for position in range(1000, 1400):
         appended(cache, 0, [Span(position, position + 1)])
-    now = cache.stretches(0, cache.keys(0, [Span(1399, 1400)]))
+    now = cache.slabs(0, cache.keys(0, [Span(1399, 1400)]))
     assert now[0].k.data_ptr() == prompt[0].k.data_ptr()
     assert len(now) < 8
     kept = 1400 * (2 * 3 + 2 * 2) * 8

@@ -32,11 +32,11 @@ def test_sequences_of_about_one_length_lie_side_by_side():
     cache = ShardedKVCache(3, [None], page=PAGE)
     spans = [Span(0, 14), Span(0, 16), Span(0, 13)]
     appended(cache, 0, spans)
-    (stretch,) = cache.stretches(0, cache.keys(0, spans))
-    assert (stretch.samples, stretch.slots) == (slice(0, 3), Span(0, 16))
+    (slab,) = cache.slabs(0, cache.keys(0, spans))
+    assert (slab.samples, slab.slots) == (slice(0, 3), Span(0, 16))
     apart = ShardedKVCache(3, [None], page=PAGE)
     appended(apart, 0, [Span(0, 14), Span(0, 3), Span(0, 13)])
-    found = apart.stretches(0, apart.keys(0, [Span(0, 14), Span(0, 3), Span(0, 13)]))
+    found = apart.slabs(0, apart.keys(0, [Span(0, 14), Span(0, 3), Span(0, 13)]))
     assert [(each.samples, each.slots) for each in found] == [
         (slice(0, 1), Span(0, 14)),
         (slice(1, 2), Span(0, 3)),

@@ -43,13 +43,13 @@ def test_ranks_write_the_tokens_of_dense_attention(size, sampling):
     assert found == [expected] * size
 
 
-@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
-def test_next_turn_goes_on_where_the_last_one_ended(strategy):
+@pytest.mark.parametrize(("strategy", "pieces"), [("pass_kv", 1), ("pass_q", 2)])
+def test_next_turn_goes_on_where_the_last_one_ended(strategy, pieces):
     """The last chosen token has not gone through the model when the next prompt comes."""
     second = cases.prompts(9, 14, seed=1)
 
     def turns(ranks):
-        session = Session(ToyModel(), 2, ranks, strategy=strategy, **cases.SMALL)
+        session = Session(ToyModel(), 2, ranks, strategy=strategy, pieces=pieces, **cases.SMALL)
         first = written(session, PROMPTS[:2], 5)
         before = session.cache.lengths
         return first, before, written(session, second, 8)

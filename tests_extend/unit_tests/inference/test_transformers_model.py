@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,8 @@ def test_script_goes_on_with_each_prompt_and_then_with_each_question(folder, run
         for written in first, second:
             assert f"{shown}{' '.join(f'w{token}' for token in written)}\n" in ended.out
     assert "prompt: 3 of 3 tokens" in ended.out  # The last token of the first answer, and the second question.
+    assert re.search(r"\[4 tokens a sequence in [\d.]+ s, [\d.]+ a second\]", ended.out)
+    assert re.search(r"rank 0: \d+\.\d\d MiB of K/V, \d+ MiB at most in all", ended.out)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ class ToyModel:
     device: ClassVar[torch.device] = torch.device("cpu")
     longest: ClassVar[int | None] = None
 
+    @property
+    def words(self) -> str:
+        """See Model."""
+        return repr(self)
+
     def __call__(self, tokens: Tensor, positions: Tensor, attention, rows: Tensor) -> Tensor:
         """See Model."""
         generator = torch.Generator().manual_seed(0)

@@ -53,6 +53,8 @@ def test_commands_are_those_that_bash_runs(tmp_path, script):
         "[[ 7 == $X || 1 -gt $X ]]",
         "[[ 7B == [^7]B ]]",
         "[ $# -gt 0 ]",
+        "[ 1 = 1 -o 7B -eq 7 ]",
+        "[ -z -o -n 7B -a 1 ]",
         "(( 1 > 2 ))",
         "grep -q 7B sizes",
     ],
@@ -70,3 +72,16 @@ def test_only_branches_below_what_is_not_known_are_uncertain(tmp_path):
         ("2", True),
         ("3", True),
     ]
+
+
+def test_failure_that_ends_the_script_is_listed(tmp_path):
+    script = "if [ $1 = true ]; then\n  exit -1\nelif $X; then\n  exit 1\nfi\nrun\nexit 0"
+    endings = {
+        argument: [
+            (each.line, each.text)
+            for each in read_script(script, arguments=[argument], environment={}, folder=tmp_path).omissions
+            if each.why == "the script ends here"
+        ]
+        for argument in ("true", "false")
+    }
+    assert endings == {"true": [(2, "exit -1")], "false": []}

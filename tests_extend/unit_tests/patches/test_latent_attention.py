@@ -87,6 +87,7 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
     plugin = SimpleNamespace(
         packing=Packing(),
         apart_by=None,
+        cuts_streams_alone=lambda: False,
         length=None,
         config=ContextParallelConfig(context_parallel_size=2),
         groups_over=lambda group: f"attention over {group}",
@@ -102,7 +103,13 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
     attention._wrap_init(plugin, kind.__init__)(
         layer, config, pg_collection=groups, k_channels=16, v_channels=12, **given
     )
-    expected = attention.LayerAttention("attention over ranks", None, mask_type="causal", scale=scale, size=2)
+    expected = attention.LayerAttention(
+        *("attention over ranks", None),
+        mask_type="causal",
+        scale=scale,
+        size=2,
+        cuts_streams_alone=plugin.cuts_streams_alone,
+    )
     assert layer.context_parallel_attention == expected
     assert (layer.config, layer.shown.context_parallel_size, config.context_parallel_size) == (config, 1, 2)
 

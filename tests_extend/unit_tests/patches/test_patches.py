@@ -20,6 +20,7 @@ from mindspeed_cp.patches.batches import batch_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
+from mindspeed_cp.patches.dropout import dropout_patches
 from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
@@ -45,6 +46,7 @@ PATCHES = (
     *argument_patches(Plugin(), print),
     *process_group_patches(Plugin()),
     *attention_patches(Plugin()),
+    *dropout_patches(),
     *latent_attention_patches(),
     *latent_travel_patches(),
     *loss_patches(Plugin()),

@@ -1,0 +1,51 @@
+"""What scripts/generate.py shows, and how it compares: by steps that are given to it."""
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_cp.inference import Choice, Step
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed"),
+    pytest.mark.xdist_group("transformers"),
+]
+
+FOUND = Path(__file__).resolve().parents[3] / "scripts" / "generate.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("generate", FOUND)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def steps(*rows):
+    """Of each step the tokens of all sequences; a negative one is chosen closely, None where a sequence has ended."""
+    chosen = [[each and Choice(abs(each), 5.0, 1e-6 if each < 0 else 1.0) for each in row] for row in rows]
+    return [Step(tuple(row)) for row in chosen]
+
+
+def test_a_sequence_that_ends_as_on_one_rank_agrees_beside_one_that_writes_on(script, capsys):
+    """Sequence 0 parts where the best two are close, and goes on for longer; sequence 1 is equal to its end."""
+    one = steps((-1, 7), (9, 8))
+    ours = steps((-2, 7), (3, 8), (4, None), (5, None))
+    assert script.compared([ours], [one], torch.float32) == 0
+    assert "turn 0, sequence 1: all 2 tokens are those of one rank" in capsys.readouterr().out
+    assert script.compared([steps((-2, 7), (3, 6))], [one], torch.float32) == 1
+
+
+def test_an_unfinished_character_is_shown_at_the_end(script, capsys):
+    """Three bytes of "aé", of which the last one never comes."""
+    tokenizer = types.SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    screen = script.Screen(types.SimpleNamespace(tokenizer=tokenizer), 1, True)
+    for byte in "aéé".encode()[:-1]:
+        screen.step(*steps((byte,)))
+    assert capsys.readouterr().out == "aé"
+    screen.finish()
+    assert capsys.readouterr().out.startswith("\ufffd\n")
