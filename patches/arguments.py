@@ -41,7 +41,7 @@ from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
 from mindspeed_cp.patches.mindspeed.translate import notes
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.recomputation import refuse_kept_outputs
+from mindspeed_cp.patches.recomputation import refuse_kept_outputs, refuse_recomputed_biases
 from mindspeed_cp.patches.unsupported import (
     WATCHING,
     difference_notes,
@@ -49,7 +49,6 @@ from mindspeed_cp.patches.unsupported import (
     refuse_dropout_rate,
     refuse_lost_documents,
     refuse_mask_beside_window,
-    refuse_recomputed_biases,
     refuse_unloadable_optimizer,
     refuse_unwatched_scores,
     unsupported,

@@ -8,8 +8,8 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.heads import HeadLayout
 from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
-from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
+from mindspeed_cp.sharding import SequenceLayout
 
 _Bands = tuple[Band, ...]
 
@@ -103,9 +103,10 @@ def _calls(
         for num_heads, num_kv_heads in _heads_of_calls(args, config)
     ]
     kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
-    num_tokens = args.seq_length // config.topology.ring_size
-    num_tokens -= num_tokens % config.layout.chunks_per_rank  # A length that does not fit is refused by another rule.
-    shards = EqualChunks(config.topology.ring_size, num_tokens, config.layout.kind)
+    layout = SequenceLayout(size=config.topology.ring_size)
+    num_tokens = args.seq_length // layout.size
+    # Of another length the tiles are about the same.
+    shards = layout.of(num_tokens - num_tokens % layout.chunks_per_rank)
     pairs = [(0, 0)] if shards.num_ranks == 1 else [(0, 0), (0, 1), (1, 0)]
     return [
         call

@@ -39,8 +39,7 @@ def refuse_kept_outputs(args: argparse.Namespace, config: ContextParallelConfig)
     """Raise ConfigurationError where outputs are to be kept for a recomputation that does not come to attention."""
     if not config.context_parallel_keep_outputs or config.context_parallel_size == 1:
         return
-    granularity = "selective" if getattr(args, "recompute_activations", False) else args.recompute_granularity
-    modules = getattr(args, "recompute_modules", None) or ["core_attn"]
+    granularity, modules = _recomputed(args)
     if granularity == "full" or (granularity == "selective" and "core_attn" in modules):
         return
     given = "no --recompute-granularity" if granularity is None else f"--recompute-modules {' '.join(modules)}"
@@ -48,3 +47,29 @@ def refuse_kept_outputs(args: argparse.Namespace, config: ContextParallelConfig)
         f"--context-parallel-keep-outputs with {given}: no attention is recomputed, and nothing would be kept for it; "
         f"use --recompute-granularity full, or selective with core_attn among --recompute-modules, or leave it out."
     )
+
+
+def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelConfig) -> None:
+    """Raise ConfigurationError where Megatron's checkpoint of an MLP would run itself again without end.
+
+    The checkpoint gives the bias itself as a result, which makes its gradient that of the checkpoint: the backward pass
+    of the MLP that is run again comes to the bias, and so to the checkpoint.
+    """
+    granularity, modules = _recomputed(args)
+    if not config.computes_attention or granularity != "selective" or "mlp" not in modules or not args.add_bias_linear:
+        return
+    frequency = getattr(args, "moe_layer_freq", 1)
+    all_experts = frequency == 1 or (isinstance(frequency, list) and all(frequency))
+    if (getattr(args, "num_experts", None) and all_experts) or getattr(args, "fp8", None) or getattr(args, "fp4", None):
+        return  # No layer has an MLP of its own, or the checkpoint is TransformerEngine's.
+    raise ConfigurationError(
+        f"--recompute-modules {' '.join(modules)} with biases: Megatron's checkpoint of an MLP gives its bias away, "
+        f"whose gradient then runs the checkpoint again without end, at CP = 1 too; add --disable-bias-linear, or "
+        f"leave mlp out of --recompute-modules."
+    )
+
+
+def _recomputed(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """Whether layers are recomputed in full or some of their modules, and which; as validate_args will have it."""
+    granularity = "selective" if getattr(args, "recompute_activations", False) else args.recompute_granularity
+    return granularity, getattr(args, "recompute_modules", None) or ["core_attn"]

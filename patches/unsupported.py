@@ -304,30 +304,6 @@ def note_on_windows_across_documents(args: argparse.Namespace, config: ContextPa
     ]
 
 
-def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelConfig) -> None:
-    """Raise ConfigurationError where Megatron's checkpoint of an MLP would run itself again without end.
-
-    The checkpoint hands out the bias itself as its result. That makes it a tensor whose gradient is that of the
-    checkpoint, and the backward pass of the recomputed MLP comes to the bias.
-
-    args: Megatron's arguments, before validate_args.
-    """
-    modules = getattr(args, "recompute_modules", None) or ()
-    if not config.computes_attention or args.recompute_granularity != "selective" or "mlp" not in modules:
-        return
-    frequency = getattr(args, "moe_layer_freq", 1)
-    experts_alone = getattr(args, "num_experts", None) and (
-        frequency == 1 or (type(frequency) is list and all(frequency))
-    )
-    if not args.add_bias_linear or experts_alone or getattr(args, "fp8", None) or getattr(args, "fp4", None):
-        return
-    raise ConfigurationError(
-        f"--recompute-modules {' '.join(modules)} with biases: Megatron's checkpoint of an MLP gives its bias away, "
-        f"whose gradient then runs the checkpoint again without end, at CP = 1 too; add --disable-bias-linear, or "
-        f"leave mlp out of --recompute-modules."
-    )
-
-
 def refuse_unloadable_optimizer(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where the distributed optimizer's state is to be loaded, and Adam is torch's.
 

@@ -9,7 +9,7 @@ from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.sharding import SequenceLayout
 
 
-@pytest.mark.parametrize("layout", [None, SequenceLayout(1, "zigzag")])
+@pytest.mark.parametrize("layout", [None, SequenceLayout(size=1, kind="zigzag")])
 @pytest.mark.parametrize("num_tokens", [1, 67])
 def test_attention_takes_any_number_of_tokens(layout, num_tokens):
     attention = build_attention(ContextParallelConfig(), layout=layout)
@@ -19,8 +19,8 @@ def test_attention_takes_any_number_of_tokens(layout, num_tokens):
 
 
 def test_layout_gives_and_takes_any_number_of_tokens():
-    layout, sequence = SequenceLayout(1), torch.arange(67)
+    layout, sequence = SequenceLayout(size=1), torch.arange(67)
     assert torch.equal(layout.shard(sequence, 0, 0), sequence)
     assert torch.equal(layout.restore(sequence, 0), sequence)
     with pytest.raises(ValueError, match="zigzag or contiguous"):
-        SequenceLayout(1, "striped")  # type: ignore[arg-type]
+        SequenceLayout(size=1, kind="striped")  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def test_embeddings_and_stages_are_those_of_this_ranks_tokens(plugin):
     assert patches["forward_backward_pipelining_with_interleaving"].function(schedule)(64) == 16
 
 
-@pytest.mark.parametrize(("length", "shape"), [(64, (32, 1)), (61, (30, 1))])
+@pytest.mark.parametrize(("length", "shape"), [(64, (32, 1)), (61, (31, 1))])
 def test_stages_exchange_the_samples_of_packed_data_as_the_one_stream_that_they_are(monkeypatch, length, shape):
     monkeypatch.setattr(Plugin, "place", (1, 4))
     patches = any_length_patches(Plugin(padding=PaddingCount(1)))

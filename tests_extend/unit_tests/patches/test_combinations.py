@@ -32,6 +32,7 @@ def environment(monkeypatch):
         (f"{WINDOW} --attention-mask-type general", "says who sees whom too", ["--reset-attention-mask", "--sft"]),
         (f"{WINDOW} --attention-mask-type general", "says who sees whom too", ["--attention-mask-type causal"]),
         (MLP, "runs the checkpoint again without end", ["--disable-bias-linear", "--num-experts 4"]),
+        ("--recompute-activations --recompute-modules mlp", "again without end", ["--recompute-modules core_attn"]),
         (f"{CLIP} --use-distributed-optimizer", "a flat part of it", []),
     ],
 )
@@ -65,3 +66,8 @@ def test_a_window_across_documents_in_megatrons_own_attention_is_said(parser, fl
     args = parser.parse_args(shlex.split(f"{MODEL} --transformer-impl local {flags}"))
     notes = notes_on_arguments(args, config_from_arguments(args), {})
     assert sum("so that they see each other" in note for note in notes) == number
+
+
+def test_one_rank_of_ours_takes_an_odd_length(parser):
+    flags = f"{MODEL} --seq-length 67 --attention-on-one-rank"
+    assert config_from_arguments(parser.parse_args(shlex.split(flags))).computes_on_one_rank
