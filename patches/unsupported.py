@@ -143,10 +143,25 @@ def difference_notes(
     """
     if config.context_parallel_size == 1:
         return []
-    return [
+    notes = [
         f"{_spell(option, value, defaults)}: {reason}, so the losses are not those of --context-parallel-size 1."
         for option, differs, reason in _DIFFERENCES
         if hasattr(args, option) and differs(value := getattr(args, option))
+    ]
+    return [*notes, *_note_on_streams_as_sequences(args)]
+
+
+def _note_on_streams_as_sequences(args: argparse.Namespace) -> list[str]:
+    """A sentence where experts are balanced in a stream of several samples, not in each of them."""
+    kinds = getattr(args, "moe_router_load_balancing_type", None) or ()
+    packed = [option for option in ("sft", "dataloader_inter_document_masking") if getattr(args, option, False)]
+    balances_sequences = "seq_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds)
+    if not getattr(args, "num_experts", None) or not balances_sequences or not packed or args.micro_batch_size == 1:
+        return []
+    return [
+        f"--moe-router-load-balancing-type seq_aux_loss with {flag(packed[0])} and --micro-batch-size "
+        f"{args.micro_batch_size}: the samples of a micro-batch are one stream, and experts are balanced in all of "
+        f"it; --micro-batch-size 1 balances them in each sample, as Megatron's script does with one rank."
     ]
 
 

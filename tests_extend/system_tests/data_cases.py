@@ -50,7 +50,7 @@ DATA_ROWS = {
         ("double ring", PREDICTION),
     ),
     "experts beside documents": DataRow(
-        f"--dataloader-inter-document-masking {_TWO_SAMPLES} {_EXPERTS}",
+        f"--dataloader-inter-document-masking --micro-batch-size 1 --global-batch-size 4 {_EXPERTS}",
         (BOUNDARY, POSITIONS, LABEL),
         ("ring", BOUNDARY),
     ),

@@ -68,6 +68,18 @@ def test_a_window_across_documents_in_megatrons_own_attention_is_said(parser, fl
     assert sum("so that they see each other" in note for note in notes) == number
 
 
+@pytest.mark.parametrize(
+    ("changed", "number"),
+    [("", 1), ("--micro-batch-size 1", 0), ("--context-parallel-size 1", 0)],
+)
+def test_experts_that_are_balanced_in_a_stream_of_several_samples_are_said(parser, changed, number):
+    experts = "--num-experts 4 --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1 0.1"
+    flags = shlex.split(f"{MODEL} --sft --micro-batch-size 2 {CP2} {experts} {changed}")
+    args = parser.parse_args(flags)
+    notes = notes_on_arguments(args, config_from_arguments(args), {})
+    assert sum("experts are balanced in all of it" in note for note in notes) == number
+
+
 def test_one_rank_of_ours_takes_an_odd_length(parser):
     flags = f"{MODEL} --seq-length 67 --attention-on-one-rank"
     assert config_from_arguments(parser.parse_args(shlex.split(flags))).computes_on_one_rank
