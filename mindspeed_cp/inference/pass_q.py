@@ -29,58 +29,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention import RingCommunicators
 from mindspeed_cp.attention.blocks import in_one
 from mindspeed_cp.attention.exchange import QUERIES, KeyValues, Player
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import TermsOfTiles, places_in_stream, places_of_batch
 from mindspeed_cp.comm import Addressed, Communicator, Sizes, Transfer
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.inference.local import Asked, attention_of
+from mindspeed_cp.inference.local import attention_of
+from mindspeed_cp.inference.ring_call import RingCall
 from mindspeed_cp.inference.states import State
-from mindspeed_cp.kernels import TileCase, TileOutput
+from mindspeed_cp.kernels import TileOutput
 from mindspeed_cp.kernels.calls import ALL, Call, in_all_samples, of_sample, part, place_within
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.protocol import part_of
-from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import (
     BlockName,
     Phase,
     Program,
     Step,
-    Transport,
     TransposedPlan,
     cheapest_transport,
     num_tokens,
     program,
 )
 from mindspeed_cp.program.transposed import transposed
-from mindspeed_cp.schedule import RingSchedule
 
 
 @dataclass(frozen=True)
-class PassQ:
+class PassQ(RingCall):
     """One attention whose queries travel; its arguments are in order. See `ring_pass_q_attention`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    plan: AttentionPlan
-    communicator: Communicator | None
-    asked: Asked
-    case: TileCase
-    transport: Transport | None
-    overlap: bool
-    pieces: int
 
     def __call__(self) -> State:
         """Of this rank's queries over the keys of all ranks."""
         with torch.no_grad(), autocast_off(self.q.device.type):
             made, came = self._made(), self._bias_of_visitors()
-            communicators = None
-            if self.communicator is not None:  # Nothing passes between inner rings: one serves for all.
-                communicators = RingCommunicators(*[self.communicator] * 3)
-            player = Player(made.program, Phase.FORWARD, self._schedule, communicators, self.overlap)
+            player = Player(made.program, Phase.FORWARD, self.schedule, self.communicators, self.overlap)
             # What travels are tokens with numbers of heads, as keys do; there are no values beside them.
             queries = KeyValues(player, self.q, self.q[..., :0], kind=QUERIES)
             homes = _Homes(self, made.program)
@@ -93,26 +76,12 @@ class PassQ:
             return self.asked.finished(homes.merged(), self.q.dtype)
 
     @property
-    def rank(self) -> int:
-        """This one."""
-        return 0 if self.communicator is None else self.communicator.rank
-
-    @property
-    def size(self) -> int:
-        """Of the ring."""
-        return 1 if self.communicator is None else self.communicator.size
-
-    @property
     def turned(self) -> TransposedPlan:
         """The plan in which queries and keys have changed places."""
         return TransposedPlan(self.plan)
 
-    @property
-    def _schedule(self) -> RingSchedule:
-        return RingSchedule(1, self.size)
-
     def _made(self) -> "_Made":
-        turned, schedule, overlap = self.turned, self._schedule, self.overlap
+        turned, schedule, overlap = self.turned, self.schedule, self.overlap
         transport = self.transport or cheapest_transport(turned, schedule, ahead=overlap)
 
         def make() -> _Made:

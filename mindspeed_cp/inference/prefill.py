@@ -21,18 +21,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention import AttentionTerms, RingAttention, RingCommunicators
+from mindspeed_cp.attention import AttentionTerms, RingAttention
 from mindspeed_cp.attention.terms import check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Subject
 from mindspeed_cp.comm.communicator import AgreeingCommunicator
 from mindspeed_cp.inference.costs import Coefficients, PrefixCase, Rates, choose_pass
 from mindspeed_cp.inference.local import Asked, agreed, check_tokens
 from mindspeed_cp.inference.pass_q import PassQ
+from mindspeed_cp.inference.ring_call import RingCall
 from mindspeed_cp.inference.states import State
-from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase
+from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Transport
-from mindspeed_cp.schedule import RingSchedule
 
 Strategy = Literal["auto", "pass_kv", "pass_q"]
 
@@ -141,19 +141,8 @@ def prefix_attention(
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One attention, once its arguments are in order."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    plan: AttentionPlan
-    communicator: Communicator | None
-    asked: Asked
-    case: TileCase
-    transport: Transport | None
-    overlap: bool
-    pieces: int
+class _Call(RingCall):
+    """By either way."""
 
     @classmethod
     def of(
@@ -190,21 +179,6 @@ class _Call:
 
         return agreed(agreement, come, q)
 
-    @property
-    def schedule(self) -> RingSchedule:
-        """A plain ring of all ranks."""
-        return RingSchedule(1, 1 if self.communicator is None else self.communicator.size)
-
-    @property
-    def rank(self) -> int:
-        """This one."""
-        return 0 if self.communicator is None else self.communicator.rank
-
-    @property
-    def communicators(self) -> RingCommunicators | None:
-        """No gradients travel, and nothing between inner rings: one serves for all."""
-        return None if self.communicator is None else RingCommunicators(*[self.communicator] * 3)
-
     def chosen(self, rates: Rates | None, coefficients: Coefficients | None) -> Literal["pass_kv", "pass_q"]:
         """From numbers that all ranks have."""
         if self.asked.terms.bias is not None:
@@ -226,10 +200,7 @@ class _Call:
 
     def pass_q(self) -> State:
         """Queries around, states home."""
-        return PassQ(
-            *(self.q, self.k, self.v, self.plan, self.communicator, self.asked, self.case),
-            *(self.transport, self.overlap, self.pieces),
-        )()
+        return PassQ(**vars(self))()
 
 
 def _check(q: Tensor, k: Tensor, plan: AttentionPlan, rank: int, size: int) -> None:
