@@ -19,7 +19,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patches.unsupported import PATTERNS, is_recurrent
+from mindspeed_cp.patches.unsupported import PATTERNS, balances_by, is_recurrent
 from mindspeed_cp.patching import Patch, bind_by_name
 from mindspeed_cp.sharding import shard
 
@@ -55,11 +55,6 @@ def _spans_ranks(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "num_experts", None)) and size > tensor_parallel
 
 
-def _balances_by_quantiles(args: argparse.Namespace) -> bool:
-    kinds = getattr(args, "moe_router_load_balancing_type", None) or ()
-    return "quantile_balancing" in ([kinds] if isinstance(kinds, str) else kinds)
-
-
 _NEEDS = (
     _Need(
         lambda args: _spans_ranks(args) and getattr(args, "moe_token_dispatcher_type", None) == "allgather",
@@ -74,7 +69,10 @@ _NEEDS = (
         "no --moe-pad-expert-input-to-capacity",
     ),
     _Need(
-        lambda args: _asks("num_experts")(args) and _balances_by_quantiles(args),
+        lambda args: (
+            _asks("num_experts")(args)
+            and balances_by("quantile_balancing", getattr(args, "moe_router_load_balancing_type", None))
+        ),
         "--moe-router-load-balancing-type quantile_balancing",
         "Megatron gathers as many scores of each rank",
         "another --moe-router-load-balancing-type",

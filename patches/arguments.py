@@ -46,6 +46,7 @@ from mindspeed_cp.patches.unsupported import (
     WATCHING,
     difference_notes,
     note_on_windows_across_documents,
+    packing_options,
     refuse_dropout_rate,
     refuse_lost_documents,
     refuse_mask_beside_window,
@@ -103,7 +104,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             plugin.apart_by = _apart_by(args)
             plugin.length = length_of(args, config)
             plugin.packing = Packing(args.packed_sequence_layout)
-            plugin.padding = PaddingCount(args.log_interval) if _packed(args) else None
+            plugin.padding = PaddingCount(args.log_interval) if packing_options(args) else None
             plugin.seed = args.seed
             if plugin.rule is not None:
                 # Found in the tokens, and not in a mask.
@@ -327,15 +328,11 @@ def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
     return DocumentRule(positions_restart=args.reset_position_ids, length=_document_length(args))
 
 
-def _packed(args: argparse.Namespace) -> bool:
-    """Whether batches are packed streams."""
-    return any(getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking"))
-
-
 def _apart_by(args: argparse.Namespace) -> str | None:
     """The flag that keeps documents apart."""
-    flags = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")
-    return next((flag(name) for name in flags if getattr(args, name, False)), None)
+    if args.reset_attention_mask:
+        return flag("reset_attention_mask")
+    return next(map(flag, packing_options(args)), None)
 
 
 def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,8 @@
 """Options of Megatron's that context parallelism cannot honour, refused by name, or honours within each rank."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -100,6 +101,19 @@ PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 """Options that say of each layer what it is, a letter each; the second is the name of older releases."""
 
 
+_PACKING = ("sft", "dataloader_inter_document_masking")
+
+
+def packing_options(options: Any) -> list[str]:
+    """Those that are set of the options by which batches are packed streams. options: Megatron's arguments."""
+    return [name for name in _PACKING if getattr(options, name, False)]
+
+
+def balances_by(kind: str, kinds: str | Sequence[str] | None) -> bool:
+    """Whether a kind is among those of --moe-router-load-balancing-type: one, or several of them."""
+    return kind in ([kinds] if isinstance(kinds, str) else kinds or ())
+
+
 def is_recurrent(pattern: str | None) -> bool:
     """Whether some layers of a pattern are Mamba's (M) or gated delta nets (G)."""
     return not {"M", "G"}.isdisjoint(pattern or "")
@@ -128,7 +142,7 @@ _DIFFERENCES = (
     _Difference("moe_expert_rank_capacity_factor", _is_given, _OWN_DROPS),
     _Difference(
         "moe_router_load_balancing_type",
-        lambda kinds: "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds),
+        functools.partial(balances_by, "sinkhorn"),
         "each rank balances its own tokens, as data-parallel ranks do",
     ),
 )
@@ -153,10 +167,9 @@ def difference_notes(
 
 def _note_on_streams_as_sequences(args: argparse.Namespace) -> list[str]:
     """A sentence where experts are balanced in a stream of several samples, not in each of them."""
-    kinds = getattr(args, "moe_router_load_balancing_type", None) or ()
-    packed = [option for option in ("sft", "dataloader_inter_document_masking") if getattr(args, option, False)]
-    balances_sequences = "seq_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds)
-    if not getattr(args, "num_experts", None) or not balances_sequences or not packed or args.micro_batch_size == 1:
+    packed = packing_options(args)
+    balanced = balances_by("seq_aux_loss", getattr(args, "moe_router_load_balancing_type", None))
+    if not getattr(args, "num_experts", None) or not balanced or not packed or args.micro_batch_size == 1:
         return []
     return [
         f"--moe-router-load-balancing-type seq_aux_loss with {flag(packed[0])} and --micro-batch-size "
@@ -187,7 +200,7 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
             f"no mask is made, so documents would see each other; leave out one of the two."
         )
         blockers.append(Blocker("--reset-attention-mask", sentence))
-    packed = [option for option in ("sft", "dataloader_inter_document_masking") if getattr(options, option, False)]
+    packed = packing_options(options)
     if packed and getattr(options, "apply_rope_fusion", False):
         blockers.append(
             Blocker(
@@ -296,9 +309,8 @@ def refuse_mask_beside_window(args: argparse.Namespace, config: ContextParallelC
     """
     if not config.computes_attention or config.attention_mask_type == "causal" or args.window_size is None:
         return
-    instead = ("reset_attention_mask", "sft", "dataloader_inter_document_masking")  # No mask comes, or none is read.
-    if not getattr(args, _MASK_IS_MADE, True) or any(getattr(args, name, False) for name in instead):
-        return
+    if not getattr(args, _MASK_IS_MADE, True) or args.reset_attention_mask or packing_options(args):
+        return  # No mask comes, or none is read.
     window = ",".join(map(str, args.window_size))
     raise ConfigurationError(
         f"--window-size {window} with --attention-mask-type {config.attention_mask_type}: the batch's mask says who "
