@@ -38,7 +38,7 @@ _DIMS = {**dict.fromkeys(SEQUENCE_KEYS, 1), "attention_mask": 2}
 """By which dim samples are cut; a mask by the one of its queries."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packing:
     """How this job's packed streams are dealt to the context-parallel ranks, and the plans of those met lately.
 
@@ -47,7 +47,7 @@ class Packing:
     """
 
     layout: LayoutName = "zigzag_by_document"
-    _of_last: dict[str, StreamLayout] = field(default_factory=dict, repr=False, compare=False)
+    _last: StreamLayout | None = field(default=None, init=False, repr=False, compare=False)
     _read: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
 
     def ends(self, cu_seqlens: Tensor) -> Ends:
@@ -75,14 +75,13 @@ class Packing:
                 f"and {num_tokens} came; let the last document, or what pads it, end where the stream does, and cut "
                 f"the batch by megatron_adaptor.shard_batch."
             )
-        self._of_last["stream"] = stream.layout
+        self._last = stream.layout
         return stream
 
     @property
     def is_unequal(self) -> bool:
         """Whether ranks have unequal numbers of tokens of the stream that was attended to last."""
-        layout = self._of_last.get("stream")
-        return layout is not None and sum(layout.samples[0]) % layout.num_ranks > 0
+        return self._last is not None and sum(self._last.samples[0]) % self._last.num_ranks > 0
 
     def cut(self, batch: dict[str, Any], cu_seqlens: Tensor, rank: int, num_ranks: int) -> None:
         """Replace what lies along the stream by this rank's tokens. batch: tensors [1, T] by name, or None.
