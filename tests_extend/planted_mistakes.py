@@ -340,8 +340,8 @@ MISTAKES = {
     ),
     "the kept K/V of another layer": Mistake(
         "attention/ring.py",
-        "*tensors, *kept.values())",
-        "*tensors, *plan.once((ring.communicators, *kept), lambda: tuple(kept.values())))",
+        "*tensors, *played.kept.values())",
+        "*tensors, *ring_call.plan.once((ring.communicators, *played.kept), lambda: tuple(played.kept.values())))",
         "attention/test_kept.py",
     ),
     "half keeps the values": Mistake(

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place, split_heads
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LSE, GridAttention, Source, Wanted
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.ring import RingAttention
@@ -38,7 +39,7 @@ from mindspeed_cp.plan import AttentionPlan, GroupedLayout, Layout, Part
 
 
 @dataclass(frozen=True)
-class UlyssesAttention:
+class UlyssesAttention(GridAttention):
     """Attention whose heads are split over the ranks of a group.
 
     communicator: this rank's group. groups: the ranks of all groups, in order; each is one rank of the ring across.
@@ -49,6 +50,11 @@ class UlyssesAttention:
     groups: tuple[tuple[int, ...], ...]
     group: int
     ring: RingAttention
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """See Attention."""
+        return True
 
     @property
     def recomputation(self) -> Recomputation | None:
@@ -66,50 +72,25 @@ class UlyssesAttention:
         for given in set(heads.keys.given):
             self.ring.check_heads(len(given))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See Attention. plan: between all context-parallel ranks."""
-        part = self._exchanged(q, k, v, plan, terms)
-        return self._back(self.ring(*part.tensors, part.plan, part.terms), part.order, part.heads)
-
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
-        """See Attention. plan: between all context-parallel ranks."""
-        part = self._exchanged(q, k, v, plan, terms)
-        out, lse = self.ring.with_lse(*part.tensors, part.plan, part.terms)
-        back = functools.partial(self._back, order=part.order, heads=part.heads)
-        return back(out), back(lse.unsqueeze(-1)).squeeze(-1)
-
-    def with_largest(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
-        """See Attention. plan: between all context-parallel ranks."""
-        part = self._exchanged(q, k, v, plan, terms)
-        out, mine = self.ring.with_largest(*part.tensors, part.plan, part.terms)
-        largest = mine.new_full((q.size(1),), -torch.inf)
-        largest[part.heads.queries.parts[self.communicator.rank]] = mine
-        return self._back(out, part.order, part.heads), largest
-
     def check_latent(self) -> None:
-        """See RingAttention."""
+        """Raise ValueError where a latent cannot travel in the ring."""
         self.ring.check_latent()
 
-    def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See Attention. plan: between all context-parallel ranks.
-
-        Each rank gets the payloads of its group, all of them, and makes keys and values of its own heads.
-        """
-        communicator, grouped = self.communicator, plan.of_groups(self.groups)
-        rank, num_heads = communicator.rank, q.size(1)
-        heads = head_layout(num_heads, latent.stand_ins[0].size(1), communicator.size)
-        order = self._order("queries", grouped.queries, grouped)
-        terms = self._terms_of_group(terms, order, heads.queries)
-        one_head = head_layout(num_heads, 1, communicator.size).keys
-        sent = q, latent.payload.unsqueeze(1)
-        if grouped.keys is grouped.queries:
-            q, payload = _ScatterHeads.apply(self._exchange(order, heads.queries, one_head), *sent)
-        else:
-            (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), sent[0])
-            order_of_keys = self._order("keys", grouped.keys, grouped)
-            (payload,) = _ScatterHeads.apply(self._exchange(order_of_keys, one_head), sent[1])
-        latent = latent.of_heads(payload.squeeze(1), heads.keys.parts[rank], heads.keys.given[rank])
-        return self._back(self.ring.of_latent(q, latent, grouped, terms), order, heads)
+    def attend(
+        self, wanted: Wanted, q: Tensor, source: Source, plan: AttentionPlan, terms: Terms
+    ) -> tuple[Tensor, ...]:
+        """See GridAttention. plan: between all context-parallel ranks."""
+        part = self._exchanged(q, source, plan, terms)
+        out, *beside = self.ring.attend(wanted, part.q, part.source, part.plan, part.terms)
+        out = self._back(out, part)
+        if wanted == OUTPUT:
+            return (out,)
+        (mine,) = beside
+        if wanted == WITH_LSE:
+            return out, self._back(mine.unsqueeze(-1), part).squeeze(-1)
+        largest = mine.new_full((q.size(1),), -torch.inf)
+        largest[part.heads.queries.parts[self.communicator.rank]] = mine
+        return out, largest
 
     def _terms_of_group(self, terms: Terms, order: "GroupOrder", heads: Dealt) -> Terms:
         """Those of all queries of the group, for this rank's heads."""
@@ -120,19 +101,33 @@ class UlyssesAttention:
             terms = replace(terms, bias=self._rows_of_bias(terms.bias, order, heads))
         return terms
 
-    def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> "_Part":
-        """What this rank attends with: all tokens of its group for its part of the heads."""
+    def _exchanged(self, q: Tensor, source: Source, plan: AttentionPlan, terms: Terms) -> "_Part":
+        """What this rank attends with: all tokens of its group for its part of the heads.
+
+        Of a latent each rank gets the payloads of its group, all of them, and makes keys and values of its own heads.
+        """
         communicator, grouped = self.communicator, plan.of_groups(self.groups)
+        k, v = source.stand_ins if isinstance(source, Latent) else source
         heads = head_layout(q.size(1), k.size(1), communicator.size)
+        keys: tuple[Tensor, ...] = (k, v)
+        dealt: tuple[Dealt, ...] = (heads.keys, heads.keys)
+        if isinstance(source, Latent):
+            keys, dealt = (source.payload.unsqueeze(1),), (head_layout(q.size(1), 1, communicator.size).keys,)
         order = self._order("queries", grouped.queries, grouped)
         terms = self._terms_of_group(terms, order, heads.queries)
         if grouped.keys is grouped.queries:
-            tensors = _ScatterHeads.apply(self._exchange(order, heads.queries, heads.keys, heads.keys), q, k, v)
-            return _Part(tensors, grouped, terms, order, heads)
-        (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), q)
-        order_of_keys = self._order("keys", grouped.keys, grouped)
-        k, v = _ScatterHeads.apply(self._exchange(order_of_keys, heads.keys, heads.keys), k, v)
-        return _Part((q, k, v), grouped, terms, order, heads)
+            q, *keys_ = _ScatterHeads.apply(self._exchange(order, heads.queries, *dealt), q, *keys)
+        else:
+            (q,) = _ScatterHeads.apply(self._exchange(order, heads.queries), q)
+            order_of_keys = self._order("keys", grouped.keys, grouped)
+            keys_ = _ScatterHeads.apply(self._exchange(order_of_keys, *dealt), *keys)
+        if isinstance(source, Latent):
+            (payload,), rank = keys_, communicator.rank
+            source = source.of_heads(payload.squeeze(1), heads.keys.parts[rank], heads.keys.given[rank])
+        else:
+            k, v = keys_
+            source = k, v
+        return _Part(q, source, grouped, terms, order, heads)
 
     def _exchange(self, order: "GroupOrder", *heads: Dealt) -> "_Exchange":
         return _Exchange(self.communicator, order, heads, self.recomputation)
@@ -142,9 +137,9 @@ class UlyssesAttention:
         assert isinstance(layout, GroupedLayout)
         return grouped.once(("order of", of, self.group), lambda: group_order(layout, self.group))
 
-    def _back(self, x: Tensor, order: "GroupOrder", heads: "_Heads") -> Tensor:
-        """This rank's own tokens of all heads."""
-        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(order, heads.queries), x)
+    def _back(self, x: Tensor, part: "_Part") -> Tensor:
+        """This rank's own tokens of all heads, from all tokens of a part."""
+        gathered: tuple[Tensor] = _GatherHeads.apply(self._exchange(part.order, part.heads.queries), x)
         return gathered[0]
 
     def _rows_of_bias(self, bias: Tensor, order: "GroupOrder", heads: Dealt) -> Tensor:
@@ -169,9 +164,10 @@ class UlyssesAttention:
 
 
 class _Part(NamedTuple):
-    """What a rank attends with: q, k and v of its heads, and all of its group that goes with them."""
+    """What a rank attends with: tensors of its heads, and all of its group that goes with them."""
 
-    tensors: tuple[Tensor, Tensor, Tensor]
+    q: Tensor
+    source: Source
     plan: AttentionPlan
     terms: Terms
     order: "GroupOrder"

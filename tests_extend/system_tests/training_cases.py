@@ -249,7 +249,7 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     if what == "lost gradients":
         return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
-        return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
+        return mock.patch.object(RingAttention, "attend", _attend_with_nan)
     if what == "killed rank" and is_culprit:
         return mock.patch.object(ProcessGroupCommunicator, "exchange_all", _DyingExchange(after=20))
     if what in PLANTED:
@@ -259,12 +259,13 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
 
 
 def _attend_with_nan(
-    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, *rest: Any, attend: Any = RingAttention.__call__
-) -> Tensor:
+    ring: RingAttention, wanted: str, q: Tensor, source: Any, *rest: Any, attend: Any = RingAttention.attend
+) -> tuple[Tensor, ...]:
+    k, v = source
     k = k.clone()
     k[:, :, 0, 0] = torch.nan
-    out: Tensor = attend(ring, q, k, v, *rest)
-    return out
+    results: tuple[Tensor, ...] = attend(ring, wanted, q, (k, v), *rest)
+    return results
 
 
 class _DyingExchange:
