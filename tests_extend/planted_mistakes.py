@@ -47,7 +47,7 @@ MISTAKES = {
         "attention",
     ),
     "wrong chunk order": Mistake(
-        "attention/ulysses.py", "if self.is_sorted:\n            return", "return", "attention"
+        "attention/group_order.py", "if self.is_sorted:\n            return", "return", "attention"
     ),
     "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
     "gradient lost": Mistake(
@@ -106,7 +106,10 @@ MISTAKES = {
         "attention/test_every_plan.py",
     ),
     "uneven tail dropped": Mistake(
-        "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
+        "attention/head_exchange.py",
+        "Sizes(order.sizes, [tokens]",
+        "Sizes([min(order.sizes)] * size, [tokens]",
+        "attention",
     ),
     "scale left out": Mistake(
         "attention/terms.py",
@@ -244,7 +247,7 @@ MISTAKES = {
         "attention/test_terms.py",
     ),
     "a repeated head's gradient counted twice": Mistake(
-        "attention/ulysses.py",
+        "attention/head_exchange.py",
         "device=x.device), x.to(total.dtype))",
         "device=x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
-from mindspeed_cp.attention import ulysses
 from mindspeed_cp.attention.exchange import Gradients
+from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.patching import PatchError
@@ -245,7 +245,7 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     if what == "chunk order":
         # Sorted by nobody: the members' tokens one after another.
         # As a property, since earlier runs of this process have left the answer in orders that are used again.
-        return mock.patch.object(ulysses.GroupOrder, "is_sorted", property(lambda order: True))
+        return mock.patch.object(GroupOrder, "is_sorted", property(lambda order: True))
     if what == "lost gradients":
         return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
