@@ -88,28 +88,29 @@ def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told:
     expand = source.named() if isinstance(source, Latent) else None
     keys = [source.payload, *source.weights] if isinstance(source, Latent) else list(source)
     of_gradients = q, *keys, sinks, terms.alibi_slopes, terms.bias
-    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(
-        attention.handle,
-        None if plan is None else plan.handle,
-        None if expand is None else expand.handle,
-        "" if expand is None else expand.method,
-        q,
-        keys,
-        sinks,
-        terms.alibi_slopes,
-        terms.bias,
-        visible,
-        scale if isinstance(scale, Tensor) else None,
-        None if isinstance(scale, Tensor) else scale,
-        None if sinks is not None else terms.sinks,
-        terms.softcap,
-        None if terms.dropout is None else terms.dropout.rate,
-        [0 if terms.dropout is None else getattr(terms.dropout, name) for name in _NUMBERS],
-        wanted,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in of_gradients],
-        keys[1].size(-1) if expand is None else expand.value_head_size,
-        attention.exchanges_heads,
+    given = _Given(
+        attention=attention.handle,
+        plan=None if plan is None else cast("Tensor", plan.handle),
+        expand=None if expand is None else expand.handle,
+        method="" if expand is None else expand.method,
+        q=q,
+        keys=keys,
+        sinks=sinks,
+        alibi_slopes=terms.alibi_slopes,
+        bias=terms.bias,
+        visible=visible,
+        scale_tensor=scale if isinstance(scale, Tensor) else None,
+        scale=None if isinstance(scale, Tensor) else scale,
+        sink=None if isinstance(terms.sinks, Tensor) else terms.sinks,
+        softcap=terms.softcap,
+        dropout_rate=None if terms.dropout is None else terms.dropout.rate,
+        dropout_numbers=[0 if terms.dropout is None else getattr(terms.dropout, name) for name in _NUMBERS],
+        wanted=wanted,
+        gradients=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in of_gradients],
+        value_head_size=keys[1].size(-1) if expand is None else expand.value_head_size,
+        exchanges_heads=attention.exchanges_heads,
     )
+    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(*given)
     if wanted == OUTPUT:
         return (out,)
     return (out, lse) if wanted == WITH_LSE else (out, largest.detach())
