@@ -49,7 +49,9 @@ MISTAKES = {
     "wrong chunk order": Mistake(
         "attention/group_order.py", "if self.is_sorted:\n            return", "return", "attention"
     ),
-    "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
+    "a tile one token short": Mistake(
+        "plan/tiles.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"
+    ),
     "gradient lost": Mistake(
         "attention/exchange.py", "            self._add_message(message, received)\n", "            pass\n", "attention"
     ),
@@ -73,7 +75,7 @@ MISTAKES = {
         "attention",
     ),
     "halo one token short": Mistake(
-        "plan.py",
+        "plan/seen.py",
         "bisect_right(firsts, last_key + band.behind)",
         "bisect_right(firsts, last_key + band.behind - 1)",
         "test_transports.py",

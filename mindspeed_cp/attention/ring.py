@@ -17,7 +17,7 @@
                         nothing                    two triangles of 1's                     kept
 
 Each row is a step, and its calls are made in this order; without overlap K/V travel last. Who sees whom is the plan's
-to say (plan.py), and what travels when the program's (program/). This module computes the tiles of each step, in the
+to say (plan/), and what travels when the program's (program/). This module computes the tiles of each step, in the
 order of the program, and adds up what they give; messages are in exchange.py.
 
 Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key head size, V value head size.
