@@ -127,10 +127,9 @@ def compose_attention(
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:
-        firsts = range(0, topology.size, topology.ulysses)
         attention = UlyssesAttention(
             communicator=ulysses,
-            groups=tuple(topology.ulysses_ranks(first) for first in firsts),
+            groups=topology.ulysses_groups,
             group=rank // topology.ulysses,
             ring=ring_attention,
         )

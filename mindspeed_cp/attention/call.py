@@ -15,7 +15,6 @@ from mindspeed_cp.attention.checks import (
     check_mask,
     check_shards,
     in_one_dtype,
-    num_keys,
     number,
     refuse_learnt,
     refuse_mask,
@@ -30,7 +29,7 @@ from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.handles import with_handle
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, total_tokens
 from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
@@ -54,7 +53,7 @@ class PreparedCall(NamedTuple):
         plan = self.told.plan
         if plan is None or not self.q.size(0):
             return not self.q.numel()
-        return not any(map(plan.queries.num_tokens, range(plan.queries.num_ranks)))
+        return not total_tokens(plan.queries)
 
     def of_nothing(self, wanted: Wanted) -> tuple[Tensor, ...]:
         """What a batch, or a shard, of nothing gives: it has gradients, which are as empty, and nothing is sent."""
@@ -173,7 +172,8 @@ class ContextParallelAttention(Attention):
         refuse_mask(visible, plan, causal=self.config.attention_mask_type == "causal")
         if visible is None:
             return
-        check_mask(visible, q, self.layout.size * q.size(2) if plan is None else num_keys(plan), self.layout.size)
+        keys = self.layout.size * q.size(2) if plan is None else total_tokens(plan.keys)
+        check_mask(visible, q, keys, self.layout.size)
 
     @functools.cached_property
     def _setup(self) -> str:

@@ -40,11 +40,6 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
         raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
 
 
-def num_keys(plan: AttentionPlan) -> int:
-    """Keys of a whole sample."""
-    return sum(map(plan.keys.num_tokens, range(plan.keys.num_ranks)))
-
-
 def check_mask(visible: Tensor, q: Tensor, keys: int, num_ranks: int) -> None:
     """Raise ValueError unless these are the mask's rows for one of so many ranks, see Attention."""
     rows = q.size(2)

@@ -6,7 +6,7 @@ checks. Integers and slices; no torch.
 
 from mindspeed_cp.plan.attention_plan import AttentionPlan
 from mindspeed_cp.plan.bands import CAUSAL, FULL, Band, causal_pairs, pairs_seen
-from mindspeed_cp.plan.runs import GroupedLayout, Layout, Part, Run, check_runs, joined
+from mindspeed_cp.plan.runs import GroupedLayout, Layout, Part, Run, check_runs, joined, total_tokens
 from mindspeed_cp.plan.tiles import Tile, band_area, halves, union, within
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "halves",
     "joined",
     "pairs_seen",
+    "total_tokens",
     "union",
     "within",
 ]

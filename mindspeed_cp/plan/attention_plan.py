@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from mindspeed_cp.plan.bands import CAUSAL, FULL, Band, check_bands
-from mindspeed_cp.plan.runs import GroupedLayout, Layout, last_position
+from mindspeed_cp.plan.runs import GroupedLayout, Layout, last_position, total_tokens
 from mindspeed_cp.plan.seen import Documents, QueryIndex, bounds_between, glance, over_all_keys, triangles
 from mindspeed_cp.plan.tiles import Bounds, Tile, tiles_of, union
 
@@ -132,8 +132,7 @@ class AttentionPlan:
         """
         made_of = repr((self.queries, self.keys, self.bands, sorted(self.bands_of.items())))
         digest = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
-        tokens = sum(map(self.queries.num_tokens, range(self.queries.num_ranks)))
-        return f"a plan of {tokens} tokens on {self.queries.num_ranks} ranks ({digest})"
+        return f"a plan of {total_tokens(self.queries)} tokens on {self.queries.num_ranks} ranks ({digest})"
 
     def of_groups(self, groups: tuple[tuple[int, ...], ...]) -> "AttentionPlan":
         """The plan between groups of ranks that put their tokens together, as Ulysses does: group g is its rank g.

@@ -97,6 +97,11 @@ class GroupedLayout:
         return self._placed[rank]
 
 
+def total_tokens(layout: Layout) -> int:
+    """Tokens of a sample that all ranks hold together."""
+    return sum(map(layout.num_tokens, range(layout.num_ranks)))
+
+
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same tokens in as few runs as possible."""
     result: list[Run] = []

@@ -21,20 +21,13 @@ from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupporte
 from mindspeed_cp.topology import CPTopology
 from unit_tests.argument_cases import config_from_arguments
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
+    pytest.mark.usefixtures("ampere_machine"),
+]
 
 MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
 CP4 = [*MODEL, "--context-parallel-size", "4"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 def refusal_of(action, *args):
