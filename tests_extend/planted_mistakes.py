@@ -47,7 +47,7 @@ MISTAKES = {
         "attention",
     ),
     "wrong chunk order": Mistake(
-        "attention/ulysses.py", "if self.is_sorted:\n            return", "return", "attention"
+        "attention/group_order.py", "if self.is_sorted:\n            return", "return", "attention"
     ),
     "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
     "gradient lost": Mistake(
@@ -106,7 +106,10 @@ MISTAKES = {
         "attention/test_every_plan.py",
     ),
     "uneven tail dropped": Mistake(
-        "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
+        "attention/head_exchange.py",
+        "Sizes(order.sizes, [tokens]",
+        "Sizes([min(order.sizes)] * size, [tokens]",
+        "attention",
     ),
     "scale left out": Mistake(
         "attention/terms.py",
@@ -244,7 +247,7 @@ MISTAKES = {
         "attention/test_terms.py",
     ),
     "a repeated head's gradient counted twice": Mistake(
-        "attention/ulysses.py",
+        "attention/head_exchange.py",
         "device=x.device), x.to(total.dtype))",
         "device=x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",
@@ -340,8 +343,8 @@ MISTAKES = {
     ),
     "the kept K/V of another layer": Mistake(
         "attention/ring.py",
-        "*tensors, *kept.values())",
-        "*tensors, *plan.once((ring.communicators, *kept), lambda: tuple(kept.values())))",
+        "*tensors, *played.kept.values())",
+        "*tensors, *ring_call.plan.once((ring.communicators, *played.kept), lambda: tuple(played.kept.values())))",
         "attention/test_kept.py",
     ),
     "half keeps the values": Mistake(

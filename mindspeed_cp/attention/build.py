@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.call import ContextParallelAttention
+from mindspeed_cp.attention.interface import Attention
 from mindspeed_cp.attention.planned import PlannedAttention
 from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
