@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mindspeed_cp.patches.any_length import cut_unequal
 from mindspeed_cp.patches.documents import note_documents
+from mindspeed_cp.patches.dynamic_schedule import cut_document
 from mindspeed_cp.patches.packing import cut_samples
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -52,7 +53,11 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def wrap_sample_cut(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def cut_batch(*args: Any, **kwargs: Any) -> Any:
-            batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
+            named = bind_by_name(original, args, kwargs)
+            batch: dict[str, Any] = named["batch"]
+            if plugin.dynamic is not None:
+                cut_document(batch, named["cp_group"])
+                return batch
             if batch.get("cu_seqlens") is not None:
                 # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
                 _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_cp.patches.dynamic_ranks import as_sample
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 
@@ -30,12 +31,14 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if plugin.stages.at_hand is None:
+            if plugin.stages.at_hand is None and plugin.dynamic is None:
                 return original(*args, **kwargs)
             named = bind_by_name(original, args, kwargs)
             if named["attention_mask"] is None:
                 # A tensor among the others: a layer that is recomputed gets it again.
                 named["attention_mask"] = plugin.stages.at_hand
+            if plugin.dynamic is not None:
+                named["packed_seq_params"] = as_sample(named["packed_seq_params"])
             return original(**named)
 
         return forward
@@ -61,8 +64,9 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target="megatron.core.models.gpt.gpt_model:GPTModel.forward",
             kind="wrap",
             function=wrap_forward,
-            parameters=("attention_mask",),
-            why="Layers are given the documents in the place of a mask of S x S.",
+            parameters=("attention_mask", "packed_seq_params"),
+            why="Layers are given the documents in the place of a mask of S x S. And from 0.18 on a document that has "
+            "ranks of its own is said to be a packed stream, whose rotary embeddings are those of the static ranks.",
             remove_when="Megatron's data sets give the documents of --reset-attention-mask as lengths.",
         ),
     )

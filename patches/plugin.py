@@ -12,6 +12,7 @@ from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.dynamic_ranks import DynamicRanks
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 
@@ -23,6 +24,7 @@ class Plugin:
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
     seed: of the job, for what is drawn at random; set with the configuration.
     groups: set while Megatron's model-parallel groups exist; None else.
+    dynamic: where each document has ranks of its own; set by the arguments patch.
     documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
         patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
@@ -36,6 +38,7 @@ class Plugin:
     config: ContextParallelConfig | None = None
     seed: int = 0
     groups: ContextParallelGroups | None = None
+    dynamic: DynamicRanks | None = None
     documents: DocumentRule | None = None
     end_of_document: int | None = None
     apart_by: str | None = None
@@ -58,6 +61,8 @@ class Plugin:
             if groups is not None:
                 groups.destroy()
         self.groups = None
+        if self.dynamic is not None:
+            self.dynamic.drop()
         self._over_others.clear()
         self.stages = StageDocuments()
         self.kinds_cut.clear()
@@ -100,7 +105,8 @@ class Plugin:
 
     def reason_to_stay(self) -> str | None:
         """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""
-        if self.groups is None and not self._over_others:
+        has_dynamic = self.dynamic is not None and self.dynamic.groups is not None
+        if self.groups is None and not self._over_others and not has_dynamic:
             return None
         return "training is under way on context-parallel groups; call parallel_state.destroy_model_parallel() first."
 
@@ -124,10 +130,11 @@ class Plugin:
     @contextmanager
     def one_micro_batch(self) -> Iterator[None]:
         """Within it, ranks agree once on what all layers of one micro-batch are given; see Note [Agreement]."""
+        agreements = [groups.agreement for groups in (self.groups, *self._over_others.values()) if groups is not None]
+        agreements += () if self.dynamic is None else self.dynamic.agreements
         with ExitStack() as stack:
-            for groups in (self.groups, *self._over_others.values()):
-                if groups is not None:
-                    stack.enter_context(groups.agreement.remembering())
+            for agreement in agreements:
+                stack.enter_context(agreement.remembering())
             yield
 
     def _build(

@@ -138,7 +138,8 @@ class RingAttention(GridAttention):
     def _serves_gradients(self, *tensors: Tensor | None) -> bool:
         """Whether what a pass finds is for a backward pass of these."""
         # A reentrant checkpoint runs its function without gradients first, and what is found there serves with them.
-        if self.recomputation is not None and self.recomputation.is_first_run:
+        # Both runs answer alike, also of what has none in either, so that the second one asks for what was found.
+        if self.recomputation is not None and self.recomputation.is_within:
             return True
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -202,13 +202,6 @@ REFUSED_FLAGS = [
         for option in ("--perform-rl-step", "--rl-use-sequence-packing")
     ),
     (
-        ["--hybrid-context-parallel"],
-        "--hybrid-context-parallel: it gives each document ranks of its own, and a layer's groups are made once, for "
-        "all; from 0.18 on Megatron's HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that "
-        "get_batch cuts by --context-parallel-size and no layer is told the document's own size; leave it out, or use "
-        "--sft.",
-    ),
-    (
         ["--position-embedding-type", "relative"],
         "--position-embedding-type relative: T5 alone has it, whose batches Megatron does not cut for the ranks of a "
         "sequence; use rope or learned_absolute.",
@@ -239,10 +232,7 @@ def test_option_that_cannot_be_honoured_is_refused_by_name(parser, flags, messag
     args = parser.parse_args([*CP4, *flags])
     assert refusal_of(config_from_arguments, args) == with_cp4(message)
     args.context_parallel_size = 1
-    if option_of(flags) == "hybrid_context_parallel":  # Its usual form has one rank.
-        assert refusal_of(config_from_arguments, args) == with_cp4(message).replace("size 4", "size 1")
-    else:
-        assert config_from_arguments(args).context_parallel_size == 1
+    assert config_from_arguments(args).context_parallel_size == 1
 
 
 @pytest.mark.parametrize("option", ["fp8_dot_product_attention", "fp8_multi_head_attention"])
