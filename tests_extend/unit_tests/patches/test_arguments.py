@@ -272,7 +272,7 @@ def test_documents_are_not_kept_apart_where_no_mask_is_made_at_cp_1(parser):
 def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation):
     args = parser.parse_args([*CP4, "--reset-attention-mask", "--reset-position-ids"])
     validation.validate(args, {})
-    assert validation.plugin.documents == DocumentRule(positions_restart=True)
+    assert validation.plugin.document_rule == DocumentRule(positions_restart=True)
     assert validation.plugin.apart_by == "--reset-attention-mask"
     assert not args.create_attention_mask_in_dataloader
     alone = parser.parse_args([*MODEL, "--reset-attention-mask"])
@@ -319,7 +319,7 @@ def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, len
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         validation.validate(parser.parse_args([*MODEL, *flags]), {})
-    documents = validation.plugin.documents
+    documents = validation.plugin.document_rule
     assert (None if documents is None else documents.length) == length
     assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
 
