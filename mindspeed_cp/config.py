@@ -12,11 +12,11 @@ from mindspeed_cp.topology import CPTopology
 LatentForm = Literal["expanded", "latent", "absorbed"]
 KVCachePolicy = Literal["full", "half"]
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"]
-MaskType = Literal["causal", "general"]
+AttentionMaskType = Literal["causal", "general"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "context_parallel_algo": get_args(Algorithm),
-    "attention_mask_type": get_args(MaskType),
+    "attention_mask_type": get_args(AttentionMaskType),
     "context_parallel_kv_cache_policy": get_args(KVCachePolicy),
     "context_parallel_latent": get_args(LatentForm),
 }
@@ -113,7 +113,7 @@ class ContextParallelConfig:
             "way; with Ulysses the exchanged q, k, v and output too."
         },
     )
-    attention_mask_type: MaskType = field(
+    attention_mask_type: AttentionMaskType = field(
         default="causal",
         metadata={
             "help": "causal: each token sees itself and what came before. general: the mask that the batch carries; "

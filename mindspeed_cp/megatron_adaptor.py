@@ -109,7 +109,7 @@ def configure(
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
     plugin.config, plugin.dynamic, plugin.seed = config, None, seed
-    plugin.documents, plugin.apart_by, plugin.padding = None, None, None
+    plugin.document_rule, plugin.apart_by, plugin.padding = None, None, None
     plugin.length = if_unequal(seq_length, config)
     plugin.packing = Packing(packed_sequence_layout)
     return config

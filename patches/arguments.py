@@ -68,66 +68,11 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
     use_cpu: called when the arguments ask for training on the CPU.
     """
     defaults: dict[str, object] = {}  # Of Megatron's parser, which the messages about values that nobody gave name.
-
-    def wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
-            parser = original(*args, **kwargs)
-            defaults.update(_defaults_of(parser))
-            try:
-                add_context_parallel_arguments(parser)
-            except ConfigurationError as error:
-                _exit_with(error)
-            _add_document_arguments(parser)
-            set_defaults(parser)
-            mark_default(parser)
-            return parser
-
-        return add_megatron_arguments
-
-    def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-            try:
-                found = settled(args, defaults, at_start=True)
-                config, dynamic = found.config, found.dynamic
-                if asks_for_cpu(args.distributed_backend):
-                    use_cpu()
-            except ConfigurationError as error:
-                _exit_with(error)
-            with _without_transformer_engines_rules(args, config), equal_lengths(args, config):
-                result = original(args, *rest, **kwargs)
-            try:
-                refuse_lost_documents(args, config, _release())
-                refuse_unloadable_optimizer(args, config)
-            except ConfigurationError as error:
-                _exit_with(error)
-            plugin.config = config
-            plugin.dynamic = None if dynamic is None else DynamicRanks(dynamic)
-            plugin.documents = _document_rule(args)
-            plugin.apart_by = _apart_by(args)
-            plugin.length = length_of(args, config)
-            plugin.packing = Packing(args.packed_sequence_layout)
-            is_packed = dynamic is None and packing_options(args)
-            plugin.padding = PaddingCount(args.log_interval) if is_packed else None
-            plugin.seed = args.seed
-            if plugin.rule is not None:
-                # Found in the tokens, and not in a mask.
-                args.create_attention_mask_in_dataloader = False
-            if int(os.environ.get("RANK", "0")) == 0:
-                for line in found.start_lines(args):
-                    print(line, flush=True)
-                for sentence in notes_on_arguments(args, dynamic or config, defaults):
-                    warnings.warn(sentence, stacklevel=2)
-            return result
-
-        return validate_args
-
     return (
         Patch(
             target=f"{ARGUMENTS}:add_megatron_arguments",
             kind="wrap",
-            function=wrap_add,
+            function=functools.partial(_wrap_add, defaults),
             parameters=("parser",),
             needs=("megatron.training",),
             why="The context-parallel flags have to be known wherever Megatron's are.",
@@ -152,7 +97,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             Patch(
                 target=f"{ARGUMENTS}:validate_args",
                 kind="wrap",
-                function=wrap_validate,
+                function=functools.partial(_wrap_validate, plugin, use_cpu, defaults),
                 parameters=("args",),
                 aliases=aliases,
                 needs=("megatron.training",),
@@ -177,6 +122,70 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             remove_when="pretrain passes allow_no_cuda on.",
         ),
     )
+
+
+def _wrap_add(defaults: dict[str, object], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
+        parser = original(*args, **kwargs)
+        defaults.update(_defaults_of(parser))
+        with _ends_the_program():
+            add_context_parallel_arguments(parser)
+        _add_document_arguments(parser)
+        set_defaults(parser)
+        mark_default(parser)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _wrap_validate(
+    plugin: Plugin, use_cpu: Callable[[], None], defaults: Mapping[str, object], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        with _ends_the_program():
+            found = settled(args, defaults, at_start=True)
+            if asks_for_cpu(args.distributed_backend):
+                use_cpu()
+        with _without_transformer_engines_rules(args, found.config), equal_lengths(args, found.config):
+            result = original(args, *rest, **kwargs)
+        with _ends_the_program():
+            refuse_lost_documents(args, found.config, _release())
+            refuse_unloadable_optimizer(args, found.config)
+        _configure(plugin, args, found)
+        if plugin.layer_document_rule is not None:
+            # Found in the tokens, and not in a mask.
+            args.create_attention_mask_in_dataloader = False
+        if int(os.environ.get("RANK", "0")) == 0:
+            for line in found.start_lines(args):
+                print(line, flush=True)
+            for sentence in notes_on_arguments(args, found.dynamic or found.config, defaults):
+                warnings.warn(sentence, stacklevel=2)
+        return result
+
+    return validate_args
+
+
+def _configure(plugin: Plugin, args: argparse.Namespace, found: "Settled") -> None:
+    """Hand the plugin what the flags say."""
+    plugin.config, plugin.seed = found.config, args.seed
+    plugin.dynamic = None if found.dynamic is None else DynamicRanks(found.dynamic)
+    plugin.document_rule = _document_rule(args)
+    plugin.apart_by = _apart_by(args)
+    plugin.length = length_of(args, found.config)
+    plugin.packing = Packing(args.packed_sequence_layout)
+    is_packed = found.dynamic is None and packing_options(args)
+    plugin.padding = PaddingCount(args.log_interval) if is_packed else None
+
+
+@contextmanager
+def _ends_the_program() -> Iterator[None]:
+    """Within it a rule that is broken ends the program as a wrong flag does, see `_exit_with`."""
+    try:
+        yield
+    except ConfigurationError as error:
+        _exit_with(error)
 
 
 def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:

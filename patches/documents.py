@@ -74,8 +74,9 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
 def note_documents(plugin: Plugin, batch: dict[str, Any]) -> None:
     """Find the documents of a batch that has not been cut yet; a later stage's has no tokens."""
-    if plugin.rule is not None and batch.get("tokens") is not None:
-        plugin.stages.at_hand = plugin.rule.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
+    rule = plugin.layer_document_rule
+    if rule is not None and batch.get("tokens") is not None:
+        plugin.stages.at_hand = rule.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
 
 
 def _end_of_document(tokenizer: Any) -> int | None:
@@ -90,7 +91,7 @@ def _wrap_masks(plugin: Plugin, original: Callable[..., tuple[Any, ...]]) -> Cal
     @functools.wraps(original)
     def _get_ltor_masks_and_position_ids(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         named = bind_by_name(original, args, kwargs)
-        length = None if plugin.documents is None else plugin.documents.length
+        length = None if plugin.document_rule is None else plugin.document_rule.length
         if length is None or not named["reset_attention_mask"]:
             return original(*args, **kwargs)
         # These documents are in place of those between the tokens that end one; positions still follow the latter.

@@ -72,6 +72,6 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
 
 def _documents(plugin: Plugin, part: int, num_parts: int, is_first: bool) -> AbstractContextManager[None]:
-    if plugin.rule is None:
+    if plugin.layer_document_rule is None:
         return nullcontext()
     return plugin.stages.one_micro_batch(part, num_parts, is_first=is_first)

@@ -25,8 +25,8 @@ class Plugin:
     seed: of the job, for what is drawn at random; set with the configuration.
     groups: set while Megatron's model-parallel groups exist; None else.
     dynamic: where each document has ranks of its own; set by the arguments patch.
-    documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
-        patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
+    document_rule: how documents are found in the data, where --reset-attention-mask keeps them apart; set by the
+        arguments patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
     length: tokens of a whole sample where the ranks have unequal shards; None where they have equal ones.
     stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
@@ -39,7 +39,7 @@ class Plugin:
     seed: int = 0
     groups: ContextParallelGroups | None = None
     dynamic: DynamicRanks | None = None
-    documents: DocumentRule | None = None
+    document_rule: DocumentRule | None = None
     end_of_document: int | None = None
     apart_by: str | None = None
     length: int | None = None
@@ -72,9 +72,9 @@ class Plugin:
         return self.kinds_cut == {"streams"}
 
     @property
-    def rule(self) -> DocumentRule | None:
+    def layer_document_rule(self) -> DocumentRule | None:
         """How documents are found for layers; None where Megatron's own attention reads a mask of them."""
-        return self.documents if self.config is not None and self.config.computes_attention else None
+        return self.document_rule if self.config is not None and self.config.computes_attention else None
 
     @property
     def is_unequal(self) -> bool:
@@ -95,7 +95,7 @@ class Plugin:
 
     def join_pipeline(self, stages: dist.ProcessGroup) -> None:
         """Let the documents that are found in the first of these stages reach the others. All ranks call it."""
-        if self.rule is None or dist.get_world_size(stages) == 1:
+        if self.layer_document_rule is None or dist.get_world_size(stages) == 1:
             return
         # Tensors of the CPU: which documents there are is read there, and no message of Megatron's is in the way.
         world = dist.group.WORLD

@@ -21,20 +21,13 @@ from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupporte
 from mindspeed_cp.topology import CPTopology
 from unit_tests.argument_cases import config_from_arguments
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
+    pytest.mark.usefixtures("ampere_machine"),
+]
 
 MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
 CP4 = [*MODEL, "--context-parallel-size", "4"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 def refusal_of(action, *args):
@@ -279,7 +272,7 @@ def test_documents_are_not_kept_apart_where_no_mask_is_made_at_cp_1(parser):
 def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation):
     args = parser.parse_args([*CP4, "--reset-attention-mask", "--reset-position-ids"])
     validation.validate(args, {})
-    assert validation.plugin.documents == DocumentRule(positions_restart=True)
+    assert validation.plugin.document_rule == DocumentRule(positions_restart=True)
     assert validation.plugin.apart_by == "--reset-attention-mask"
     assert not args.create_attention_mask_in_dataloader
     alone = parser.parse_args([*MODEL, "--reset-attention-mask"])
@@ -326,7 +319,7 @@ def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, len
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         validation.validate(parser.parse_args([*MODEL, *flags]), {})
-    documents = validation.plugin.documents
+    documents = validation.plugin.document_rule
     assert (None if documents is None else documents.length) == length
     assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
 
