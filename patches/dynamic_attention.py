@@ -15,8 +15,8 @@ from mindspeed_cp.patches.layer_attention import LayerAttention
 class DynamicAttention:
     """The attention of one layer where each document has ranks of its own.
 
-    ranks: see DynamicRanks. layer: of a document that has one rank, but for its length. build: what computes it over
-    others.
+    ranks: see DynamicRanks. layer: of a document that has one rank, but for its length. build: makes what computes one
+    over several. config: of a document that has all ranks, as this layer has it.
     """
 
     ranks: DynamicRanks
