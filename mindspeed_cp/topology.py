@@ -58,6 +58,11 @@ class CPTopology:
         first = rank - self.coordinates(rank).ulysses
         return tuple(range(first, first + self.ulysses))
 
+    @property
+    def ulysses_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of every Ulysses group, in order; each group is one rank of the ring across."""
+        return tuple(self.ulysses_ranks(first) for first in range(0, self.size, self.ulysses))
+
     def ring_ranks(self, rank: int) -> tuple[int, ...]:
         """Ranks of the ring that `rank` belongs to, in the ring's order: one inner ring after another."""
         return tuple(range(self.coordinates(rank).ulysses, self.size, self.ulysses))

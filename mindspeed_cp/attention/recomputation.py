@@ -69,9 +69,9 @@ class Recomputation:
         return checkpointed
 
     @property
-    def is_first_run(self) -> bool:
-        """Whether a checkpointed function runs that is to be recomputed, so that what is found is kept."""
-        return self._current is not None and not self._current.is_repeated
+    def is_within(self) -> bool:
+        """Whether a checkpointed function runs, first or again, so that what is found is kept or was."""
+        return self._current is not None
 
     def replay(self, case: object, find: Callable[[], Found]) -> Found:
         """What `find` gives; in a recomputation what it has given before.

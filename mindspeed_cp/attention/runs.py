@@ -38,7 +38,8 @@ class Run:
 
     def begin(self, inputs: Sequence[Tensor | None], gradients: Sequence[bool]) -> list[Tensor | None]:
         """The inputs, with the graph's beginning where gradients are wanted."""
-        wanted = [x for x, is_wanted in zip(inputs, gradients, strict=True) if x is not None and is_wanted]
+        # Detached: under a checkpoint's policy x is in a graph whose hooks hold the token, and the token this graph.
+        wanted = [x.detach() for x, is_wanted in zip(inputs, gradients, strict=True) if x is not None and is_wanted]
         if not wanted:
             return list(inputs)
         begun = _Beginning.apply(torch.zeros((), requires_grad=True), *wanted)

@@ -26,6 +26,7 @@ from mindspeed_cp.diffusion.tokens import Shares, gather, split
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.topology import CPTopology
 
 DimOrder = Literal["BNSD", "BSND"]
 """Of the dims of q, k, v and the output."""
@@ -141,8 +142,7 @@ class MeshAttention:
         )
         if "ulysses" not in communicators:
             return ring
-        firsts = range(0, shape.sequence, shape.ulysses)
-        groups = tuple(tuple(range(first, first + shape.ulysses)) for first in firsts)
+        groups = CPTopology(inner=shape.ring, ulysses=shape.ulysses).ulysses_groups
         return UlyssesAttention(communicators["ulysses"], groups, self.mesh.index("ring"), ring)
 
 

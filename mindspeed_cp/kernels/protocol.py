@@ -20,7 +20,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 class Window(NamedTuple):
     """FlashAttention's window, aligned bottom right: row a of S sees, of T keys, those from a + (T - S) - left to
-    a + (T - S) + right; None is without bound. Every row and every key of a tile takes part, see plan.py.
+    a + (T - S) + right; None is without bound. Every row and every key of a tile takes part, see Note
+    [Tiles] in plan/tiles.py.
     """
 
     left: int | None = None

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.attention import Attention, build_attention, ulysses
+from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention
+from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.plan import Part
@@ -174,8 +175,8 @@ def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunks: Sequen
     """The case with its chunks, two of each member, in this order in place of the plan's."""
     half = case.tokens // 2
     parts = tuple(Part(member, chunk * half, (chunk + 1) * half) for member, chunk in chunks)
-    order = ulysses.GroupOrder((case.tokens,) * case.size, (parts,))
-    with mock.patch.object(ulysses.UlyssesAttention, "_order", lambda attention, of, layout, plan: order):
+    order = GroupOrder((case.tokens,) * case.size, (parts,))
+    with mock.patch.object(UlyssesAttention, "_order", lambda attention, of, layout, plan: order):
         return attend(group, case)
 
 

@@ -164,6 +164,17 @@ def test_a_forward_pass_is_kept_for_as_long_as_its_graph():
     assert num_kept() == before
 
 
+def test_what_a_policy_has_kept_goes_with_a_graph_that_is_dropped():
+    x = torch.randn(1, 2, 4, 8, requires_grad=True)
+    attention, before = build_attention(ContextParallelConfig()), num_kept()
+    contexts = partial(create_selective_checkpoint_contexts, save_attention)
+    out = checkpoint(lambda x: attention(x.sin(), x, x).cos(), x, use_reentrant=False, context_fn=contexts)
+    assert num_kept() == before + 1
+    del out
+    gc.collect()
+    assert num_kept() == before
+
+
 def test_a_second_derivative_of_the_operator_is_refused():
     x = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)
     attention = build_attention(ContextParallelConfig())

@@ -186,7 +186,7 @@ def test_payloads_alone_are_sent(topology, form):
     row = Row(replace(EVEN, topology=topology), form)
     on_virtual_ranks(row.case, lambda *place: attend(row, place), Counted)
     tokens, degree, plan = 8, topology.ulysses, plan_of(row.case)
-    plan = plan.of_groups(tuple(topology.ulysses_ranks(rank) for rank in range(0, 4, degree)))
+    plan = plan.of_groups(topology.ulysses_groups)
     q_size, out_size = (U + R, V) if form == "latent" else (L + R, L)
     for rank in range(4):
         ring = sum(
