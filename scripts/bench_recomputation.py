@@ -4,8 +4,8 @@
 
 Kernel and everything else of a layer are waits, messages are real (mindspeed_cp/benchmark/recomputation.py). A share is
 attention's part of a layer's forward time: attention is timed by itself first, and the rest made as long as that asks
-for. Both ways of each row take turns within one run; a time is the median of the slowest rank's, the first left out. How
-many times as fast is the median of the turns', with the quarters below and above it left out in brackets.
+for. Both ways of each row take turns within one run; a time is the median of the slowest rank's, the first left out.
+How many times as fast is the median over the turns; in brackets, without the lowest and the highest quarter of them.
 """
 
 import argparse
