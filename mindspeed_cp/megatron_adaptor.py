@@ -115,12 +115,12 @@ def configure(
     return config
 
 
-def shard_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
     """This rank's part of a batch, for training scripts that do not call Megatron's get_batch_on_this_cp_rank.
 
     See mindspeed_cp.patches.batches.shard_batch.
     """
-    return batches.shard_batch(plugin, batch)
+    return batches.shard_batch(plugin, batch, cp_group)
 
 
 def use_cpu() -> None:

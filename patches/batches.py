@@ -60,15 +60,20 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     )
 
 
-def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
     """This rank's part of a batch; its documents are noted, and reach the layers of its micro-batch.
 
     batch: Megatron's tensors by name, whole or None: tokens, labels, loss_mask and position_ids [B, S], attention_mask
         [B or 1, N or 1, S, S]; packed streams [1, T] have cu_seqlens, and cu_seqlens_padded if documents are padded.
+    cp_group: the ranks that share the one document of the batch, with --hybrid-context-parallel; None for one rank.
 
     Raises ValueError where cu_seqlens do not end at the stream's length, or the ranks do not divide a sample.
     """
     batch = dict(batch)
+    if plugin.dynamic is not None:
+        if cp_group is not None:
+            cut_document(batch, cp_group)
+        return batch
     if (cu_seqlens := batch.get("cu_seqlens")) is not None:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch

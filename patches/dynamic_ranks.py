@@ -7,7 +7,8 @@ Note [Dynamic ranks]
     of those ranks; those of a document are a part of them, which needs no process group more (Note [Parents] in
     comm/groups.py). The algorithm is the configured one over so many ranks (`ContextParallelConfig.over`).
 
-    A document is cut as a sample of any length is, a zigzag whose shards differ by a token at most; it is not padded.
+    A document is cut as a sample of any length is, a zigzag whose shards differ by a token at most; it is padded
+    where it has fewer tokens than ranks alone.
 """
 
 from dataclasses import dataclass, field, replace

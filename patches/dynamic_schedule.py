@@ -4,6 +4,7 @@ Shapes: L tokens of a document.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,13 @@ def dynamic_schedule_patches(plugin: Plugin) -> tuple[Patch, ...]:
                 from megatron.core import __version__
 
                 with_batch_dim = Version(__version__) >= Version("0.18")
-                documents = _Documents({number: _whole(each, with_batch_dim) for number, each in documents.items()})
+                num_ranks = Counter(number for group in who for numbers in group for number in numbers)
+                documents = _Documents(
+                    {
+                        number: _whole(_padded(document, num_ranks[number]), with_batch_dim)
+                        for number, document in documents.items()
+                    }
+                )
             return documents, who
 
         return __next__
@@ -126,6 +133,20 @@ def cut_document(batch: dict[str, Any], group: Any) -> None:
     length = next(tensor.size(1) for tensor in (batch.get("tokens"), batch.get("labels")) if tensor is not None)
     layout = layout_of_length(length, group.size())
     cut_samples(batch, lambda tensor, dim: shard(tensor, layout, group.rank(), dim))
+
+
+def _padded(document: dict[str, Tensor], num_ranks: int) -> dict[str, Tensor]:
+    """A document [L] that has a token for each of its ranks: what is added counts in no loss, and nobody sees it.
+
+    A short one may have many ranks where others would have nothing to do, and Megatron's layers take no empty shard.
+    """
+    missing = num_ranks - document["tokens"].size(0)
+    if missing <= 0:
+        return document
+    padded = {name: torch.cat([tensor, tensor[-1:].expand(missing)]) for name, tensor in document.items()}
+    padded["loss_mask"][-missing:] = 0
+    padded["position_ids"][-missing:] += torch.arange(1, missing + 1, device=padded["position_ids"].device)
+    return padded
 
 
 def _whole(document: dict[str, Tensor], with_batch_dim: bool) -> dict[str, Tensor]:

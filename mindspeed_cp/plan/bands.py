@@ -34,7 +34,10 @@ def check_bands(bands: tuple[Band, ...]) -> None:
             raise ValueError(f"{band}: nothing sees anything in it; it wants -ahead <= behind, and keys from 0 on.")
     for earlier, later in pairwise(sorted(bands, key=lambda band: band.keys[0])):
         if earlier.keys[1] is None or earlier.keys[1] > later.keys[0]:
-            raise ValueError(f"{earlier} and {later} are about the same keys, which a query would see twice.")
+            raise ValueError(
+                f"{earlier} and {later} are about the same keys, which a query would see twice; give each key to "
+                f"one band."
+            )
 
 
 def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int:
