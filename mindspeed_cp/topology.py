@@ -30,7 +30,9 @@ class CPTopology:
     def __post_init__(self) -> None:
         for axis in ("outer", "inner", "ulysses"):
             if getattr(self, axis) < 1:
-                raise ValueError(f"CPTopology {axis}={getattr(self, axis)}: each axis has at least one rank.")
+                raise ValueError(
+                    f"CPTopology {axis}={getattr(self, axis)}: each axis has at least one rank; give 1 or more."
+                )
         if self.outer > 1 and self.inner == 1:
             raise ValueError(
                 f"CPTopology outer={self.outer}, inner=1: inner rings of one rank make a plain ring; "

@@ -37,7 +37,10 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, *, same_tokens: bool = True) -
         )
     TileCase.of(q, k, v, TileTerms(1.0))
     if same_tokens and q.size(2) != k.size(2):
-        raise ValueError(f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: it gives those of the same tokens.")
+        raise ValueError(
+            f"a rank's q has {q.size(2)} tokens and its k {k.size(2)}: without a plan it gives those of the same "
+            f"tokens; do so, or give plan=, with queries and keys of their own."
+        )
 
 
 def check_mask(visible: Tensor, q: Tensor, keys: int, num_ranks: int) -> None:

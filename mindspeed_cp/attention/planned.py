@@ -43,9 +43,11 @@ class PlannedAttention(Attention):
         if plan is not None:
             check_plan(plan, q, k, self.attention.rank, self.layout.size)
             plan.once("checked", lambda: _check_layouts(plan))
-        elif q.size(2) % self.layout.chunks_per_rank:
+        elif q.size(2) % (chunks := self.layout.chunks_per_rank):
             raise ValueError(
-                f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
+                f"{q.size(2)} tokens a rank are not a multiple of the {chunks} chunks it holds; give "
+                f"{q.size(2) // chunks * chunks + chunks}, or "
+                f"plan=PackedBatch.from_cu_seqlens(...).plan for any number."
             )
         self.attention.check(q, k, v)
 

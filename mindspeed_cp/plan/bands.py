@@ -26,6 +26,7 @@ CAUSAL = (Band(None, 0),)
 
 
 def check_bands(bands: tuple[Band, ...]) -> None:
+    """Raise ValueError for a band in which nothing sees anything, or bands about the same keys."""
     for band in bands:
         first, last = band.keys
         if (None not in (band.behind, band.ahead) and band.behind + band.ahead < 0) or (  # type: ignore[operator]
@@ -34,7 +35,10 @@ def check_bands(bands: tuple[Band, ...]) -> None:
             raise ValueError(f"{band}: nothing sees anything in it; it wants -ahead <= behind, and keys from 0 on.")
     for earlier, later in pairwise(sorted(bands, key=lambda band: band.keys[0])):
         if earlier.keys[1] is None or earlier.keys[1] > later.keys[0]:
-            raise ValueError(f"{earlier} and {later} are about the same keys, which a query would see twice.")
+            raise ValueError(
+                f"{earlier} and {later} are about the same keys, which a query would see twice; give each key to "
+                f"one band."
+            )
 
 
 def pairs_seen(bands: Iterable[Band], length: int, start: int, stop: int) -> int:

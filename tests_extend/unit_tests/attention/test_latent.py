@@ -230,7 +230,8 @@ REFUSED = {
     ),
     "other tokens": (
         dict(payload=torch.zeros(1, 6, L + R)),
-        "a rank's q has 8 tokens and its k 6: it gives those of the same tokens.",
+        "a rank's q has 8 tokens and its k 6: without a plan it gives those of the same tokens; do so, or give plan=, "
+        "with queries and keys of their own.",
     ),
     "tokens that are mixed": (
         dict(expand=lambda payload, up: HEADS.expand(payload[:, :1], up)),

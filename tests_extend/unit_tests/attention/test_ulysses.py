@@ -148,7 +148,12 @@ def shapes(q: tuple[int, int, int, int] = (1, 2, 4, 8), **changed: object) -> Sh
             "ValueError: q has 1 heads, and the Ulysses degree is 2: each rank wants one at least; use a degree of 1 "
             "or less, or a ring.",
         ),
-        (causal(2), shapes((1, 2, 3, 8)), "ValueError: 3 tokens a rank are not a multiple of the 2 chunks it holds."),
+        (
+            causal(2),
+            shapes((1, 2, 3, 8)),
+            "ValueError: 3 tokens a rank are not a multiple of the 2 chunks it holds; give 4, or "
+            "plan=PackedBatch.from_cu_seqlens(...).plan for any number.",
+        ),
         (
             causal(2),
             shapes(visible=(4, 8)),
