@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import refuse_second_derivatives
 from mindspeed_cp.attention.runs import Run, Runs, storage
 from mindspeed_cp.attention.terms import AttentionTerms
@@ -49,6 +50,11 @@ class Runnable(Protocol):
     @property
     def exchanges_heads(self) -> bool:
         """Whether a run attends with exchanged tensors, and saves none of those that it is given."""
+        ...
+
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Of the checkpoints that it runs in."""
         ...
 
     def run(
@@ -260,11 +266,13 @@ def forward(
     nothing = q.new_empty(0, dtype=accumulation_dtype(q.dtype))
     lse, largest = more[0] if wanted == WITH_LSE else nothing, more[0] if wanted == WITH_LARGEST else nothing.clone()
     inputs = *given.of_gradients, visible
-    taken = {storage(x) for x in inputs if x is not None}
+    # A compiler writes something else over results that it is done with, which what a checkpoint keeps must not be.
+    kept = () if runnable.recomputation is None else runnable.recomputation.kept_now()
+    taken = {storage(x) for x in (*inputs, *kept) if x is not None}
     results = (
         _laid_out(out, _strides(out.shape, _memory_of_output(exchanges_heads)), taken),
         _laid_out(lse, _strides(lse.shape, range(lse.dim())), taken),
-        largest,
+        _laid_out(largest, largest.stride(), taken),
     )
     run.saved.leave_to_graph(given.saved(out, lse), (*inputs, *results))
     return *results, _RUNS.token(run)

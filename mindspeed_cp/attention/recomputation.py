@@ -81,6 +81,13 @@ class Recomputation:
         record = self._current
         return find() if record is None else record.replay(case, find)
 
+    def kept_now(self) -> Iterator[Tensor]:
+        """All that the checkpoints keep in which this runs."""
+        record = self._current
+        while record is not None:
+            yield from record.tensors()
+            record = record.outer
+
     @property
     def nbytes(self) -> int:
         """Bytes that are kept now."""
@@ -131,13 +138,13 @@ class _Kept(NamedTuple):
 
 
 class _Record:
-    """What one call of a checkpoint has found. outer: of the checkpoint around it.
+    """What one call of a checkpoint has found. outer: of the checkpoint around it, as long as the function runs first.
 
     is_hidden: whether the checkpoint's dispatch modes see nothing of how it is found.
     """
 
     def __init__(self, outer: "_Record | None") -> None:
-        self._outer = outer
+        self.outer = outer
         self.is_hidden = False
         self._found: deque[tuple[object, Any]] = deque()
         self.is_repeated = False
@@ -146,7 +153,7 @@ class _Record:
         """See Recomputation.replay."""
         if not self.is_repeated:
             with _disable_modes() if self.is_hidden else nullcontext():
-                found = find() if self._outer is None else self._outer.replay(case, find)
+                found = find() if self.outer is None else self.outer.replay(case, find)
             self._found.append((case, _mapped(found, Tensor, lambda x: _Kept(x.detach(), x._version))))
             return found
         if self._found and self._found[0][0] == case:
@@ -158,7 +165,7 @@ class _Record:
         """What is left of a recomputation is not asked for again."""
         if self.is_repeated:
             self._found.clear()
-        self.is_repeated, self._outer = True, None
+        self.is_repeated, self.outer = True, None
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept."""

@@ -1,0 +1,42 @@
+"""A compiled call in a checkpoint that keeps outputs: what is kept is not in memory that the compiler may use again."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mindspeed_cp.attention import Recomputation
+from mindspeed_cp.attention.operators import WITH_LSE, attend
+from mindspeed_cp.comm import VirtualWorld
+from mindspeed_cp.testing.rank_pool import LIMIT_S
+from unit_tests.attention.test_recomputation import Rank
+from unit_tests.call_cases import ALGORITHMS
+from unit_tests.ring_cases import case_on
+
+
+@pytest.mark.parametrize("name", ["ulysses", "ring"])
+def test_results_that_are_written_over_are_recomputed_as_they_were(name):
+    case = case_on(ALGORITHMS[name], tokens=4, head_size=4, value_head_size=4)
+
+    def on_rank(rank: int) -> tuple[Tensor, Tensor]:
+        recomputation = Recomputation()
+        here = Rank(case, world, rank, recomputation)
+
+        def run(x: Tensor) -> Tensor:
+            # What a compiled function calls.
+            out, lse = attend(here.attention, WITH_LSE, x, (x, x), scale=None, visible=None, plan=None, terms=None)
+            found = out.sin() * lse.unsqueeze(-1)
+            if not torch.is_grad_enabled():  # As inductor does where no backward pass needs them.
+                out.data.zero_()
+                lse.data.zero_()
+            return found
+
+        (x, y) = here.inputs[0], here.inputs[0].detach().clone().requires_grad_()
+        recomputation.around(checkpoint)(run, x, use_reentrant=True).sum().backward()
+        run(y).sum().backward()
+        assert x.grad is not None and y.grad is not None
+        return x.grad, y.grad
+
+    world = VirtualWorld(case.size, LIMIT_S)
+    for found, expected in world.run(on_rank):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
