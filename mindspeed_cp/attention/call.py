@@ -26,6 +26,10 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
+_TYPES_OF_LATENT = (
+    "give q as a tensor [B, N, S, D], a payload [B, S, W] of its dtype, and in Latent(weights=...), a tuple, what "
+    "expand takes beside it, [G, ...] each"
+)
 
 
 class Attention(Protocol):
@@ -260,6 +264,8 @@ class ContextParallelAttention:
         terms: AttentionTerms | None = None,
     ) -> Tensor:
         """See Attention; else as the call."""
+        if not isinstance(latent, Latent):
+            self.refuse(f"latent is a {type(latent).__name__}; give Latent(payload, expand, weights).", q)
         (out,) = self._attend(OUTPUT, q, latent, scale, visible, plan, terms)
         return out
 
@@ -354,7 +360,8 @@ class ContextParallelAttention:
             words += "" if latent is None else f"; made of {latent.words}"
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
-            refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
+            way_out = _TYPES if latent is None else _TYPES_OF_LATENT
+            refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {way_out}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
             replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))

@@ -47,7 +47,11 @@ class Recomputation:
         """A checkpoint whose recomputation does not run attention again.
 
         checkpoint: takes the function that is to be recomputed first, as torch.utils.checkpoint.checkpoint does.
+
+        Raises ValueError for what cannot be called.
         """
+        if not callable(checkpoint):
+            raise ValueError(f"{checkpoint!r} is no checkpoint; give a function as torch.utils.checkpoint.checkpoint.")
 
         @functools.wraps(checkpoint)
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -147,5 +147,5 @@ def test_heads_made_within_a_compiled_function_are_refused_with_the_way_out():
         return attention.of_latent(x, Latent(x.sum(dim=1), LatentHeads(latent=L, unshared=U).absorbed), scale=0.5)
 
     x = torch.randn(1, 2, 5, L + R)
-    with pytest.raises(Exception, match="a LatentHeads was made within a compiled function.*; make it outside"):
+    with pytest.raises(Exception, match=r"a LatentHeads was made within a compiled function.*; make it outside"):
         torch.compile(called, backend="aot_eager", fullgraph=True)(x)
