@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 Found = TypeVar("Found")
 
@@ -55,7 +57,12 @@ class Recomputation:
 
         @functools.wraps(checkpoint)
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                # Its graph has no two runs of the function, but an operator that it repeats or, by a policy, keeps.
+                if _takes_policy(checkpoint, kwargs):
+                    kwargs["context_fn"] = _KEEPING_ATTENTION
+                return checkpoint(function, *args, **kwargs)
+            if not torch.is_grad_enabled():
                 return checkpoint(function, *args, **kwargs)
             record = _Record(self._current)
             before = _modes()
@@ -177,6 +184,22 @@ class _Record:
         for _, found in self._found:
             _mapped(found, _Kept, lambda kept: aliases.append(kept.alias))
         yield from aliases
+
+
+def _takes_policy(checkpoint: Callable[..., Any], given: dict[str, Any]) -> bool:
+    """Whether it is torch's, not reentrant, and called without a policy."""
+    function, named = checkpoint, given
+    if isinstance(checkpoint, functools.partial):
+        function, named = checkpoint.func, {**checkpoint.keywords, **given}
+    return function is torch_checkpoint and named.get("use_reentrant") is False and "context_fn" not in named
+
+
+def _keep_attention(_: object, function: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    ours = function is torch.ops.mindspeed_cp.attention.default
+    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEPING_ATTENTION = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
 
 
 def _modes() -> list[object]:
