@@ -14,6 +14,7 @@ setup(
         "mindspeed_cp.launch",
         "mindspeed_cp.patches",
         "mindspeed_cp.patches.mindspeed",
+        "mindspeed_cp.plan",
         "mindspeed_cp.planner",
         "mindspeed_cp.program",
         "mindspeed_cp.tensor_parallel",

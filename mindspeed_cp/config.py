@@ -1,6 +1,7 @@
 """The configuration of context parallelism: what the flags say, checked once."""
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from mindspeed_cp.messages import divisors, or_list
@@ -11,11 +12,11 @@ from mindspeed_cp.topology import CPTopology
 LatentForm = Literal["expanded", "latent", "absorbed"]
 KVCachePolicy = Literal["full", "half"]
 Algorithm = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"]
-MaskType = Literal["causal", "general"]
+AttentionMaskType = Literal["causal", "general"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "context_parallel_algo": get_args(Algorithm),
-    "attention_mask_type": get_args(MaskType),
+    "attention_mask_type": get_args(AttentionMaskType),
     "context_parallel_kv_cache_policy": get_args(KVCachePolicy),
     "context_parallel_latent": get_args(LatentForm),
 }
@@ -112,7 +113,7 @@ class ContextParallelConfig:
             "way; with Ulysses the exchanged q, k, v and output too."
         },
     )
-    attention_mask_type: MaskType = field(
+    attention_mask_type: AttentionMaskType = field(
         default="causal",
         metadata={
             "help": "causal: each token sees itself and what came before. general: the mask that the batch carries; "
@@ -239,6 +240,27 @@ class ContextParallelConfig:
         is_double = self.cp_window_size > 1 and self.context_parallel_algo in _WITH_RING
         inner = self.cp_window_size if is_double else self._ring_size
         return CPTopology(outer=self._ring_size // inner, inner=inner, ulysses=self.ulysses_size)
+
+    def over(self, size: int) -> "ContextParallelConfig":
+        """The same for so many ranks: groups and inner rings have as many as divide both these and what they had.
+
+        A hybrid whose Ulysses groups are then all of the ranks is Ulysses, and one whose groups have one is a ring.
+        """
+        algorithm, degree = self.context_parallel_algo, self.ulysses_degree_in_cp
+        if algorithm == "hybrid_cp_algo" and degree is not None:
+            degree = math.gcd(degree, size)
+            if degree in (1, size):
+                algorithm, degree = "megatron_cp_algo" if degree == 1 else "ulysses_cp_algo", None
+        inner = self.cp_window_size
+        if algorithm in _WITH_RING:
+            inner = math.gcd(inner, size // (degree or 1))
+        return replace(
+            self,
+            context_parallel_size=size,
+            context_parallel_algo=algorithm,
+            ulysses_degree_in_cp=degree,
+            cp_window_size=inner,
+        )
 
     @property
     def kept_policy(self) -> KVCachePolicy | None:

@@ -266,7 +266,9 @@ class EqualChunks:
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.kind not in ("zigzag", "contiguous") or self.tokens < 0:
-            raise ValueError(f"{self}: a layout is zigzag or contiguous, over 1 rank or more.")
+            raise ValueError(
+                f"{self}: a layout is zigzag or contiguous, over 1 rank or more; give kind= and num_ranks= so."
+            )
         if self.kind == "zigzag" and self.tokens % 2:
             raise ValueError(f"{self.tokens} tokens a rank are no two equal chunks; give {self.tokens + 1}.")
 

@@ -23,6 +23,7 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.dropout import dropout_patches
+from mindspeed_cp.patches.dynamic_schedule import dynamic_schedule_patches
 from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
@@ -107,19 +108,19 @@ def configure(
         use_cpu()
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
-    plugin.config, plugin.seed = config, seed
-    plugin.documents, plugin.apart_by, plugin.padding = None, None, None
+    plugin.config, plugin.dynamic, plugin.seed = config, None, seed
+    plugin.document_rule, plugin.apart_by, plugin.padding = None, None, None
     plugin.length = if_unequal(seq_length, config)
     plugin.packing = Packing(packed_sequence_layout)
     return config
 
 
-def shard_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
     """This rank's part of a batch, for training scripts that do not call Megatron's get_batch_on_this_cp_rank.
 
     See mindspeed_cp.patches.batches.shard_batch.
     """
-    return batches.shard_batch(plugin, batch)
+    return batches.shard_batch(plugin, batch, cp_group)
 
 
 def use_cpu() -> None:
@@ -147,6 +148,7 @@ registry = PatchRegistry(
         *recomputation_patches(plugin),
         *document_patches(plugin),
         *batches.batch_patches(plugin),
+        *dynamic_schedule_patches(plugin),
         *rotary_patches(plugin),
         *padding_patches(plugin),
         *any_length_patches(plugin),

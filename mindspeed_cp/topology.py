@@ -30,7 +30,9 @@ class CPTopology:
     def __post_init__(self) -> None:
         for axis in ("outer", "inner", "ulysses"):
             if getattr(self, axis) < 1:
-                raise ValueError(f"CPTopology {axis}={getattr(self, axis)}: each axis has at least one rank.")
+                raise ValueError(
+                    f"CPTopology {axis}={getattr(self, axis)}: each axis has at least one rank; give 1 or more."
+                )
         if self.outer > 1 and self.inner == 1:
             raise ValueError(
                 f"CPTopology outer={self.outer}, inner=1: inner rings of one rank make a plain ring; "
@@ -57,6 +59,11 @@ class CPTopology:
         """Ranks of the Ulysses group that `rank` belongs to, ascending."""
         first = rank - self.coordinates(rank).ulysses
         return tuple(range(first, first + self.ulysses))
+
+    @property
+    def ulysses_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of every Ulysses group, in order; each group is one rank of the ring across."""
+        return tuple(self.ulysses_ranks(first) for first in range(0, self.size, self.ulysses))
 
     def ring_ranks(self, rank: int) -> tuple[int, ...]:
         """Ranks of the ring that `rank` belongs to, in the ring's order: one inner ring after another."""

@@ -1,7 +1,6 @@
 """The algorithm of a job: the one that is named, else what --cp-comm-type asks for, else what the heads allow."""
 
 import argparse
-from typing import Any
 
 from mindspeed_cp.choice import Choice, choice_by_comm_type, choice_by_heads
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
@@ -20,15 +19,14 @@ def mark_default(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(cp_comm_type=_Unsaid(default))
 
 
-def choose_algorithm(args: argparse.Namespace) -> Choice | None:
+def choose_algorithm(args: argparse.Namespace, size: int) -> Choice | None:
     """What to use where the user has not named an algorithm; None where he has, or where nothing is parallel.
 
-    args: Megatron's parsed arguments, of a parser that `mark_default` has seen.
+    args: Megatron's parsed arguments, of a parser that `mark_default` has seen. size: most ranks that share a sequence.
 
     Raises ConfigurationError where an algorithm and --cp-comm-type contradict each other, or where an option of one
     algorithm is given and none is named.
     """
-    size = args.context_parallel_size
     if size == 1:
         return None
     asked = None
@@ -78,17 +76,40 @@ def start_line(config: ContextParallelConfig, choice: Choice | None, kernels: st
 
     choice: why it is this algorithm, where the user has not named it. kernels: names of those that will compute.
     """
+    return (
+        f"mindspeed_cp: context parallel size {config.context_parallel_size}, {_why(config, choice)}: {_grid(config)}"
+        f"{_overlap(config)}; attention masks {config.attention_mask_type}; kernel {kernels}"
+    )
+
+
+def dynamic_start_line(config: ContextParallelConfig, choice: Choice | None, kernels: str) -> str:
+    """The same where each document has ranks of its own.
+
+    config: of a document that has all. choice, kernels: see start_line.
+    """
+    sizes = [1 << power for power in range(1, config.context_parallel_size.bit_length())]
+    grids = "; ".join(f"on {size} {_grid(config.over(size))}" for size in sizes)
+    return (
+        f"mindspeed_cp: documents on 1 to {config.context_parallel_size} ranks each, {_why(config, choice)}: {grids}"
+        f"{_overlap(config)}; kernel {kernels}"
+    )
+
+
+def _why(config: ContextParallelConfig, choice: Choice | None) -> str:
+    return f"{config.context_parallel_algo} ({'named' if choice is None else f'chosen, because {choice.why}'})"
+
+
+def _grid(config: ContextParallelConfig) -> str:
     grid = config.topology
-    parts: list[Any] = [f"Ulysses {grid.ulysses}"] * (grid.ulysses > 1)
+    parts = [f"Ulysses {grid.ulysses}"] * (grid.ulysses > 1)
     if grid.ring_size > 1:
         ring = f"ring {grid.inner}" if grid.outer == 1 else f"inner ring {grid.inner} x outer ring {grid.outer}"
         parts.append(ring if config.transport is None else f"all-gather of K/V {grid.inner}")
-    overlap = ""
-    if grid.ring_size > 1:
-        turn_on = "" if config.use_cp_send_recv_overlap else " (--use-cp-send-recv-overlap hides transfers)"
-        overlap = f", overlap {'on' if config.use_cp_send_recv_overlap else 'off'}{turn_on}"
-    because = "named" if choice is None else f"chosen, because {choice.why}"
-    return (
-        f"mindspeed_cp: context parallel size {config.context_parallel_size}, {config.context_parallel_algo} "
-        f"({because}): {' x '.join(parts)}{overlap}; attention masks {config.attention_mask_type}; kernel {kernels}"
-    )
+    return " x ".join(parts)
+
+
+def _overlap(config: ContextParallelConfig) -> str:
+    if config.topology.ring_size == 1:
+        return ""
+    turn_on = "" if config.use_cp_send_recv_overlap else " (--use-cp-send-recv-overlap hides transfers)"
+    return f", overlap {'on' if config.use_cp_send_recv_overlap else 'off'}{turn_on}"

@@ -166,40 +166,11 @@ def equal_lengths(args: argparse.Namespace, config: ContextParallelConfig) -> It
 
 def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of rotary embeddings and of the pipeline schedules."""
-
-    def wrap_positions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def get_pos_emb_on_this_cp_rank(*args: Any, **kwargs: Any) -> Tensor:
-            named = bind_by_name(original, args, kwargs)
-            embeddings, dim, group = named["pos_emb"], named["seq_dim"], named["cp_group"]
-            if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
-                return original(*args, **kwargs)
-            # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
-            layout = layout_of_length(embeddings.size(dim), group.size())
-            return shard(embeddings, layout, group.rank(), dim)
-
-        return get_pos_emb_on_this_cp_rank
-
-    def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def forward_backward(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            if plugin.packs_streams:
-                # The samples of a micro-batch are one stream, and so are what travels between stages.
-                named["seq_length"], named["micro_batch_size"] = named["seq_length"] * named["micro_batch_size"], 1
-            rank, size = plugin.place
-            if named["seq_length"] % (2 * size):
-                # It is divided by the size again, for the shapes of what travels between stages.
-                named["seq_length"] = layout_of_length(named["seq_length"], size).num_tokens(rank) * size
-            return original(**named)
-
-        return forward_backward
-
     return (
         Patch(
             target=f"{_EMBEDDINGS}.rope_utils:get_pos_emb_on_this_cp_rank",
             kind="wrap",
-            function=wrap_positions,
+            function=_wrap_positions,
             aliases=tuple(
                 f"{_EMBEDDINGS}.{module}:get_pos_emb_on_this_cp_rank"
                 for module in ("rotary_pos_embedding", "yarn_rotary_pos_embedding")
@@ -212,7 +183,7 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
             Patch(
                 target=f"{_SCHEDULES}:forward_backward_pipelining_{how}_interleaving",
                 kind="wrap",
-                function=wrap_schedule,
+                function=functools.partial(_wrap_schedule, plugin),
                 parameters=("seq_length", "micro_batch_size"),
                 why="The shapes of what travels between stages are those of equal shards, and of a micro-batch whose "
                 "samples are no stream.",
@@ -221,6 +192,36 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
             for how in ("without", "with")
         ),
     )
+
+
+def _wrap_positions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def get_pos_emb_on_this_cp_rank(*args: Any, **kwargs: Any) -> Tensor:
+        named = bind_by_name(original, args, kwargs)
+        embeddings, dim, group = named["pos_emb"], named["seq_dim"], named["cp_group"]
+        if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
+            return original(*args, **kwargs)
+        # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
+        layout = layout_of_length(embeddings.size(dim), group.size())
+        return shard(embeddings, layout, group.rank(), dim)
+
+    return get_pos_emb_on_this_cp_rank
+
+
+def _wrap_schedule(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward_backward(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        if plugin.packs_streams:
+            # The samples of a micro-batch are one stream, and so are what travels between stages.
+            named["seq_length"], named["micro_batch_size"] = named["seq_length"] * named["micro_batch_size"], 1
+        rank, size = plugin.place
+        if named["seq_length"] % (2 * size):
+            # It is divided by the size again, for the shapes of what travels between stages.
+            named["seq_length"] = layout_of_length(named["seq_length"], size).num_tokens(rank) * size
+        return original(**named)
+
+    return forward_backward
 
 
 def cut_unequal(plugin: Plugin, batch: dict[str, Any]) -> bool:

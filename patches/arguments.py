@@ -21,7 +21,7 @@ from mindspeed_cp.config import CHOICES, ConfigurationError, ContextParallelConf
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.messages import divisors, or_list
-from mindspeed_cp.patches.algorithm import choose_algorithm, mark_default, start_line
+from mindspeed_cp.patches.algorithm import choose_algorithm, dynamic_start_line, mark_default, start_line
 from mindspeed_cp.patches.any_length import equal_lengths, length_of, refuse_length
 from mindspeed_cp.patches.blockers import (
     Blocker,
@@ -35,6 +35,8 @@ from mindspeed_cp.patches.blockers import (
 from mindspeed_cp.patches.command_line import Examination, examine
 from mindspeed_cp.patches.defaults import check_transformer_impl, note_on_defaults, set_defaults
 from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.dynamic_ranks import DynamicRanks
+from mindspeed_cp.patches.dynamic_rules import as_documents, dynamic_blockers, num_dynamic_ranks, over_all
 from mindspeed_cp.patches.help_text import escape_help
 from mindspeed_cp.patches.kernel_forecast import check_kernels, kernel_names, kernel_notes
 from mindspeed_cp.patches.latent_travel import latent_blockers, latent_notes
@@ -66,63 +68,11 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
     use_cpu: called when the arguments ask for training on the CPU.
     """
     defaults: dict[str, object] = {}  # Of Megatron's parser, which the messages about values that nobody gave name.
-
-    def wrap_add(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
-            parser = original(*args, **kwargs)
-            defaults.update(_defaults_of(parser))
-            try:
-                add_context_parallel_arguments(parser)
-            except ConfigurationError as error:
-                _exit_with(error)
-            _add_document_arguments(parser)
-            set_defaults(parser)
-            mark_default(parser)
-            return parser
-
-        return add_megatron_arguments
-
-    def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-            try:
-                config, choice = settled(args, defaults, at_start=True)
-                if asks_for_cpu(args.distributed_backend):
-                    use_cpu()
-            except ConfigurationError as error:
-                _exit_with(error)
-            with _without_transformer_engines_rules(args, config), equal_lengths(args, config):
-                result = original(args, *rest, **kwargs)
-            try:
-                refuse_lost_documents(args, config, _release())
-                refuse_unloadable_optimizer(args, config)
-            except ConfigurationError as error:
-                _exit_with(error)
-            plugin.config = config
-            plugin.documents = _document_rule(args)
-            plugin.apart_by = _apart_by(args)
-            plugin.length = length_of(args, config)
-            plugin.packing = Packing(args.packed_sequence_layout)
-            plugin.padding = PaddingCount(args.log_interval) if packing_options(args) else None
-            plugin.seed = args.seed
-            if plugin.rule is not None:
-                # Found in the tokens, and not in a mask.
-                args.create_attention_mask_in_dataloader = False
-            if int(os.environ.get("RANK", "0")) == 0:
-                if config.context_parallel_size > 1:
-                    print(start_line(config, choice, kernel_names(args, config, _device(args))), flush=True)
-                for sentence in notes_on_arguments(args, config, defaults):
-                    warnings.warn(sentence, stacklevel=2)
-            return result
-
-        return validate_args
-
     return (
         Patch(
             target=f"{ARGUMENTS}:add_megatron_arguments",
             kind="wrap",
-            function=wrap_add,
+            function=functools.partial(_wrap_add, defaults),
             parameters=("parser",),
             needs=("megatron.training",),
             why="The context-parallel flags have to be known wherever Megatron's are.",
@@ -147,7 +97,7 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             Patch(
                 target=f"{ARGUMENTS}:validate_args",
                 kind="wrap",
-                function=wrap_validate,
+                function=functools.partial(_wrap_validate, plugin, use_cpu, defaults),
                 parameters=("args",),
                 aliases=aliases,
                 needs=("megatron.training",),
@@ -172,6 +122,70 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
             remove_when="pretrain passes allow_no_cuda on.",
         ),
     )
+
+
+def _wrap_add(defaults: dict[str, object], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
+        parser = original(*args, **kwargs)
+        defaults.update(_defaults_of(parser))
+        with _ends_the_program():
+            add_context_parallel_arguments(parser)
+        _add_document_arguments(parser)
+        set_defaults(parser)
+        mark_default(parser)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _wrap_validate(
+    plugin: Plugin, use_cpu: Callable[[], None], defaults: Mapping[str, object], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        with _ends_the_program():
+            found = settled(args, defaults, at_start=True)
+            if asks_for_cpu(args.distributed_backend):
+                use_cpu()
+        with _without_transformer_engines_rules(args, found.config), equal_lengths(args, found.config):
+            result = original(args, *rest, **kwargs)
+        with _ends_the_program():
+            refuse_lost_documents(args, found.config, _release())
+            refuse_unloadable_optimizer(args, found.config)
+        _configure(plugin, args, found)
+        if plugin.layer_document_rule is not None:
+            # Found in the tokens, and not in a mask.
+            args.create_attention_mask_in_dataloader = False
+        if int(os.environ.get("RANK", "0")) == 0:
+            for line in found.start_lines(args):
+                print(line, flush=True)
+            for sentence in notes_on_arguments(args, found.dynamic or found.config, defaults):
+                warnings.warn(sentence, stacklevel=2)
+        return result
+
+    return validate_args
+
+
+def _configure(plugin: Plugin, args: argparse.Namespace, found: "Settled") -> None:
+    """Hand the plugin what the flags say."""
+    plugin.config, plugin.seed = found.config, args.seed
+    plugin.dynamic = None if found.dynamic is None else DynamicRanks(found.dynamic)
+    plugin.document_rule = _document_rule(args)
+    plugin.apart_by = _apart_by(args)
+    plugin.length = length_of(args, found.config)
+    plugin.packing = Packing(args.packed_sequence_layout)
+    is_packed = found.dynamic is None and packing_options(args)
+    plugin.padding = PaddingCount(args.log_interval) if is_packed else None
+
+
+@contextmanager
+def _ends_the_program() -> Iterator[None]:
+    """Within it a rule that is broken ends the program as a wrong flag does, see `_exit_with`."""
+    try:
+        yield
+    except ConfigurationError as error:
+        _exit_with(error)
 
 
 def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,11 +249,9 @@ def notes_on_command_line(found: Examination, argv: Sequence[str], parser: argpa
     settled = None if found.args is None else _examine_arguments(found.args, defaults)[0]
     if settled is None or found.args is None:
         return said
-    config, choice = settled
     try:
-        start = [start_line(config, choice, kernel_names(found.args, config, _device(found.args)))]
-        is_said = config.context_parallel_size > 1 and _knows_inner_ring(found.args)
-        return [*said, *start * is_said, *notes_on_arguments(found.args, config, defaults)]
+        start = settled.start_lines(found.args) if _knows_inner_ring(found.args) else []
+        return [*said, *start, *notes_on_arguments(found.args, settled.dynamic or settled.config, defaults)]
     except UnknownValueError:
         return said
 
@@ -369,10 +381,22 @@ def _algorithm(text: str) -> str:
 
 
 class Settled(NamedTuple):
-    """The configuration that parsed arguments describe, and why it has its algorithm where they name none."""
+    """The configuration that parsed arguments describe, and why it has its algorithm where they name none.
+
+    dynamic: of a document that has all ranks, where each document has ranks of its own.
+    """
 
     config: ContextParallelConfig
     choice: Choice | None
+    dynamic: ContextParallelConfig | None = None
+
+    def start_lines(self, args: argparse.Namespace) -> list[str]:
+        """What a job says at its start of how its attention is computed; nothing where it is Megatron's own."""
+        if self.dynamic is not None:
+            return [dynamic_start_line(self.dynamic, self.choice, kernel_names(args, self.dynamic, _device(args)))]
+        if self.config.context_parallel_size == 1:
+            return []
+        return [start_line(self.config, self.choice, kernel_names(args, self.config, _device(args)))]
 
 
 def settled(
@@ -406,19 +430,34 @@ def _examine_arguments(
     )
     if at_start:
         of_ranks += found_by(lambda: asks_for_cpu(args.distributed_backend))
-    of_options = found_by(lambda: raise_for(unsupported(none_for_unknown(args), args.context_parallel_size, defaults)))
+    number = num_dynamic_ranks(args)
+    of_options = found_by(
+        lambda: raise_for(unsupported(none_for_unknown(args), args.context_parallel_size, defaults)),
+        lambda: raise_for(dynamic_blockers(none_for_unknown(args), defaults)),
+    )
     try:
         values = _configured(args)
-        choice = choose_algorithm(args)
+        choice = choose_algorithm(args, number or args.context_parallel_size)
         if choice is not None:
             values |= {"context_parallel_algo": choice.algorithm, "ulysses_degree_in_cp": choice.degree}
         elif args.context_parallel_algo is None:
             del values["context_parallel_algo"]
         config = ContextParallelConfig(**values)
+        dynamic = None if number is None else over_all(config, number)
     except ConfigurationError as error:
         return None, [*blockers_of(error), *of_options, *of_ranks]
     except UnknownValueError:
         return None, [*of_options, *of_ranks]
+    if dynamic is not None:
+        of_model = found_by(
+            lambda: _check_model_over_all(args, dynamic),
+            lambda: check_kernels(args, dynamic, _device(args)),
+            lambda: refuse_unloadable_optimizer(args, config),
+            lambda: refuse_unwatched_scores(args, dynamic),
+            lambda: refuse_recomputed_biases(none_for_unknown(args), dynamic),
+            lambda: refuse_kept_outputs(none_for_unknown(args), dynamic),
+        )
+        return Settled(config, choice, dynamic), [*of_options, *of_model, *of_ranks]
     of_model = found_by(
         lambda: refuse_length(none_for_unknown(args), config),
         lambda: _check_model(args, config),
@@ -476,6 +515,13 @@ def _check_model(args: argparse.Namespace, config: ContextParallelConfig) -> Non
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         num_layers=args.num_layers,
     )
+
+
+def _check_model_over_all(args: argparse.Namespace, dynamic: ContextParallelConfig) -> None:
+    try:
+        _check_model(args, dynamic)
+    except ConfigurationError as error:
+        raise as_documents(error, dynamic.context_parallel_size) from None
 
 
 def notes_on_arguments(

@@ -16,16 +16,19 @@ from torch import Tensor
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.attention.terms import default_scale
+from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig
 from mindspeed_cp.documents import Window
 from mindspeed_cp.kernels.bias import geometric_slopes
+from mindspeed_cp.patches.blockers import raise_for
 from mindspeed_cp.patches.dropout import LayerDropout, drawing_number
+from mindspeed_cp.patches.dynamic_attention import DynamicAttention
 from mindspeed_cp.patches.latent_attention import take_head_sizes
 from mindspeed_cp.patches.layer_attention import LayerAttention, other_mask_type, way_out
 from mindspeed_cp.patches.packing import CAUSAL_WINDOW
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import layer_group
-from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported
+from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported, refused_options
 from mindspeed_cp.patching import Patch, bind_by_name
 
 LOCAL_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
@@ -113,7 +116,8 @@ def _wrap_init(
         head_sizes = take_head_sizes(original, kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
         config = named["config"]
-        is_ours = config.context_parallel_size > 1 or is_ours_alone(plugin, config)
+        is_dynamic = plugin.dynamic is not None
+        is_ours = is_dynamic or config.context_parallel_size > 1 or is_ours_alone(plugin, config)
         if not is_ours and head_sizes is None:
             original(self, *args, **kwargs)
             return
@@ -121,9 +125,9 @@ def _wrap_init(
         named["config"] = copy.copy(config)
         if head_sizes is not None:
             head_sizes.fit(named)
-        layer_attention = None
+        layer_attention: LayerAttention | DynamicAttention | None = None
         if is_ours:
-            layer_attention = _build_layer_attention(plugin, named)
+            layer_attention = (_build_dynamic_attention if is_dynamic else _build_layer_attention)(plugin, named)
             named["config"].context_parallel_size = 1
             adjust(named["config"])
         original(**named)
@@ -145,11 +149,13 @@ def _wrap_forward(
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        attention: LayerAttention | None = getattr(self, "context_parallel_attention", None)
+        attention: LayerAttention | DynamicAttention | None = getattr(self, "context_parallel_attention", None)
         if attention is None and alone is None:
             return original(self, *args, **kwargs)
         named = bind_by_name(original, (self, *args), kwargs)
         packed = named["packed_seq_params"]
+        if isinstance(attention, DynamicAttention):
+            attention, packed = attention.of_document(packed), None
         if attention is None:
             if alone is None or packed is None:
                 return original(self, *args, **kwargs)
@@ -201,23 +207,55 @@ def _watches_scores(layer_config: Any) -> bool:
 def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttention:
     """The attention of a layer whose constructor was called with the arguments `named`."""
     layer_config = named["config"]
-    pg_collection = named.get("pg_collection")
     config, groups = _of_one_rank(plugin.config), None
     if layer_config.context_parallel_size > 1:
-        groups = plugin.groups_over(layer_group(pg_collection, "cp"))
+        groups = plugin.groups_over(layer_group(named.get("pg_collection"), "cp"))
         assert plugin.config is not None, "groups_over has a configuration or raises"
         config = plugin.config
         refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
-        config.check_model(
-            num_attention_heads=layer_config.num_attention_heads,
-            num_query_groups=layer_config.num_query_groups,
-            tensor_model_parallel_size=layer_config.tensor_model_parallel_size,
-        )
+        _check_heads(layer_config, config)
     _check_layer(named, config)
+    return _layer_attention(plugin, named, _of_layer(config, named), groups)
+
+
+def _build_dynamic_attention(plugin: Plugin, named: dict[str, Any]) -> DynamicAttention:
+    """The same where each document has ranks of its own, which comes without a mask."""
+    ranks = plugin.dynamic
+    assert ranks is not None, "documents have ranks of their own"
+    raise_for(refused_options(named["config"], ranks.spelled, _field_defaults(named["config"])))
+    _check_heads(named["config"], ranks.config)
+    _check_layer(named, ranks.config)
+    config = replace(_of_layer(ranks.config, named), attention_mask_type="causal")
+    alone = _layer_attention(plugin, named, config.over(1), None)
+    return DynamicAttention(
+        ranks,
+        # A document is a sample here, which is cut as one.
+        replace(alone, apart_by=None, cuts_streams_alone=lambda: False),
+        functools.partial(build_attention, recomputation=alone.by_plan.recomputation),
+        config,
+    )
+
+
+def _check_heads(layer_config: Any, config: ContextParallelConfig) -> None:
+    config.check_model(
+        num_attention_heads=layer_config.num_attention_heads,
+        num_query_groups=layer_config.num_query_groups,
+        tensor_model_parallel_size=layer_config.tensor_model_parallel_size,
+    )
+
+
+def _of_layer(config: ContextParallelConfig, named: dict[str, Any]) -> ContextParallelConfig:
+    """What of a configuration is in force in a layer: not all of them keep K/V."""
+    if not config.context_parallel_cache_interval or config.keeps_in(named["layer_number"]):
+        return config
+    return replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
+
+
+def _layer_attention(
+    plugin: Plugin, named: dict[str, Any], config: ContextParallelConfig, groups: ContextParallelGroups | None
+) -> LayerAttention:
+    layer_config, pg_collection, scale = named["config"], named.get("pg_collection"), named["softmax_scale"]
     head_size = named.get("k_channels") or layer_config.kv_channels
-    scale = named["softmax_scale"]
-    if config.context_parallel_cache_interval and not config.keeps_in(named["layer_number"]):
-        config = replace(config, context_parallel_kv_cache_policy=None, context_parallel_cache_interval=0)
     reads_mask = config.attention_mask_type == "general"
     recomputation = plugin.recomputation if config.context_parallel_keep_outputs else None
     return LayerAttention(

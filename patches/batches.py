@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mindspeed_cp.patches.any_length import cut_unequal
 from mindspeed_cp.patches.documents import note_documents
+from mindspeed_cp.patches.dynamic_schedule import cut_document
 from mindspeed_cp.patches.packing import cut_samples
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
@@ -29,44 +30,10 @@ _REMOVE_WHEN = "Megatron cuts packed streams without TransformerEngine, and give
 def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of the functions of megatron.core.utils that cut batches, which each release has its own of."""
 
-    def wrap_stream_cut(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def cut_stream(*args: Any, **kwargs: Any) -> Any:
-            batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
-            _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
-            return batch
-
-        return cut_stream
-
-    def wrap_stream_cut_with_params(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def get_thd_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            # With one rank it cuts nothing, and says where documents end.
-            batch, packed = original(**{**named, "cp_size": 1, "cp_rank": 0})
-            _cut_stream(plugin, batch, named["cu_seqlens"], named["cu_seqlens_padded"])
-            return batch, packed
-
-        return get_thd_batch_on_this_cp_rank
-
-    def wrap_sample_cut(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def cut_batch(*args: Any, **kwargs: Any) -> Any:
-            batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
-            if batch.get("cu_seqlens") is not None:
-                # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
-                _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
-                return batch
-            plugin.kinds_cut.add("samples")
-            note_documents(plugin, batch)
-            return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
-
-        return cut_batch
-
     def patch(
         name: str,
         versions: str,
-        function: Callable[..., Any],
+        wrap: Callable[..., Any],
         why: str,
         *parameters: str,
         aliases: tuple[str, ...] = (),
@@ -74,7 +41,7 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
         return Patch(
             target=f"{_UTILS}:{name}",
             kind="wrap",
-            function=function,
+            function=functools.partial(wrap, plugin),
             parameters=("batch", *parameters),
             aliases=aliases,
             versions=versions,
@@ -84,24 +51,29 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
     ends = ("cu_seqlens", "cu_seqlens_padded", "cp_size", "cp_rank")
     return (
-        patch("get_thd_batch_on_this_cp_rank", "<0.18", wrap_stream_cut_with_params, _WITHOUT_ENGINE, *ends),
-        patch("get_batch_on_this_cp_rank", "<0.18", wrap_sample_cut, _DOCUMENTS, aliases=_OLDER_NAMES),
-        patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", wrap_stream_cut, _WITHOUT_ENGINE),
-        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", wrap_sample_cut, _DOCUMENTS),
-        patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", wrap_stream_cut, _WITHOUT_ENGINE),
-        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", wrap_sample_cut, _DOCUMENTS),
+        patch("get_thd_batch_on_this_cp_rank", "<0.18", _wrap_stream_cut_with_params, _WITHOUT_ENGINE, *ends),
+        patch("get_batch_on_this_cp_rank", "<0.18", _wrap_sample_cut, _DOCUMENTS, aliases=_OLDER_NAMES),
+        patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", _wrap_stream_cut, _WITHOUT_ENGINE),
+        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", _wrap_sample_cut, _DOCUMENTS),
+        patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", _wrap_stream_cut, _WITHOUT_ENGINE),
+        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", _wrap_sample_cut, _DOCUMENTS),
     )
 
 
-def shard_batch(plugin: Plugin, batch: dict[str, Any]) -> dict[str, Any]:
+def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
     """This rank's part of a batch; its documents are noted, and reach the layers of its micro-batch.
 
     batch: Megatron's tensors by name, whole or None: tokens, labels, loss_mask and position_ids [B, S], attention_mask
         [B or 1, N or 1, S, S]; packed streams [1, T] have cu_seqlens, and cu_seqlens_padded if documents are padded.
+    cp_group: the ranks that share the one document of the batch, with --hybrid-context-parallel; None for one rank.
 
     Raises ValueError where cu_seqlens do not end at the stream's length, or the ranks do not divide a sample.
     """
     batch = dict(batch)
+    if plugin.dynamic is not None:
+        if cp_group is not None:
+            cut_document(batch, cp_group)
+        return batch
     if (cu_seqlens := batch.get("cu_seqlens")) is not None:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch
@@ -123,3 +95,44 @@ def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padde
     if size > 1:
         plugin.kinds_cut.add("streams")
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)
+
+
+def _wrap_stream_cut(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def cut_stream(*args: Any, **kwargs: Any) -> Any:
+        batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
+        _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+        return batch
+
+    return cut_stream
+
+
+def _wrap_stream_cut_with_params(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_thd_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        # With one rank it cuts nothing, and says where documents end.
+        batch, packed = original(**{**named, "cp_size": 1, "cp_rank": 0})
+        _cut_stream(plugin, batch, named["cu_seqlens"], named["cu_seqlens_padded"])
+        return batch, packed
+
+    return get_thd_batch_on_this_cp_rank
+
+
+def _wrap_sample_cut(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def cut_batch(*args: Any, **kwargs: Any) -> Any:
+        named = bind_by_name(original, args, kwargs)
+        batch: dict[str, Any] = named["batch"]
+        if plugin.dynamic is not None:
+            cut_document(batch, named["cp_group"])
+            return batch
+        if batch.get("cu_seqlens") is not None:
+            # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
+            _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+            return batch
+        plugin.kinds_cut.add("samples")
+        note_documents(plugin, batch)
+        return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
+
+    return cut_batch

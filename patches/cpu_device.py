@@ -182,47 +182,7 @@ def cpu_device_patches() -> tuple[Patch, ...]:
         )
         for name in _TAKE_A_DEVICE
     )
-    return (
-        *answers,
-        *take_a_device,
-        Patch(
-            target="torch:Tensor.type",
-            kind="wrap",
-            function=_wrap_type,
-            package="torch",
-            why="Megatron's optimizers compare the name of a parameter's type with that of a CUDA tensor.",
-            remove_when="Megatron's optimizers compare dtypes.",
-        ),
-        Patch(
-            target="megatron.training.initialize:_warmup_jit_function",
-            kind="replace",
-            function=_ignore,
-            needs=("megatron.training",),
-            why=(
-                "It warms up compiled functions, of which a CPU has none, with random tensors whose size depends on "
-                "the context-parallel size: weights drawn after them (a MoE router's) would not be those of CP = 1."
-            ),
-            remove_when="Megatron draws them from a generator of their own.",
-        ),
-        Patch(
-            target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
-            kind="wrap",
-            function=_wrap_move_to_cpu,
-            parameters=("tensor", "as_numpy"),
-            aliases=("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",),
-            why="It leaves tensors on the CPU as they are, and torch takes no tensors for the sizes of an all-to-all.",
-            remove_when="Megatron turns them into numbers wherever they are.",
-        ),
-        Patch(
-            target="megatron.legacy.fused_kernels:load",
-            kind="replace",
-            function=_ignore,
-            needs=("megatron.legacy",),
-            versions="<0.17",
-            why="It asks CUDA's compiler for its version, and builds nothing.",
-            remove_when="Megatron 0.16 is no longer supported.",
-        ),
-    )
+    return (*answers, *take_a_device, *_OTHERS)
 
 
 def _on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,3 +225,45 @@ def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     return type_as_on_cuda
+
+
+_OTHERS = (
+    Patch(
+        target="torch:Tensor.type",
+        kind="wrap",
+        function=_wrap_type,
+        package="torch",
+        why="Megatron's optimizers compare the name of a parameter's type with that of a CUDA tensor.",
+        remove_when="Megatron's optimizers compare dtypes.",
+    ),
+    Patch(
+        target="megatron.training.initialize:_warmup_jit_function",
+        kind="replace",
+        function=_ignore,
+        needs=("megatron.training",),
+        why=(
+            "It warms up compiled functions, of which a CPU has none, with random tensors whose size depends on "
+            "the context-parallel size: weights drawn after them (a MoE router's) would not be those of CP = 1."
+        ),
+        remove_when="Megatron draws them from a generator of their own.",
+    ),
+    Patch(
+        target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+        kind="wrap",
+        function=_wrap_move_to_cpu,
+        parameters=("tensor", "as_numpy"),
+        aliases=("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",),
+        why="It leaves tensors on the CPU as they are, and torch takes no tensors for the sizes of an all-to-all.",
+        remove_when="Megatron turns them into numbers wherever they are.",
+    ),
+    Patch(
+        target="megatron.legacy.fused_kernels:load",
+        kind="replace",
+        function=_ignore,
+        needs=("megatron.legacy",),
+        versions="<0.17",
+        why="It asks CUDA's compiler for its version, and builds nothing.",
+        remove_when="Megatron 0.16 is no longer supported.",
+    ),
+)
+"""What Megatron does with a device and not by asking for one."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_cp.patches.dynamic_ranks import as_sample
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 
@@ -30,12 +31,14 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if plugin.stages.at_hand is None:
+            if plugin.stages.at_hand is None and plugin.dynamic is None:
                 return original(*args, **kwargs)
             named = bind_by_name(original, args, kwargs)
             if named["attention_mask"] is None:
                 # A tensor among the others: a layer that is recomputed gets it again.
                 named["attention_mask"] = plugin.stages.at_hand
+            if plugin.dynamic is not None:
+                named["packed_seq_params"] = as_sample(named["packed_seq_params"])
             return original(**named)
 
         return forward
@@ -61,8 +64,9 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target="megatron.core.models.gpt.gpt_model:GPTModel.forward",
             kind="wrap",
             function=wrap_forward,
-            parameters=("attention_mask",),
-            why="Layers are given the documents in the place of a mask of S x S.",
+            parameters=("attention_mask", "packed_seq_params"),
+            why="Layers are given the documents in the place of a mask of S x S. And from 0.18 on a document that has "
+            "ranks of its own is said to be a packed stream, whose rotary embeddings are those of the static ranks.",
             remove_when="Megatron's data sets give the documents of --reset-attention-mask as lengths.",
         ),
     )
@@ -70,8 +74,9 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
 def note_documents(plugin: Plugin, batch: dict[str, Any]) -> None:
     """Find the documents of a batch that has not been cut yet; a later stage's has no tokens."""
-    if plugin.rule is not None and batch.get("tokens") is not None:
-        plugin.stages.at_hand = plugin.rule.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
+    rule = plugin.layer_document_rule
+    if rule is not None and batch.get("tokens") is not None:
+        plugin.stages.at_hand = rule.find(batch["tokens"], batch["position_ids"], plugin.end_of_document)
 
 
 def _end_of_document(tokenizer: Any) -> int | None:
@@ -86,7 +91,7 @@ def _wrap_masks(plugin: Plugin, original: Callable[..., tuple[Any, ...]]) -> Cal
     @functools.wraps(original)
     def _get_ltor_masks_and_position_ids(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         named = bind_by_name(original, args, kwargs)
-        length = None if plugin.documents is None else plugin.documents.length
+        length = None if plugin.document_rule is None else plugin.document_rule.length
         if length is None or not named["reset_attention_mask"]:
             return original(*args, **kwargs)
         # These documents are in place of those between the tokens that end one; positions still follow the latter.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import ContextParallelAttention, Latent, LatentHeads
+from mindspeed_cp.attention.interface import OUTPUT, Told
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, LatentForm, flag
 from mindspeed_cp.patches.blockers import Blocker
 from mindspeed_cp.patches.unsupported import WATCHING
@@ -34,14 +35,16 @@ class UpProjection:
     heads: LatentHeads
     form: LatentForm
 
-    def attend(self, attention: ContextParallelAttention, q: Tensor, payload: Tensor, **told: Any) -> Tensor:
+    def attend(self, attention: ContextParallelAttention, q: Tensor, payload: Tensor, told: Told) -> Tensor:
         """Output [B, N, S, V] of queries [B, N, S, U + R]. payload: [B, 1, S, L + R]."""
         weight, payload = self.linear.get_parameter("weight"), payload.squeeze(1)
         up = weight.view(self.num_heads, -1, weight.size(1))
         if self.form == "latent":
-            return attention.of_latent(q, Latent(payload, self.heads.expand, (up,)), **told)
-        q = self.heads.absorb(q, up)
-        return self.heads.values(attention.of_latent(q, Latent(payload, self.heads.absorbed), **told), up)
+            (out,) = attention.attend(OUTPUT, q, Latent(payload, self.heads.expand, (up,)), told)
+            return out
+        absorbed = Latent(payload, self.heads.absorbed)
+        (of_latents,) = attention.attend(OUTPUT, self.heads.absorb(q, up), absorbed, told)
+        return self.heads.values(of_latents, up)
 
 
 def latent_travel_patches() -> tuple[Patch, ...]:

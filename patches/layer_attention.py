@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, Told
 from mindspeed_cp.documents import Window
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.dropout import LayerDropout
@@ -187,11 +188,13 @@ class LayerAttention:
         watch: Callable[[Tensor], None] | None,
     ) -> Tensor:
         attention, plan, visible = seen
+        told = Told(self.scale, visible, plan, terms)
         if self.latent is not None:
-            return self.latent.attend(attention, q, k, scale=self.scale, visible=visible, plan=plan, terms=terms)
+            return self.latent.attend(attention, q, k, told)
         if watch is None:
-            return attention(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
-        out, largest = attention.with_largest(q, k, v, scale=self.scale, visible=visible, plan=plan, terms=terms)
+            (out,) = attention.attend(OUTPUT, q, (k, v), told)
+            return out
+        out, largest = attention.attend(WITH_LARGEST, q, (k, v), told)
         watch(largest)
         return out
 

@@ -5,7 +5,7 @@ would weigh as much as one with many, and the gradients would not be those of CP
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,13 @@ def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
         @functools.wraps(original)
         def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
             named = bind_by_name(original, args, kwargs)
+            if plugin.groups is None:
+                return original(**named)
+            group = plugin.groups.context_parallel
+            if not torch.is_grad_enabled():
+                named["loss_func"] = functools.partial(_report_of_all, named["loss_func"], group)
             # --calculate-per-token-loss divides at the end, by the tokens of all ranks.
-            if plugin.groups is not None and not named["config"].calculate_per_token_loss:
-                group = plugin.groups.context_parallel
+            if not named["config"].calculate_per_token_loss:
                 named["loss_func"] = functools.partial(_divide_by_all_tokens, named["loss_func"], group)
             return original(**named)
 
@@ -44,7 +48,7 @@ def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
             function=wrap_calc_loss,
             parameters=("loss_func", "config"),
             why="It divides a micro-batch's loss by the tokens of each context-parallel rank: with a loss mask the "
-            "gradients would not be those of CP = 1.",
+            "gradients would not be those of CP = 1. And evaluation with --sft is a mean of each rank's means.",
             remove_when="Megatron divides by the tokens of all context-parallel ranks.",
         ),
         *(
@@ -81,6 +85,32 @@ def _divide_by_all_tokens(
     dist.all_reduce(all_tokens, group=group)
     # Not the mean in the place of the number: Megatron clamps that to 1.
     return loss * (group.size() / all_tokens.clamp(min=1)), torch.ones_like(num_tokens), report
+
+
+def _report_of_all(loss_func: Callable[..., Any], group: dist.ProcessGroup, output: Tensor, **options: Any) -> Any:
+    """What `loss_func` gives, with what is to be logged as that of all ranks of `group`.
+
+    Of a micro-batch it is the sum of the losses and the number of tokens; with --sft Megatron's evaluation divides the
+    one by the other before it asks other ranks.
+    """
+    outputs = loss_func(output, **options)
+    if options or len(outputs) != 3:
+        return outputs
+    loss, num_tokens, report = outputs
+    return loss, num_tokens, summed_reports([report], group)
+
+
+def summed_reports(reports: Sequence[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """One report of several of this rank's, and of the other ranks' of `group`: a loss is its sum and its tokens.
+
+    What is given as another number than two is left as the last report has it.
+    """
+    summed = dict(reports[-1])
+    for name, numbers in summed.items():
+        if numbers.numel() == 2:
+            summed[name] = torch.stack([report[name].view(-1) for report in reports]).sum(dim=0)
+            dist.all_reduce(summed[name], group=group)
+    return summed
 
 
 def _wrap_roll_tensor(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """What goes with one micro-batch through a pipeline stage: its documents, and that its ranks agree on it once."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,6 +10,8 @@ from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_WITH_MODEL_TYPE = 5
+"""Arguments of a backward step that is told the type of the model."""
 
 
 def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
@@ -31,8 +34,13 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
         return forward_step
 
     def wrap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+        takes_model_type = "model_type" in inspect.signature(original).parameters
+
         @functools.wraps(original)
         def backward_step(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == _WITH_MODEL_TYPE and not takes_model_type:
+                *tensors, _, config = args
+                args = (*tensors, config)
             with plugin.one_micro_batch():
                 return original(*args, **kwargs)
 
@@ -56,13 +64,14 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target=f"{_SCHEDULES}:backward_step",
             kind="wrap",
             function=wrap_backward,
-            why=why,
+            why=f"{why} And hybrid_context_parallel_forward_backward of 0.17 and 0.18 gives it the type of the model, "
+            "which it takes no longer.",
             remove_when=remove_when,
         ),
     )
 
 
 def _documents(plugin: Plugin, part: int, num_parts: int, is_first: bool) -> AbstractContextManager[None]:
-    if plugin.rule is None:
+    if plugin.layer_document_rule is None:
         return nullcontext()
     return plugin.stages.one_micro_batch(part, num_parts, is_first=is_first)

@@ -238,7 +238,7 @@ def ends_with_padding(packed: Any) -> Tensor:
         raise ValueError(
             f"PackedSeqParams with qkv_format={packed.qkv_format!r} and "
             f"local_cp_size={getattr(packed, 'local_cp_size', None)}: packed streams are 'thd', over all "
-            f"context-parallel ranks; leave out --hybrid-context-parallel."
+            f"context-parallel ranks; documents with ranks of their own need --hybrid-context-parallel."
         )
     for name in ("cu_seqlens_q", "cu_seqlens_q_padded"):
         of_queries, of_keys = (getattr(packed, each) for each in (name, name.replace("_q", "_kv")))

@@ -12,6 +12,7 @@ from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
+from mindspeed_cp.patches.dynamic_ranks import DynamicRanks
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 
@@ -23,8 +24,9 @@ class Plugin:
     config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
     seed: of the job, for what is drawn at random; set with the configuration.
     groups: set while Megatron's model-parallel groups exist; None else.
-    documents: how they are found in the data, where --reset-attention-mask keeps them apart; set by the arguments
-        patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
+    dynamic: where each document has ranks of its own; set by the arguments patch.
+    document_rule: how documents are found in the data, where --reset-attention-mask keeps them apart; set by the
+        arguments patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
     apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
     length: tokens of a whole sample where the ranks have unequal shards; None where they have equal ones.
     stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
@@ -36,7 +38,8 @@ class Plugin:
     config: ContextParallelConfig | None = None
     seed: int = 0
     groups: ContextParallelGroups | None = None
-    documents: DocumentRule | None = None
+    dynamic: DynamicRanks | None = None
+    document_rule: DocumentRule | None = None
     end_of_document: int | None = None
     apart_by: str | None = None
     length: int | None = None
@@ -58,6 +61,8 @@ class Plugin:
             if groups is not None:
                 groups.destroy()
         self.groups = None
+        if self.dynamic is not None:
+            self.dynamic.drop()
         self._over_others.clear()
         self.stages = StageDocuments()
         self.kinds_cut.clear()
@@ -67,9 +72,9 @@ class Plugin:
         return self.kinds_cut == {"streams"}
 
     @property
-    def rule(self) -> DocumentRule | None:
+    def layer_document_rule(self) -> DocumentRule | None:
         """How documents are found for layers; None where Megatron's own attention reads a mask of them."""
-        return self.documents if self.config is not None and self.config.computes_attention else None
+        return self.document_rule if self.config is not None and self.config.computes_attention else None
 
     @property
     def is_unequal(self) -> bool:
@@ -90,7 +95,7 @@ class Plugin:
 
     def join_pipeline(self, stages: dist.ProcessGroup) -> None:
         """Let the documents that are found in the first of these stages reach the others. All ranks call it."""
-        if self.rule is None or dist.get_world_size(stages) == 1:
+        if self.layer_document_rule is None or dist.get_world_size(stages) == 1:
             return
         # Tensors of the CPU: which documents there are is read there, and no message of Megatron's is in the way.
         world = dist.group.WORLD
@@ -100,7 +105,8 @@ class Plugin:
 
     def reason_to_stay(self) -> str | None:
         """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""
-        if self.groups is None and not self._over_others:
+        has_dynamic = self.dynamic is not None and self.dynamic.groups is not None
+        if self.groups is None and not self._over_others and not has_dynamic:
             return None
         return "training is under way on context-parallel groups; call parallel_state.destroy_model_parallel() first."
 
@@ -124,10 +130,11 @@ class Plugin:
     @contextmanager
     def one_micro_batch(self) -> Iterator[None]:
         """Within it, ranks agree once on what all layers of one micro-batch are given; see Note [Agreement]."""
+        agreements = [groups.agreement for groups in (self.groups, *self._over_others.values()) if groups is not None]
+        agreements += () if self.dynamic is None else self.dynamic.agreements
         with ExitStack() as stack:
-            for groups in (self.groups, *self._over_others.values()):
-                if groups is not None:
-                    stack.enter_context(groups.agreement.remembering())
+            for agreement in agreements:
+                stack.enter_context(agreement.remembering())
             yield
 
     def _build(

@@ -33,6 +33,8 @@ def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
             timeout = timedelta(minutes=named["distributed_timeout_minutes"])
             plugin.build_groups(parallel_state.get_context_parallel_group(), timeout)
+            if plugin.dynamic is not None:
+                plugin.dynamic.build(parallel_state.get_data_parallel_group(with_context_parallel=True), timeout)
             plugin.join_pipeline(parallel_state.get_pipeline_model_parallel_group())
 
         return initialize_model_parallel

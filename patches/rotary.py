@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mindspeed_cp.patches.packing import is_stream
+from mindspeed_cp.patches.packing import Packing, is_stream
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import Patch, bind_by_name
 
@@ -23,51 +23,11 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of what apply_rotary_pos_emb does with packed streams, under latent attention and YaRN too, and of how
     many positions there are embeddings for.
     """
-
-    def wrap_length(original: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(original)
-        def get_rotary_seq_len(*args: Any, **kwargs: Any) -> int:
-            named = bind_by_name(original, args, kwargs)
-            packed = named["packed_seq_params"]
-            if named["inference_context"] is not None:
-                return original(*args, **kwargs)
-            if packed is not None and is_stream(packed):
-                return plugin.packing.num_positions(packed)
-            if packed is not None or plugin.length is None:
-                return original(*args, **kwargs)
-            return plugin.length
-
-        return get_rotary_seq_len
-
-    def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def _apply_rotary_pos_emb_thd(*args: Any, **kwargs: Any) -> Tensor:
-            named = bind_by_name(original, args, kwargs)
-            t, freqs, group = named["t"], named["freqs"], named["cp_group"]
-            if group is None or group.size() == 1:
-                # 0.16 hands on what its batches have, [1, n], and reads one end from it.
-                return original(**{**named, "cu_seqlens": named["cu_seqlens"].flatten()})
-            from megatron.core.models.common.embeddings import rope_utils
-
-            rank, size = group.rank(), group.size()
-            if (longest := plugin.packing.longest(named["cu_seqlens"])) > freqs.size(0):
-                raise ValueError(
-                    f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens "
-                    f"with what pads it; make as many, as Megatron's get_rotary_seq_len says."
-                )
-            positions = plugin.packing.positions(named["cu_seqlens"], rank, size, t, freqs.size(0))
-            passed_on = {name: named[name] for name in _PASSED_ON if name in named}
-            freqs = freqs.index_select(0, positions)
-            rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, **passed_on)
-            return rotated.squeeze(1)
-
-        return _apply_rotary_pos_emb_thd
-
     return (
         Patch(
             target=f"{_ROPE}:_apply_rotary_pos_emb_thd",
             kind="wrap",
-            function=wrap,
+            function=functools.partial(_wrap_rotation, plugin),
             aliases=("megatron.core.models.common.embeddings.rotary_pos_embedding:_apply_rotary_pos_emb_thd",),
             parameters=("t", "cu_seqlens", "freqs", "cp_group"),
             why="It takes every document to be cut as a zigzag of its own, in lengths that 2 x CP divides: under "
@@ -77,10 +37,60 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
         Patch(
             target=f"{_EMBEDDINGS}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
             kind="wrap",
-            function=wrap_length,
+            function=functools.partial(_wrap_length, plugin),
             parameters=("inference_context", "packed_seq_params"),
             why="It takes the other ranks to have as many tokens as this one, and a program's max_seqlen to count what "
             "pads the documents.",
             remove_when="Megatron finds the longest document itself, and takes sequences that 2 x CP does not divide.",
         ),
     )
+
+
+def _wrap_length(plugin: Plugin, original: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(original)
+    def get_rotary_seq_len(*args: Any, **kwargs: Any) -> int:
+        named = bind_by_name(original, args, kwargs)
+        packed = named["packed_seq_params"]
+        if named["inference_context"] is not None:
+            return original(*args, **kwargs)
+        if packed is not None and is_stream(packed):
+            return plugin.packing.num_positions(packed)
+        if packed is not None or plugin.length is None:
+            return original(*args, **kwargs)
+        return plugin.length
+
+    return get_rotary_seq_len
+
+
+def _wrap_rotation(plugin: Plugin, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def _apply_rotary_pos_emb_thd(*args: Any, **kwargs: Any) -> Tensor:
+        named = bind_by_name(original, args, kwargs)
+        group = named["cp_group"]
+        if group is None or group.size() == 1:
+            # 0.16 hands on what its batches have, [1, n], and reads one end from it.
+            return original(**{**named, "cu_seqlens": named["cu_seqlens"].flatten()})
+        return _rotated(plugin.packing, named)
+
+    return _apply_rotary_pos_emb_thd
+
+
+def _rotated(packing: Packing, named: dict[str, Any]) -> Tensor:
+    """This rank's tokens of a stream [t, N, D], rotated by their positions in their documents.
+
+    named: the arguments of _apply_rotary_pos_emb_thd. Raises ValueError where a document has more tokens than there are
+    embeddings.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    t, freqs, group = named["t"], named["freqs"], named["cp_group"]
+    if (longest := packing.longest(named["cu_seqlens"])) > freqs.size(0):
+        raise ValueError(
+            f"rotary embeddings of {freqs.size(0)} positions, and the longest document has {longest} tokens "
+            f"with what pads it; make as many, as Megatron's get_rotary_seq_len says."
+        )
+    positions = packing.positions(named["cu_seqlens"], group.rank(), group.size(), t, freqs.size(0))
+    passed_on = {name: named[name] for name in _PASSED_ON if name in named}
+    freqs = freqs.index_select(0, positions)
+    rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, **passed_on)
+    return rotated.squeeze(1)

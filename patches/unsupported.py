@@ -16,15 +16,13 @@ from mindspeed_cp.patches.blockers import Blocker, raise_for
 class _Refusal(NamedTuple):
     """An option that is refused where `refused` says so of its value.
 
-    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there. alone: whether
-    Megatron's local attention cannot honour it without context parallelism either.
+    option: its name among Megatron's arguments, and in TransformerConfig where it has a field there.
     """
 
     option: str
     refused: Callable[[Any], bool]
     reason: str
     way_out: str
-    alone: bool = False
 
 
 def _is_set(value: Any) -> bool:
@@ -57,12 +55,6 @@ _RL_LOOP = (
 _GRAPHS = "attention has not been tried within a captured graph"
 _OWN_ATTENTION = "it has an attention of its own"
 
-_DYNAMIC_SIZES = (
-    "it gives each document ranks of its own, and a layer's groups are made once, for all; from 0.18 on Megatron's "
-    "HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that get_batch cuts by "
-    "--context-parallel-size and no layer is told the document's own size"
-)
-
 _REFUSALS = (
     _Refusal("cache_mla_latents", _is_set, "inference is not available", "leave it out"),
     _Refusal("experimental_attention_variant", _is_set, _OWN_ATTENTION, "leave it out"),
@@ -81,13 +73,6 @@ _REFUSALS = (
     ),
     _Refusal("perform_rl_step", _is_set, _RL_LOOP, "leave it out"),
     _Refusal("rl_use_sequence_packing", _is_set, _RL_LOOP, "leave it out"),
-    _Refusal(
-        "hybrid_context_parallel",
-        _is_set,
-        _DYNAMIC_SIZES,
-        "leave it out, or use --sft",
-        alone=True,
-    ),
     _Refusal(
         "position_embedding_type",
         lambda kind: kind == "relative",
@@ -178,22 +163,28 @@ def _note_on_streams_as_sequences(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def refused_options(options: Any, beside: str, defaults: Mapping[str, object] = MappingProxyType({})) -> list[Blocker]:
+    """All options that are set and that attention over several ranks cannot honour, however these are chosen.
+
+    options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
+    beside: what has several ranks share a sequence, for messages.
+    defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
+    """
+    return [
+        Blocker(flag(option), f"{_spell(option, value, defaults)} with {beside}: {reason}; {way_out}.")
+        for option, refused, reason, way_out in _REFUSALS
+        if refused(value := getattr(options, option, None))
+    ]
+
+
 def unsupported(options: Any, size: int, defaults: Mapping[str, object] = MappingProxyType({})) -> list[Blocker]:
     """All options that are set and cannot be honoured with this context-parallel size.
 
-    options: Megatron's parsed arguments, or a TransformerConfig; what one of them lacks is not checked.
-    defaults: what Megatron takes for options that nobody gives; the message says so of a value that is one.
+    options, defaults: see refused_options.
     """
-    blockers = []
-    for option, refused, reason, way_out, alone in _REFUSALS:
-        if size == 1 and not (alone and getattr(options, "transformer_impl", None) == "local"):
-            continue
-        value = getattr(options, option, None)
-        if refused(value):
-            sentence = f"{_spell(option, value, defaults)} with --context-parallel-size {size}: {reason}; {way_out}."
-            blockers.append(Blocker(flag(option), sentence))
     if size == 1:
-        return blockers
+        return []
+    blockers = refused_options(options, f"--context-parallel-size {size}", defaults)
     if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
         sentence = (
             f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "

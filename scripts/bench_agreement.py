@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.attention.call import ContextParallelAttention
+from mindspeed_cp.attention.interface import OUTPUT, Told
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankPool
 
@@ -54,7 +55,7 @@ def measure(size: int, calls: int) -> Cost:
         agreement.reach(words)
         seconds.append(time.perf_counter() - start)
     with agreement.once():
-        attention.prepare(q, q, q, scale=0.1)
+        attention.prepare(OUTPUT, q, (q, q), Told(scale=0.1))
         call = _seconds_of_a_call(attention, q, calls)
     return Cost(
         min(seconds),
@@ -69,7 +70,7 @@ def _seconds_of_a_call(attention: ContextParallelAttention, q: torch.Tensor, cal
     """Everything that comes before the algorithm itself, within a micro-batch that has been agreed on."""
     start = time.perf_counter()
     for _ in range(calls):
-        attention.prepare(q, q, q, scale=0.1)
+        attention.prepare(OUTPUT, q, (q, q), Told(scale=0.1))
     return (time.perf_counter() - start) / calls
 
 

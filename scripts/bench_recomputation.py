@@ -5,6 +5,7 @@
 Kernel and everything else of a layer are waits, messages are real (mindspeed_cp/benchmark/recomputation.py). A share is
 attention's part of a layer's forward time: attention is timed by itself first, and the rest made as long as that asks
 for. Both ways of each row take turns within one run; a time is the median of the slowest rank's, the first left out.
+How many times as fast is the median over the turns; in brackets, without the lowest and the highest quarter of them.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.9], help="attention's, of the forward time")
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS)
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=5, help="2 or more")
     args = parser.parse_args()
     if reason := why_not_here():
         parser.error(reason)
@@ -59,9 +60,13 @@ def main() -> int:
                 for _ in range(args.iterations + 1):
                     for keep, times in taken.items():
                         times.append(max(cluster.call(recomputation.step_seconds, *step, keep)))
-                again, kept = (statistics.median(times[1:]) for times in taken.values())
-                milliseconds = " | ".join(f"{1e3 * each:.0f}" for each in (alone, again, kept))
-                print(f"| {algorithm.name} | {share:g} | {milliseconds} | {again / kept:.2f} |", flush=True)
+                again, kept = (times[1:] for times in taken.values())
+                milliseconds = " | ".join(
+                    f"{1e3 * each:.0f}" for each in (alone, statistics.median(again), statistics.median(kept))
+                )
+                gained = statistics.quantiles((a / b for a, b in zip(again, kept, strict=True)), method="inclusive")
+                low, middle, high = (f"{each:.3f}" for each in gained)
+                print(f"| {algorithm.name} | {share:g} | {milliseconds} | {middle} ({low} to {high}) |", flush=True)
     return 0
 
 

@@ -54,10 +54,15 @@ make_environment() {
     if [[ ! -f $VENV/complete || $(<"$VENV/complete") != "$stamp" ]]; then
         python=$(find_python) || return 1
         echo "making the environment $VENV with $("$python" --version) (torch and Megatron; some minutes the first time)"
-        "$python" -m venv "$VENV"
+        # Each step says itself that it failed: within `make_environment ||`, bash ignores `set -e`.
+        "$python" -m venv "$VENV" || return 1
         # The patches are installed as a link to this checkout, so that an edit is seen at once.
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint "$CONSTRAINTS" --editable "$repository[$EXTRAS]"
+            --constraint "$CONSTRAINTS" --editable "$repository[$EXTRAS]" || {
+            echo "error: the environment $VENV is not complete: pip could not install the project into it, see above." \
+                "It takes about 6 GB of disk, and 3 GB of ${TMPDIR:-/tmp} while it is made" >&2
+            return 1
+        }
         echo "$stamp" >"$VENV/complete"
     fi
 }

@@ -31,6 +31,7 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from mindspeed_cp import megatron_adaptor
 
@@ -65,9 +66,18 @@ def load_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
         batch = flatten_batch_for_packed_sequences(batch)
         ends, longest = batch["cu_seqlens"][0], int(batch.pop("max_seqlen"))
         packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    shards = megatron_adaptor.shard_batch({"attention_mask": None, **batch})
+        if get_args().hybrid_context_parallel:
+            sharing = tensor_parallel.broadcast_data(["local_cp_size"], data, torch.int32)
+            packed.local_cp_size = int(sharing["local_cp_size"])
+            packed.cp_group = ranks_of_document(packed.local_cp_size)
+    shards = megatron_adaptor.shard_batch({"attention_mask": None, **batch}, packed and packed.cp_group)
     shards.pop("cu_seqlens", None)
     return Batch(**shards, packed_seq_params=packed)
+
+
+def ranks_of_document(number: int) -> ProcessGroup | None:
+    """Those that share a document; None where it has one."""
+    return None if number == 1 else mpu.get_hybrid_data_context_parallel_groups(group_size=number)
 
 
 def is_packed() -> bool:

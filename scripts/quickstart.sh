@@ -7,8 +7,7 @@
 set -euo pipefail
 usage="usage: [ITERS=n] [SEQ_LENGTH=n] bash scripts/quickstart.sh [feature], a feature of tests_extend/system_tests/feature_tests"
 [[ $# -le 1 && ${1:-} != -* ]] || { echo "$usage" >&2; exit 2; }
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 feature=${1:-ulysses}
 script=$repository/tests_extend/system_tests/feature_tests/$feature.sh
 if [[ $feature == launcher || ! -f $script ]]; then
@@ -17,6 +16,7 @@ if [[ $feature == launcher || ! -f $script ]]; then
     exit 2
 fi
 
+source "$repository/scripts/environment.sh"
 cd "$repository"
 export PYTHON OUTPUT=runs/quickstart DATA_PATH=runs/quickstart/corpus PLOT=runs/quickstart/losses.png
 export HIDDEN=${HIDDEN:-128} LAYERS=${LAYERS:-2} SEQ_LENGTH=${SEQ_LENGTH:-512} ITERS=${ITERS:-100}

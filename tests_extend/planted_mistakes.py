@@ -47,9 +47,11 @@ MISTAKES = {
         "attention",
     ),
     "wrong chunk order": Mistake(
-        "attention/ulysses.py", "if self.is_sorted:\n            return", "return", "attention"
+        "attention/group_order.py", "if self.is_sorted:\n            return", "return", "attention"
     ),
-    "a tile one token short": Mistake("plan.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"),
+    "a tile one token short": Mistake(
+        "plan/tiles.py", "slice(k0, k1 + 1),", "slice(k0, k1 + (k0 > 0)),", "test_plan.py"
+    ),
     "gradient lost": Mistake(
         "attention/exchange.py", "            self._add_message(message, received)\n", "            pass\n", "attention"
     ),
@@ -73,7 +75,7 @@ MISTAKES = {
         "attention",
     ),
     "halo one token short": Mistake(
-        "plan.py",
+        "plan/seen.py",
         "bisect_right(firsts, last_key + band.behind)",
         "bisect_right(firsts, last_key + band.behind - 1)",
         "test_transports.py",
@@ -106,7 +108,10 @@ MISTAKES = {
         "attention/test_every_plan.py",
     ),
     "uneven tail dropped": Mistake(
-        "attention/ulysses.py", "Sizes(order.sizes, [tokens]", "Sizes([min(order.sizes)] * size, [tokens]", "attention"
+        "attention/head_exchange.py",
+        "Sizes(order.sizes, [tokens]",
+        "Sizes([min(order.sizes)] * size, [tokens]",
+        "attention",
     ),
     "scale left out": Mistake(
         "attention/terms.py",
@@ -244,7 +249,7 @@ MISTAKES = {
         "attention/test_terms.py",
     ),
     "a repeated head's gradient counted twice": Mistake(
-        "attention/ulysses.py",
+        "attention/head_exchange.py",
         "device=x.device), x.to(total.dtype))",
         "device=x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",
@@ -340,8 +345,8 @@ MISTAKES = {
     ),
     "the kept K/V of another layer": Mistake(
         "attention/ring.py",
-        "*tensors, *kept.values())",
-        "*tensors, *plan.once((ring.communicators, *kept), lambda: tuple(kept.values())))",
+        "*tensors, *played.kept.values())",
+        "*tensors, *ring_call.plan.once((ring.communicators, *played.kept), lambda: tuple(played.kept.values())))",
         "attention/test_kept.py",
     ),
     "half keeps the values": Mistake(

@@ -1,7 +1,8 @@
 """Attention over the ranks of a group, on plain tensors: no Megatron, no arguments, no globals."""
 
 from mindspeed_cp.attention.build import build_attention, compose_attention
-from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.call import ContextParallelAttention
+from mindspeed_cp.attention.interface import Attention
 from mindspeed_cp.attention.latent import Latent, LatentHeads
 from mindspeed_cp.attention.planned import PlannedAttention, local_attention
 from mindspeed_cp.attention.recomputation import Recomputation

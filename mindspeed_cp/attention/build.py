@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_cp.attention.call import Attention, ContextParallelAttention
+from mindspeed_cp.attention.call import ContextParallelAttention
+from mindspeed_cp.attention.interface import Attention
 from mindspeed_cp.attention.planned import PlannedAttention
 from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.ring import RingAttention
@@ -129,10 +130,9 @@ def compose_attention(
     )
     attention: RingAttention | UlyssesAttention = ring_attention
     if ulysses is not None:
-        firsts = range(0, topology.size, topology.ulysses)
         attention = UlyssesAttention(
             communicator=ulysses,
-            groups=tuple(topology.ulysses_ranks(first) for first in firsts),
+            groups=topology.ulysses_groups,
             group=rank // topology.ulysses,
             ring=ring_attention,
         )

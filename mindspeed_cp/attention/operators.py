@@ -14,6 +14,7 @@ Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key
 in a token's payload.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, List, NamedTuple, Protocol, Sequence, cast  # noqa: UP035  (torch 2.6 reads these in signatures)
 
@@ -22,21 +23,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
+from mindspeed_cp.attention.derivatives import refuse_second_derivatives
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, Source, Told, Wanted
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation
-from mindspeed_cp.attention.ring import refuse_second_derivatives
 from mindspeed_cp.attention.runs import Run, Runs, storage
 from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.handles import owner_of
 from mindspeed_cp.kernels import Dropout
 from mindspeed_cp.plan import AttentionPlan
-
-OUTPUT, WITH_LSE, WITH_LARGEST = "output", "output and log-sum-exp", "output and largest scores"
-"""What can be asked back."""
-
-Source = tuple[Tensor, Tensor] | Latent
-"""Keys and values, or what they are made of."""
 
 
 class Runnable(Protocol):
@@ -57,17 +53,7 @@ class Runnable(Protocol):
         """Of the checkpoints that it runs in."""
         ...
 
-    def run(
-        self,
-        wanted: str,
-        q: Tensor,
-        source: Source,
-        *,
-        scale: float | Tensor | None,
-        visible: Tensor | None,
-        plan: AttentionPlan | None,
-        terms: AttentionTerms | None,
-    ) -> tuple[Tensor, ...]:
+    def run(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
         """The output, and what is wanted beside it; differentiable."""
         ...
 
@@ -84,22 +70,13 @@ def are_called(*, by_policies: bool) -> bool:
 _POLICIES = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 
 
-def attend(
-    attention: Runnable,
-    wanted: str,
-    q: Tensor,
-    source: Source,
-    *,
-    scale: float | Tensor | None,
-    visible: Tensor | None,
-    plan: AttentionPlan | None,
-    terms: AttentionTerms | None,
-) -> tuple[Tensor, ...]:
+def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
     """What `attention.run` gives, as an operator. q, and keys and values: of one dtype.
 
     Raises ValueError for a plan, or an `expand` of a latent, without a handle, and for dropout that a kernel draws as
     it likes.
     """
+    scale, visible, plan, terms = told
     if plan is not None and plan.handle is None:
         raise ValueError(
             "a compiled function was given an AttentionPlan without a handle; give plan=batch.plan of a PackedBatch, "
@@ -117,28 +94,29 @@ def attend(
     expand = source.named() if isinstance(source, Latent) else None
     keys = [source.payload, *source.weights] if isinstance(source, Latent) else list(source)
     of_gradients = q, *keys, sinks, terms.alibi_slopes, terms.bias
-    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(
-        attention.handle,
-        None if plan is None else plan.handle,
-        None if expand is None else expand.handle,
-        "" if expand is None else expand.method,
-        q,
-        keys,
-        sinks,
-        terms.alibi_slopes,
-        terms.bias,
-        visible,
-        scale if isinstance(scale, Tensor) else None,
-        None if isinstance(scale, Tensor) else scale,
-        None if sinks is not None else terms.sinks,
-        terms.softcap,
-        None if terms.dropout is None else terms.dropout.rate,
-        [0 if terms.dropout is None else getattr(terms.dropout, name) for name in _NUMBERS],
-        wanted,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in of_gradients],
-        keys[1].size(-1) if expand is None else expand.value_head_size,
-        attention.exchanges_heads,
+    given = _Given(
+        attention=attention.handle,
+        plan=None if plan is None else cast("Tensor", plan.handle),
+        expand=None if expand is None else expand.handle,
+        method="" if expand is None else expand.method,
+        q=q,
+        keys=keys,
+        sinks=sinks,
+        alibi_slopes=terms.alibi_slopes,
+        bias=terms.bias,
+        visible=visible,
+        scale_tensor=scale if isinstance(scale, Tensor) else None,
+        scale=None if isinstance(scale, Tensor) else scale,
+        sink=None if isinstance(terms.sinks, Tensor) else terms.sinks,
+        softcap=terms.softcap,
+        dropout_rate=None if terms.dropout is None else terms.dropout.rate,
+        dropout_numbers=[0 if terms.dropout is None else getattr(terms.dropout, name) for name in _NUMBERS],
+        wanted=wanted,
+        gradients=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in of_gradients],
+        value_head_size=keys[1].size(-1) if expand is None else expand.value_head_size,
+        exchanges_heads=attention.exchanges_heads,
     )
+    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(*given)
     if wanted == OUTPUT:
         return (out,)
     return (out, lse) if wanted == WITH_LSE else (out, largest.detach())
@@ -221,63 +199,46 @@ class _Given(NamedTuple):
         )
 
 
-def forward(
-    attention: Tensor,
-    plan: Tensor | None,
-    expand: Tensor | None,
-    method: str,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    bias: Tensor | None,
-    visible: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float | None,
-    sink: float | None,
-    softcap: float | None,
-    dropout_rate: float | None,
-    dropout_numbers: Sequence[int],
-    wanted: str,
-    gradients: Sequence[bool],
-    value_head_size: int,
-    exchanges_heads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and largest scores, the latter two empty where they are not wanted, and the token."""
-    given = _Given(
-        *(attention, plan, expand, method, q, keys, sinks, alibi_slopes, bias, visible, scale_tensor, scale, sink),
-        *(softcap, dropout_rate, dropout_numbers, wanted, gradients, value_head_size, exchanges_heads),
-    )
-    runnable, run = cast("Runnable", owner_of(attention)), Run()
-    with run.recorded(wanted=any(gradients)):
-        q_, *keys_, sinks_, slopes_, bias_ = run.begin(given.of_gradients, gradients)
+    given = _Given(*inputs)
+    runnable, run = cast("Runnable", owner_of(given.attention)), Run()
+    with run.recorded(wanted=any(given.gradients)):
+        q_, *keys_, sinks_, slopes_, bias_ = run.begin(given.of_gradients, given.gradients)
         assert q_ is not None
         found = runnable.run(
-            wanted,
+            cast("Wanted", given.wanted),
             q_,
             given.source(cast("list[Tensor]", keys_)),
-            scale=scale if scale_tensor is None else scale_tensor,
-            visible=visible,
-            plan=None if plan is None else cast("AttentionPlan", owner_of(plan)),
-            terms=given.terms(sinks_, slopes_, bias_),
+            Told(
+                given.scale if given.scale_tensor is None else given.scale_tensor,
+                given.visible,
+                None if given.plan is None else cast("AttentionPlan", owner_of(given.plan)),
+                given.terms(sinks_, slopes_, bias_),
+            ),
         )
-        run.end(found if wanted == WITH_LSE else found[:1])
+        run.end(found if given.wanted == WITH_LSE else found[:1])
     out, *more = (x.detach() for x in found)
-    nothing = q.new_empty(0, dtype=accumulation_dtype(q.dtype))
-    lse, largest = more[0] if wanted == WITH_LSE else nothing, more[0] if wanted == WITH_LARGEST else nothing.clone()
-    inputs = *given.of_gradients, visible
+    nothing = given.q.new_empty(0, dtype=accumulation_dtype(given.q.dtype))
+    lse = more[0] if given.wanted == WITH_LSE else nothing
+    largest = more[0] if given.wanted == WITH_LARGEST else nothing.clone()
+    read = *given.of_gradients, given.visible
     # A compiler writes something else over results that it is done with, which what a checkpoint keeps must not be.
     kept = () if runnable.recomputation is None else runnable.recomputation.kept_now()
-    taken = {storage(x) for x in (*inputs, *kept) if x is not None}
+    taken = {storage(x) for x in (*read, *kept) if x is not None}
     results = (
-        _laid_out(out, _strides(out.shape, _memory_of_output(exchanges_heads)), taken),
+        _laid_out(out, _strides(out.shape, _memory_of_output(given.exchanges_heads)), taken),
         _laid_out(lse, _strides(lse.shape, range(lse.dim())), taken),
         _laid_out(largest, largest.stride(), taken),
     )
-    run.saved.leave_to_graph(given.saved(out, lse), (*inputs, *results))
+    run.saved.leave_to_graph(given.saved(out, lse), (*read, *results))
     return *results, _RUNS.token(run)
 
 
+# What the operator takes is read off the signature, which is the table above.
+forward.__signature__ = inspect.signature(_Given).replace(  # type: ignore[attr-defined]
+    return_annotation=tuple[Tensor, Tensor, Tensor, Tensor]
+)
 attention = torch.library.custom_op("mindspeed_cp::attention", forward, mutates_args=())
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_cp.attention.call import ContextParallelAttention, check_plan
-from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.call import ContextParallelAttention
+from mindspeed_cp.attention.checks import check_plan
+from mindspeed_cp.attention.interface import Attention, GridAttention, Source, Told, Wanted
 from mindspeed_cp.attention.ring import RingAttention
-from mindspeed_cp.attention.terms import AttentionTerms, Terms, default_scale
-from mindspeed_cp.attention.ulysses import UlyssesAttention
+from mindspeed_cp.attention.terms import Terms, default_scale
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.layouts import PROVEN
@@ -21,7 +21,7 @@ from mindspeed_cp.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)
-class PlannedAttention:
+class PlannedAttention(Attention):
     """Attention by the plan of a call; without one, of a document that is spread over the ranks in equal shards.
 
     attention: what computes it. layout, causal: where a call has no plan, who holds what, and whether a query sees only
@@ -29,95 +29,37 @@ class PlannedAttention:
     ContextParallelAttention makes sure of.
     """
 
-    attention: RingAttention | UlyssesAttention
+    attention: GridAttention
     layout: SequenceLayout
     causal: bool
 
     @property
     def exchanges_heads(self) -> bool:
-        """Whether it attends with exchanged tensors."""
-        return isinstance(self.attention, UlyssesAttention)
+        """See Attention."""
+        return self.attention.exchanges_heads
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:
         """See Attention. The chunks divide the tokens where there is no plan."""
         if plan is not None:
             check_plan(plan, q, k, self.attention.rank, self.layout.size)
             plan.once("checked", lambda: _check_layouts(plan))
-        elif q.size(2) % self.layout.chunks_per_rank:
+        elif q.size(2) % (chunks := self.layout.chunks_per_rank):
             raise ValueError(
-                f"{q.size(2)} tokens a rank are not a multiple of the {self.layout.chunks_per_rank} chunks it holds."
+                f"{q.size(2)} tokens a rank are not a multiple of the {chunks} chunks it holds; give "
+                f"{q.size(2) // chunks * chunks + chunks}, or "
+                f"plan=PackedBatch.from_cu_seqlens(...).plan for any number."
             )
         self.attention.check(q, k, v)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> Tensor:
-        """See Attention."""
-        return self.attention(q, k, v, *self._told(q, scale, visible, plan, terms))
-
-    def with_lse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See Attention."""
-        return self.attention.with_lse(q, k, v, *self._told(q, scale, visible, plan, terms))
-
-    def with_largest(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See Attention."""
-        return self.attention.with_largest(q, k, v, *self._told(q, scale, visible, plan, terms))
-
     def check_latent(self) -> None:
-        """See RingAttention."""
+        """See Attention."""
         self.attention.check_latent()
 
-    def of_latent(
-        self,
-        q: Tensor,
-        latent: Latent,
-        *,
-        scale: float | None = None,
-        visible: Tensor | None = None,
-        plan: AttentionPlan | None = None,
-        terms: AttentionTerms | None = None,
-    ) -> Tensor:
+    def attend(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
         """See Attention."""
-        return self.attention.of_latent(q, latent, *self._told(q, scale, visible, plan, terms))
-
-    def _told(
-        self,
-        q: Tensor,
-        scale: float | None,
-        visible: Tensor | None,
-        plan: AttentionPlan | None,
-        terms: AttentionTerms | None,
-    ) -> tuple[AttentionPlan, Terms]:
-        plan = plan_of(self.layout, q.size(2), self.causal) if plan is None else plan
-        return plan, Terms.of(terms, default_scale(q.size(-1)) if scale is None else scale, visible)
+        plan = plan_of(self.layout, q.size(2), self.causal) if told.plan is None else told.plan
+        scale = default_scale(q.size(-1)) if told.scale is None else float(told.scale)
+        return self.attention.attend(wanted, q, source, plan, Terms.of(told.terms, scale, told.visible))
 
 
 def _check_layouts(plan: AttentionPlan) -> None:

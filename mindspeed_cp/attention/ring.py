@@ -17,13 +17,8 @@
                         nothing                    two triangles of 1's                     kept
 
 Each row is a step, and its calls are made in this order; without overlap K/V travel last. Who sees whom is the plan's
-to say (plan.py), and what travels when the program's (program/). This module computes the tiles of each step, in the
+to say (plan/), and what travels when the program's (program/). This module computes the tiles of each step, in the
 order of the program, and adds up what they give; messages are in exchange.py.
-
-Note [Gradient of lse]
-    The gradient of a score is p * (dout . v - dout . out + dlse), and kernels compute the middle term themselves, from
-    the out and dout that they are given. With one more column in which v is 0, dout is 1 and out is -dlse, that term
-    becomes dout . out - dlse, and nothing else changes but a column of dv that is thrown away.
 
 Shapes: B batch, N query heads, G key/value heads, S tokens of one rank, D key head size, V value head size.
 
@@ -31,18 +26,20 @@ Sources: Ring Attention arXiv:2310.01889, LoongTrain (double ring) arXiv:2406.18
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.blocks import Block
+from mindspeed_cp.attention.derivatives import never_twice
 from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, GridAttention, Source, Wanted
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
+from mindspeed_cp.attention.lse import with_gradient_of_lse, with_room
+from mindspeed_cp.attention.passes import RingPass, backward_pass, forward_pass
 from mindspeed_cp.attention.recomputation import Recomputation, replay
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
@@ -56,21 +53,19 @@ from mindspeed_cp.kernels import (
     MergeKernel,
     Term,
     TileCase,
-    TileKernel,
     TileOutput,
     TileTerms,
 )
-from mindspeed_cp.kernels.calls import Call, Views, calls
+from mindspeed_cp.kernels.calls import Call, Views
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.messages import divisors, or_list
-from mindspeed_cp.plan import AttentionPlan, Tile, within
-from mindspeed_cp.program import KV, BlockName, Phase, Program, Step, Transport, cheapest_transport, program
+from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.program import KV, BlockName, Step, Transport, cheapest_transport
 from mindspeed_cp.schedule import RingSchedule
 
 
 @dataclass(frozen=True)
-class RingAttention:
+class RingAttention(GridAttention):
     """Attention whose keys and values are spread over the ranks of a ring.
 
     schedule: the grid of its ranks, 1 x 1 for a rank that is alone. communicators: None for that one. overlap: whether
@@ -117,43 +112,28 @@ class RingAttention:
                 f"give {or_list(divisors(num_kv_heads))}."
             )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See Attention. plan: between the ranks of the ring."""
-        return self._apply(q, k, v, plan, terms)[0]
-
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
-        """See Attention. plan: between the ranks of the ring."""
-        if not self._serves_gradients(q, k, v, *terms.tensors):
-            out, lse, _ = self._apply(q, k, v, plan, terms)
-            return out, lse
-        # Room for the gradient of lse, see Note [Gradient of lse]; kernels that want one head size still get one.
-        one_size = q.size(3) == v.size(3)
-        q, k = (F.pad(x, (0, _ROOM)) for x in (q, k)) if one_size else (q, k)
-        out, lse, _ = self._apply(q, k, F.pad(v, (0, _ROOM)), plan, terms)
-        return out[..., : v.size(3)], lse
-
-    def with_largest(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms) -> tuple[Tensor, Tensor]:
-        """See Attention. plan: between the ranks of the ring."""
-        out, _, largest = self._apply(q, k, v, plan, replace(terms, largest=True))
-        return out, largest
-
-    def _apply(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, terms: Terms, latent: Latent | None = None
+    def attend(
+        self, wanted: Wanted, q: Tensor, source: Source, plan: AttentionPlan, terms: Terms
     ) -> tuple[Tensor, ...]:
-        """Output, log-sum-exp and, where it is asked for, the largest score of each head.
-
-        latent: what travels in place of k and v, which then only say what they would be like.
-        """
+        """See GridAttention. plan: between the ranks of the ring."""
+        k, v = source.stand_ins if isinstance(source, Latent) else source
+        value_head_size = v.size(3)
+        if wanted == WITH_LSE and self._serves_gradients(q, k, v, *terms.tensors):
+            assert not isinstance(source, Latent), "values that are made have no room for the gradient of lse"
+            q, k, v = with_room(q, k, v)
+        terms = replace(terms, largest=True) if wanted == WITH_LARGEST else terms
         case = TileCase.of(q, k, v, TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
         expand, weights = None, tuple[Tensor, ...]()
-        if latent is not None:
-            expand, weights, (k, v) = latent.expand, latent.weights, latent.travelling
+        if isinstance(source, Latent):
+            expand, weights, (k, v) = source.expand, source.weights, source.travelling
         tensors, ring = (*terms.tensors, *weights), self
         if self.kept and not self._serves_gradients(q, k, v, *tensors):
             ring = replace(self, kept=KV.NEITHER)
-        result: tuple[Tensor, ...] = _Ring.apply(ring, plan, terms, case, expand, q, k, v, *tensors)
-        return result
+        out, lse, largest = _Ring.apply(_RingCall(ring, plan, terms, case, expand), q, k, v, *tensors)
+        if wanted == OUTPUT:
+            return (out,)
+        return (out, largest) if wanted == WITH_LARGEST else (out[..., :value_head_size], lse)
 
     def _serves_gradients(self, *tensors: Tensor | None) -> bool:
         """Whether what a pass finds is for a backward pass of these."""
@@ -163,144 +143,65 @@ class RingAttention:
             return True
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
-    def of_latent(self, q: Tensor, latent: Latent, plan: AttentionPlan, terms: Terms) -> Tensor:
-        """See Attention. plan: between the ranks of the ring."""
-        return self._apply(q, *latent.stand_ins, plan, terms, latent)[0]
-
-    def forward_pass(self, plan: AttentionPlan, case: TileCase) -> "RingPass":
+    def forward_pass(self, plan: AttentionPlan, case: TileCase) -> RingPass:
         """How this rank plays the forward pass. case: of q, k and v, masked where a tensor says who sees whom."""
         deterministic = torch.are_deterministic_algorithms_enabled()  # Some kernels refuse where that is asked for.
         transport = self.transport or cheapest_transport(plan, self.schedule, ahead=self.overlap, pieces=self.pieces)
         made_for = self.schedule, self.rank, transport, self.pieces, self.kept, self.overlap, self.kernels, case
-        return plan.once((*made_for, deterministic), lambda: _forward_pass(plan, *made_for))
+        return plan.once((*made_for, deterministic), lambda: forward_pass(plan, *made_for))
 
-    def player(self, made: "RingPass") -> Player:
+    def player(self, made: RingPass) -> Player:
         """What plays a pass."""
         return Player(made.program, made.phase, self.schedule, self.communicators, self.overlap)
 
 
-@dataclass(frozen=True, eq=False)
-class RingPass:
-    """A rank's program, and the calls of kernels for the tiles of each step."""
+class _RingCall(NamedTuple):
+    """One call of a ring, beside its tensors. expand: how keys and values are made; None where they travel."""
 
-    transport: Transport
-    ahead: bool
-    program: Program
-    phase: Phase
-    calls: tuple[tuple[Call, ...], ...]
+    ring: RingAttention
+    plan: AttentionPlan
+    terms: Terms
+    case: TileCase
+    expand: Expand | None
 
-    def steps(self) -> Iterator[tuple[Step, tuple[Call, ...]]]:
-        """Each step with its calls."""
-        return zip(self.program.steps, self.calls, strict=True)
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> "_RingCall":
+        """The same call. tensors: those of the terms, and weights after them, which autograd saves between passes."""
+        terms = self.terms.with_tensors(tensors[: len(self.terms.tensors)])
+        return _RingCall(self.ring, self.plan, terms, self.case, self.expand)
 
-
-def _forward_pass(
-    plan: AttentionPlan,
-    schedule: RingSchedule,
-    rank: int,
-    transport: Transport,
-    pieces: int,
-    kept: KV,
-    ahead: bool,
-    kernels: KernelRegistry,
-    case: TileCase,
-) -> RingPass:
-    made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
-    share = case.of_piece(pieces)
-    return RingPass(
-        transport,
-        ahead,
-        made,
-        Phase.FORWARD,
-        tuple(tuple(calls(step.tiles, case if step.piece is None else share, kernels)) for step in made.steps),
-    )
+    def expansion(self, tensors: Sequence[Tensor | None], *, backward: bool) -> Expansion | None:
+        """How keys and values are made in a pass. tensors: see `with_tensors`."""
+        if self.expand is None:
+            return None
+        weights = [weight for weight in tensors[len(self.terms.tensors) :] if weight is not None]
+        return Expansion(self.expand, weights, backward=backward)
 
 
-def _backward_pass(
-    plan: AttentionPlan, schedule: RingSchedule, forward: RingPass, case: TileCase, kernels: KernelRegistry
-) -> RingPass:
-    """The pass in which every tile is computed by the kernel that computed it in the forward pass.
+class _Played(NamedTuple):
+    """What the backward pass needs of the forward one. states: what kernels keep. kept: others' K/V."""
 
-    Only the own block is in other tiles there, two parts of it; as a whole where a kernel does not take its parts, or
-    has drawn dropout for the whole by its own coordinates.
-    """
-    rank, pieces = forward.program.rank, forward.program.pieces
-    again = functools.partial(
-        program, transport=forward.transport, pieces=pieces, kept=forward.program.kept, ahead=forward.ahead
-    )
-    of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
+    forward_pass: RingPass
+    states: dict[Call, tuple[Tensor, ...]]
+    kept: dict[BlockName, Tensor]
 
-    def share(step: Step) -> TileCase:
-        return case if step.piece is None else case.of_piece(pieces)
+    def state(self, call: Call) -> tuple[Tensor, ...]:
+        """What the kernel has kept of this call; of another of its calls where parts of that one are computed again.
 
-    for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
-        made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
-        try:
-            each = tuple(
-                _again(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
-                for step in made.steps
-            )
-        except NotImplementedError:
-            continue
-        return RingPass(forward.transport, forward.ahead, made, Phase.BACKWARD, each)
-    raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
+        As long as the kernel draws nothing at random it is the same of all.
+        """
+        if call in self.states:
+            return self.states[call]
+        assert Term.KERNEL_DROPOUT not in call.case.terms, "another call's dropout is not this one's"
+        name = call.kernel.name
+        return next(state for done, state in self.states.items() if done.kernel.name == name)
 
 
-def _again(step: Step, before: Step, done: Sequence[Call], case: TileCase, kernels: KernelRegistry) -> tuple[Call, ...]:
-    """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
-    if not step.tiles or step.tiles == before.tiles:
-        return tuple(done) if step.tiles else ()
-    parts: dict[str, tuple[TileKernel, list[Tile]]] = {}
-    for call in done:
-        kernel = call.kernel.kernel if isinstance(call.kernel, Turned) else call.kernel
-        parts.setdefault(kernel.name, (kernel, []))[1].extend(_common(call.tiles, step.tiles))
-    return tuple(call for kernel, tiles in parts.values() for call in calls(tiles, case, kernels.alone(kernel)))
+class _Found(NamedTuple):
+    """What a forward pass gives. output: merged over all steps. largest: scores, where they are asked for."""
 
-
-def _corners(tile: Tile) -> tuple[object, ...]:
-    return tile.queries.start, tile.queries.stop, tile.keys.start, tile.keys.stop, tile.left, tile.right, tile.sample
-
-
-def _common(tiles: Sequence[Tile], others: Sequence[Tile]) -> Iterator[Tile]:
-    """What is in a tile of both. Most of many tiles are the same in both."""
-    known = {_corners(tile) for tile in tiles} & {_corners(other) for other in others}
-    yield from (tile for tile in tiles if _corners(tile) in known)
-    others = [other for other in others if _corners(other) not in known]
-    for tile in (tile for tile in tiles if _corners(tile) not in known):
-        for other in others:
-            common = within(tile, other.queries, other.keys) if tile.sample == other.sample else None
-            if common is not None:
-                yield common
-
-
-_ROOM = 8
-"""Columns that are added to the values for the gradient of lse: fused kernels read 16 bytes at once."""
-
-
-_States = dict[Call, tuple[Tensor, ...]]
-"""What kernels keep of the calls of the forward pass."""
-
-
-def _never_twice(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that refuses to be part of a graph: once_differentiable alone drops a second derivative where the
-    gradient that comes does not require one.
-    """
-    once = once_differentiable(backward)
-
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        refuse_second_derivatives()
-        return once(ctx, *grads)
-
-    return run
-
-
-def refuse_second_derivatives() -> None:
-    """Raise RuntimeError in a backward pass that is to be part of a graph."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "attention's gradient has none of its own; leave out create_graph=True, or take second derivatives of "
-            "torch.nn.functional.scaled_dot_product_attention with its math backend."
-        )
+    output: TileOutput
+    largest: Tensor | None
+    played: _Played
 
 
 class _Ring(torch.autograd.Function):
@@ -308,55 +209,35 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ring: RingAttention,
-        plan: AttentionPlan,
-        terms: Terms,
-        case: TileCase,
-        expand: Expand | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *tensors: Tensor | None,
+        ctx: Any, ring_call: _RingCall, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        expansion = _expansion(expand, terms, tensors, backward=False)
+        ring, expansion = ring_call.ring, ring_call.expansion(tensors, backward=False)
         with autocast_off(q.device.type):
-            (out, lse, _), largest, made, states, kept = replay(
-                ring.recomputation, case, lambda: _forward(ring, plan, terms, case, expansion, q, k, v)
-            )
-        ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept.values())
-        ctx.num_tensors, ctx.kept = len(tensors), tuple(kept)
-        ctx.ring, ctx.plan, ctx.case, ctx.forward_pass, ctx.states = ring, plan, case, made, states
-        ctx.terms, ctx.expand = terms.with_tensors([None] * len(terms.tensors)), expand
+            find = functools.partial(_forward, ring_call, expansion, q, k, v)
+            (out, lse, _), largest, played = replay(ring.recomputation, ring_call.case, find)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors, *played.kept.values())
+        ctx.num_tensors, ctx.kept = len(tensors), tuple(played.kept)
+        ctx.ring_call = ring_call.with_tensors([None] * len(tensors))
+        ctx.forward_pass, ctx.states = played.forward_pass, played.states
         ctx.set_materialize_grads(False)
         if largest is not None:
             ctx.mark_non_differentiable(largest)
         return out, lse, largest
 
     @staticmethod
-    @_never_twice
+    @never_twice
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        kept = dict(zip(ctx.kept, tensors[ctx.num_tensors :], strict=True))
-        terms = ctx.terms.with_tensors(tensors[: len(ctx.terms.tensors)])
-        expansion = _expansion(ctx.expand, terms, tensors[: ctx.num_tensors], backward=True)
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
+        ring_call: _RingCall = ctx.ring_call.with_tensors(tensors)
+        played = _Played(ctx.forward_pass, ctx.states, dict(zip(ctx.kept, kept, strict=True)))
+        expansion = ring_call.expansion(tensors, backward=True)
         dout = torch.zeros_like(out) if dout is None else dout
         if dlse is not None:
-            dout, out = _with_gradient_of_lse(dout, out, dlse)
+            dout, out = with_gradient_of_lse(dout, out, dlse)
         with autocast_off(q.device.type):
-            gradients, parameters = _backward(ctx, terms, expansion, dout, q, k, v, out, lse, kept)
-        weights = () if expansion is None else expansion.gradients()
-        return None, None, None, None, None, *gradients, *parameters, *weights
-
-
-def _expansion(
-    expand: Expand | None, terms: Terms, tensors: Sequence[Tensor | None], *, backward: bool
-) -> Expansion | None:
-    """How keys and values are made; None where they travel. tensors: those of the terms, and weights after them."""
-    if expand is None:
-        return None
-    weights = [weight for weight in tensors[len(terms.tensors) :] if weight is not None]
-    return Expansion(expand, weights, backward=backward)
+            found = _backward(ring_call, played, expansion, dout, q, k, v, TileOutput(out, lse))
+        return None, *found, *(() if expansion is None else expansion.gradients())
 
 
 def _at_hand(key_values: KeyValues, expansion: Expansion | None, step: Step) -> Block:
@@ -365,20 +246,12 @@ def _at_hand(key_values: KeyValues, expansion: Expansion | None, step: Step) -> 
     return block if expansion is None else expansion.block(block, step.tiles)
 
 
-def _forward(
-    ring: RingAttention,
-    plan: AttentionPlan,
-    terms: Terms,
-    case: TileCase,
-    expansion: Expansion | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> tuple[TileOutput, Tensor | None, RingPass, _States, dict[BlockName, Tensor]]:
-    """The merged output over all steps, the largest scores, and what the backward pass needs of calls and blocks."""
+def _forward(ring_call: _RingCall, expansion: Expansion | None, q: Tensor, k: Tensor, v: Tensor) -> _Found:
+    """What a rank finds for its q [B, N, S, D]; k and v are its own, or the payloads that travel in their place."""
+    ring, plan, terms, case, _ = ring_call
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
-    merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), _States()
+    merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), dict[Call, tuple[Tensor, ...]]()
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
     key_values, of_queries = KeyValues(player, k, v), Views(q)
 
@@ -403,33 +276,35 @@ def _forward(
         if step.tiles:
             with player.step(step.owner):
                 compute(step, made.calls[number])
+    played = _Played(made, states, key_values.kept)
     if terms.sinks is None:
-        return merged.result(), largest.result, made, states, key_values.kept
-    result = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
-    return result._replace(out=result.out.to(q.dtype)), largest.result, made, states, key_values.kept
+        return _Found(merged.result(), largest.result, played)
+    output = with_sinks(merged.result(accumulation_dtype(q.dtype)), terms.sinks)
+    return _Found(output._replace(out=output.out.to(q.dtype)), largest.result, played)
 
 
 def _backward(
-    ctx: Any,
-    terms: Terms,
+    ring_call: _RingCall,
+    played: _Played,
     expansion: Expansion | None,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    merged_out: Tensor,
-    merged_lse: Tensor,
-    kept: dict[BlockName, Tensor],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensors]:
-    """Gradients of this rank's q, k and v, each rounded once, and its part of those of parameters."""
-    ring, plan, case, states = ctx.ring, ctx.plan, ctx.case, ctx.states
-    forward_pass: RingPass = ctx.forward_pass
-    made = plan.once(forward_pass, lambda: _backward_pass(plan, ring.schedule, forward_pass, case, ring.kernels))
+    output: TileOutput,
+) -> Tensors:
+    """Gradients of this rank's q, k and v, each rounded once, and its part of those of the terms' tensors.
+
+    output: of the forward pass, merged over all keys.
+    """
+    ring, plan, terms, case, _ = ring_call
+    again = functools.partial(backward_pass, plan, ring.schedule, played.forward_pass, case, ring.kernels)
+    made = plan.once(played.forward_pass, again)
     player = ring.player(made)
-    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v, kept)
+    dq, gradients, key_values = TokenSum(q), Gradients(player, k, v), KeyValues(player, k, v, played.kept)
     parameters = ParameterGradients(terms, case.terms)
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
-    of_queries = Views(dout, q, merged_out, merged_lse)
+    of_queries = Views(dout, q, output.out, output.lse)
 
     def compute(step: Step, made: Sequence[Call]) -> list[Partial]:
         block = _at_hand(key_values, expansion, step)
@@ -442,7 +317,7 @@ def _backward(
         d_out, q_, out, lse = of_queries.take(queries.given, heads)
         grads = call.kernel.backward(
             *(d_out, q_, keys.given.take(block.k), keys.given.take(block.v)),
-            TileOutput(out, lse, _state(states, call)),
+            TileOutput(out, lse, played.state(call)),
             told.of(step.owner, call, heads),
         )
         dq.add(queries.result(grads.dq), queries.back, heads)
@@ -456,26 +331,5 @@ def _backward(
             with player.step(step.owner):
                 partials = compute(step, made.calls[number])
         gradients.take(number, partials)
-    sinks = sinks_gradient(terms.sinks, dout, merged_out, merged_lse)
-    return (dq.result(), *gradients.finish()), parameters.result(terms, sinks)
-
-
-def _with_gradient_of_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """dout and out with which a kernel gives the gradients for `dlse` too, see Note [Gradient of lse]."""
-    place = out.size(3) - _ROOM
-    dout, out = dout.clone(), out.clone()
-    dout[..., place] = 1.0
-    out[..., place] = -dlse
-    return dout, out
-
-
-def _state(states: _States, call: Call) -> tuple[Tensor, ...]:
-    """What the kernel has kept of this call; of another of its calls where only parts of that one are computed again.
-
-    As long as the kernel draws nothing at random it is the same of all.
-    """
-    if call in states:
-        return states[call]
-    assert Term.KERNEL_DROPOUT not in call.case.terms, "another call's dropout is not this one's"
-    name = call.kernel.name
-    return next(state for done, state in states.items() if done.kernel.name == name)
+    sinks = sinks_gradient(terms.sinks, dout, output.out, output.lse)
+    return (dq.result(), *gradients.finish(), *parameters.result(terms, sinks))

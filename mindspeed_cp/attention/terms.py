@@ -21,7 +21,7 @@ from mindspeed_cp.kernels import Dropout, Term, TileTerms, Window
 from mindspeed_cp.kernels.calls import Call, of_sample, part
 from mindspeed_cp.kernels.protocol import EVERYTHING, DropoutTerms, Positions, TermGradients, part_of
 from mindspeed_cp.kernels.reference import largest_scores
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, total_tokens
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -147,7 +147,7 @@ def check_terms(terms: AttentionTerms | None, q: Tensor, k: Tensor, plan: Attent
 
 def _check_bias(bias: Tensor, q: Tensor, k: Tensor, plan: AttentionPlan | None, num_ranks: int) -> None:
     batch, num_heads, rows, _ = q.shape
-    keys = k.size(2) * num_ranks if plan is None else sum(map(plan.keys.num_tokens, range(num_ranks)))
+    keys = k.size(2) * num_ranks if plan is None else total_tokens(plan.keys)
     fits = bias.dim() == 4 and bias.size(0) in (1, batch) and bias.size(1) in (1, num_heads)
     if not fits or bias.shape[2:] != (rows, keys):
         raise ValueError(

@@ -14,7 +14,6 @@ Shapes: B batch, S tokens, N heads, D head size.
 
 import importlib
 import sys
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mindspeed_cp.attention import ContextParallelAttention, RingCommunicators, compose_attention, operators
+from mindspeed_cp.benchmark import flash_attn_stand_in
 from mindspeed_cp.benchmark.peers import Attend, deepspeed_ulysses
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.config import ContextParallelConfig
@@ -219,7 +219,7 @@ def peers() -> dict[str, Maker]:
 
     They get a flash_attn that gives tensors of the right shapes, as `ShapesKernel` does.
     """
-    _stand_in_for_flash_attn()
+    flash_attn_stand_in.install()
     makers = {
         "DeepSpeed Ulysses": ("deepspeed.sequence.layer", _deepspeed),
         "yunchang Ulysses": ("yunchang", _yunchang_ulysses),
@@ -237,9 +237,7 @@ def peers() -> dict[str, Maker]:
     return found
 
 
-def _batch_first(
-    attention: Attend,
-) -> Attend:
+def _batch_first(attention: Attend) -> Attend:
     """An attention of [B, S, N, D] as one of [S, B, N, D]; no copy for one sample."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -272,75 +270,3 @@ def _ring_flash_attn(case: MemoryCase, rank: int) -> Attend:
     from ring_flash_attn import zigzag_ring_flash_attn_func
 
     return _batch_first(lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True))
-
-
-def _stand_in_for_flash_attn() -> None:
-    """Put modules in the place of flash_attn's that give tensors of the right shapes, by the names of its 2.8."""
-
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout_p: float = 0.0,
-        softmax_scale: float = 1.0,
-        causal: bool = False,
-        window_size_left: int = -1,
-        window_size_right: int = -1,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        return_softmax: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        rows = q.size(0), q.size(2), q.size(1)
-        return q.new_zeros((*q.shape[:3], v.size(3))), q.new_zeros(rows, dtype=torch.float32), None, None
-
-    def backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        dropout_p: float = 0.0,
-        softmax_scale: float = 1.0,
-        causal: bool = False,
-        window_size_left: int = -1,
-        window_size_right: int = -1,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        deterministic: bool = False,
-        rng_state: Tensor | None = None,
-    ) -> None:
-        return None
-
-    class Local(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, lse, _, _ = forward(q, k, v)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out
-
-        @staticmethod
-        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-            return tuple(torch.zeros_like(x) for x in ctx.saved_tensors[:3])
-
-    package = types.ModuleType("flash_attn")
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-    interface.__dict__.update(
-        _flash_attn_forward=forward,
-        _flash_attn_backward=backward,
-        _flash_attn_varlen_forward=forward,
-        _flash_attn_varlen_backward=backward,
-    )
-    package.__dict__.update(
-        __version__="2.8.3",
-        flash_attn_func=lambda q, k, v, *_, **__: Local.apply(q, k, v),
-        flash_attn_interface=interface,
-    )
-    sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})
-    # What it has for transformers, which is not counted and need not be installed.
-    adapters = types.ModuleType("ring_flash_attn.adapters")
-    adapters.__dict__.update(substitute_hf_flash_attn=None, update_ring_flash_attn_params=None)
-    sys.modules["ring_flash_attn.adapters"] = adapters

@@ -45,6 +45,8 @@ class _Layer:
     recomputation: Recomputation
 
 
+_IN_A_ROW = 5
+
 _LAYERS: dict[str, _Layer] = {}
 """By the algorithm's name."""
 
@@ -62,9 +64,12 @@ def prepare(algorithm: Algorithm, flops_per_s: float) -> None:
 
 
 def attention_seconds(algorithm: str, shape: AttentionShape) -> float:
-    """A forward pass of attention alone, on this rank."""
+    """A forward pass of attention alone, on this rank: one of several in a row, as in a step.
+
+    In the time of a single one ranks would still be coming from the barrier before it.
+    """
     x, attention = _shard(shape), _LAYERS[algorithm].again
-    return _timed(lambda: attention(x, x, x))
+    return _timed(lambda: [attention(x, x, x) for _ in range(_IN_A_ROW)]) / _IN_A_ROW
 
 
 def step_seconds(algorithm: str, shape: AttentionShape, rest_s: float, num_layers: int, keep: bool) -> float:

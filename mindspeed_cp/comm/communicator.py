@@ -1,7 +1,7 @@
 """Collective operations of one group of ranks."""
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ from mindspeed_cp.rounds import rounds, rounds_under_way
 
 # The name since torch 2.13, which warns at each call by the earlier one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_CPU = torch.device("cpu")
 
 _AGREEMENT_TAG = 1
 """Of the messages of agreements; tensors have 0."""
@@ -113,6 +115,31 @@ class _Message(NamedTuple):
     peer: int
 
 
+ONE_EACH_WAY = ("npu",)
+"""Devices whose backend takes, in one batch, at most one message to a rank and one from it."""
+
+
+def _batches(messages: Sequence[_Message]) -> list[list[_Message]]:
+    """Messages of an accelerator as they are started together.
+
+    Of several from one rank to another the first is matched with the first, both ends having them in one order: so
+    PyTorch documents `batch_isend_irecv`, whose messages NCCL queues by peer. HCCL sorts those of a batch by itself and
+    allows no second one between two ranks (HcclBatchSendRecv, "Constraints"); there the second of each pair of ranks
+    waits, at both ends, for the next batch.
+    """
+    if messages[0].content.device.type not in ONE_EACH_WAY:
+        return [list(messages)]
+    batches: list[list[_Message]] = []
+    met = Counter[tuple[object, int]]()
+    for each in messages:
+        number = met[each.way, each.peer]
+        met[each.way, each.peer] += 1
+        if number == len(batches):
+            batches.append([])
+        batches[number].append(each)
+    return batches
+
+
 class ProcessGroupCommunicator:
     """A Communicator over a torch.distributed process group, or some of its ranks, which counts what it sends.
 
@@ -198,12 +225,15 @@ class ProcessGroupCommunicator:
         """What goes to each other rank and comes from it; on an accelerator all at once, as its own all-to-all does."""
         on_host = any(x.device.type == "cpu" for each in (*sends, *receives) for x in each)
         most = rounds_under_way(self.size) if on_host else self.size
+        in_order = rounds(self.rank, self.size)
+        # What is under way at once is posted at once: every receive then comes before all sends.
+        together = [in_order] if most > len(in_order) else [(each,) for each in in_order]
         under_way: deque[Transfer] = deque()
-        for to, source in rounds(self.rank, self.size):
+        for some in together:
             if len(under_way) == most:
                 under_way.popleft().wait()
-            messages = [_Message(dist.irecv, x, source) for x in receives[source]]
-            messages += [_Message(dist.isend, x, to) for x in sends[to]]
+            messages = [_Message(dist.irecv, x, each.source) for each in some for x in receives[each.source]]
+            messages += [_Message(dist.isend, x, each.to) for each in some for x in sends[each.to]]
             under_way.append(self._post([each for each in messages if each.content.numel()]))
         for transfer in under_way:
             transfer.wait()
@@ -255,12 +285,29 @@ class ProcessGroupCommunicator:
 
     def _post(self, messages: list[_Message]) -> Transfer:
         """Start all of them."""
+        peers = [each.peer for each in messages]
         if not messages:
             return _ProcessGroupTransfer([], [])
-        operations = [
-            dist.P2POp(each.way, each.content, self.global_ranks[each.peer], self.group, self._tag) for each in messages
-        ]
-        return _ProcessGroupTransfer(dist.batch_isend_irecv(operations), [each.peer for each in messages])
+        if messages[0].content.device.type == "cpu":
+            return _ProcessGroupTransfer(self._start_one_by_one(messages), peers)
+        works: list[dist.Work] = []
+        for batch in _batches(messages):
+            operations = [
+                dist.P2POp(each.way, each.content, self.global_ranks[each.peer], self.group, self._tag)
+                for each in batch
+            ]
+            works += dist.batch_isend_irecv(operations)
+        return _ProcessGroupTransfer(works, peers)
+
+    def _start_one_by_one(self, messages: list[_Message]) -> list[dist.Work]:
+        """Start messages of the CPU, each on the group's backend itself.
+
+        `batch_isend_irecv` does so too there, but asks for each message anew who is in the group, and takes longer for
+        that than gloo for starting it.
+        """
+        backend: Any = self.group._get_backend(_CPU)
+        start = {dist.irecv: backend.recv, dist.isend: backend.send}
+        return [start[each.way]([each.content], self.ranks[each.peer], self._tag) for each in messages]
 
 
 class _ProcessGroupTransfer:
@@ -282,7 +329,7 @@ class _ProcessGroupTransfer:
 def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
     """Whether the group's backend for tensors of the CPU is there: it is not in a job of NCCL or HCCL alone."""
     try:
-        group._get_backend(torch.device("cpu"))
+        group._get_backend(_CPU)
     except RuntimeError:
         return False
     return True

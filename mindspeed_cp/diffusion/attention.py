@@ -24,8 +24,10 @@ from mindspeed_cp.attention.terms import Terms, default_scale
 from mindspeed_cp.diffusion.mesh import ParallelMesh
 from mindspeed_cp.diffusion.tokens import Shares, gather, split
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
+from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import FULL, AttentionPlan
 from mindspeed_cp.schedule import RingSchedule
+from mindspeed_cp.topology import CPTopology
 
 DimOrder = Literal["BNSD", "BSND"]
 """Of the dims of q, k, v and the output."""
@@ -116,7 +118,8 @@ class MeshAttention:
                 f"need no mesh: give them to torch's scaled_dot_product_attention."
             )
         if q.size(1) % max(k.size(1), 1):
-            raise ValueError(f"{shapes}: the key heads divide the query heads.")
+            heads = or_list(divisors(q.size(1)))
+            raise ValueError(f"{shapes}: the key heads divide the query heads; give k and v with {heads} heads.")
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one dtype.")
         refuse_heads(self.mesh, q.size(1))
@@ -141,8 +144,7 @@ class MeshAttention:
         )
         if "ulysses" not in communicators:
             return ring
-        firsts = range(0, shape.sequence, shape.ulysses)
-        groups = tuple(tuple(range(first, first + shape.ulysses)) for first in firsts)
+        groups = CPTopology(inner=shape.ring, ulysses=shape.ulysses).ulysses_groups
         return UlyssesAttention(communicators["ulysses"], groups, self.mesh.index("ring"), ring)
 
 

@@ -308,7 +308,9 @@ def _split_layers(model: nn.Module, plan: TransformerPlan, mesh: ParallelMesh) -
         if isinstance(norm, nn.RMSNorm):
             _replace(model, name, ColumnRMSNorm(norm, along))
         elif not isinstance(norm, nn.Identity):
-            raise ValueError(f"{name} is a {type(norm).__name__}: over all heads torch.nn.RMSNorm alone can be split.")
+            raise ValueError(
+                f"{name} is a {type(norm).__name__}: over all heads torch.nn.RMSNorm alone can be split; use tp=1."
+            )
     for path, parent_module in parents.items():
         heads = getattr(parent_module, plan.heads, None)
         if isinstance(heads, int):

@@ -29,6 +29,7 @@ from mindspeed_cp.attention.sinks import with_sinks
 from mindspeed_cp.attention.terms import terms_words
 from mindspeed_cp.comm import Agreement, Communicator, Sizes
 from mindspeed_cp.inference.local import agreed, attention_state
+from mindspeed_cp.inference.over_ranks import OverRanks
 from mindspeed_cp.inference.sequences import Spans
 from mindspeed_cp.inference.states import (
     AllReduceBackend,
@@ -86,7 +87,8 @@ def decode_attention(
     """
 
     def come() -> tuple[_Step, str]:
-        step = _Step.of(q, k, v, communicator, plan, method, q_layout, backend, scale, terms, kernels)
+        step = _Step(q, k, v, communicator, plan, q_layout, backend, scale, terms, kernels)
+        step.check(method)
         return step, f"{step.words}, {method} by {backend}, queries {q_layout}{terms_words(terms)}, scale {scale}"
 
     step = agreed(agreement, come, q)
@@ -97,8 +99,8 @@ def decode_attention(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One call, once its arguments are in order."""
+class _Step(OverRanks):
+    """One call; its arguments are in order once it is checked."""
 
     q: Tensor
     k: Tensor
@@ -110,43 +112,6 @@ class _Step:
     scale: float | None
     terms: AttentionTerms | None
     kernels: KernelRegistry
-
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        communicator: Communicator | None,
-        plan: AttentionPlan | None,
-        method: Method,
-        q_layout: QueryLayout,
-        backend: Backend,
-        scale: float | None,
-        terms: AttentionTerms | None,
-        kernels: KernelRegistry,
-    ) -> "_Step":
-        """Raises ValueError where something does not fit."""
-        if method not in WAYS:
-            raise ValueError(f"method={method!r} is none; give one of {', '.join(map(repr, WAYS))}.")
-        layouts, backends = WAYS[method]
-        if q_layout not in layouts or backend not in backends:
-            able = " or ".join(each for each, way in WAYS.items() if q_layout in way[0]) or "another layout"
-            raise ValueError(
-                f"method={method!r} with q_layout={q_layout!r} and backend={backend!r}: it takes queries "
-                f"{' or '.join(layouts)} by {' or '.join(backends)}; for {q_layout} use {able}."
-            )
-        step = cls(q, k, v, communicator, plan, q_layout, backend, scale, terms, kernels)
-        step._check(method)
-        return step
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.communicator is None else self.communicator.rank
-
-    @property
-    def size(self) -> int:
-        return 1 if self.communicator is None else self.communicator.size
 
     @property
     def words(self) -> str:
@@ -220,7 +185,20 @@ class _Step:
             q, k, v, plan=plan, key_rank=self.rank, scale=self.scale, terms=self.terms, kernels=self.kernels
         )
 
-    def _check(self, method: Method) -> None:
+    def check(self, method: Method) -> None:
+        """Raise ValueError for a method that has no such layout or backend, and where something does not fit."""
+        if method not in WAYS:
+            raise ValueError(f"method={method!r} is none; give one of {', '.join(map(repr, WAYS))}.")
+        layouts, backends = WAYS[method]
+        if self.q_layout not in layouts or self.backend not in backends:
+            able = " or ".join(each for each, way in WAYS.items() if self.q_layout in way[0]) or "another layout"
+            raise ValueError(
+                f"method={method!r} with q_layout={self.q_layout!r} and backend={self.backend!r}: it takes queries "
+                f"{' or '.join(layouts)} by {' or '.join(backends)}; for {self.q_layout} use {able}."
+            )
+        self._check_tensors(method)
+
+    def _check_tensors(self, method: Method) -> None:
         q, k, size = self.q, self.k, self.size
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(self.v.shape)}"
         if not q.dim() == k.dim() == self.v.dim() == 4 or not k.size(1):

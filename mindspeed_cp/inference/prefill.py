@@ -73,10 +73,19 @@ def ring_pass_kv_attention(
     Returns out [B, N, S, V] in the dtype of q, 0 where a query sees no key, and lse [B, N, S] in fp32 (fp64 for fp64).
     No gradients. Raises ValueError where tensors do not fit together, or the plan.
     """
-    call = _Call.of(
-        q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_kv", pieces
+    return prefix_attention(
+        *(q, k, v),
+        plan=plan,
+        communicator=communicator,
+        strategy="pass_kv",
+        scale=scale,
+        terms=terms,
+        kernels=kernels,
+        transport=transport,
+        pieces=pieces,
+        overlap=overlap,
+        agreement=agreement,
     )
-    return call.pass_kv()
 
 
 def ring_pass_q_attention(
@@ -100,8 +109,19 @@ def ring_pass_q_attention(
     home while the next is computed, see Note [Home in pieces] in pass_q.py. A bias is sent to the keys, which is as
     many numbers for each of its heads as there are queries that travel, times keys where they go.
     """
-    call = _Call.of(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, "pass_q", pieces)
-    return call.pass_q()
+    return prefix_attention(
+        *(q, k, v),
+        plan=plan,
+        communicator=communicator,
+        strategy="pass_q",
+        scale=scale,
+        terms=terms,
+        kernels=kernels,
+        transport=transport,
+        pieces=pieces,
+        overlap=overlap,
+        agreement=agreement,
+    )
 
 
 def prefix_attention(
@@ -132,52 +152,42 @@ def prefix_attention(
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is none; give one of {', '.join(map(repr, get_args(Strategy)))}.")
-    call = _Call.of(
-        *(q, k, v, plan, communicator, scale, terms, kernels, transport, overlap, agreement, strategy, pieces),
-        *(rates, coefficients),
-    )
+
+    def come() -> tuple[_Call, str]:
+        asked = Asked.of(q, scale, terms, kernels)
+        case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
+        call = _Call(q, k, v, plan, communicator, asked, case, transport, overlap, pieces)
+        call.check(terms)
+        heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
+        words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
+        return call, f"{words}, {strategy}, {rates}, {coefficients}, {transport}, {pieces} pieces"
+
+    call = agreed(agreement, come, q)
     chosen = call.chosen(rates, coefficients) if strategy == "auto" else strategy
     return call.pass_q() if chosen == "pass_q" else call.pass_kv()
 
 
 @dataclass(frozen=True)
 class _Call(RingCall):
-    """By either way."""
+    """By either way; its arguments are in order once it is checked."""
 
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: AttentionPlan,
-        communicator: Communicator | None,
-        scale: float | None,
-        terms: AttentionTerms | None,
-        kernels: KernelRegistry,
-        transport: Transport | None,
-        overlap: bool,
-        agreement: Agreement | None,
-        strategy: Strategy,
-        pieces: int = 1,
-        rates: Rates | None = None,
-        coefficients: Coefficients | None = None,
-    ) -> "_Call":
-        """Checked, and agreed on."""
-        rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
-
-        def come() -> "tuple[_Call, str]":
-            asked = Asked.of(q, scale, terms, kernels)
-            case = asked.case(q, k, v, looks_ahead=plan.looks_ahead)
-            _check(q, k, plan, rank, size)
-            check_terms(terms, q, k, plan, size)
-            made = cls(q, k, v, plan, communicator, asked, case, transport, overlap, pieces)
-            made.ring.check_heads(k.size(1))
-            heads = f"{q.size(0)} sequences, {q.size(1)}:{k.size(1)} heads of {q.size(3)} ({v.size(3)}), {q.dtype}"
-            words = f"{heads}, {plan.words}, scale {asked.terms.scale:.17g}{terms_words(terms)}"
-            return made, f"{words}, {strategy}, {rates}, {coefficients}, {transport}, {pieces} pieces"
-
-        return agreed(agreement, come, q)
+    def check(self, terms: AttentionTerms | None) -> None:
+        """Raise ValueError unless the tensors are what the plan has on this rank. terms: as they were asked for."""
+        for name, x, layout in (("q", self.q, self.plan.queries), ("k", self.k, self.plan.keys)):
+            if layout.num_ranks != self.size:
+                raise ValueError(
+                    f"the plan deals {name} to {layout.num_ranks} ranks, and there are {self.size}; make it for "
+                    f"{self.size}."
+                )
+            check_tokens(name, x, layout.num_tokens(self.rank))
+            last = max((run.sample for run in layout.runs(self.rank) if run.sample is not None), default=0)
+            if last >= x.size(0):
+                raise ValueError(
+                    f"{name} {tuple(x.shape)} has {x.size(0)} sequences, and the plan has {last + 1} or more; give "
+                    f"the batch that it was made for."
+                )
+        check_terms(terms, self.q, self.k, self.plan, self.size)
+        self.ring.check_heads(self.k.size(1))
 
     def chosen(self, rates: Rates | None, coefficients: Coefficients | None) -> Literal["pass_kv", "pass_q"]:
         """From numbers that all ranks have."""
@@ -201,15 +211,3 @@ class _Call(RingCall):
     def pass_q(self) -> State:
         """Queries around, states home."""
         return PassQ(**vars(self))()
-
-
-def _check(q: Tensor, k: Tensor, plan: AttentionPlan, rank: int, size: int) -> None:
-    for name, x, layout in (("q", q, plan.queries), ("k", k, plan.keys)):
-        if layout.num_ranks != size:
-            raise ValueError(
-                f"the plan deals {name} to {layout.num_ranks} ranks, and there are {size}; make it for {size}."
-            )
-        check_tokens(name, x, layout.num_tokens(rank))
-        last = max((run.sample for run in layout.runs(rank) if run.sample is not None), default=0)
-        if last >= x.size(0):
-            raise ValueError(f"{name} {tuple(x.shape)} has {x.size(0)} sequences, and the plan has {last + 1} or more.")

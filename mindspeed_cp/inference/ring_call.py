@@ -7,6 +7,7 @@ from torch import Tensor
 from mindspeed_cp.attention import RingCommunicators
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.inference.local import Asked
+from mindspeed_cp.inference.over_ranks import OverRanks
 from mindspeed_cp.kernels import TileCase
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.program import Transport
@@ -14,7 +15,7 @@ from mindspeed_cp.schedule import RingSchedule
 
 
 @dataclass(frozen=True)
-class RingCall:
+class RingCall(OverRanks):
     """What is asked of a plain ring of all ranks; see `ring_pass_kv_attention`."""
 
     q: Tensor
@@ -27,16 +28,6 @@ class RingCall:
     transport: Transport | None
     overlap: bool
     pieces: int
-
-    @property
-    def rank(self) -> int:
-        """This one."""
-        return 0 if self.communicator is None else self.communicator.rank
-
-    @property
-    def size(self) -> int:
-        """Of the ring."""
-        return 1 if self.communicator is None else self.communicator.size
 
     @property
     def schedule(self) -> RingSchedule:

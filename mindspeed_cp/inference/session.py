@@ -17,6 +17,7 @@ from mindspeed_cp.inference.cached_attention import Decode, Prefill
 from mindspeed_cp.inference.costs import Coefficients, Rates
 from mindspeed_cp.inference.decode import Method, shares
 from mindspeed_cp.inference.interleave import Span, owner
+from mindspeed_cp.inference.over_ranks import OverRanks
 from mindspeed_cp.inference.prefill import Strategy
 from mindspeed_cp.inference.sampling import Choice, Sampling
 
@@ -66,7 +67,7 @@ class Step(NamedTuple):
     choices: tuple[Choice | None, ...]
 
 
-class Session:
+class Session(OverRanks):
     """A batch of sequences that grow by prompts and by what a model makes of them.
 
     model: the same on all ranks. batch: number of sequences. communicator: the ranks that share them; None for one.
@@ -99,19 +100,18 @@ class Session:
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk} tokens of a prompt at once: give 1 or more.")
-        self._model, self._communicator, self._chunk = model, communicator, chunk
+        self._model, self.communicator, self._chunk = model, communicator, chunk
         self._strategy, self._rates, self._coefficients, self._pieces = strategy, rates, coefficients, pieces
         self._attention_dtype = attention_dtype
-        rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
-        self._method = _method(decode, batch, size)
-        self._counts = shares(batch, size)
+        self._method = _method(decode, batch, self.size)
+        self._counts = shares(batch, self.size)
         self.cache = ShardedKVCache(
             batch,
             model.windows,
-            rank=rank,
-            size=size,
+            rank=self.rank,
+            size=self.size,
             interleave=interleave,
-            firsts=tuple(sample % size for sample in range(batch)),
+            firsts=tuple(sample % self.size for sample in range(batch)),
             page=page,
         )
         self._agreement = None
@@ -201,7 +201,7 @@ class Session:
                 for length, tokens in zip(before, new, strict=True)
             ]
             attention = Prefill(
-                *(self.cache, spans, self._communicator),
+                *(self.cache, spans, self.communicator),
                 strategy=self._strategy,
                 rates=self._rates,
                 coefficients=self._coefficients,
@@ -230,7 +230,7 @@ class Session:
         """Feed what was chosen last; logits where they are, None for samples of other ranks or that have ended."""
         lengths = self.cache.lengths
         spans = [Span(length, length + going) for length, going in zip(lengths, active, strict=True)]
-        attention = Decode(self.cache, spans, self._communicator, method=self._method, dtype=self._attention_dtype)
+        attention = Decode(self.cache, spans, self.communicator, method=self._method, dtype=self._attention_dtype)
         own = range(self.cache.batch)[attention.own]
         tokens = self._padded([[self._last[sample] or 0] for sample in own])
         positions = self._padded([[lengths[sample]] for sample in own])
@@ -266,10 +266,10 @@ class Session:
             if going and holders[sample] == cache.rank:
                 assert x is not None, "the rank that is named has the logits"
                 mine[sample] = torch.tensor(sampling.choose(x, sample, cache.lengths[sample]), dtype=torch.float64)
-        if self._communicator is None:
+        if self.communicator is None:
             chosen = mine.unsqueeze(0)
         else:
-            chosen = self._communicator.all_gather(mine.to(self._model.device)).cpu()
+            chosen = self.communicator.all_gather(mine.to(self._model.device)).cpu()
         rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(holders)]
         return Step(
             tuple(Choice(int(row[0]), *row[1:]) if going else None for row, going in zip(rows, active, strict=True))

@@ -20,7 +20,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 class Window(NamedTuple):
     """FlashAttention's window, aligned bottom right: row a of S sees, of T keys, those from a + (T - S) - left to
-    a + (T - S) + right; None is without bound. Every row and every key of a tile takes part, see plan.py.
+    a + (T - S) + right; None is without bound. Every row and every key of a tile takes part, see Note
+    [Tiles] in plan/tiles.py.
     """
 
     left: int | None = None
@@ -144,7 +145,9 @@ class TileTerms:
         if self.visible is None:
             return
         if self.window != EVERYTHING:
-            raise ValueError(f"a mask tensor beside {self.window}: it says all of who sees whom, or nothing.")
+            raise ValueError(
+                f"a mask tensor beside {self.window}: it says all of who sees whom, or nothing; leave out one."
+            )
         if self.visible.dtype != torch.bool:
             raise ValueError(f"a mask is boolean, True where a query sees a key; this one is {self.visible.dtype}.")
 
@@ -214,9 +217,11 @@ class TileCase(NamedTuple):
         """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
-            raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V].")
+            raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]; give them so.")
         if q.size(0) != k.size(0) or q.size(3) != k.size(3) or not k.size(1) or q.size(1) % k.size(1):
-            raise ValueError(f"{shapes}: batch and head size must agree, and K/V heads divide the query heads.")
+            raise ValueError(
+                f"{shapes}: batch and head size must agree, and K/V heads divide the query heads; give k and v so."
+            )
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(
                 f"q, k and v are of dtypes {_names(x.dtype for x in (q, k, v))}: they must be of one; cast them, "

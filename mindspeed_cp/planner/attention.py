@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspeed_cp.layouts import EqualChunks
-from mindspeed_cp.plan import AttentionPlan, union
+from mindspeed_cp.plan import AttentionPlan, total_tokens, union
 from mindspeed_cp.planner.clock import Compute, Event, Post, Wait
 from mindspeed_cp.program import KV, Axis, Exchange, Phase, Program, Step, Transport, cheapest_transport, program
 from mindspeed_cp.rounds import rounds, rounds_under_way
@@ -90,8 +90,7 @@ class AttentionPass:
         """
         plan, ulysses = self._plan, self.topology.ulysses
         held = range(self.topology.ring_size)
-        tokens = sum(plan.queries.num_tokens(rank) for rank in held)
-        keys = self.shape.kv_bytes(sum(plan.keys.num_tokens(rank) for rank in held))
+        tokens, keys = total_tokens(plan.queries), self.shape.kv_bytes(total_tokens(plan.keys))
         of_each = self.shape.kv_bytes(1) // 2
         travelling = sum(self.program(rank).sent_bytes(of_each, of_each).total() for rank in held)
         # Each of the Ulysses ranks has such a ring, of its part of the heads.

@@ -6,7 +6,8 @@ Note [Prediction]
     the rate of its slowest link, and the messages on a link share it equally, but for those of one channel between two
     ranks, of which the first goes first. A step of a ring thus takes
     max(kernel, transfer) with overlap and their sum without, and a rank waits for a late one. Left out is whatever has
-    no rate: packing, merging and adding, latencies, headers (under 1 %).
+    no rate: packing, merging and adding, latencies, headers (under 1 %). So keys and values that are sent by themselves
+    are one message here: they go one after the other, and take as long as both in one.
 """
 
 import math

@@ -22,7 +22,9 @@ class Network:
 
     def __post_init__(self) -> None:
         if self.ranks_per_node < 1 or self.num_ranks < 1 or self.num_ranks % self.ranks_per_node:
-            raise ValueError(f"{self.num_ranks} ranks do not fill nodes of {self.ranks_per_node}.")
+            raise ValueError(
+                f"{self.num_ranks} ranks do not fill nodes of {self.ranks_per_node}; give a multiple of it."
+            )
         if min(self.fast_mbit, self.slow_mbit) < 1:
             raise ValueError(f"a link of {min(self.fast_mbit, self.slow_mbit)} Mbit/s; use 1 or more.")
 

@@ -1,6 +1,6 @@
 """What travels when: the steps of one rank, with the messages that it sends and receives at each. No torch.
 
-Who sees whom is the plan's (plan.py), in which order owners are met is the schedule's (schedule.py).
+Who sees whom is the plan's (plan/), in which order owners are met is the schedule's (schedule.py).
 """
 
 from mindspeed_cp.program.steps import KV, Axis, BlockName, Exchange, Message, Phase, Program, Step, num_tokens

@@ -101,33 +101,13 @@ class SelfAttention(nn.Module):
         """
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        axes = mesh.kind.inner.features
-        ranks = mesh.size_of(axes)
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
-        if num_kv_heads % ranks:
-            raise ValueError(
-                f"num_kv_heads={num_kv_heads} heads are cut in {ranks} parts along {' and '.join(axes)}, which do not "
-                f"divide them; use a multiple of {ranks}, or a mesh with fewer ranks there."
-            )
-        if qkv.out_features % (num_heads + 2 * num_kv_heads):
-            raise ValueError(
-                f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads; use "
-                f"one."
-            )
-        head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
-        if proj.in_features != num_heads * head_size:
-            raise ValueError(
-                f"proj takes {proj.in_features} features, and {num_heads} heads of {head_size} give "
-                f"{num_heads * head_size}; make it for those."
-            )
+        self.head_size = _head_size(qkv, proj, mesh, num_heads, num_kv_heads)
         if attend is None and mesh.size_of(mesh.kind.inner.sequence) > 1:
             raise ValueError(
                 f"the sequence is sharded by {' and '.join(mesh.kind.inner.sequence)} within attention: give attend, "
                 f"attention over their ranks, for instance of build_attention."
             )
         self.heads_per_group = num_heads // num_kv_heads
-        self.head_size = head_size
         self.attend = attend or causal_attention
         self.qkv = Linear.from_linear(qkv, mesh, gathering=gathering, overlap=overlap)
         inner = self.qkv.layouts.output
@@ -140,6 +120,30 @@ class SelfAttention(nn.Module):
         out = self.attend(q, k, v).transpose(1, 2).flatten(2)
         y: Sharded = self.proj(Sharded(out, qkv.layout))
         return y
+
+
+def _head_size(qkv: nn.Linear, proj: nn.Linear, mesh: TensorMesh, num_heads: int, num_kv_heads: int) -> int:
+    """Of a whole qkv. Raises ValueError where heads do not fit qkv, proj or the mesh."""
+    axes = mesh.kind.inner.features
+    ranks = mesh.size_of(axes)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
+    if num_kv_heads % ranks:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} heads are cut in {ranks} parts along {' and '.join(axes)}, which do not "
+            f"divide them; use a multiple of {ranks}, or a mesh with fewer ranks there."
+        )
+    if qkv.out_features % (num_heads + 2 * num_kv_heads):
+        raise ValueError(
+            f"qkv gives {qkv.out_features} features, not a multiple of {num_heads} + 2 * {num_kv_heads} heads; use one."
+        )
+    head_size = qkv.out_features // (num_heads + 2 * num_kv_heads)
+    if proj.in_features != num_heads * head_size:
+        raise ValueError(
+            f"proj takes {proj.in_features} features, and {num_heads} heads of {head_size} give "
+            f"{num_heads * head_size}; make it for those."
+        )
+    return head_size
 
 
 def split_heads(qkv: Tensor, heads_per_group: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,8 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
             parts[name] = shard_tensor(parts[name], place.whole.placement, place.mesh)
         elif name in parts:
             raise RuntimeError(
-                f"{name} is {tuple(parts[name].shape)} in the state, and {tuple(place.whole.shape)} here."
+                f"{name} is {tuple(parts[name].shape)} in the state, and {tuple(place.whole.shape)} here; load the "
+                f"whole state of a model of these sizes, see full_state_dict."
             )
     module.load_state_dict(parts)
 

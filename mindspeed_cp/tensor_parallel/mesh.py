@@ -63,16 +63,7 @@ class TensorMesh:
             raise ValueError("there is no process group yet; call torch.distributed.init_process_group first.")
         # In the order that DeviceMesh gives its groups, whatever the given one's is.
         members = sorted(dist.get_process_group_ranks(group))
-        # Before anything is refused, which would leave other ranks waiting where it is one rank's alone.
-        everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, members)
-        groups = sorted({tuple(each) for each in everyone})
-        covered = sorted(rank for each in groups for rank in each)
-        if covered != list(range(len(everyone))) or len({len(each) for each in groups}) > 1:
-            raise ValueError(
-                f"the groups {groups} do not part the {len(everyone)} ranks of the world in equal parts; give each "
-                f"rank the one group of that size that it is in."
-            )
+        groups = _groups_of_all(members)
         full_kind, grid = plan_mesh(kind, len(members), depth=depth, x=x, y=y, data=data, context=context)
         # torch makes groups on all ranks of the world together: so each makes the mesh of all, and takes its part.
         ranks = torch.tensor(groups).view(-1, *grid.sizes)
@@ -157,3 +148,21 @@ def on_virtual_ranks(
     """What `function(mesh)` returns on each rank of a mesh, all in this process, by rank."""
     world = VirtualWorld(grid.size, timeout_s)
     return world.run(lambda rank: function(TensorMesh.virtual(kind, grid, world, rank)))
+
+
+def _groups_of_all(members: list[int]) -> list[tuple[int, ...]]:
+    """The group of every rank of the world, each once; all ranks call it. members: of this rank's.
+
+    Raises ValueError, on all ranks, where they do not part the world in equal parts.
+    """
+    # Asked before anything is refused, which would leave other ranks waiting where it is one rank's alone.
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, members)
+    groups = sorted({tuple(each) for each in everyone})
+    covered = sorted(rank for each in groups for rank in each)
+    if covered != list(range(len(everyone))) or len({len(each) for each in groups}) > 1:
+        raise ValueError(
+            f"the groups {groups} do not part the {len(everyone)} ranks of the world in equal parts; give each "
+            f"rank the one group of that size that it is in."
+        )
+    return groups

@@ -11,7 +11,15 @@ import torch
 
 from mindspeed_cp.testing.rank_pool import LIMIT_S, RankFailure, RankPool
 from preload import PRELOAD
-from system_tests import block_cases, layer_cases, mask_cases, recomputation_cases, stream_cases, training_cases
+from system_tests import (
+    block_cases,
+    dynamic_cases,
+    layer_cases,
+    mask_cases,
+    recomputation_cases,
+    stream_cases,
+    training_cases,
+)
 from system_tests.compare_losses import VALIDATION
 
 
@@ -38,6 +46,11 @@ class TrainingPool:
     def train_counted(self, ranks: int, flags: Sequence[str]) -> list[recomputation_cases.Counted]:
         """What recomputation_cases.train_counted gives on each rank."""
         function = recomputation_cases.train_counted
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags)
+
+    def train_dynamically(self, ranks: int, flags: Sequence[str]) -> list[dynamic_cases.Run]:
+        """What dynamic_cases.train_dynamically gives on each rank."""
+        function = dynamic_cases.train_dynamically
         return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags)
 
     def train_on_streams(

@@ -108,19 +108,11 @@ def test_feature_script_passes_with_megatrons_own_training_script(feature, tmp_p
     [(["nosuch"], "there is no feature 'nosuch'; available: double_ring"), (["a", "b"], "usage:")],
 )
 def test_quickstart_says_what_is_wrong_with_its_arguments(arguments, message, tmp_path):
-    venv = finished_environment(tmp_path)
+    venv = tmp_path / "venv"
     done = run(["bash", "scripts/quickstart.sh", *arguments], REPOSITORY, VENV=str(venv))
     assert done.returncode == 2
     assert message in done.stderr
-
-
-def finished_environment(folder: Path) -> Path:
-    """A folder that the scripts take for an environment that is up to date."""
-    files = [str(REPOSITORY / name) for name in ("pyproject.toml", "setup.py", "scripts/constraints.txt")]
-    stamped = f"{{ cat {' '.join(files)} && echo ${{EXTRAS:-megatron,plots,tests}}; }} | cksum"
-    stamp = subprocess.run(stamped, shell=True, capture_output=True, text=True).stdout
-    (folder / "complete").write_text(stamp)
-    return folder
+    assert not venv.exists(), "an environment was made before the arguments were looked at"
 
 
 def test_without_a_suitable_python_the_scripts_say_which_one_and_where_they_looked(tmp_path):
@@ -141,6 +133,23 @@ def test_without_a_suitable_python_the_scripts_say_which_one_and_where_they_look
     assert "error: CPython 3.12 is needed" in done.stderr
     assert "looked for: python3.12 python3 python" in done.stderr
     assert "PYTHON_FOR_VENV=/path/to/python3.12" in done.stderr
+
+
+def test_an_environment_that_pip_could_not_fill_is_not_taken_for_a_complete_one(tmp_path):
+    python, venv = tmp_path / "python", tmp_path / "venv"
+    # A Python whose virtual environments have a pip that always fails, as on a full disk.
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        "if [[ $1 == -c ]]; then echo 3.12; fi\n"
+        "if [[ $2 != venv ]]; then exit; fi\n"
+        'mkdir -p "$3/bin"; printf "#!/bin/sh\\nexit 1\\n" >"$3/bin/python"; chmod +x "$3/bin/python"\n'
+    )
+    python.chmod(0o755)
+    for _ in range(2):
+        done = run(["bash", "scripts/test.sh"], REPOSITORY, VENV=str(venv), PYTHON_FOR_VENV=str(python))
+        assert done.returncode == 1
+        assert f"error: the environment {venv} is not complete" in done.stderr
+        assert not (venv / "complete").exists()
 
 
 def test_the_readmes_example_prints_that_it_is_attention_on_one_rank(training):

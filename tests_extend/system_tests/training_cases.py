@@ -22,8 +22,8 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
-from mindspeed_cp.attention import ulysses
 from mindspeed_cp.attention.exchange import Gradients
+from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.comm import ProcessGroupCommunicator
 from mindspeed_cp.patching import PatchError
@@ -245,11 +245,11 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
     if what == "chunk order":
         # Sorted by nobody: the members' tokens one after another.
         # As a property, since earlier runs of this process have left the answer in orders that are used again.
-        return mock.patch.object(ulysses.GroupOrder, "is_sorted", property(lambda order: True))
+        return mock.patch.object(GroupOrder, "is_sorted", property(lambda order: True))
     if what == "lost gradients":
         return mock.patch.object(Gradients, "_add_message", lambda self, message, received: None)
     if what == "nan key" and is_culprit:
-        return mock.patch.object(RingAttention, "__call__", _attend_with_nan)
+        return mock.patch.object(RingAttention, "attend", _attend_with_nan)
     if what == "killed rank" and is_culprit:
         return mock.patch.object(ProcessGroupCommunicator, "exchange_all", _DyingExchange(after=20))
     if what in PLANTED:
@@ -259,12 +259,13 @@ def sabotaged(what: str | None, world_size: int) -> contextlib.AbstractContextMa
 
 
 def _attend_with_nan(
-    ring: RingAttention, q: Tensor, k: Tensor, v: Tensor, *rest: Any, attend: Any = RingAttention.__call__
-) -> Tensor:
+    ring: RingAttention, wanted: str, q: Tensor, source: Any, *rest: Any, attend: Any = RingAttention.attend
+) -> tuple[Tensor, ...]:
+    k, v = source
     k = k.clone()
     k[:, :, 0, 0] = torch.nan
-    out: Tensor = attend(ring, q, k, v, *rest)
-    return out
+    results: tuple[Tensor, ...] = attend(ring, wanted, q, (k, v), *rest)
+    return results
 
 
 class _DyingExchange:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.attention import ContextParallelAttention, build_attention
+from mindspeed_cp.attention.interface import OUTPUT, Told
 from mindspeed_cp.comm import Agreement, ContextParallelGroups, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.testing.rank_pool import LIMIT_S
@@ -137,7 +138,8 @@ def errors_after_a_layer_is_left_out(case: Case, culprit: int) -> list[str]:
         assert agreement is not None
         with agreement.remembering():
             for _ in range(1 if rank == culprit else 2):
-                attention.prepare(*call[:3])
+                q, k, v = call[:3]
+                attention.prepare(OUTPUT, q, (k, v), Told())
         return error_of(attention, call)
 
     errors = run_virtually(case, on_rank)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mindspeed_cp.attention import RingAttention, RingCommunicators, UlyssesAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.plan import CAUSAL, AttentionPlan, Band
 from mindspeed_cp.program import KV, Transport
 from mindspeed_cp.schedule import RingSchedule
@@ -136,22 +137,26 @@ def plan_of(case: PlanCase) -> AttentionPlan:
 
 
 def attention_of(
-    case: PlanCase, rank: int, ulysses: Communicator | None, ring: RingCommunicators | None
+    case: PlanCase,
+    rank: int,
+    ulysses: Communicator | None,
+    ring: RingCommunicators | None,
+    kernels: KernelRegistry = KERNELS,
 ) -> RingAttention | UlyssesAttention:
     """That of a rank. ulysses, ring: its groups along either axis; None where that has one rank."""
     topology = case.topology
-    attention: RingAttention | UlyssesAttention = RingAttention(
+    of_ring = RingAttention(
         RingSchedule(topology.outer, topology.inner),
         ring,
         case.overlap,
+        kernels,
         pieces=case.pieces,
         transport=case.transport,
         kept=case.kept,
     )
-    if ulysses is not None:
-        groups = tuple(topology.ulysses_ranks(first) for first in range(0, topology.size, topology.ulysses))
-        attention = UlyssesAttention(ulysses, groups, rank // topology.ulysses, attention)  # type: ignore[arg-type]
-    return attention
+    if ulysses is None:
+        return of_ring
+    return UlyssesAttention(ulysses, topology.ulysses_groups, rank // topology.ulysses, of_ring)
 
 
 def attend(

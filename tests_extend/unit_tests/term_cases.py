@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention import AttentionTerms, Dropout, RingAttention, RingCommunicators, UlyssesAttention
+from mindspeed_cp.attention import AttentionTerms, Dropout, RingCommunicators
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator, VirtualCommunicator, VirtualWorld
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.kernels.philox import philox
-from mindspeed_cp.schedule import RingSchedule
-from unit_tests.plan_cases import PlanCase, plan_of, seen
+from unit_tests.plan_cases import PlanCase, attention_of, plan_of, seen
 
 SCALE = 0.4
 DROPOUT = Dropout(rate=0.3, seed=5, layer=2)
@@ -158,24 +157,15 @@ def kept(case: TermCase) -> Tensor:
 
 def attend(case: TermCase, rank: int, ulysses: Communicator | None, ring: RingCommunicators | None) -> Found:
     """What a rank gets. ulysses, ring: its groups along either axis; None where that has one rank."""
-    topology, whole, plan, tokens = case.plan.topology, given(case), case.plan, case.plan.layout.tokens(rank)
-    attention: RingAttention | UlyssesAttention = RingAttention(
-        RingSchedule(topology.outer, topology.inner),
-        ring,
-        plan.overlap,
-        kernels=KERNELS.only(case.kernels),
-        transport=plan.transport,
-    )
-    if ulysses is not None:
-        groups = tuple(topology.ulysses_ranks(first) for first in range(0, topology.size, topology.ulysses))
-        attention = UlyssesAttention(ulysses, groups, rank // topology.ulysses, attention)  # type: ignore[arg-type]
+    whole, tokens = given(case), case.plan.layout.tokens(rank)
+    attention = attention_of(case.plan, rank, ulysses, ring, KERNELS.only(case.kernels))
     mine = Told(*(x[:, :, tokens] for x in whole[:5]), *whole[5:7], whole.bias[:, :, tokens], whole.visible[tokens])
     for x in (*mine[:3], *mine[5 : 8 if case.learnt else 6]):
         x.requires_grad_()
     asked = terms_of(case, mine, mine.bias)
     terms = replace(Terms.of(asked, SCALE), visible=mine.visible if "mask" in case.told else None)
     q, k, v = mine[:3]
-    whole_plan = plan_of(plan)
+    whole_plan = plan_of(case.plan)
     out, lse = attention.with_lse(q, k, v, whole_plan, terms)
     _, largest = attention.with_largest(q, k, v, whole_plan, terms)
     return found(case, mine, asked, (out, lse, largest), (q, k, v))

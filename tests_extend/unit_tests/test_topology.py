@@ -70,7 +70,7 @@ def test_default_grid_is_one_rank():
 def test_axis_below_one_is_refused(axis, size):
     with pytest.raises(ValueError) as refusal:
         CPTopology(**{axis: size})
-    assert str(refusal.value) == f"CPTopology {axis}={size}: each axis has at least one rank."
+    assert str(refusal.value) == f"CPTopology {axis}={size}: each axis has at least one rank; give 1 or more."
 
 
 def test_inner_rings_of_one_rank_are_refused_with_the_plain_ring_that_they_are():

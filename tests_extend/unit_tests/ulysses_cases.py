@@ -3,19 +3,21 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.attention import Attention, build_attention, ulysses
+from mindspeed_cp.attention import Attention, UlyssesAttention, build_attention
+from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.comm import ContextParallelGroups, Traffic
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.plan import Part
 from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.topology import CPTopology
+from unit_tests.communicator_cases import noted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +175,8 @@ def attend_with_chunk_order(group: dist.ProcessGroup, case: Case, chunks: Sequen
     """The case with its chunks, two of each member, in this order in place of the plan's."""
     half = case.tokens // 2
     parts = tuple(Part(member, chunk * half, (chunk + 1) * half) for member, chunk in chunks)
-    order = ulysses.GroupOrder((case.tokens,) * case.size, (parts,))
-    with mock.patch.object(ulysses.UlyssesAttention, "_order", lambda attention, of, layout, plan: order):
+    order = GroupOrder((case.tokens,) * case.size, (parts,))
+    with mock.patch.object(UlyssesAttention, "_order", lambda attention, of, layout, plan: order):
         return attend(group, case)
 
 
@@ -186,35 +188,29 @@ class Sent(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What one pass sent, by the library's own count, and the bytes by that of a wrapper around torch's function."""
+    """What one pass sent, by the library's own count, and the bytes that its backend was told to send."""
 
     library: Sent
-    torch: int
+    backend: int
 
 
 def count_sent(group: dist.ProcessGroup, case: Case) -> tuple[Count, Count]:
     """What the forward and the backward pass send."""
-    traffic, sends = Traffic(), []
-    batch_isend_irecv = dist.batch_isend_irecv
-
-    def counted(operations: list[dist.P2POp]) -> Any:
-        # Not what ranks agree on beforehand.
-        sends.extend(
-            each.tensor.nbytes for each in operations if each.op is dist.isend and each.tensor.dtype == case.dtype
-        )
-        return batch_isend_irecv(operations)
+    traffic = Traffic()
 
     def count() -> Count:
         library = Sent(traffic.calls["all_to_all"], traffic.bytes_sent["all_to_all"])
-        return Count(library, sum(sends))
+        # Not what ranks agree on beforehand.
+        sent = sum(x.nbytes for way, x in started if way == "send" and x.dtype == case.dtype)
+        return Count(library, sent)
 
     q, k, v, dout = (shard_of(case, x, dist.get_rank(group)) for x in inputs(case)[:4])
     attention = build_attention(case.config, group, layout=case.sequence_layout, traffic=traffic)
-    with mock.patch.object(dist, "batch_isend_irecv", counted):
+    with noted(group) as started:
         out = attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
         forward = count()
         traffic.clear()
-        sends.clear()
+        started.clear()
         out.backward(dout)
         return forward, count()
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_cp.attention import Recomputation, build_attention, ring
-from mindspeed_cp.attention.operators import WITH_LSE, attend
+from mindspeed_cp.attention.interface import WITH_LSE, Told
+from mindspeed_cp.attention.operators import attend
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.testing.rank_pool import LIMIT_S
@@ -28,7 +29,7 @@ def test_results_that_are_written_over_are_recomputed_as_they_were(name):
 
         def run(x: Tensor) -> Tensor:
             # What a compiled function calls.
-            out, lse = attend(here.attention, WITH_LSE, x, (x, x), scale=None, visible=None, plan=None, terms=None)
+            out, lse = attend(here.attention, WITH_LSE, x, (x, x), Told())
             found = out.sin() * lse.unsqueeze(-1)
             if not torch.is_grad_enabled():  # As inductor does where no backward pass needs them.
                 out.data.zero_()

@@ -26,7 +26,7 @@ def test_exchanges_in_place_give_dense_attention(row, monkeypatch):
     worth = in_place.is_worth_it
     monkeypatch.setattr(in_place, "LARGE", 0)
     monkeypatch.setattr(
-        "mindspeed_cp.attention.ulysses.is_worth_it", lambda *case: taken.append(worth(*case)) or taken[-1]
+        "mindspeed_cp.attention.head_exchange.is_worth_it", lambda *case: taken.append(worth(*case)) or taken[-1]
     )
     heads, kv_heads, value_head_size = row["heads"]
     case = case_on(

@@ -186,7 +186,7 @@ def test_payloads_alone_are_sent(topology, form):
     row = Row(replace(EVEN, topology=topology), form)
     on_virtual_ranks(row.case, lambda *place: attend(row, place), Counted)
     tokens, degree, plan = 8, topology.ulysses, plan_of(row.case)
-    plan = plan.of_groups(tuple(topology.ulysses_ranks(rank) for rank in range(0, 4, degree)))
+    plan = plan.of_groups(topology.ulysses_groups)
     q_size, out_size = (U + R, V) if form == "latent" else (L + R, L)
     for rank in range(4):
         ring = sum(
@@ -230,7 +230,8 @@ REFUSED = {
     ),
     "other tokens": (
         dict(payload=torch.zeros(1, 6, L + R)),
-        "a rank's q has 8 tokens and its k 6: it gives those of the same tokens.",
+        "a rank's q has 8 tokens and its k 6: without a plan it gives those of the same tokens; do so, or give plan=, "
+        "with queries and keys of their own.",
     ),
     "fewer tokens than it is given": (
         dict(expand=lambda payload, up: HEADS.expand(payload[:, :1], up)),

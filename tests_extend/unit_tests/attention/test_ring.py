@@ -485,7 +485,9 @@ def test_bnsd_flag_hands_the_kernel_contiguous_tensors_and_changes_no_result(top
 
 def test_ring_refuses_tokens_that_are_no_chunks():
     q = torch.zeros(1, 1, 3, 4)
-    with pytest.raises(ValueError, match=re.escape("3 tokens a rank are not a multiple of the 2 chunks it holds.")):
+    with pytest.raises(
+        ValueError, match=re.escape("3 tokens a rank are not a multiple of the 2 chunks it holds; give 4, ")
+    ):
         cases.virtual_attention(case_on(RING_4), VirtualWorld(4), 0).check(q, q, q)
 
 

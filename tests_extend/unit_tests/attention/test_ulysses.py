@@ -111,12 +111,12 @@ def test_ulysses_is_as_accurate_as_dense_attention_of_the_same_dtype(size, mask,
 def test_ulysses_sends_exactly_the_formulas_bytes_in_two_all_to_alls_a_pass(gloo, size, heads, dtype):
     case = Case(size=size, mask="full", dtype=dtype, **HEADS[heads])
     sent = cases.Sent(calls=2, bytes=case.formula_bytes)
-    one_pass = cases.Count(library=sent, torch=sent.bytes)
+    one_pass = cases.Count(library=sent, backend=sent.bytes)
     assert gloo.run(size, cases.count_sent, case) == [(one_pass, one_pass)] * size
 
 
 def test_attention_on_one_rank_sends_nothing(gloo):
-    nothing = cases.Count(library=cases.Sent(0, 0), torch=0)
+    nothing = cases.Count(library=cases.Sent(0, 0), backend=0)
     assert gloo.run(1, cases.count_sent, Case(size=1)) == [(nothing, nothing)]
 
 
@@ -148,7 +148,12 @@ def shapes(q: tuple[int, int, int, int] = (1, 2, 4, 8), **changed: object) -> Sh
             "ValueError: q has 1 heads, and the Ulysses degree is 2: each rank wants one at least; use a degree of 1 "
             "or less, or a ring.",
         ),
-        (causal(2), shapes((1, 2, 3, 8)), "ValueError: 3 tokens a rank are not a multiple of the 2 chunks it holds."),
+        (
+            causal(2),
+            shapes((1, 2, 3, 8)),
+            "ValueError: 3 tokens a rank are not a multiple of the 2 chunks it holds; give 4, or "
+            "plan=PackedBatch.from_cu_seqlens(...).plan for any number.",
+        ),
         (
             causal(2),
             shapes(visible=(4, 8)),

@@ -484,12 +484,22 @@ def test_block_case_reads_every_size_from_the_tensors():
 
 
 TRIPLES = {
-    "three dims": ((6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), "expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]."),
+    "three dims": (
+        (6, 5, 8),
+        (2, 3, 5, 8),
+        (2, 3, 5, 8),
+        "expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]; give them so.",
+    ),
     "keys and values of other lengths": ((2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 4, 8), "expected [B, N, S, D]"),
     "keys and values of other heads": ((2, 6, 5, 8), (2, 3, 5, 8), (2, 2, 5, 8), "expected [B, N, S, D]"),
     "batches differ": ((2, 6, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8), "batch and head size must agree"),
     "head sizes differ": ((2, 6, 5, 8), (2, 3, 5, 4), (2, 3, 5, 8), "batch and head size must agree"),
-    "heads do not divide": ((2, 6, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8), "K/V heads divide the query heads."),
+    "heads do not divide": (
+        (2, 6, 5, 8),
+        (2, 4, 5, 8),
+        (2, 4, 5, 8),
+        "K/V heads divide the query heads; give k and v so.",
+    ),
 }
 
 

@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
+from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
@@ -45,3 +47,13 @@ def parser(megatron_arguments: ModuleType) -> argparse.ArgumentParser:
             argparse.ArgumentParser(allow_abbrev=False)
         )
     return parser
+
+
+@pytest.fixture
+def ampere_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

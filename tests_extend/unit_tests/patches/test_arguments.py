@@ -21,20 +21,13 @@ from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupporte
 from mindspeed_cp.topology import CPTopology
 from unit_tests.argument_cases import config_from_arguments
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
+    pytest.mark.usefixtures("ampere_machine"),
+]
 
 MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
 CP4 = [*MODEL, "--context-parallel-size", "4"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 def refusal_of(action, *args):
@@ -209,13 +202,6 @@ REFUSED_FLAGS = [
         for option in ("--perform-rl-step", "--rl-use-sequence-packing")
     ),
     (
-        ["--hybrid-context-parallel"],
-        "--hybrid-context-parallel: it gives each document ranks of its own, and a layer's groups are made once, for "
-        "all; from 0.18 on Megatron's HybridCPDataLoaderWrapper.unpack_batch drops cu_seqlens besides, so that "
-        "get_batch cuts by --context-parallel-size and no layer is told the document's own size; leave it out, or use "
-        "--sft.",
-    ),
-    (
         ["--position-embedding-type", "relative"],
         "--position-embedding-type relative: T5 alone has it, whose batches Megatron does not cut for the ranks of a "
         "sequence; use rope or learned_absolute.",
@@ -246,10 +232,7 @@ def test_option_that_cannot_be_honoured_is_refused_by_name(parser, flags, messag
     args = parser.parse_args([*CP4, *flags])
     assert refusal_of(config_from_arguments, args) == with_cp4(message)
     args.context_parallel_size = 1
-    if option_of(flags) == "hybrid_context_parallel":  # Its usual form has one rank.
-        assert refusal_of(config_from_arguments, args) == with_cp4(message).replace("size 4", "size 1")
-    else:
-        assert config_from_arguments(args).context_parallel_size == 1
+    assert config_from_arguments(args).context_parallel_size == 1
 
 
 @pytest.mark.parametrize("option", ["fp8_dot_product_attention", "fp8_multi_head_attention"])
@@ -289,7 +272,7 @@ def test_documents_are_not_kept_apart_where_no_mask_is_made_at_cp_1(parser):
 def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation):
     args = parser.parse_args([*CP4, "--reset-attention-mask", "--reset-position-ids"])
     validation.validate(args, {})
-    assert validation.plugin.documents == DocumentRule(positions_restart=True)
+    assert validation.plugin.document_rule == DocumentRule(positions_restart=True)
     assert validation.plugin.apart_by == "--reset-attention-mask"
     assert not args.create_attention_mask_in_dataloader
     alone = parser.parse_args([*MODEL, "--reset-attention-mask"])
@@ -336,7 +319,7 @@ def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, len
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         validation.validate(parser.parse_args([*MODEL, *flags]), {})
-    documents = validation.plugin.documents
+    documents = validation.plugin.document_rule
     assert (None if documents is None else documents.length) == length
     assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
 

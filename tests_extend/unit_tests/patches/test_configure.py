@@ -27,10 +27,10 @@ def test_configure_sets_what_the_flags_set(adaptor, plugin):
 
 
 def test_configure_forgets_the_documents_of_earlier_arguments(adaptor, plugin, monkeypatch):
-    monkeypatch.setattr(plugin, "documents", DocumentRule())
+    monkeypatch.setattr(plugin, "document_rule", DocumentRule())
     monkeypatch.setattr(plugin, "apart_by", "--reset-attention-mask")
     adaptor.configure(context_parallel_size=4)
-    assert (plugin.documents, plugin.apart_by) == (None, None)
+    assert (plugin.document_rule, plugin.apart_by) == (None, None)
 
 
 def test_configure_says_how_streams_are_dealt_and_refuses_what_it_does_not_know(adaptor, plugin):

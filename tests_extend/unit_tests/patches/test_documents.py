@@ -29,7 +29,7 @@ def make(adaptor):
     from megatron.core.datasets import gpt_dataset
 
     def make(length, *, reset=True, create=True):
-        with PatchRegistry(document_patches(Plugin(documents=DocumentRule(length=length)))).applied():
+        with PatchRegistry(document_patches(Plugin(document_rule=DocumentRule(length=length)))).applied():
             return gpt_dataset._get_ltor_masks_and_position_ids(TOKENS, END, True, reset, False, create)
 
     return make
@@ -52,7 +52,9 @@ def test_masks_that_are_not_asked_for_are_not_made(make):
 
 @pytest.mark.parametrize(("size", "noted"), [(1, None), (4, [[0, 3, 7]])])
 def test_documents_are_noted_for_context_parallel_layers_alone(size, noted):
-    plugin = Plugin(ContextParallelConfig(context_parallel_size=size), documents=DocumentRule(), end_of_document=END)
+    plugin = Plugin(
+        ContextParallelConfig(context_parallel_size=size), document_rule=DocumentRule(), end_of_document=END
+    )
     note_documents(plugin, {"tokens": TOKENS[None], "position_ids": None})
     found = plugin.stages.at_hand
     assert (None if found is None else found.tolist()) == noted

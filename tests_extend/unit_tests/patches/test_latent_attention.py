@@ -89,6 +89,7 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
         apart_by=None,
         cuts_streams_alone=lambda: False,
         length=None,
+        dynamic=None,
         config=ContextParallelConfig(context_parallel_size=2),
         groups_over=lambda group: f"attention over {group}",
     )

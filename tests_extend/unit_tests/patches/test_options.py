@@ -4,27 +4,18 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
-from mindspeed_cp.patches import arguments
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unloadable_optimizer
 from unit_tests.argument_cases import config_from_arguments
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
+    pytest.mark.usefixtures("ampere_machine"),
+]
 
 CP2 = ["--num-attention-heads", "8", "--context-parallel-size", "2"]
 QUIET = ["--attention-dropout", "0", "--hidden-dropout", "0"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_window_without_documents_is_megatrons():
         ),
         (packed([0, 4, 2, 6]), r"cu_seqlens\[2\] = 2 comes after 4"),
         (packed([0, 6], qkv_format="sbhd"), "packed streams are 'thd', over all context-parallel ranks"),
-        (packed([0, 6], local_cp_size=1), "leave out --hybrid-context-parallel"),
+        (packed([0, 6], local_cp_size=1), "documents with ranks of their own need --hybrid-context-parallel"),
         (packed([0, 6], cu_seqlens_kv=torch.tensor([0, 3, 6])), "has other cu_seqlens_q than cu_seqlens_kv"),
         (packed(None), "PackedSeqParams without cu_seqlens_q"),
     ],

@@ -21,6 +21,7 @@ from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
 from mindspeed_cp.patches.documents import document_patches
 from mindspeed_cp.patches.dropout import dropout_patches
+from mindspeed_cp.patches.dynamic_schedule import dynamic_schedule_patches
 from mindspeed_cp.patches.expert_losses import expert_loss_patches
 from mindspeed_cp.patches.latent_attention import latent_attention_patches
 from mindspeed_cp.patches.latent_travel import latent_travel_patches
@@ -54,6 +55,7 @@ PATCHES = (
     *recomputation_patches(Plugin()),
     *document_patches(Plugin()),
     *batch_patches(Plugin()),
+    *dynamic_schedule_patches(Plugin()),
     *rotary_patches(Plugin()),
     *padding_patches(Plugin()),
     *any_length_patches(Plugin()),

@@ -27,7 +27,7 @@ BY_MEGATRON = _names("init_method params_dtype perform_initialization")
 REFUSED = _names("""
     cache_mla_latents experimental_attention_variant use_kitchen_attention cuda_graph_impl enable_cuda_graph
     external_cuda_graph fp8_dot_product_attention fp8_multi_head_attention batch_invariant_mode
-    hybrid_context_parallel window_size
+    window_size
 """)
 """With some value, by a table of patches/unsupported.py."""
 
@@ -52,7 +52,8 @@ OUTRANKED = _names("""
 
 ELSEWHERE = _names("""
     pipeline_model_parallel_comm_backend pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-    max_seqlen_per_dp_cp_rank expert_model_parallel_size expert_tensor_parallel_size moe_extended_tp
+    hybrid_context_parallel max_seqlen_per_dp_cp_rank expert_model_parallel_size expert_tensor_parallel_size
+    moe_extended_tp
     use_cpu_initialization timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func
     param_sync_func deterministic_mode enable_autocast autocast_dtype
     num_microbatches_with_partial_activation_checkpoints gradient_accumulation_fusion

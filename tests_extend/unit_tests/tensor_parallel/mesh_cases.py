@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mindspeed_cp.attention import RingCommunicators, compose_attention
 from mindspeed_cp.comm import VirtualCommunicator
 from mindspeed_cp.tensor_parallel import on_virtual_ranks, plan_mesh
+from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
 from mindspeed_cp.testing.rank_pool import LIMIT_S
 
 
@@ -42,6 +43,19 @@ def randomize(module: nn.Module, scale: float = 1.0) -> nn.Module:
         with torch.no_grad():
             parameter.copy_(numbers(*parameter.shape, seed=seed) * scale)
     return module
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Those of the whole parameters, by name, on every rank."""
+    return gather_parts(module, {name: each.grad for name, each in module.named_parameters()})
+
+
+def assert_close(results: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+    """On every rank what is expected, to 1e-12."""
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in result.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 def xy(x: int, y: int, **around: int) -> MeshCase:

@@ -19,8 +19,7 @@ from mindspeed_cp.tensor_parallel import (
     shard_tokens,
     unshard,
 )
-from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MeshCase, numbers, randomize, xy
+from unit_tests.tensor_parallel.mesh_cases import MeshCase, assert_close, gradients, numbers, randomize, xy
 
 HIDDEN, FFN, SEQUENCE, VOCABULARY = 36, 72, 12, 72
 EACH_KIND = [
@@ -41,17 +40,6 @@ def gated():
 def sharded_mlp(mesh, **options):
     whole = gated()
     return MLP(whole["fc1"], whole["fc2"], mesh, gate=whole["gate"], activation=F.silu, **options)
-
-
-def gradients(module):
-    return gather_parts(module, {name: each.grad for name, each in module.named_parameters()})
-
-
-def assert_close(results, expected):
-    for result in results:
-        assert result.keys() == expected.keys()
-        for name, value in result.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("case", "gathering"), [*((case, "keep") for case in EACH_KIND), (EACH_KIND[4], "panels")])

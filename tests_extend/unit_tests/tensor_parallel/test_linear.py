@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from mindspeed_cp.tensor_parallel import KINDS, Layout, Linear, Sharded, shard, unshard
-from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, numbers, xy
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, gradients, numbers, xy
 
 IN, MIDDLE, OUT, SEQUENCE = 36, 72, 36, 12
 """Every mesh divides these."""
@@ -45,8 +44,7 @@ def run_sharded(mesh, shape, widths=(IN, MIDDLE, OUT), dtype=torch.float64, **op
     y = second(first(x))
     dy = numbers(*shape[:-1], widths[-1], seed=1).cos().to(dtype)
     y.local.backward(shard(dy, y.layout, mesh, uneven=True).local)
-    gradients = gather_parts(pair, {name: each.grad for name, each in pair.named_parameters()})
-    return {"y": unshard(y, mesh), "dx": unshard(Sharded(x.local.grad, x.layout), mesh)} | gradients
+    return {"y": unshard(y, mesh), "dx": unshard(Sharded(x.local.grad, x.layout), mesh)} | gradients(pair)
 
 
 def assert_as_whole(case, shape, widths=(IN, MIDDLE, OUT), **options):

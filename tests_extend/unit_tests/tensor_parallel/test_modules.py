@@ -20,8 +20,7 @@ from mindspeed_cp.tensor_parallel import (
     shard_tokens,
     unshard,
 )
-from mindspeed_cp.tensor_parallel.checkpoint import gather_parts
-from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, numbers, randomize, xy
+from unit_tests.tensor_parallel.mesh_cases import MESHES, MeshCase, assert_close, gradients, numbers, randomize, xy
 
 HIDDEN, HEADS, SEQUENCE, VOCABULARY = 36, 36, 12, 72
 SAMPLE = [
@@ -33,17 +32,6 @@ SAMPLE = [
     xy(2, 2),
     xy(2, 2, context=2),
 ]
-
-
-def gradients(module):
-    return gather_parts(module, {name: each.grad for name, each in module.named_parameters()})
-
-
-def assert_close(results, expected):
-    for result in results:
-        assert result.keys() == expected.keys()
-        for name, value in result.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 NORMS = [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)]
