@@ -18,7 +18,10 @@ from mindspeed_cp.schedule import RingSchedule
 
 @dataclass(frozen=True, eq=False)
 class RingPass:
-    """A rank's program, and the calls of kernels for the tiles of each step."""
+    """A rank's program, and the calls of kernels for the tiles of each step.
+
+    transport, ahead: how its messages travel, and whether while a step is computed; `program` was given them.
+    """
 
     transport: Transport
     ahead: bool
@@ -42,6 +45,10 @@ def forward_pass(
     kernels: KernelRegistry,
     case: TileCase,
 ) -> RingPass:
+    """The forward pass of a rank of the ring; arguments are those of `program`, and what calls are chosen by.
+
+    case: of q, k and v of all heads. Raises NotImplementedError where no kernel takes a tile.
+    """
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
     share = case.of_piece(pieces)
     return RingPass(

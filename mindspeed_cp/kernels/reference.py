@@ -51,6 +51,7 @@ class ReferenceKernel:
         ]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> TileOutput:
+        """See TileKernel."""
         scores = _scores(q, k, terms).masked
         lse = torch.logsumexp(scores, dim=-1)
         probs = _probabilities(scores, lse)
@@ -61,6 +62,7 @@ class ReferenceKernel:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: TileOutput, terms: TileTerms
     ) -> TileGradients:
+        """See TileKernel."""
         num_kv_heads = k.size(1)
         scores, softcapped = _scores(q, k, terms)
         probs = _probabilities(scores, _grouped(output.lse, num_kv_heads))

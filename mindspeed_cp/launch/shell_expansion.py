@@ -184,6 +184,7 @@ class Expansion:
         return Field.joined(fields, between.text[:1])
 
     def compute(self, part: Arithmetic, line: int) -> Fragment:
+        """What an arithmetic expansion gives; names that it assigns are not known from then on."""
         expression = Field.joined(self.expand(part.expression, split=False))
         assigned = names_assigned(expression.text)
         self._forget(assigned, line, part.spelling)

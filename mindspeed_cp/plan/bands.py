@@ -26,6 +26,7 @@ CAUSAL = (Band(None, 0),)
 
 
 def check_bands(bands: tuple[Band, ...]) -> None:
+    """Raise ValueError for a band in which nothing sees anything, or bands about the same keys."""
     for band in bands:
         first, last = band.keys
         if (None not in (band.behind, band.ahead) and band.behind + band.ahead < 0) or (  # type: ignore[operator]

@@ -86,6 +86,7 @@ class Arrival(NamedTuple):
     transfer: Transfer | None
 
     def wait(self) -> Tensor:
+        """The tensor, once it is there."""
         if self.transfer is not None:
             self.transfer.wait()
         return self.tensor
