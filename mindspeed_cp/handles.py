@@ -30,7 +30,14 @@ def with_handle(owner: Owner) -> Owner:
 
     PackedBatch does so with its plan; do it yourself with an AttentionPlan that you make, before it goes to a compiled
     function.
+
+    Raises ValueError within a compiled function.
     """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"a {type(owner).__name__} was made within a compiled function, where numbers are drawn once, for all of "
+            f"its calls; make it outside, and give it as an argument."
+        )
     number, handle = numbered()
     _OWNERS[number] = owner
     object.__setattr__(owner, "handle", handle)  # Of frozen dataclasses too.

@@ -51,10 +51,13 @@ def build_attention(
         data-parallel reducer that takes in the context-parallel ranks: with one they would count twice.
     recomputation: of the checkpoints that the attention runs in, which then do not run it again.
 
-    Raises ValueError where the group's size is not `config.context_parallel_size`, or a mesh has several dimensions.
+    Raises ValueError where the group's size is not `config.context_parallel_size`, a mesh has several dimensions, or
+    something is not of the type that is written here.
     """
     if transport is not None and not isinstance(transport, Transport):
         raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
+    if recomputation is not None and not isinstance(recomputation, Recomputation):
+        raise ValueError(f"recomputation={recomputation!r} is none; give a Recomputation, or None.")
     layout = layout or config.layout
     if config.context_parallel_size == 1 and group is None:
         alone = compose_attention(

@@ -34,6 +34,10 @@ from mindspeed_cp.program import Transport
 from mindspeed_cp.sharding import SequenceLayout
 
 _TYPES = "give q, k and v as tensors [B, N, S, D], scale as a number, visible as a boolean tensor"
+_TYPES_OF_LATENT = (
+    "give q as a tensor [B, N, S, D], a payload [B, S, W] of its dtype, and in Latent(weights=...), a tuple, what "
+    "expand takes beside it, [G, ...] each"
+)
 
 
 class PreparedCall(NamedTuple):
@@ -150,7 +154,8 @@ class ContextParallelAttention(Attention):
             words += f"; made of {source.words}" if isinstance(source, Latent) else ""
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
-            refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {_TYPES}"
+            way_out = _TYPES_OF_LATENT if isinstance(source, Latent) else _TYPES
+            refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {way_out}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
             replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))

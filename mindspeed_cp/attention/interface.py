@@ -138,8 +138,10 @@ class Attention(ABC):
         latent: of this rank's tokens; of the dtype of q, as what is made of it. The rest as in the call.
 
         Returns [B, N, S, V], differentiable in the payload and the weights too; the gradients of weights are this
-        rank's part of them.
+        rank's part of them. Raises ValueError for what is no Latent.
         """
+        if not isinstance(latent, Latent):
+            raise ValueError(f"latent is a {type(latent).__name__}; give Latent(payload, expand, weights).")
         (out,) = self.attend(OUTPUT, q, latent, Told(scale, visible, plan, terms))
         return out
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 from mindspeed_cp.attention.derivatives import refuse_second_derivatives
 from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, Source, Told, Wanted
 from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.runs import Run, Runs, storage
 from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.comm.reduction import accumulation_dtype
@@ -45,6 +46,11 @@ class Runnable(Protocol):
     @property
     def exchanges_heads(self) -> bool:
         """Whether a run attends with exchanged tensors, and saves none of those that it is given."""
+        ...
+
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Of the checkpoints that it runs in."""
         ...
 
     def run(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
@@ -217,11 +223,13 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse = more[0] if given.wanted == WITH_LSE else nothing
     largest = more[0] if given.wanted == WITH_LARGEST else nothing.clone()
     read = *given.of_gradients, given.visible
-    taken = {storage(x) for x in read if x is not None}
+    # A compiler writes something else over results that it is done with, which what a checkpoint keeps must not be.
+    kept = () if runnable.recomputation is None else runnable.recomputation.kept_now()
+    taken = {storage(x) for x in (*read, *kept) if x is not None}
     results = (
         _laid_out(out, _strides(out.shape, _memory_of_output(given.exchanges_heads)), taken),
         _laid_out(lse, _strides(lse.shape, range(lse.dim())), taken),
-        largest,
+        _laid_out(largest, largest.stride(), taken),
     )
     run.saved.leave_to_graph(given.saved(out, lse), (*read, *results))
     return *results, _RUNS.token(run)

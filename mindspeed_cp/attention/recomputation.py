@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 Found = TypeVar("Found")
 
@@ -47,11 +49,20 @@ class Recomputation:
         """A checkpoint whose recomputation does not run attention again.
 
         checkpoint: takes the function that is to be recomputed first, as torch.utils.checkpoint.checkpoint does.
+
+        Raises ValueError for what cannot be called.
         """
+        if not callable(checkpoint):
+            raise ValueError(f"{checkpoint!r} is no checkpoint; give a function as torch.utils.checkpoint.checkpoint.")
 
         @functools.wraps(checkpoint)
         def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                # Its graph has no two runs of the function, but an operator that it repeats or, by a policy, keeps.
+                if _takes_policy(checkpoint, kwargs):
+                    kwargs["context_fn"] = _KEEPING_ATTENTION
+                return checkpoint(function, *args, **kwargs)
+            if not torch.is_grad_enabled():
                 return checkpoint(function, *args, **kwargs)
             record = _Record(self._current)
             before = _modes()
@@ -80,6 +91,13 @@ class Recomputation:
         """
         record = self._current
         return find() if record is None else record.replay(case, find)
+
+    def kept_now(self) -> Iterator[Tensor]:
+        """All that the checkpoints keep in which this runs."""
+        record = self._current
+        while record is not None:
+            yield from record.tensors()
+            record = record.outer
 
     @property
     def nbytes(self) -> int:
@@ -131,13 +149,13 @@ class _Kept(NamedTuple):
 
 
 class _Record:
-    """What one call of a checkpoint has found. outer: of the checkpoint around it.
+    """What one call of a checkpoint has found. outer: of the checkpoint around it, as long as the function runs first.
 
     is_hidden: whether the checkpoint's dispatch modes see nothing of how it is found.
     """
 
     def __init__(self, outer: "_Record | None") -> None:
-        self._outer = outer
+        self.outer = outer
         self.is_hidden = False
         self._found: deque[tuple[object, Any]] = deque()
         self.is_repeated = False
@@ -146,7 +164,7 @@ class _Record:
         """See Recomputation.replay."""
         if not self.is_repeated:
             with _disable_modes() if self.is_hidden else nullcontext():
-                found = find() if self._outer is None else self._outer.replay(case, find)
+                found = find() if self.outer is None else self.outer.replay(case, find)
             self._found.append((case, _mapped(found, Tensor, lambda x: _Kept(x.detach(), x._version))))
             return found
         if self._found and self._found[0][0] == case:
@@ -158,7 +176,7 @@ class _Record:
         """What is left of a recomputation is not asked for again."""
         if self.is_repeated:
             self._found.clear()
-        self.is_repeated, self._outer = True, None
+        self.is_repeated, self.outer = True, None
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept."""
@@ -166,6 +184,22 @@ class _Record:
         for _, found in self._found:
             _mapped(found, _Kept, lambda kept: aliases.append(kept.alias))
         yield from aliases
+
+
+def _takes_policy(checkpoint: Callable[..., Any], given: dict[str, Any]) -> bool:
+    """Whether it is torch's, not reentrant, and called without a policy."""
+    function, named = checkpoint, given
+    if isinstance(checkpoint, functools.partial):
+        function, named = checkpoint.func, {**checkpoint.keywords, **given}
+    return function is torch_checkpoint and named.get("use_reentrant") is False and "context_fn" not in named
+
+
+def _keep_attention(_: object, function: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    ours = function is torch.ops.mindspeed_cp.attention.default
+    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEPING_ATTENTION = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
 
 
 def _modes() -> list[object]:

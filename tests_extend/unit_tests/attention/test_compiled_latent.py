@@ -138,3 +138,14 @@ def test_an_expand_without_a_handle_is_refused_in_a_graph_with_the_way_out():
 
     with pytest.raises(Exception, match=r"a Latent whose expand has no handle; give the method of a LatentHeads, or"):
         torch.compile(function, backend="aot_eager", fullgraph=True)(payload)
+
+
+def test_heads_made_within_a_compiled_function_are_refused_with_the_way_out():
+    attention = build_attention(ContextParallelConfig())
+
+    def called(x: Tensor) -> Tensor:
+        return attention.of_latent(x, Latent(x.sum(dim=1), LatentHeads(latent=L, unshared=U).absorbed), scale=0.5)
+
+    x = torch.randn(1, 2, 5, L + R)
+    with pytest.raises(Exception, match=r"a LatentHeads was made within a compiled function.*; make it outside"):
+        torch.compile(called, backend="aot_eager", fullgraph=True)(x)

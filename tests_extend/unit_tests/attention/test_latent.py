@@ -233,7 +233,7 @@ REFUSED = {
         "a rank's q has 8 tokens and its k 6: without a plan it gives those of the same tokens; do so, or give plan=, "
         "with queries and keys of their own.",
     ),
-    "tokens that are mixed": (
+    "fewer tokens than it is given": (
         dict(expand=lambda payload, up: HEADS.expand(payload[:, :1], up)),
         "expand has made (1, 4, 1, 6) and (1, 4, 1, 5) of a payload (1, 2, 8), and expand makes k [B, G, s, D] and v "
         "[B, G, s, V] of a payload [B, s, W], token by token; let it do so.",
@@ -242,6 +242,11 @@ REFUSED = {
         dict(expand=lambda payload: ((payload @ CLOSED_OVER)[:, None, :, : U + R],) * 2, weights=()),
         "expand reads a tensor that requires a gradient and is not among its weights, which would get none; give it in "
         "Latent(weights=...), [G, ...] by K/V heads.",
+    ),
+    "weights that are missing": (
+        dict(weights=()),
+        "'up'; give q as a tensor [B, N, S, D], a payload [B, S, W] of its dtype, and in Latent(weights=...), a tuple, "
+        "what expand takes beside it, [G, ...] each",
     ),
     "a weight of other heads": (
         dict(expand=lambda payload, up: HEADS.expand(payload, up.view(N, U + V, L)), weights=(torch.ones(2, 18, L),)),
@@ -257,6 +262,12 @@ def test_latents_that_cannot_be_attended_to_are_refused(changed, message):
     assert attention.of_latent(q, Latent(**fine)).shape == (1, N, 8, V)
     with pytest.raises(ValueError, match=re.escape(message)):
         attention.of_latent(q, Latent(**{**fine, **changed}))
+
+
+def test_what_is_no_latent_is_refused():
+    payload = torch.zeros(1, 8, L + R)
+    with pytest.raises(ValueError, match=r"latent is a tuple; give Latent\(payload, expand, weights\)"):
+        attention_on_one_rank().of_latent(torch.zeros(1, N, 8, U + R), (payload, HEADS.expand))  # type: ignore[arg-type]
 
 
 def test_half_of_a_latent_is_not_to_be_kept():

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention, Dropout, Recomputation
+from mindspeed_cp.attention import (
+    AttentionTerms,
+    ContextParallelAttention,
+    Dropout,
+    Recomputation,
+    build_attention,
+)
 from mindspeed_cp.attention.recomputation import replay
 from mindspeed_cp.comm import Agreement, Traffic, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.testing.rank_pool import LIMIT_S
 from unit_tests.call_cases import ALGORITHMS
 from unit_tests.pairwise import pairwise
@@ -226,3 +233,10 @@ def test_an_output_that_was_written_to_is_refused():
     out = recomputation.around(CHECKPOINTS["reentrant"])(run, x)
     with pytest.raises(RuntimeError, match="changed in place"):
         out.sum().backward()
+
+
+def test_what_is_no_recomputation_or_no_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="recomputation=True is none; give a Recomputation, or None"):
+        build_attention(ContextParallelConfig(), recomputation=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"None is no checkpoint; give a function as torch\.utils\.checkpoint"):
+        Recomputation().around(None)  # type: ignore[arg-type]
