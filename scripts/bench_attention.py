@@ -234,6 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             with Cluster(network, emulated=emulated, preload=["mindspeed_cp.benchmark.ranks"]) as cluster:
                 for setting, algorithms in _settings(args, cluster, emulated, flops_per_s):
+                    if all(algorithm.kind == "single device" for algorithm in algorithms):
+                        print(f"{_title(setting)}: no algorithm of that name takes so many heads.", flush=True)
+                        continue
                     check = flops_per_s is None and setting.case.num_tokens <= args.check_up_to
                     runs = measure(cluster, setting, algorithms, args.iterations, check)
                     new = list(records(setting, algorithms, runs))
