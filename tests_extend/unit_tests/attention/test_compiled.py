@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mindspeed_cp.attention import AttentionTerms, build_attention
+from mindspeed_cp.attention import AttentionTerms, Recomputation, build_attention, ring
 from mindspeed_cp.attention.operators import num_kept
 from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualWorld
@@ -139,6 +139,26 @@ def test_a_policy_that_names_the_operator_keeps_a_recomputed_layer_from_sending(
         torch.testing.assert_close(with_policy, gradients, rtol=1e-12, atol=1e-12)
     gc.collect()
     assert num_kept() == 0
+
+
+@pytest.mark.parametrize(("around", "computed"), [("what is compiled", 1), ("within it", 2)])
+def test_a_checkpoint_keeps_outputs_around_what_is_compiled_and_not_within_it(monkeypatch, around, computed):
+    passes, forward, recomputation = [], ring._forward, Recomputation()
+    monkeypatch.setattr(ring, "_forward", lambda *args: (passes.append(args), forward(*args))[1])
+    attention = build_attention(ContextParallelConfig(), recomputation=recomputation)
+    kept = partial(recomputation.around(checkpoint), use_reentrant=False)
+
+    def layer(x: Tensor) -> Tensor:
+        return attention(x.sin(), x, x).cos()
+
+    def model(x: Tensor) -> Tensor:
+        out: Tensor = kept(layer, x)
+        return out
+
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    run = partial(kept, compiled(layer)) if around == "what is compiled" else compiled(model)
+    run(torch.randn(1, 2, 4, 8, requires_grad=True)).sum().backward()
+    assert len(passes) == computed and recomputation.nbytes == 0
 
 
 def called(x: Tensor, plan: AttentionPlan | None = None) -> Tensor:

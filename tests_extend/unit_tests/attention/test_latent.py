@@ -233,7 +233,7 @@ REFUSED = {
         "a rank's q has 8 tokens and its k 6: without a plan it gives those of the same tokens; do so, or give plan=, "
         "with queries and keys of their own.",
     ),
-    "tokens that are mixed": (
+    "tokens that are left out": (
         dict(expand=lambda payload, up: HEADS.expand(payload[:, :1], up)),
         "expand has made (1, 4, 1, 6) and (1, 4, 1, 5) of a payload (1, 2, 8), and expand makes k [B, G, s, D] and v "
         "[B, G, s, V] of a payload [B, s, W], token by token; let it do so.",
