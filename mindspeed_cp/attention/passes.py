@@ -42,6 +42,7 @@ def forward_pass(
     kernels: KernelRegistry,
     case: TileCase,
 ) -> RingPass:
+    """The pass in which every tile is computed by the first kernel that takes it. case: of q, k and v."""
     made = program(plan, schedule, rank, Phase.FORWARD, transport=transport, pieces=pieces, kept=kept, ahead=ahead)
     share = case.of_piece(pieces)
     return RingPass(

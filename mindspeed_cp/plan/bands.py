@@ -20,12 +20,13 @@ class Band(NamedTuple):
 
 
 FULL = (Band(None, None),)
-
-
+"""A query sees all of its document."""
 CAUSAL = (Band(None, 0),)
+"""A query sees itself and what came before."""
 
 
 def check_bands(bands: tuple[Band, ...]) -> None:
+    """Raise ValueError for a band in which nothing sees anything, or two about the same keys."""
     for band in bands:
         first, last = band.keys
         if (None not in (band.behind, band.ahead) and band.behind + band.ahead < 0) or (  # type: ignore[operator]
