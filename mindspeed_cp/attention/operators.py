@@ -44,7 +44,7 @@ class Runnable(Protocol):
 
     @property
     def exchanges_heads(self) -> bool:
-        """Whether a run attends with exchanged tensors, and saves none of those that it is given."""
+        """See Attention."""
         ...
 
     def run(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
