@@ -1,4 +1,4 @@
-"""Megatron's attention layers: with context parallelism above 1 they compute what `mindspeed_cp.attention` computes.
+"""Megatron's attention layers: what `mindspeed_cp.attention` computes, where ranks share tokens or flags ask for it.
 
 Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, G K/V heads of it, D head size,
 V head size of the values (D but in latent attention).
@@ -105,7 +105,7 @@ def _wrap_init(
     adjust: Callable[[Any], None] = lambda config: None,
     is_ours_alone: Callable[[Plugin, Any], bool] = lambda plugin, config: False,
 ) -> Callable[..., None]:
-    """The constructor `original`, which makes a context-parallel layer where its configuration asks for one.
+    """The constructor `original`, whose layer computes our attention where ranks share tokens, or it is asked for.
 
     is_ours_alone: whether the attention of one rank is ours too, by its configuration.
     adjust: changes the copy of the configuration that such a layer's original constructor is shown.
@@ -142,9 +142,9 @@ def _wrap_init(
 def _wrap_forward(
     original: Callable[..., Tensor], *, alone: Callable[[Any], LayerAttention] | None = None
 ) -> Callable[..., Tensor]:
-    """The forward pass `original`, which is ours where the layer is context-parallel.
+    """The forward pass `original`, which is ours in a layer that was made so.
 
-    alone: makes what is to compute a packed stream without context parallelism, where the class itself cannot.
+    alone: makes what is to compute a packed stream in another layer, where the class itself cannot.
     """
 
     @functools.wraps(original)

@@ -70,7 +70,7 @@ class DynamicRanks:
         """
         size, group = packed.local_cp_size, packed.cp_group
         if size == 1:
-            return (0,)
+            return (0,)  # Of no group: which rank it is does not matter.
         if group is None or group.size() != size:
             given = "no cp_group" if group is None else f"a cp_group of {group.size()} ranks"
             raise ValueError(f"PackedSeqParams has local_cp_size {size} and {given}; give the group of as many ranks.")

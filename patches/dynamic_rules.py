@@ -153,6 +153,7 @@ def dynamic_blockers(args: argparse.Namespace, defaults: Mapping[str, object] = 
     """
     if not getattr(args, "hybrid_context_parallel", None):
         return []
+    # Above 1 they are refused already, as beside context parallelism in any form.
     blockers = refused_options(args, _ITS_FLAG, defaults) if _size(args, "context_parallel_size") == 1 else []
     blockers += [
         Blocker(flag(options[0]), f"{_spelled(args, options)} with {_ITS_FLAG}: {reason}; {way_out}.")

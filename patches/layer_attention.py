@@ -47,7 +47,7 @@ WINDOWED: dict[str, Window] = {
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """The context-parallel attention of one layer, in Megatron's terms.
+    """Our attention of one layer, in Megatron's terms; on one rank too.
 
     by_plan: takes plans; without one each token sees itself and what came before.
     by_mask: takes the batch's mask; without one all see all. None with --attention-mask-type causal, where the batch's

@@ -37,8 +37,9 @@ def build_attention(
     """Attention over the ranks of a group, as configured.
 
     group: the context-parallel ranks, a mesh of one dimension of them, or the groups already built over them, or a part
-        of these; None is the default group of all ranks. Overlap needs groups beside it, which all ranks of the world
-        have to make together: see ContextParallelGroups.build, also for what a job of NCCL or HCCL alone should build.
+        of these; None is the default group of all ranks, and with one rank no group. Overlap needs groups beside it,
+        which all ranks of the world have to make together: see ContextParallelGroups.build, also for what a job of
+        NCCL or HCCL alone should build.
     layout: which tokens each rank holds, `config.layout` (zigzag) by default.
     kernels: what to choose from for each block; of these the configured ones, where some are named.
     transport: how a ring's K/V travel; by default as configured, else the cheapest for the plan at hand, see

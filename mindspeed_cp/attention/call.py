@@ -15,10 +15,10 @@ from mindspeed_cp.attention.checks import (
     check_mask,
     check_shards,
     in_one_dtype,
-    number,
     refuse_learnt,
     refuse_mask,
     refuse_other_plans,
+    scale_as_number,
 )
 from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, Attention, Source, Told, Wanted
 from mindspeed_cp.attention.latent import Latent
@@ -147,7 +147,7 @@ class ContextParallelAttention(Attention):
                 source = k, v
             self.check(q, k, v, told.plan)
             self._check_mask(q, told.visible, told.plan)
-            factor = number(told.scale, q)
+            factor = scale_as_number(told.scale, q)
             check_terms(told.terms, q, k, told.plan, self.layout.size)
             words = f"{_words(q, k, v, factor, told)}{terms_words(told.terms)}; {self._setup}"
             words += f"; for the {wanted}" * (wanted != OUTPUT)

@@ -114,7 +114,7 @@ def refuse_learnt(scale: float | Tensor | None) -> None:
         )
 
 
-def number(scale: float | Tensor | None, q: Tensor) -> float:
+def scale_as_number(scale: float | Tensor | None, q: Tensor) -> float:
     """The factor on the scores as a number. Raises ValueError for one that is none, or that wants a gradient."""
     if scale is None:
         return default_scale(q.size(-1))

@@ -40,7 +40,7 @@ class Attention(ABC):
     @property
     @abstractmethod
     def exchanges_heads(self) -> bool:
-        """Whether it attends with exchanged tensors, as under Ulysses, and saves none of those that it is given."""
+        """Whether it attends with exchanged tensors, as under Ulysses, and saves none of those given but weights."""
 
     @abstractmethod
     def check(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None = None) -> None:

@@ -30,7 +30,7 @@ from mindspeed_cp.attention.recomputation import Recomputation
 from mindspeed_cp.attention.runs import Run, Runs, storage
 from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.handles import owner_of
+from mindspeed_cp.handles import owner_of, with_handle
 from mindspeed_cp.kernels import Dropout
 from mindspeed_cp.plan import AttentionPlan
 
@@ -45,7 +45,7 @@ class Runnable(Protocol):
 
     @property
     def exchanges_heads(self) -> bool:
-        """Whether a run attends with exchanged tensors, and saves none of those that it is given."""
+        """See Attention."""
         ...
 
     @property
@@ -73,10 +73,14 @@ _POLICIES = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
     """What `attention.run` gives, as an operator. q, and keys and values: of one dtype.
 
-    Raises ValueError for a plan, or an `expand` of a latent, without a handle, and for dropout that a kernel draws as
-    it likes.
+    Raises ValueError within a compiled function for a plan, or an `expand` of a latent, without a handle; and for
+    dropout that a kernel draws as it likes.
     """
     scale, visible, plan, terms = told
+    if not torch.compiler.is_compiling():
+        # No graph outlives the call: what stands for its objects may be drawn here.
+        plan = with_handle(plan) if plan is not None and plan.handle is None else plan
+        source = source.with_handle() if isinstance(source, Latent) else source
     if plan is not None and plan.handle is None:
         raise ValueError(
             "a compiled function was given an AttentionPlan without a handle; give plan=batch.plan of a PackedBatch, "
@@ -85,12 +89,10 @@ def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told:
     terms = AttentionTerms() if terms is None else terms
     if terms.dropout is not None and terms.dropout.by_kernel:
         raise ValueError(
-            "Dropout(by_kernel=True) draws from the device's generator, whose state a graph does not replay; leave out "
-            "by_kernel in a compiled function."
+            "Dropout(by_kernel=True) draws from the device's generator, whose state neither a graph nor a selective "
+            "checkpoint replays; leave out by_kernel there."
         )
     sinks = terms.sinks if isinstance(terms.sinks, Tensor) else None
-    if isinstance(source, Latent) and not torch.compiler.is_compiling():
-        source = source.with_handle()
     expand = source.named() if isinstance(source, Latent) else None
     keys = [source.payload, *source.weights] if isinstance(source, Latent) else list(source)
     of_gradients = q, *keys, sinks, terms.alibi_slopes, terms.bias

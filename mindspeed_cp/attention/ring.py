@@ -255,9 +255,9 @@ def _forward(ring_call: _RingCall, expansion: Expansion | None, q: Tensor, k: Te
     told, largest = TermsOfTiles(plan, ring.rank, terms, case.terms, q), LargestScores(terms, q)
     key_values, of_queries = KeyValues(player, k, v), Views(q)
 
-    def compute(step: Step, made: Sequence[Call]) -> None:
+    def compute(step: Step, calls: Sequence[Call]) -> None:
         block = _at_hand(key_values, expansion, step)
-        for call in made:
+        for call in calls:
             compute_call(step, call, block)
 
     def compute_call(step: Step, call: Call, block: Block) -> None:
@@ -306,9 +306,9 @@ def _backward(
     told = TermsOfTiles(plan, ring.rank, terms, case.terms, q, parameters)
     of_queries = Views(dout, q, output.out, output.lse)
 
-    def compute(step: Step, made: Sequence[Call]) -> list[Partial]:
+    def compute(step: Step, calls: Sequence[Call]) -> list[Partial]:
         block = _at_hand(key_values, expansion, step)
-        found = [compute_call(step, call, block) for call in made]
+        found = [compute_call(step, call, block) for call in calls]
         return found if expansion is None else expansion.of_payload(block, found)
 
     def compute_call(step: Step, call: Call, block: Block) -> Partial:

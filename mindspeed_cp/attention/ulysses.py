@@ -57,7 +57,7 @@ class UlyssesAttention(GridAttention):
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError unless each rank of the group gets a head."""
-        heads = HeadLayout(q.size(1), k.size(1), self.communicator.size)
+        heads = dealt_heads(q.size(1), k.size(1), self.communicator.size)
         for given in set(heads.keys.given):
             self.ring.check_heads(len(given))
 
@@ -97,11 +97,11 @@ class UlyssesAttention(GridAttention):
         """
         communicator, grouped = self.communicator, plan.of_groups(self.groups)
         k, v = source.stand_ins if isinstance(source, Latent) else source
-        heads = head_layout(q.size(1), k.size(1), communicator.size)
+        heads = dealt_heads(q.size(1), k.size(1), communicator.size)
         keys: tuple[Tensor, ...] = (k, v)
         dealt: tuple[Dealt, ...] = (heads.keys, heads.keys)
         if isinstance(source, Latent):
-            keys, dealt = (source.payload.unsqueeze(1),), (head_layout(q.size(1), 1, communicator.size).keys,)
+            keys, dealt = (source.payload.unsqueeze(1),), (dealt_heads(q.size(1), 1, communicator.size).keys,)
         order = self._order("queries", grouped.queries, grouped)
         terms = self._terms_of_group(terms, order, heads.queries)
         if grouped.keys is grouped.queries:
@@ -135,7 +135,7 @@ class UlyssesAttention(GridAttention):
         """The bias of all queries in the group, for this rank's heads: [.., S, T]. Heads alike are sent once a rank."""
         if bias.size(1) == 1:
             size = self.communicator.size
-            bias, heads = bias.expand(-1, size, -1, -1), head_layout(size, size, size).queries
+            bias, heads = bias.expand(-1, size, -1, -1), dealt_heads(size, size, size).queries
         rows: tuple[Tensor] = _ScatterHeads.apply(self._exchange(order, heads), bias)
         return rows[0]
 
@@ -171,8 +171,8 @@ class _Heads(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def head_layout(num_heads: int, num_kv_heads: int, degree: int) -> _Heads:
-    """Made once for all layers and batches."""
+def dealt_heads(num_heads: int, num_kv_heads: int, degree: int) -> _Heads:
+    """What a HeadLayout says, made once for all layers and batches."""
     layout = HeadLayout(num_heads, num_kv_heads, degree)
     return _Heads(layout.queries, layout.keys)
 

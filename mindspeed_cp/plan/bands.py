@@ -20,9 +20,9 @@ class Band(NamedTuple):
 
 
 FULL = (Band(None, None),)
-
-
+"""A query sees all of its document."""
 CAUSAL = (Band(None, 0),)
+"""A query sees itself and what came before."""
 
 
 def check_bands(bands: tuple[Band, ...]) -> None:

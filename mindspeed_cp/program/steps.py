@@ -1,4 +1,4 @@
-"""What travels when: the steps of one rank, with the messages that it sends and receives at each. No torch.
+"""What a program is: the steps of one rank, and what follows from them (bytes, what is held and when). No torch.
 
 Note [Program]
     A step has an owner: the ring rank whose keys and values are worked on. What happens at a step, in this order:
@@ -11,9 +11,10 @@ Note [Program]
 
     Without overlap, messages with K/V come last instead of first, and each is waited for at once.
 
-    Messages of one axis and number are posted, and waited for, as one exchange. Those of K/V are waited for when their
-    block is worked on, or when another exchange of their axis is posted at a step of their number or a later one.
-    Gradients are waited for, and added, in the order in which they were posted: at once where `Program.room` is 0.
+    Messages of one axis, number and piece are posted, and waited for, as one exchange. Those of K/V are waited for when
+    their block is worked on, or when another exchange of their axis is posted at a step of their number or a later one.
+    Gradients are waited for, and added, in the order in which they were posted: before the next ones leave where there
+    is no room for these as well, which with a `Program.room` of 0 is always.
 
     A step works on what has arrived, or is this rank's own. Kept gradients and those that come in are added to one sum
     for each owner, in the order of the steps; a step without tiles that gives, gives that sum. What is left in the end

@@ -18,7 +18,8 @@ from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualWorld
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.handles import owner_of, with_handle
-from mindspeed_cp.plan import AttentionPlan
+from mindspeed_cp.plan import AttentionPlan, Band
+from mindspeed_cp.sharding import SequenceLayout
 from mindspeed_cp.testing.rank_pool import LIMIT_S
 from mindspeed_cp.topology import CPTopology
 from unit_tests.attention.test_recomputation import Rank
@@ -139,6 +140,18 @@ def test_a_policy_that_names_the_operator_keeps_a_recomputed_layer_from_sending(
         torch.testing.assert_close(with_policy, gradients, rtol=1e-12, atol=1e-12)
     gc.collect()
     assert num_kept() == 0
+
+
+def test_a_policy_takes_a_plan_that_no_compiled_function_was_told_of():
+    x = torch.randn(1, 2, 6, 8, dtype=torch.float64, requires_grad=True)
+    shards, attention = SequenceLayout(size=1).of(6), build_attention(ContextParallelConfig())
+    contexts = partial(create_selective_checkpoint_contexts, save_attention)
+    found = []
+    for around in (partial(checkpoint, use_reentrant=False, context_fn=contexts), lambda block, x: block(x)):
+        plan = AttentionPlan(shards, shards, (Band(2, 0),))
+        out = around(lambda x, plan=plan: attention(x.sin(), x, x, plan=plan).cos(), x)
+        found.append(torch.autograd.grad(out.sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def called(x: Tensor, plan: AttentionPlan | None = None) -> Tensor:

@@ -185,4 +185,4 @@ def test_ranks_that_keep_different_things_are_told_apart():
         )
         return build_attention(config)._setup
 
-    assert setup("full") != setup("half") != setup(None)
+    assert len({setup("full"), setup("half"), setup(None)}) == 3
