@@ -14,7 +14,7 @@ from mindspeed_cp.documents import (
     BandsOf,
     MaskType,
     Numbers,
-    Window,
+    WindowSize,
     bands_of_documents,
     lengths_of,
     ranks_of,
@@ -63,7 +63,7 @@ class PackedBatch:
         *,
         cu_seqlens_padded: Numbers | Sequence[Numbers] | None = None,
         mask_type: MaskType | Sequence[MaskType | None] | None = None,
-        window_size: Window | Sequence[Window | None] | None = None,
+        window_size: WindowSize | Sequence[WindowSize | None] | None = None,
         prefix_lengths: int | Sequence[int] | None = None,
         layout: LayoutName = "balanced",
         prefer: Preference | None = None,
@@ -93,7 +93,7 @@ class PackedBatch:
         self,
         *,
         mask_type: MaskType | Sequence[MaskType | None] | None = None,
-        window_size: Window | Sequence[Window | None] | None = None,
+        window_size: WindowSize | Sequence[WindowSize | None] | None = None,
         prefix_lengths: int | Sequence[int] | None = None,
     ) -> "PackedBatch":
         """The same tokens on the same ranks under another mask, for layers that have windows of their own."""

@@ -16,7 +16,7 @@ from mindspeed_cp.messages import or_list
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 
 MaskType = Literal["causal", "full", "prefix"]
-Window = tuple[int, int]
+WindowSize = tuple[int, int]
 BandsOf = tuple[tuple[int, tuple[Band, ...]], ...]
 Samples = tuple[tuple[int, ...], ...]
 
@@ -185,7 +185,7 @@ def bands_of_documents(
     samples: Samples,
     padded: bool,
     mask_type: MaskType | Sequence[MaskType | None] | None,
-    window_size: Window | Sequence[Window | None] | None,
+    window_size: WindowSize | Sequence[WindowSize | None] | None,
     prefix_lengths: int | Sequence[int | None] | None,
 ) -> tuple[tuple[Band, ...], BandsOf]:
     """What most documents see, and what the others do, by their number; padding sees nothing."""
@@ -211,7 +211,7 @@ def bands_of_documents(
 
 
 def _bands_of(
-    number: int, length: int, mask: MaskType | None, window: Window | None, prefix: int | None
+    number: int, length: int, mask: MaskType | None, window: WindowSize | None, prefix: int | None
 ) -> tuple[Band, ...]:
     """What a query of one document sees."""
     if window is not None:

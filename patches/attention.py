@@ -18,7 +18,7 @@ from mindspeed_cp.attention import build_attention
 from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallelConfig
-from mindspeed_cp.documents import Window
+from mindspeed_cp.documents import WindowSize
 from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.blockers import raise_for
 from mindspeed_cp.patches.dropout import LayerDropout, drawing_number
@@ -319,7 +319,7 @@ def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
     )
 
 
-def _window(layer_config: Any, named: Mapping[str, Any]) -> Window:
+def _window(layer_config: Any, named: Mapping[str, Any]) -> WindowSize:
     """What a query of a causal layer sees: all that came before it, or --window-size.
 
     named: holds the layer's number, which --window-attn-skip-freq goes by.

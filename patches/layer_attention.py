@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention import AttentionTerms, ContextParallelAttention
 from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, Told
-from mindspeed_cp.documents import Window
+from mindspeed_cp.documents import WindowSize
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.latent_travel import UpProjection
@@ -32,11 +32,11 @@ from mindspeed_cp.sharding import SequenceLayout
 ON_ONE_RANK = ("--attention-on-one-rank", "--use-alibi", "--qk-clip", "--log-max-attention-logit", "packed streams")
 """With which this plugin computes attention without context parallelism too."""
 
-WITHOUT_MASK: dict[str, Window] = {"causal": CAUSAL_WINDOW, "no_mask": FULL_WINDOW, "padding": FULL_WINDOW}
+WITHOUT_MASK: dict[str, WindowSize] = {"causal": CAUSAL_WINDOW, "no_mask": FULL_WINDOW, "padding": FULL_WINDOW}
 """What a layer's mask type, by Megatron's name, means where no mask comes: what the local spec's own attention computes
 at CP = 1. The others (arbitrary, padding_causal, causal_bottom_right) say nothing without one there."""
 
-WINDOWED: dict[str, Window] = {
+WINDOWED: dict[str, WindowSize] = {
     "causal": CAUSAL_WINDOW,
     "padding_causal": CAUSAL_WINDOW,
     "no_mask": FULL_WINDOW,
@@ -70,7 +70,7 @@ class LayerAttention:
     mask_type: str
     scale: float
     size: int
-    window: Window = CAUSAL_WINDOW
+    window: WindowSize = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
     cuts_streams_alone: Callable[[], bool] = lambda: False
@@ -202,17 +202,17 @@ class LayerAttention:
         """Raise ValueError on all ranks; see ContextParallelAttention.refuse."""
         self.by_plan.refuse(reason, query)
 
-    def _plan_of_shards(self, window: Window) -> AttentionPlan | None:
+    def _plan_of_shards(self, window: WindowSize) -> AttentionPlan | None:
         """Of samples without documents, where the ranks have unequal shards of them."""
         return None if self.length is None else plan_of_length(self.length, self.size, window)
 
-    def _plan_of_window(self, query: Tensor, window: Window) -> AttentionPlan:
+    def _plan_of_window(self, query: Tensor, window: WindowSize) -> AttentionPlan:
         return self._plan_of_shards(window) or _plan_of_window(query.size(0), self.size, window)
 
-    def _plan_of_stream(self, query: Tensor, packed: Any, window: Window) -> AttentionPlan:
+    def _plan_of_stream(self, query: Tensor, packed: Any, window: WindowSize) -> AttentionPlan:
         return self.packing.plan(packed, query.size(0), self.rank, self.size, window)
 
-    def _planned(self, query: Tensor, mask_type: str, plan: Callable[[Window], AttentionPlan]) -> "_Seen":
+    def _planned(self, query: Tensor, mask_type: str, plan: Callable[[WindowSize], AttentionPlan]) -> "_Seen":
         """By a plan under this layer's window. Raises ValueError on all ranks where it cannot be made."""
         if mask_type not in WINDOWED:
             self.refuse(
@@ -267,7 +267,7 @@ def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_of_window(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+def _plan_of_window(num_tokens: int, num_ranks: int, window: WindowSize) -> AttentionPlan:
     """Who sees whom in samples without documents. num_tokens: of a sample on each rank."""
     shards = SequenceLayout(size=num_ranks).of(num_tokens)
     behind, ahead = (None if each == -1 else each for each in window)

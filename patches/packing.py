@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mindspeed_cp.batch import LayoutName, PackedBatch
-from mindspeed_cp.documents import Window
+from mindspeed_cp.documents import WindowSize
 from mindspeed_cp.layouts import StreamLayout
 from mindspeed_cp.plan import FULL, AttentionPlan, Band
 from mindspeed_cp.sharding import places, positions, shard
@@ -28,8 +28,8 @@ from mindspeed_cp.sharding import places, positions, shard
 Ends = tuple[int, ...]
 """Where documents begin and end: 0, and the end of each."""
 
-FULL_WINDOW: Window = (-1, -1)
-CAUSAL_WINDOW: Window = (-1, 0)
+FULL_WINDOW: WindowSize = (-1, -1)
+CAUSAL_WINDOW: WindowSize = (-1, 0)
 
 SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 """What of Megatron's batches lies along the sequence, [B, S]; a mask does too, twice."""
@@ -98,7 +98,7 @@ class Packing:
                 )
             batch[name] = shard(tensor, layout, rank, 1)
 
-    def plan(self, packed: Any, num_tokens: int, rank: int, num_ranks: int, window: Window) -> AttentionPlan:
+    def plan(self, packed: Any, num_tokens: int, rank: int, num_ranks: int, window: WindowSize) -> AttentionPlan:
         """Who sees whom in a stream. packed: Megatron's PackedSeqParams. num_tokens: of this rank.
 
         Raises ValueError for what is no packed stream of self-attention.
@@ -161,7 +161,7 @@ def is_documents(mask: Tensor) -> bool:
     return mask.dtype == torch.int32 and mask.dim() == 2
 
 
-def plan_of_documents(documents: Tensor, num_ranks: int, window: Window) -> AttentionPlan:
+def plan_of_documents(documents: Tensor, num_ranks: int, window: WindowSize) -> AttentionPlan:
     """Who sees whom in samples that are cut as a zigzag over each. documents: see above."""
     return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)
 
@@ -180,7 +180,7 @@ def layout_of_length(num_tokens: int, num_ranks: int) -> StreamLayout:
     return _samples(((0, num_tokens),), num_ranks).layout
 
 
-def plan_of_length(num_tokens: int, num_ranks: int, window: Window) -> AttentionPlan:
+def plan_of_length(num_tokens: int, num_ranks: int, window: WindowSize) -> AttentionPlan:
     """Who sees whom in samples of any length without documents."""
     return _plan(_samples(((0, num_tokens),), num_ranks), window)
 
@@ -203,12 +203,12 @@ def _positions(layout: StreamLayout, rank: int, device: torch.device, over_strea
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(batch: PackedBatch, window: Window) -> AttentionPlan:
+def _plan(batch: PackedBatch, window: WindowSize) -> AttentionPlan:
     return batch.with_mask(window_size=window).plan
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_of_padded(batch: PackedBatch, window: Window, cu_seqlens: Ends, padded: Ends) -> AttentionPlan:
+def _plan_of_padded(batch: PackedBatch, window: WindowSize, cu_seqlens: Ends, padded: Ends) -> AttentionPlan:
     """Under a mask that looks ahead: what pads a document is not seen."""
     band = batch.with_mask(window_size=window).bands[0]
     both = zip(pairwise(cu_seqlens), pairwise(padded), strict=True)

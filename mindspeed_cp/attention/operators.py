@@ -2,13 +2,13 @@
 
 Note [Operators]
     A call is one operator, and its backward pass another, whatever the algorithm. Each runs what an eager call runs, so
-    there is nothing to agree on between the two. The forward one keeps the autograd graph of that run, and gives a
-    token, a [] int64 tensor, for it; the backward one finds the graph by the token (runs.py). The graph lives as long
-    as the storage of the token, whoever holds that: autograd, a policy's cache, or nobody once the compiled function
-    returns.
+    there is nothing to agree on between the two. The forward one keeps the autograd graph of that call, and gives a
+    token, a [] int64 tensor, for it; the backward one finds the graph by the token (recorded.py). The graph lives as
+    long as the storage of the token, whoever holds that: autograd, a policy's cache, or nobody once the compiled
+    function returns.
 
-    What a run saves of the operator's inputs and outputs is saved as the operator's own. Under Ulysses it saves none of
-    them but the weights that make keys and values: three nodes of autograd, the middle one of exchanged tensors.
+    What a call saves of the operator's inputs and outputs is saved as the operator's own. Under Ulysses it saves none
+    of them but the weights that make keys and values: three nodes of autograd, the middle one of exchanged tensors.
 
 Shapes: B batch, N query heads, G key/value heads, S query tokens, T keys, D key head size, V value head size, W numbers
 in a token's payload.
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from mindspeed_cp.attention.derivatives import refuse_second_derivatives
+from mindspeed_cp.attention.derivatives import ONCE
 from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, Source, Told, Wanted
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation
-from mindspeed_cp.attention.runs import Run, Runs, storage
+from mindspeed_cp.attention.recorded import RecordedCall, RecordedCalls, storage
 from mindspeed_cp.attention.terms import AttentionTerms
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.handles import owner_of, with_handle
@@ -204,9 +204,9 @@ class _Given(NamedTuple):
 def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and largest scores, the latter two empty where they are not wanted, and the token."""
     given = _Given(*inputs)
-    runnable, run = cast("Runnable", owner_of(given.attention)), Run()
-    with run.recorded(wanted=any(given.gradients)):
-        q_, *keys_, sinks_, slopes_, bias_ = run.begin(given.of_gradients, given.gradients)
+    runnable, call = cast("Runnable", owner_of(given.attention)), RecordedCall()
+    with call.recorded(wanted=any(given.gradients)):
+        q_, *keys_, sinks_, slopes_, bias_ = call.begin(given.of_gradients, given.gradients)
         assert q_ is not None
         found = runnable.run(
             cast("Wanted", given.wanted),
@@ -219,7 +219,7 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 given.terms(sinks_, slopes_, bias_),
             ),
         )
-        run.end(found if given.wanted == WITH_LSE else found[:1])
+        call.end(found if given.wanted == WITH_LSE else found[:1])
     out, *more = (x.detach() for x in found)
     nothing = given.q.new_empty(0, dtype=accumulation_dtype(given.q.dtype))
     lse = more[0] if given.wanted == WITH_LSE else nothing
@@ -233,8 +233,8 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _laid_out(lse, _strides(lse.shape, range(lse.dim())), taken),
         _laid_out(largest, largest.stride(), taken),
     )
-    run.saved.leave_to_graph(given.saved(out, lse), (*read, *results))
-    return *results, _RUNS.token(run)
+    call.saved.leave_to_graph(given.saved(out, lse), (*read, *results))
+    return *results, _RECORDED.token(call)
 
 
 # What the operator takes is read off the signature, which is the table above.
@@ -279,7 +279,7 @@ def _keep_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    refuse_second_derivatives()
+    ONCE.refuse_second()
     token, *of_graph = ctx.saved_tensors
     dlse_ = dlse if ctx.wants_lse else None
     asked = ctx.dims, ctx.sizes, ctx.strides, ctx.dtypes
@@ -308,7 +308,7 @@ def backward(
     """
     # As autograd does with a graph that it holds: what is saved goes as soon as it is used, if it may.
     keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    found = _RUNS.run(token).gradients([dout] if dlse is None else [dout, dlse], of_graph, keep_graph=keep_graph)
+    found = _RECORDED.call(token).gradients([dout] if dlse is None else [dout, dlse], of_graph, keep_graph=keep_graph)
     taken = {storage(x) for x in (dout, *of_graph)}
     return [
         empty.zero_() if gradient is None else _laid_out(gradient, empty.stride(), taken)
@@ -333,14 +333,14 @@ def _(
     return list(_empty(dout, dims, sizes, strides, dtypes))
 
 
-attention_backward.register_autograd(lambda ctx, *grads: refuse_second_derivatives())
+attention_backward.register_autograd(lambda ctx, *grads: ONCE.refuse_second())
 
-_RUNS = Runs()
+_RECORDED = RecordedCalls()
 
 
 def num_kept() -> int:
     """How many forward passes are kept for a backward one now."""
-    return len(_RUNS)
+    return len(_RECORDED)
 
 
 _TOKENS_FIRST = 2, 0, 1, 3

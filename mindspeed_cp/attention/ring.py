@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.blocks import Block
-from mindspeed_cp.attention.derivatives import never_twice
+from mindspeed_cp.attention.derivatives import ONCE
 from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
 from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, GridAttention, Source, Wanted
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
@@ -225,7 +225,7 @@ class _Ring(torch.autograd.Function):
         return out, lse, largest
 
     @staticmethod
-    @never_twice
+    @ONCE.only
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
+from mindspeed_cp.derivatives import Once
 from mindspeed_cp.tensor_parallel.collectives import Along, raw_gather, raw_reduce, raw_scatter_sum
 from mindspeed_cp.tensor_parallel.grid import Axes
 from mindspeed_cp.tensor_parallel.kinds import LinearLayouts, Role
@@ -87,6 +87,9 @@ def multiply(x: Tensor, weights: Sequence[Tensor], product: Product) -> Tensor:
     return y
 
 
+_ONCE = Once("a tensor-parallel product", "torch.nn.functional.linear on one rank")
+
+
 class _Multiply(torch.autograd.Function):
     """Several weights travel and are multiplied as one, and are kept as they are where that one is not sent."""
 
@@ -99,7 +102,7 @@ class _Multiply(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_ONCE.only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         joined = weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
+from mindspeed_cp.derivatives import Once
 from mindspeed_cp.tensor_parallel.collectives import (
     Along,
     check_even,
@@ -150,6 +150,9 @@ def cross_entropy(logits: Sharded, labels: Tensor, mesh: TensorMesh) -> Tensor:
     return reduce(losses.sum(), mesh, logits.layout.rows) / count.to(losses.dtype)
 
 
+_ONCE = Once("a loss over a vocabulary in parts", "torch.nn.functional.cross_entropy on one rank")
+
+
 class _TokenLosses(torch.autograd.Function):
     """Loss of each token, 0 for those without one; forward it is the same along the axes of the vocabulary."""
 
@@ -173,7 +176,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @_ONCE.only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         exponentials, total, place, elsewhere, ignored = ctx.saved_tensors
         dx = exponentials / total.unsqueeze(-1)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     {"topology", "schedule", "rounds", "plan", "balance", "heads", "messages"},
     {"layouts", "program"},
-    {"sharding", "documents", "handles"},
+    {"sharding", "documents", "handles", "derivatives"},
     {"config", "patching", "device", "batch"},
     {"kernels", "comm", "choice", "planner"},
     {"attention", "tensor_parallel", "relayout"},

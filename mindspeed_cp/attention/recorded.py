@@ -1,9 +1,9 @@
-"""What a run of the forward operator keeps for the backward one: a graph of autograd, found by a token.
+"""What a call of the forward operator keeps for the backward one: a graph of autograd, found by a token.
 
-How many tensors a run keeps, and of which sizes, depends on the plan: tokens of a Ulysses group, kept K/V, states of
+How many tensors a call keeps, and of which sizes, depends on the plan: tokens of a Ulysses group, kept K/V, states of
 kernels. A plan is data to a graph of torch.compile (Note [Handles] in handles.py), so these can be no outputs of an
-operator: they stay with the run. But its inputs and outputs are the compiler's, which may write something else where
-they were, and may count on seeing all that is saved of them. So what a run has saved of them it leaves to the
+operator: they stay with the call. But its inputs and outputs are the compiler's, which may write something else where
+they were, and may count on seeing all that is saved of them. So what a call has saved of them it leaves to the
 compiler's graph, and remembers where it lies there.
 """
 
@@ -22,8 +22,8 @@ Find = Callable[[Sequence[Tensor]], Tensor]
 """What was saved, from all that the compiler's graph has saved."""
 
 
-class Run:
-    """The graph of one run. saved: by its nodes; it knows nothing of the graph, so that this is no circle."""
+class RecordedCall:
+    """The graph of one call. saved: by its nodes; it knows nothing of the graph, so that this is no circle."""
 
     def __init__(self) -> None:
         self.saved = Saved()
@@ -82,7 +82,7 @@ class _Place:
 
 
 class Saved:
-    """What a run has saved: by itself, or left to the compiler's graph."""
+    """What a call has saved: by itself, or left to the compiler's graph."""
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
@@ -140,27 +140,27 @@ def _dims(x: Tensor) -> list[tuple[int, int]]:
     return [each for each in zip(x.shape, x.stride(), strict=True) if each[0] != 1]
 
 
-class Runs:
-    """Runs by the numbers in tokens; each as long as the storage of its token."""
+class RecordedCalls:
+    """RecordedCalls by the numbers in tokens; each as long as the storage of its token."""
 
     def __init__(self) -> None:
-        self._runs: dict[int, Run] = {}
+        self._calls: dict[int, RecordedCall] = {}
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._calls)
 
-    def token(self, run: Run) -> Tensor:
-        """One that stands for a run: [] int64 on the CPU."""
+    def token(self, call: RecordedCall) -> Tensor:
+        """One that stands for a call: [] int64 on the CPU."""
         number, token = numbered()
-        self._runs[number] = run
+        self._calls[number] = call
         # Not by the tensor: autograd and policies hold others, which share its memory.
-        weakref.finalize(token.untyped_storage(), self._runs.pop, number).atexit = False
+        weakref.finalize(token.untyped_storage(), self._calls.pop, number).atexit = False
         return token
 
-    def run(self, token: Tensor) -> Run:
+    def call(self, token: Tensor) -> RecordedCall:
         """The one that a token stands for. Raises RuntimeError where that is gone."""
         try:
-            return self._runs[int(token)]
+            return self._calls[int(token)]
         except KeyError:
             raise RuntimeError(
                 "what attention has kept for its backward pass went with the token that stands for it, of which this "
