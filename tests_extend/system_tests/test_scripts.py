@@ -19,7 +19,8 @@ FEATURE_TESTS = Path("tests_extend/system_tests/feature_tests")
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment = {**clean, "PYTHON": sys.executable, **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    # Two trainings and what starts them; beside other tests on a slow machine each has taken minutes.
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=4 * LIMIT_S)
 
 
 @pytest.fixture
