@@ -9,7 +9,7 @@ from mindspeed_cp.comm.communicator import (
     Sizes,
     Transfer,
 )
-from mindspeed_cp.comm.groups import Axes, ContextParallelGroups, RingCommunicators
+from mindspeed_cp.comm.groups import Axes, ContextParallelGroups, RingCommunicators, groups_of_world
 from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
@@ -28,4 +28,5 @@ __all__ = [
     "Transfer",
     "VirtualCommunicator",
     "VirtualWorld",
+    "groups_of_world",
 ]

@@ -250,3 +250,18 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
         if isinstance(timeout, timedelta):
             return timeout
     return None
+
+
+def groups_of_world(members: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The groups that all ranks of the world are in, each once and in order. members: of each rank's group.
+
+    Raises ValueError where they do not part the world in equal parts.
+    """
+    groups = sorted({tuple(each) for each in members})
+    covered = sorted(rank for each in groups for rank in each)
+    if covered != list(range(len(members))) or len({len(each) for each in groups}) > 1:
+        raise ValueError(
+            f"the groups {groups} do not part the {len(members)} ranks of the world in equal parts; give each rank the "
+            f"one group of that size that it is in."
+        )
+    return groups

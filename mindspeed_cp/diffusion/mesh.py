@@ -26,6 +26,7 @@ from mindspeed_cp.comm import (
     Traffic,
     VirtualCommunicator,
     VirtualWorld,
+    groups_of_world,
 )
 
 Axis = Literal["cfg", "ring", "ulysses", "tp"]
@@ -205,14 +206,7 @@ def _all_groups(shape: MeshShape, members: list[int]) -> list[tuple[int, ...]]:
                 f"rank 0 asks for a mesh {first} in the order {first.order}, and rank {rank} for {theirs} in the order "
                 f"{theirs.order}; give all ranks the same."
             )
-    groups = sorted({ranks for _, ranks in everyone})
-    covered = sorted(rank for ranks in groups for rank in ranks)
-    if covered != list(range(len(everyone))) or len({len(ranks) for ranks in groups}) > 1:
-        raise ValueError(
-            f"the groups {groups} do not part the {len(everyone)} ranks of the world in equal parts; give each rank "
-            f"the one group of that size that it is in."
-        )
-    return groups
+    return groups_of_world([ranks for _, ranks in everyone])
 
 
 def _device_type(group: dist.ProcessGroup) -> str:

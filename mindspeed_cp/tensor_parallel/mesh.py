@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mindspeed_cp.comm import Communicator, ProcessGroupCommunicator, Traffic, VirtualCommunicator, VirtualWorld
+from mindspeed_cp.comm import (
+    Communicator,
+    ProcessGroupCommunicator,
+    Traffic,
+    VirtualCommunicator,
+    VirtualWorld,
+    groups_of_world,
+)
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.tensor_parallel.grid import Axes, Grid
 from mindspeed_cp.tensor_parallel.kinds import KINDS, Kind, KindName, choose_grid
@@ -158,11 +165,4 @@ def _groups_of_all(members: list[int]) -> list[tuple[int, ...]]:
     # Asked before anything is refused, which would leave other ranks waiting where it is one rank's alone.
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, members)
-    groups = sorted({tuple(each) for each in everyone})
-    covered = sorted(rank for each in groups for rank in each)
-    if covered != list(range(len(everyone))) or len({len(each) for each in groups}) > 1:
-        raise ValueError(
-            f"the groups {groups} do not part the {len(everyone)} ranks of the world in equal parts; give each "
-            f"rank the one group of that size that it is in."
-        )
-    return groups
+    return groups_of_world(everyone)

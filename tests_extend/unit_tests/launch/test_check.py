@@ -1,6 +1,5 @@
 """What `python -m mindspeed_cp check` says of scripts and flags, and its exit status."""
 
-import argparse
 import logging
 import os
 import sys
@@ -11,9 +10,7 @@ import pytest
 
 from mindspeed_cp import __main__ as program
 from mindspeed_cp.launch.check import CheckError, check
-from mindspeed_cp.patches.arguments import argument_patches
-from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import PatchRegistry
+from unit_tests.launch.refusal_cases import MODEL
 
 SCRIPT = """
     export CUDA_DEVICE_MAX_CONNECTIONS=1
@@ -24,19 +21,7 @@ SCRIPT = """
         --tensor-model-parallel-size $TP --context-parallel-size 2
     )
 """
-ACCEPTED = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 "
-    "--micro-batch-size 1 --attention-dropout 0 --hidden-dropout 0 --distributed-backend gloo"
-)
 RUN = 'torchrun --nproc-per-node 4 pretrain_gpt.py "${ARGS[@]}"'
-
-
-@pytest.fixture(scope="module")
-def parser():
-    """Megatron's parser with the plugin's flags."""
-    megatron_arguments = pytest.importorskip("megatron.training.arguments")
-    with PatchRegistry(argument_patches(Plugin(), print)).applied():
-        return megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 @pytest.fixture
@@ -245,7 +230,7 @@ def test_nothing_but_the_report_is_said(monkeypatch, parser, caplog, recwarn):
         return parser
 
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(sys, "argv", ["mindspeed_cp", "check", *ACCEPTED.split()])
+    monkeypatch.setattr(sys, "argv", ["mindspeed_cp", "check", *MODEL.split()])
     monkeypatch.setattr(program, "_megatron_parser", noisy_parser)
     with pytest.raises(SystemExit) as end:
         program.main()
