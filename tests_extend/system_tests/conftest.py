@@ -43,6 +43,10 @@ class TrainingPool:
         function = training_cases.log_of_training
         return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags, sabotage)[-1]
 
+    def num_threads(self, ranks: int) -> list[int]:
+        """How many threads each rank has."""
+        return self._pool.call(range(ranks), LIMIT_S, training_cases.num_threads)
+
     def train_counted(self, ranks: int, flags: Sequence[str]) -> list[recomputation_cases.Counted]:
         """What recomputation_cases.train_counted gives on each rank."""
         function = recomputation_cases.train_counted

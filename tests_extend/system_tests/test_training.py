@@ -241,6 +241,15 @@ def test_the_log_says_how_many_tokens_pad_the_packed_streams(training):
 
 
 @pytest.mark.slow
+def test_a_run_leaves_no_group_behind(training):
+    flags = [*MODEL_FLAGS, *f"--use-distributed-optimizer --context-parallel-size 2 {RING}".split()]
+    training.log(2, flags)
+    before = training.num_threads(2)
+    training.log(2, flags)
+    assert training.num_threads(2) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("beside", "algorithm"), [("", hybrid(2)), (f"{ALIBI} {BAND}", ALL_GATHER)])
 def test_losses_in_bf16_equal_those_of_cp_1(training, beside, algorithm):
     reference = training.losses(1, f"{beside} --bf16")

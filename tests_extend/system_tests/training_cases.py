@@ -116,6 +116,11 @@ def log_of_training(world_size: int, port: int, flags: Sequence[str], sabotage: 
     return output.getvalue()
 
 
+def num_threads() -> int:
+    """How many threads this process has; each group has three of gloo's."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def run_program(world_size: int, port: int, source: str) -> str:
     """Run a program, given as its text, as one rank of `world_size`; what it prints."""
     output = io.StringIO()
@@ -301,5 +306,22 @@ def forget_run() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # The model holds its groups in cycles, and each has threads of gloo's that wake a hundred times a second.
+    _let_go_of_groups()
+
+
+def _let_go_of_groups() -> None:
+    """Free the groups of a run: threads of gloo's wake a hundred times a second for each that is held.
+
+    Two of Megatron's keep them for good. What an embedding has computed is cached with the embedding. And a gradient's
+    accumulator has a hook that holds the data-parallel wrapper, which holds the accumulator; the collector does not
+    see all of that circle.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
+
+    rotary_pos_embedding.RotaryEmbedding.forward.cache_clear()
+    yarn_rotary_pos_embedding.YarnRotaryEmbedding.forward.cache_clear()
+    for held in gc.get_objects():
+        if isinstance(held, DistributedDataParallel):
+            vars(held).clear()
     gc.collect()
