@@ -34,7 +34,8 @@ class Patch:
     """One change to one attribute.
 
     target: "package.module:attribute" or "package.module:Class.attribute".
-    kind: "replace" puts `function` in the target's place; "wrap" puts `function(original)` there.
+    kind: "replace" puts `function` in the target's place. "around" answers each call of the target by `function(call)`,
+        see PatchedCall. "wrap" puts `function(original)` there, for what has to be made once of the original.
     why: what would not work without it.
     remove_when: what has to happen elsewhere before it is removed.
     parameters: names that the live target must have among its parameters, or the patch refuses.
@@ -47,7 +48,7 @@ class Patch:
     """
 
     target: str
-    kind: Literal["replace", "wrap"]
+    kind: Literal["replace", "around", "wrap"]
     function: Callable[..., Any]
     why: str
     remove_when: str
@@ -81,6 +82,12 @@ class Patch:
             if not SpecifierSet(self.versions).contains(version, prereleases=True):
                 return f"not needed with {self.package} {version}"
         return None
+
+    def in_place_of(self, original: Any) -> Any:
+        """What takes the place of what was there before."""
+        if self.kind == "replace":
+            return self.function
+        return around(original, self.function) if self.kind == "around" else self.function(original)
 
     @property
     def release(self) -> str:
@@ -243,6 +250,46 @@ def targets_by_module(patches: Sequence[Patch]) -> dict[str, list[str]]:
     return targets
 
 
+def around(original: Callable[..., Any], function: "Callable[[PatchedCall], Any]") -> Callable[..., Any]:
+    """`original`, each call of which `function` answers."""
+    return lambda *args, **kwargs: function(PatchedCall(original, args, kwargs))
+
+
+class PatchedCall:
+    """A call of a patched function, as a patch of the kind "around" is given it.
+
+    `call[name]` is an argument, by its name in the live signature, whatever the number and order of parameters.
+    original: the function as it was before. args, kwargs: the arguments as they came.
+    """
+
+    __slots__ = ("_named", "args", "kwargs", "original")
+
+    def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.original, self.args, self.kwargs = original, args, kwargs
+        self._named: dict[str, Any] | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by name, defaults filled in. Raises TypeError, like the call itself, where they do not fit."""
+        if self._named is None:
+            self._named = bind_by_name(self.original, self.args, self.kwargs)
+        return self._named
+
+    @property
+    def instance(self) -> Any:
+        """The object whose method was called."""
+        return self.args[0]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.named[name]
+
+    def proceed(self, **changed: Any) -> Any:
+        """What the original gives: of the arguments as they came, or with some of them changed."""
+        if not changed:
+            return self.original(*self.args, **self.kwargs)
+        return self.original(**{**self.named, **changed})
+
+
 def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by parameter name, defaults filled in, whatever their order in this version of `function`.
 
@@ -271,8 +318,7 @@ def _apply(patch: Patch) -> _Applied:
         raise PatchError(f"cannot patch {patch.target}: another registry has applied this very patch.")
     _check_parameters(patch, original)
 
-    new = patch.function if patch.kind == "replace" else patch.function(original)
-    new = _marked(new, patch, original)
+    new = _marked(patch.in_place_of(original), patch, original)
     found, stored = place.found(), place.stored()
     if isinstance(found, staticmethod | classmethod):
         new = type(found)(new)

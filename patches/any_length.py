@@ -20,7 +20,7 @@ from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.unsupported import PATTERNS, balances_by, is_recurrent
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 from mindspeed_cp.sharding import shard
 
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
@@ -169,8 +169,8 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
     return (
         Patch(
             target=f"{_EMBEDDINGS}.rope_utils:get_pos_emb_on_this_cp_rank",
-            kind="wrap",
-            function=_wrap_positions,
+            kind="around",
+            function=_cut_positions,
             aliases=tuple(
                 f"{_EMBEDDINGS}.{module}:get_pos_emb_on_this_cp_rank"
                 for module in ("rotary_pos_embedding", "yarn_rotary_pos_embedding")
@@ -182,8 +182,8 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
         *(
             Patch(
                 target=f"{_SCHEDULES}:forward_backward_pipelining_{how}_interleaving",
-                kind="wrap",
-                function=functools.partial(_wrap_schedule, plugin),
+                kind="around",
+                function=functools.partial(_run_schedule, plugin),
                 parameters=("seq_length", "micro_batch_size"),
                 why="The shapes of what travels between stages are those of equal shards, and of a micro-batch whose "
                 "samples are no stream.",
@@ -194,34 +194,26 @@ def any_length_patches(plugin: Plugin) -> tuple[Patch, ...]:
     )
 
 
-def _wrap_positions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
-    def get_pos_emb_on_this_cp_rank(*args: Any, **kwargs: Any) -> Tensor:
-        named = bind_by_name(original, args, kwargs)
-        embeddings, dim, group = named["pos_emb"], named["seq_dim"], named["cp_group"]
-        if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
-            return original(*args, **kwargs)
-        # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
-        layout = layout_of_length(embeddings.size(dim), group.size())
-        return shard(embeddings, layout, group.rank(), dim)
-
-    return get_pos_emb_on_this_cp_rank
+def _cut_positions(call: PatchedCall) -> Tensor:
+    embeddings, dim, group = call["pos_emb"], call["seq_dim"], call["cp_group"]
+    if group is None or embeddings.size(dim) % (2 * group.size()) == 0:
+        equal: Tensor = call.proceed()
+        return equal
+    # Of any number of positions: YaRN's constructor makes as many as its original length, whatever the job's.
+    layout = layout_of_length(embeddings.size(dim), group.size())
+    return shard(embeddings, layout, group.rank(), dim)
 
 
-def _wrap_schedule(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward_backward(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        if plugin.packs_streams:
-            # The samples of a micro-batch are one stream, and so are what travels between stages.
-            named["seq_length"], named["micro_batch_size"] = named["seq_length"] * named["micro_batch_size"], 1
-        rank, size = plugin.place
-        if named["seq_length"] % (2 * size):
-            # It is divided by the size again, for the shapes of what travels between stages.
-            named["seq_length"] = layout_of_length(named["seq_length"], size).num_tokens(rank) * size
-        return original(**named)
-
-    return forward_backward
+def _run_schedule(plugin: Plugin, call: PatchedCall) -> Any:
+    seq_length, micro_batch_size = call["seq_length"], call["micro_batch_size"]
+    if plugin.packs_streams:
+        # The samples of a micro-batch are one stream, and so is what travels between stages.
+        seq_length, micro_batch_size = seq_length * micro_batch_size, 1
+    rank, size = plugin.place
+    if seq_length % (2 * size):
+        # It is divided by the size again, for the shapes of what travels between stages.
+        seq_length = layout_of_length(seq_length, size).num_tokens(rank) * size
+    return call.proceed(seq_length=seq_length, micro_batch_size=micro_batch_size)
 
 
 def cut_unequal(plugin: Plugin, batch: dict[str, Any]) -> bool:

@@ -56,7 +56,7 @@ from mindspeed_cp.patches.unsupported import (
     refuse_unwatched_scores,
     unsupported,
 )
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 ARGUMENTS = "megatron.training.arguments"
 INITIALIZE = "megatron.training.initialize"
@@ -71,8 +71,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
     return (
         Patch(
             target=f"{ARGUMENTS}:add_megatron_arguments",
-            kind="wrap",
-            function=functools.partial(_wrap_add, defaults),
+            kind="around",
+            function=functools.partial(_add_megatron_arguments, defaults),
             parameters=("parser",),
             needs=("megatron.training",),
             why="The context-parallel flags have to be known wherever Megatron's are.",
@@ -81,8 +81,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         *(
             Patch(
                 target=f"{ARGUMENTS}:parse_args",
-                kind="wrap",
-                function=_wrap_parse,
+                kind="around",
+                function=_parse_args,
                 parameters=("extra_args_provider", "ignore_unknown_args"),
                 aliases=aliases,
                 needs=("megatron.training",),
@@ -96,8 +96,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         *(
             Patch(
                 target=f"{ARGUMENTS}:validate_args",
-                kind="wrap",
-                function=functools.partial(_wrap_validate, plugin, use_cpu, defaults),
+                kind="around",
+                function=functools.partial(_validate_args, plugin, use_cpu, defaults),
                 parameters=("args",),
                 aliases=aliases,
                 needs=("megatron.training",),
@@ -110,8 +110,8 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
         ),
         Patch(
             target=f"{INITIALIZE}:initialize_megatron",
-            kind="wrap",
-            function=_wrap_initialize,
+            kind="around",
+            function=_initialize_megatron,
             parameters=("allow_no_cuda",),
             aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
             needs=("megatron.training",),
@@ -124,47 +124,40 @@ def argument_patches(plugin: Plugin, use_cpu: Callable[[], None]) -> tuple[Patch
     )
 
 
-def _wrap_add(defaults: dict[str, object], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
-        parser = original(*args, **kwargs)
-        defaults.update(_defaults_of(parser))
-        with _ends_the_program():
-            add_context_parallel_arguments(parser)
-        _add_document_arguments(parser)
-        set_defaults(parser)
-        mark_default(parser)
-        return parser
-
-    return add_megatron_arguments
+def _add_megatron_arguments(defaults: dict[str, object], call: PatchedCall) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = call.proceed()
+    defaults.update(_defaults_of(parser))
+    with _ends_the_program():
+        add_context_parallel_arguments(parser)
+    _add_document_arguments(parser)
+    set_defaults(parser)
+    mark_default(parser)
+    return parser
 
 
-def _wrap_validate(
-    plugin: Plugin, use_cpu: Callable[[], None], defaults: Mapping[str, object], original: Callable[..., Any]
-) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        with _ends_the_program():
-            found = settled(args, defaults, at_start=True)
-            if asks_for_cpu(args.distributed_backend):
-                use_cpu()
-        with _without_transformer_engines_rules(args, found.config), equal_lengths(args, found.config):
-            result = original(args, *rest, **kwargs)
-        with _ends_the_program():
-            refuse_lost_documents(args, found.config, _release())
-            refuse_unloadable_optimizer(args, found.config)
-        _configure(plugin, args, found)
-        if plugin.layer_document_rule is not None:
-            # Found in the tokens, and not in a mask.
-            args.create_attention_mask_in_dataloader = False
-        if int(os.environ.get("RANK", "0")) == 0:
-            for line in found.start_lines(args):
-                print(line, flush=True)
-            for sentence in notes_on_arguments(args, found.dynamic or found.config, defaults):
-                warnings.warn(sentence, stacklevel=2)
-        return result
-
-    return validate_args
+def _validate_args(
+    plugin: Plugin, use_cpu: Callable[[], None], defaults: Mapping[str, object], call: PatchedCall
+) -> Any:
+    args: argparse.Namespace = call["args"]
+    with _ends_the_program():
+        found = settled(args, defaults, at_start=True)
+        if asks_for_cpu(args.distributed_backend):
+            use_cpu()
+    with _without_transformer_engines_rules(args, found.config), equal_lengths(args, found.config):
+        result = call.proceed()
+    with _ends_the_program():
+        refuse_lost_documents(args, found.config, _release())
+        refuse_unloadable_optimizer(args, found.config)
+    _configure(plugin, args, found)
+    if plugin.layer_document_rule is not None:
+        # Found in the tokens, and not in a mask.
+        args.create_attention_mask_in_dataloader = False
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in found.start_lines(args):
+            print(line, flush=True)
+        for sentence in notes_on_arguments(args, found.dynamic or found.config, defaults):
+            warnings.warn(sentence, stacklevel=2)
+    return result
 
 
 def _configure(plugin: Plugin, args: argparse.Namespace, found: "Settled") -> None:
@@ -188,25 +181,19 @@ def _ends_the_program() -> Iterator[None]:
         _exit_with(error)
 
 
-def _wrap_parse(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def parse_args(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        add_others = named["extra_args_provider"]
-        as_given = sys.argv
+def _parse_args(call: PatchedCall) -> Any:
+    add_others, as_given = call["extra_args_provider"], sys.argv
 
-        def look_before_parsing(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-            # All flags have been added now, and sys.argv is parsed next.
-            parser = parser if add_others is None else add_others(parser)
-            sys.argv = [as_given[0], *_understand(as_given[1:], parser, ignore_unknown=named["ignore_unknown_args"])]
-            return parser
+    def look_before_parsing(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # All flags have been added now, and sys.argv is parsed next.
+        parser = parser if add_others is None else add_others(parser)
+        sys.argv = [as_given[0], *_understand(as_given[1:], parser, ignore_unknown=call["ignore_unknown_args"])]
+        return parser
 
-        try:
-            return original(**{**named, "extra_args_provider": look_before_parsing})
-        finally:
-            sys.argv = as_given
-
-    return parse_args
+    try:
+        return call.proceed(extra_args_provider=look_before_parsing)
+    finally:
+        sys.argv = as_given
 
 
 def _understand(argv: list[str], parser: argparse.ArgumentParser, *, ignore_unknown: bool) -> Sequence[str]:
@@ -276,14 +263,8 @@ def _rules_broken(
     return blockers
 
 
-def _wrap_initialize(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        named["allow_no_cuda"] = True
-        return original(**named)
-
-    return initialize_megatron
+def _initialize_megatron(call: PatchedCall) -> Any:
+    return call.proceed(allow_no_cuda=True)
 
 
 def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> None:

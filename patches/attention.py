@@ -29,7 +29,7 @@ from mindspeed_cp.patches.packing import CAUSAL_WINDOW
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import layer_group
 from mindspeed_cp.patches.unsupported import WATCHING, refuse_unsupported, refused_options
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 LOCAL_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 TE_ATTENTION = "megatron.core.extensions.transformer_engine:TEDotProductAttention"
@@ -40,13 +40,13 @@ def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
     return (
         *_class_patches(
             LOCAL_ATTENTION,
-            functools.partial(_wrap_init, plugin, is_ours_alone=_asked_for_or_watched),
-            functools.partial(_wrap_forward, alone=functools.partial(_attention_alone, plugin)),
+            functools.partial(_init, plugin, is_ours_alone=_asked_for_or_watched),
+            functools.partial(_forward, alone=functools.partial(_attention_alone, plugin)),
         ),
         *_class_patches(
             TE_ATTENTION,
-            functools.partial(_wrap_init, plugin, is_ours_alone=_asked_for, adjust=_agree_with_environment),
-            _wrap_forward,
+            functools.partial(_init, plugin, is_ours_alone=_asked_for, adjust=_agree_with_environment),
+            _forward,
             needs=("transformer_engine",),
         ),
     )
@@ -54,15 +54,15 @@ def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
 def _class_patches(
     target: str,
-    wrap_init: Callable[[Callable[..., None]], Callable[..., None]],
-    wrap_forward: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    init: Callable[[PatchedCall], None],
+    forward: Callable[[PatchedCall], Tensor],
     needs: tuple[str, ...] = (),
 ) -> tuple[Patch, Patch]:
     return (
         Patch(
             target=f"{target}.__init__",
-            kind="wrap",
-            function=wrap_init,
+            kind="around",
+            function=init,
             parameters=(
                 "config",
                 "layer_number",
@@ -79,8 +79,8 @@ def _class_patches(
         ),
         Patch(
             target=f"{target}.forward",
-            kind="wrap",
-            function=wrap_forward,
+            kind="around",
+            function=forward,
             parameters=("query", "key", "value", "attention_mask", "attention_bias", "packed_seq_params"),
             why="Attention has to reach the keys that other ranks hold.",
             remove_when="The patch of __init__ is gone.",
@@ -98,89 +98,77 @@ def _agree_with_environment(config: Any) -> None:
     config.apply_query_key_layer_scaling = bool(int(os.environ.get("NVTE_APPLY_QK_LAYER_SCALING", "0")))
 
 
-def _wrap_init(
+def _init(
     plugin: Plugin,
-    original: Callable[..., None],
+    call: PatchedCall,
     *,
     adjust: Callable[[Any], None] = lambda config: None,
     is_ours_alone: Callable[[Plugin, Any], bool] = lambda plugin, config: False,
-) -> Callable[..., None]:
-    """The constructor `original`, whose layer computes our attention where ranks share tokens, or it is asked for.
+) -> None:
+    """A layer's constructor: its attention is ours where ranks share tokens, or where it is asked for.
 
     is_ours_alone: whether the attention of one rank is ours too, by its configuration.
     adjust: changes the copy of the configuration that such a layer's original constructor is shown.
     """
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        head_sizes = take_head_sizes(original, kwargs)
-        named = bind_by_name(original, (self, *args), kwargs)
-        config = named["config"]
-        is_dynamic = plugin.dynamic is not None
-        is_ours = is_dynamic or config.context_parallel_size > 1 or is_ours_alone(plugin, config)
-        if not is_ours and head_sizes is None:
-            original(self, *args, **kwargs)
-            return
-        # Megatron's own constructor sets everything else; it is shown a copy of the configuration that it can honour.
-        named["config"] = copy.copy(config)
-        if head_sizes is not None:
-            head_sizes.fit(named)
-        layer_attention: LayerAttention | DynamicAttention | None = None
-        if is_ours:
-            layer_attention = (_build_dynamic_attention if is_dynamic else _build_layer_attention)(plugin, named)
-            named["config"].context_parallel_size = 1
-            adjust(named["config"])
-        original(**named)
-        self.config = config
-        self.context_parallel_attention = layer_attention
-        if layer_attention is not None and layer_attention.watches_scores:
-            self.current_max_attn_logits = None
-
-    return __init__
+    head_sizes = take_head_sizes(call.original, call.kwargs)
+    named, config = call.named, call["config"]
+    is_dynamic = plugin.dynamic is not None
+    is_ours = is_dynamic or config.context_parallel_size > 1 or is_ours_alone(plugin, config)
+    if not is_ours and head_sizes is None:
+        call.proceed()
+        return
+    # Megatron's own constructor sets everything else; it is shown a copy of the configuration that it can honour.
+    named["config"] = copy.copy(config)
+    if head_sizes is not None:
+        head_sizes.fit(named)
+    layer_attention: LayerAttention | DynamicAttention | None = None
+    if is_ours:
+        layer_attention = (_build_dynamic_attention if is_dynamic else _build_layer_attention)(plugin, named)
+        named["config"].context_parallel_size = 1
+        adjust(named["config"])
+    call.proceed(**named)
+    layer = call.instance
+    layer.config = config
+    layer.context_parallel_attention = layer_attention
+    if layer_attention is not None and layer_attention.watches_scores:
+        layer.current_max_attn_logits = None
 
 
-def _wrap_forward(
-    original: Callable[..., Tensor], *, alone: Callable[[Any], LayerAttention] | None = None
-) -> Callable[..., Tensor]:
-    """The forward pass `original`, which is ours in a layer that was made so.
+def _forward(call: PatchedCall, *, alone: Callable[[Any], LayerAttention] | None = None) -> Tensor:
+    """A layer's forward pass, which is ours in a layer that was made so.
 
     alone: makes what is to compute a packed stream in another layer, where the class itself cannot.
     """
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        attention: LayerAttention | DynamicAttention | None = getattr(self, "context_parallel_attention", None)
-        if attention is None and alone is None:
-            return original(self, *args, **kwargs)
-        named = bind_by_name(original, (self, *args), kwargs)
-        packed = named["packed_seq_params"]
-        if isinstance(attention, DynamicAttention):
-            attention, packed = attention.of_document(packed), None
-        if attention is None:
-            if alone is None or packed is None:
-                return original(self, *args, **kwargs)
-            attention = alone(self)
-        if named["attention_bias"] is not None:
-            attention.refuse(
-                f"attention_bias: nothing of Megatron's says which of its rows a rank holds; "
-                f"{way_out(attention.size)}, or call the library's attention, which takes one.",
-                named["query"],
-            )
-        mask_type = named.get("attn_mask_type")
-        return attention(
-            named["query"],
-            named["key"],
-            named["value"],
-            named["attention_mask"],
-            mask_type=None if mask_type is None else mask_type.name,
-            packed=packed,
-            # Megatron's name for them: zeros with --softmax-type off-by-one, a parameter with learnable.
-            sinks=getattr(self, "softmax_offset", None),
-            is_training=self.training,
-            watch=functools.partial(_keep_largest, self) if attention.watches_scores and self.training else None,
+    layer = call.instance
+    attention: LayerAttention | DynamicAttention | None = getattr(layer, "context_parallel_attention", None)
+    if attention is None and (alone is None or call["packed_seq_params"] is None):
+        of_megatron: Tensor = call.proceed()
+        return of_megatron
+    packed = call["packed_seq_params"]
+    if isinstance(attention, DynamicAttention):
+        attention, packed = attention.of_document(packed), None
+    if attention is None:
+        assert alone is not None, "without it, and an attention of ours, the layer computes"
+        attention = alone(layer)
+    if call["attention_bias"] is not None:
+        attention.refuse(
+            f"attention_bias: nothing of Megatron's says which of its rows a rank holds; "
+            f"{way_out(attention.size)}, or call the library's attention, which takes one.",
+            call["query"],
         )
-
-    return forward
+    mask_type = call.named.get("attn_mask_type")
+    return attention(
+        call["query"],
+        call["key"],
+        call["value"],
+        call["attention_mask"],
+        mask_type=None if mask_type is None else mask_type.name,
+        packed=packed,
+        # Megatron's name for them: zeros with --softmax-type off-by-one, a parameter with learnable.
+        sinks=getattr(layer, "softmax_offset", None),
+        is_training=layer.training,
+        watch=functools.partial(_keep_largest, layer) if attention.watches_scores and layer.training else None,
+    )
 
 
 def _keep_largest(layer: Any, largest: Tensor) -> None:

@@ -14,7 +14,7 @@ from mindspeed_cp.patches.documents import note_documents
 from mindspeed_cp.patches.dynamic_schedule import cut_document
 from mindspeed_cp.patches.packing import cut_samples
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 from mindspeed_cp.sharding import SequenceLayout
 
 _UTILS = "megatron.core.utils"
@@ -33,15 +33,15 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def patch(
         name: str,
         versions: str,
-        wrap: Callable[..., Any],
+        cut: Callable[[Plugin, PatchedCall], Any],
         why: str,
         *parameters: str,
         aliases: tuple[str, ...] = (),
     ) -> Patch:
         return Patch(
             target=f"{_UTILS}:{name}",
-            kind="wrap",
-            function=functools.partial(wrap, plugin),
+            kind="around",
+            function=functools.partial(cut, plugin),
             parameters=("batch", *parameters),
             aliases=aliases,
             versions=versions,
@@ -51,12 +51,12 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
 
     ends = ("cu_seqlens", "cu_seqlens_padded", "cp_size", "cp_rank")
     return (
-        patch("get_thd_batch_on_this_cp_rank", "<0.18", _wrap_stream_cut_with_params, _WITHOUT_ENGINE, *ends),
-        patch("get_batch_on_this_cp_rank", "<0.18", _wrap_sample_cut, _DOCUMENTS, aliases=_OLDER_NAMES),
-        patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", _wrap_stream_cut, _WITHOUT_ENGINE),
-        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", _wrap_sample_cut, _DOCUMENTS),
-        patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", _wrap_stream_cut, _WITHOUT_ENGINE),
-        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", _wrap_sample_cut, _DOCUMENTS),
+        patch("get_thd_batch_on_this_cp_rank", "<0.18", _cut_stream_with_params, _WITHOUT_ENGINE, *ends),
+        patch("get_batch_on_this_cp_rank", "<0.18", _cut_sample_batch, _DOCUMENTS, aliases=_OLDER_NAMES),
+        patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", _cut_stream_batch, _WITHOUT_ENGINE),
+        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", _cut_sample_batch, _DOCUMENTS),
+        patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", _cut_stream_batch, _WITHOUT_ENGINE),
+        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", _cut_sample_batch, _DOCUMENTS),
     )
 
 
@@ -97,42 +97,27 @@ def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padde
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)
 
 
-def _wrap_stream_cut(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def cut_stream(*args: Any, **kwargs: Any) -> Any:
-        batch: dict[str, Any] = bind_by_name(original, args, kwargs)["batch"]
-        _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+def _cut_stream_batch(plugin: Plugin, call: PatchedCall) -> dict[str, Any]:
+    batch: dict[str, Any] = call["batch"]
+    _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
+    return batch
+
+
+def _cut_stream_with_params(plugin: Plugin, call: PatchedCall) -> tuple[dict[str, Any], Any]:
+    # With one rank it cuts nothing, and says where documents end.
+    batch, packed = call.proceed(cp_size=1, cp_rank=0)
+    _cut_stream(plugin, batch, call["cu_seqlens"], call["cu_seqlens_padded"])
+    return batch, packed
+
+
+def _cut_sample_batch(plugin: Plugin, call: PatchedCall) -> Any:
+    batch: dict[str, Any] = call["batch"]
+    if plugin.dynamic is not None:
+        cut_document(batch, call["cp_group"])
         return batch
-
-    return cut_stream
-
-
-def _wrap_stream_cut_with_params(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_thd_batch_on_this_cp_rank(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        # With one rank it cuts nothing, and says where documents end.
-        batch, packed = original(**{**named, "cp_size": 1, "cp_rank": 0})
-        _cut_stream(plugin, batch, named["cu_seqlens"], named["cu_seqlens_padded"])
-        return batch, packed
-
-    return get_thd_batch_on_this_cp_rank
-
-
-def _wrap_sample_cut(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def cut_batch(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        batch: dict[str, Any] = named["batch"]
-        if plugin.dynamic is not None:
-            cut_document(batch, named["cp_group"])
-            return batch
-        if batch.get("cu_seqlens") is not None:
-            # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
-            _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
-            return batch
-        plugin.kinds_cut.add("samples")
-        note_documents(plugin, batch)
-        return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
-
-    return cut_batch
+    if batch.get("cu_seqlens") is not None:
+        # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
+        return _cut_stream_batch(plugin, call)
+    plugin.kinds_cut.add("samples")
+    note_documents(plugin, batch)
+    return batch if cut_unequal(plugin, batch) else call.proceed()

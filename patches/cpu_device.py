@@ -4,7 +4,6 @@ Only applied when the user asks for it, with `--distributed-backend gloo` on a m
 on a CPU by accident is worse than to stop. torch.cuda.is_available() stays False, so that torch itself is not misled.
 """
 
-import functools
 import os
 import resource
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 _WHY_DEVICE = "Megatron names the device 'cuda' in many places, and asks torch.cuda for streams, seeds and memory."
 _WHEN_DEVICE = "Megatron's training loop takes the device from torch.accelerator."
@@ -188,7 +187,6 @@ def cpu_device_patches() -> tuple[Patch, ...]:
 def _on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original` with the device 'cuda' taken for the CPU, and no pinned memory, which a CPU has no use for."""
 
-    @functools.wraps(original)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             if _is_cuda(kwargs.get("device")):
@@ -208,30 +206,21 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _wrap_move_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def maybe_move_tensor_to_cpu(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        moved = original(**named)
-        return moved.numpy() if named["as_numpy"] and isinstance(moved, torch.Tensor) else moved
-
-    return maybe_move_tensor_to_cpu
+def _move_to_cpu(call: PatchedCall) -> Any:
+    moved = call.proceed()
+    return moved.numpy() if call["as_numpy"] and isinstance(moved, torch.Tensor) else moved
 
 
-def _wrap_type(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
-
-    return type_as_on_cuda
+def _type_as_on_cuda(call: PatchedCall) -> Any:
+    answer = call.proceed()
+    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
 
 _OTHERS = (
     Patch(
         target="torch:Tensor.type",
-        kind="wrap",
-        function=_wrap_type,
+        kind="around",
+        function=_type_as_on_cuda,
         package="torch",
         why="Megatron's optimizers compare the name of a parameter's type with that of a CUDA tensor.",
         remove_when="Megatron's optimizers compare dtypes.",
@@ -249,8 +238,8 @@ _OTHERS = (
     ),
     Patch(
         target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
-        kind="wrap",
-        function=_wrap_move_to_cpu,
+        kind="around",
+        function=_move_to_cpu,
         parameters=("tensor", "as_numpy"),
         aliases=("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",),
         why="It leaves tensors on the CPU as they are, and torch takes no tensors for the sizes of an all-to-all.",

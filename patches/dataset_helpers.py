@@ -1,34 +1,23 @@
 """The compiled index builder of Megatron's datasets."""
 
-import functools
 import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, PatchedCall
 
 
 def dataset_helper_patches() -> tuple[Patch, ...]:
     """Patches of megatron.core.datasets.utils."""
-
-    def wrap_compile(original: Callable[[], None]) -> Callable[[], None]:
-        @functools.wraps(original)
-        def compile_helpers() -> None:
-            if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-                with _own_python_first():
-                    original()
-
-        return compile_helpers
-
     return (
         Patch(
             target="megatron.core.datasets.utils:compile_helpers",
-            kind="wrap",
-            function=wrap_compile,
+            kind="around",
+            function=_compile_helpers,
             why=(
                 "It runs make, which ends training in an installed wheel: the wheel has no Makefile, but the result. "
                 "In a checkout, make asks whichever python3 comes first on PATH for pybind11 and for the file's name."
@@ -36,6 +25,12 @@ def dataset_helper_patches() -> tuple[Patch, ...]:
             remove_when="Megatron looks for the compiled module before it runs make, and tells make which Python runs.",
         ),
     )
+
+
+def _compile_helpers(call: PatchedCall) -> None:
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        with _own_python_first():
+            call.proceed()
 
 
 @contextmanager

@@ -14,8 +14,6 @@ the decoder's, as they do in Megatron 0.16. Else such a layer would draw in turn
 one pipeline stage, and drop what that layer drops where they are not.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 
 from mindspeed_cp.kernels import Dropout
 from mindspeed_cp.patches.process_groups import layer_group
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 
 def dropout_patches() -> tuple[Patch, ...]:
@@ -31,8 +29,8 @@ def dropout_patches() -> tuple[Patch, ...]:
     return (
         Patch(
             target="megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer.__init__",
-            kind="wrap",
-            function=_wrap_prediction,
+            kind="around",
+            function=_init_prediction_layer,
             parameters=("config",),
             versions=">=0.17",
             why="Its attention has the number of a decoder layer, and would draw its dropout with that one.",
@@ -42,16 +40,12 @@ def dropout_patches() -> tuple[Patch, ...]:
     )
 
 
-def _wrap_prediction(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        named = bind_by_name(original, (self, *args), kwargs)
-        original(**named)
-        for module in self.modules():
-            if (attention := getattr(module, "core_attention", None)) is not None:
-                _draw_as(attention, named["config"].num_layers + self.layer_number)
-
-    return __init__
+def _init_prediction_layer(call: PatchedCall) -> None:
+    call.proceed()
+    layer = call.instance
+    for module in layer.modules():
+        if (attention := getattr(module, "core_attention", None)) is not None:
+            _draw_as(attention, call["config"].num_layers + layer.layer_number)
 
 
 def _draw_as(attention: Any, number: int) -> None:

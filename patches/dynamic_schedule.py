@@ -5,7 +5,6 @@ Shapes: L tokens of a document.
 
 import functools
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from mindspeed_cp.patches.losses import summed_reports
 from mindspeed_cp.patches.packing import cut_samples, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 from mindspeed_cp.sharding import shard
 
 _WRAPPER = "megatron.core.datasets.data_schedule:HybridCPDataLoaderWrapper"
@@ -23,82 +22,26 @@ _WRAPPER = "megatron.core.datasets.data_schedule:HybridCPDataLoaderWrapper"
 
 def dynamic_schedule_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of what --hybrid-context-parallel goes through, beside the cut of the batch (patches/batches.py)."""
-
-    def wrap_next(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def __next__(self: Any) -> Any:
-            documents, who = original(self)
-            if documents is not None:
-                from megatron.core import __version__
-
-                with_batch_dim = Version(__version__) >= Version("0.18")
-                num_ranks = Counter(number for group in who for numbers in group for number in numbers)
-                documents = _Documents(
-                    {
-                        number: _whole(_padded(document, num_ranks[number]), with_batch_dim)
-                        for number, document in documents.items()
-                    }
-                )
-            return documents, who
-
-        return __next__
-
-    def wrap_iter(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def __iter__(self: Any) -> Any:
-            from megatron.core.rerun_state_machine import RerunDataIterator
-
-            if isinstance(self.data_iterator, RerunDataIterator):
-                # It would keep all batches for a replay: nobody tells it which steps are over.
-                self.data_iterator = self.data_iterator.iterable
-            return RerunDataIterator(original(self))
-
-        return __iter__
-
-    def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def hybrid_context_parallel_forward_backward(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            reports, total_num_tokens = original(**named)
-            if named["forward_only"] and not named["collect_non_loss_data"] and plugin.dynamic is not None:
-                reports = [summed_reports(reports, plugin.dynamic.everyone)]
-            return reports, total_num_tokens
-
-        return hybrid_context_parallel_forward_backward
-
-    def wrap_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def evaluate(*args: Any, **kwargs: Any) -> Any:
-            if plugin.dynamic is None:
-                return original(*args, **kwargs)
-            from megatron.core.datasets.data_schedule import HybridCPDataLoaderWrapper
-
-            named = bind_by_name(original, args, kwargs)
-            named["data_iterator"] = HybridCPDataLoaderWrapper(named["data_iterator"], named["config"])
-            return original(**named)
-
-        return evaluate
-
     return (
         Patch(
             target=f"{_WRAPPER}.__next__",
-            kind="wrap",
-            function=wrap_next,
+            kind="around",
+            function=_next_documents,
             why="It drops where a document ends: tensor-parallel ranks wait for a length that the first does not send, "
             "and from 0.18 on get_batch tells no layer the document's own ranks, and wants a batch dimension.",
             remove_when="HybridCPDataLoaderWrapper gives each document its cu_seqlens and max_seqlen.",
         ),
         Patch(
             target=f"{_WRAPPER}.__iter__",
-            kind="wrap",
-            function=wrap_iter,
+            kind="around",
+            function=_iterate,
             why="A training step asserts that its iterator can be replayed, unless --rerun-mode disabled.",
             remove_when="train() wraps it as it does other iterators.",
         ),
         Patch(
             target="megatron.core.pipeline_parallel.hybrid_cp_schedule:hybrid_context_parallel_forward_backward",
-            kind="wrap",
-            function=wrap_schedule,
+            kind="around",
+            function=functools.partial(_run_schedule, plugin),
             parameters=("forward_only", "collect_non_loss_data"),
             aliases=("megatron.core.pipeline_parallel.schedules:hybrid_context_parallel_forward_backward",),
             why="Evaluation with --sft is a mean of ranks' means of their parts of documents: each weighs the same, "
@@ -107,14 +50,53 @@ def dynamic_schedule_patches(plugin: Plugin) -> tuple[Patch, ...]:
         ),
         Patch(
             target="megatron.training.training:evaluate",
-            kind="wrap",
-            function=wrap_evaluate,
+            kind="around",
+            function=functools.partial(_evaluate, plugin),
             parameters=("data_iterator", "config"),
             needs=("megatron.training",),
             why="Megatron schedules the documents of training data alone, and evaluates by the schedule all the same.",
             remove_when="Megatron wraps the iterators of validation and test data too.",
         ),
     )
+
+
+def _next_documents(call: PatchedCall) -> tuple[Any, Any]:
+    documents, who = call.proceed()
+    if documents is None:
+        return documents, who
+    from megatron.core import __version__
+
+    with_batch_dim = Version(__version__) >= Version("0.18")
+    num_ranks = Counter(number for group in who for numbers in group for number in numbers)
+    whole = {
+        number: _whole(_padded(document, num_ranks[number]), with_batch_dim) for number, document in documents.items()
+    }
+    return _Documents(whole), who
+
+
+def _iterate(call: PatchedCall) -> Any:
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    wrapper = call.instance
+    if isinstance(wrapper.data_iterator, RerunDataIterator):
+        # It would keep all batches for a replay: nobody tells it which steps are over.
+        wrapper.data_iterator = wrapper.data_iterator.iterable
+    return RerunDataIterator(call.proceed())
+
+
+def _run_schedule(plugin: Plugin, call: PatchedCall) -> tuple[Any, Any]:
+    reports, total_num_tokens = call.proceed()
+    if call["forward_only"] and not call["collect_non_loss_data"] and plugin.dynamic is not None:
+        reports = [summed_reports(reports, plugin.dynamic.everyone)]
+    return reports, total_num_tokens
+
+
+def _evaluate(plugin: Plugin, call: PatchedCall) -> Any:
+    if plugin.dynamic is None:
+        return call.proceed()
+    from megatron.core.datasets.data_schedule import HybridCPDataLoaderWrapper
+
+    return call.proceed(data_iterator=HybridCPDataLoaderWrapper(call["data_iterator"], call["config"]))
 
 
 class _Documents(dict[int, dict[str, Tensor]]):

@@ -4,7 +4,6 @@ Megatron counts this rank's tokens and takes the others to have as many. Both lo
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 _UTILS = "megatron.core.transformer.moe.moe_utils"
 _ROUTER = "megatron.core.transformer.moe.router"
@@ -20,41 +19,13 @@ _ROUTER = "megatron.core.transformer.moe.router"
 
 def expert_loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of what the auxiliary losses divide by, and of the loss of large scores."""
-
-    def wrap_count(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def get_tokens_per_expert_and_token_count(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            if not plugin.is_unequal or named["with_padding_mask"]:
-                return original(*args, **kwargs)
-            # Each token has topk experts: their sum counts the tokens of all ranks.
-            per_expert, _, total = original(**{**named, "with_padding_mask": True})
-            # Of this rank, by which losses are weighed that are divided by all tokens in the end: the mean of a rank.
-            return per_expert, total / named["reduce_group"].size(), total
-
-        return get_tokens_per_expert_and_token_count
-
-    def wrap_z_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def z_loss_func(*args: Any, **kwargs: Any) -> Tensor:
-            loss = original(*args, **kwargs)
-            if not plugin.is_unequal or plugin.groups is None:
-                return loss
-            logits = bind_by_name(original, args, kwargs)["logits"]
-            tokens = torch.tensor(float(logits.size(0)), device=logits.device)
-            total = tokens.clone()
-            dist.all_reduce(total, group=plugin.groups.context_parallel)
-            return loss * (tokens * plugin.place[1] / total)
-
-        return z_loss_func
-
     why = "It takes the other ranks to have as many tokens as this one."
     remove_when = "Megatron counts the tokens of all ranks, as it does beside a padding mask."
     return (
         Patch(
             target=f"{_UTILS}:get_tokens_per_expert_and_token_count",
-            kind="wrap",
-            function=wrap_count,
+            kind="around",
+            function=functools.partial(_count_tokens, plugin),
             parameters=("reduce_group", "with_padding_mask"),
             aliases=(f"{_ROUTER}:get_tokens_per_expert_and_token_count",),
             why=why,
@@ -62,11 +33,32 @@ def expert_loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
         ),
         Patch(
             target=f"{_UTILS}:z_loss_func",
-            kind="wrap",
-            function=wrap_z_loss,
+            kind="around",
+            function=functools.partial(_z_loss, plugin),
             parameters=("logits",),
             aliases=(f"{_ROUTER}:z_loss_func",),
             why=why,
             remove_when=remove_when,
         ),
     )
+
+
+def _count_tokens(plugin: Plugin, call: PatchedCall) -> tuple[Tensor, Any, Any]:
+    if not plugin.is_unequal or call["with_padding_mask"]:
+        counts: tuple[Tensor, Any, Any] = call.proceed()
+        return counts
+    # Each token has topk experts: their sum counts the tokens of all ranks.
+    per_expert, _, total = call.proceed(with_padding_mask=True)
+    # Of this rank, by which losses are weighed that are divided by all tokens in the end: the mean of a rank.
+    return per_expert, total / call["reduce_group"].size(), total
+
+
+def _z_loss(plugin: Plugin, call: PatchedCall) -> Tensor:
+    loss: Tensor = call.proceed()
+    if not plugin.is_unequal or plugin.groups is None:
+        return loss
+    logits = call["logits"]
+    tokens = torch.tensor(float(logits.size(0)), device=logits.device)
+    total = tokens.clone()
+    dist.all_reduce(total, group=plugin.groups.context_parallel)
+    return loss * (tokens * plugin.place[1] / total)

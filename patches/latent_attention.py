@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.patches.latent_travel import give_up_projection
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, PatchedCall
 
 
 class HeadSizes(NamedTuple):
@@ -44,22 +44,11 @@ def take_head_sizes(constructor: Callable[..., Any], keywords: dict[str, Any]) -
 
 def latent_attention_patches() -> tuple[Patch, ...]:
     """Patches of megatron.core.transformer.multi_latent_attention."""
-
-    def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            give_up_projection(self)
-            if self.tp_group.size() > 1:
-                self.linear_kv_down_proj.register_forward_hook(functools.partial(_gather_latent, self))
-
-        return __init__
-
     return (
         Patch(
             target="megatron.core.transformer.multi_latent_attention:MLASelfAttention.__init__",
-            kind="wrap",
-            function=wrap_init,
+            kind="around",
+            function=_init,
             why="All heads share the rotary part of the keys, and without TransformerEngine nobody sums its gradients "
             "over the tensor-parallel ranks.",
             remove_when="Megatron sums it itself: NVIDIA/Megatron-LM#1699.",
@@ -74,6 +63,14 @@ def latent_attention_patches() -> tuple[Patch, ...]:
             remove_when="Megatron 0.16 is no longer supported.",
         ),
     )
+
+
+def _init(call: PatchedCall) -> None:
+    call.proceed()
+    layer = call.instance
+    give_up_projection(layer)
+    if layer.tp_group.size() > 1:
+        layer.linear_kv_down_proj.register_forward_hook(functools.partial(_gather_latent, layer))
 
 
 class _NothingOfThatClass:

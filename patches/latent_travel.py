@@ -9,7 +9,6 @@ Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, L,
 
 import argparse
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from mindspeed_cp.attention.interface import OUTPUT, Told
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, LatentForm, flag
 from mindspeed_cp.patches.blockers import Blocker
 from mindspeed_cp.patches.unsupported import WATCHING
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, PatchedCall
 
 _MLA = "megatron.core.transformer.multi_latent_attention:MLASelfAttention"
 
@@ -52,8 +51,8 @@ def latent_travel_patches() -> tuple[Patch, ...]:
     return (
         Patch(
             target=f"{_MLA}.get_query_key_value_tensors",
-            kind="wrap",
-            function=_wrap_tensors,
+            kind="around",
+            function=_query_key_value,
             why="It makes the keys and values of all heads, and with --context-parallel-latent their latent travels.",
             remove_when="Never: the form that travels is the plugin's own flag.",
         ),
@@ -93,20 +92,18 @@ def _nothing_made(width: int, times: int, latent: Tensor, *_: Any, **__: Any) ->
     return latent.new_zeros(()).expand(latent.size(0) * times, *latent.shape[1:-1], width), None
 
 
-def _wrap_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_query_key_value_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
-        query, key, value, *rest = original(self, *args, **kwargs)
-        attention = getattr(self.core_attention, "context_parallel_attention", None)
-        if attention is None or attention.latent is None:
-            return query, key, value, *rest
-        # The last is the normed latent, as the up projection is given it; all heads have the same rotated part.
-        latent, rotated = _for_all_heads(self, rest[-1]), key[..., :1, self.config.qk_head_dim :]
-        payload = torch.cat([latent.unsqueeze(-2), rotated], dim=-1)
-        # Of the queries' size, so that no release pads it.
-        return query, payload, payload.new_zeros((*query.shape[:-2], 1, query.size(-1))), *rest
-
-    return get_query_key_value_tensors
+def _query_key_value(call: PatchedCall) -> tuple[Any, ...]:
+    """What get_query_key_value_tensors gives; where the latent travels, the payload in the place of the keys."""
+    layer = call.instance
+    query, key, value, *rest = call.proceed()
+    attention = getattr(layer.core_attention, "context_parallel_attention", None)
+    if attention is None or attention.latent is None:
+        return query, key, value, *rest
+    # The last is the normed latent, as the up projection is given it; all heads have the same rotated part.
+    latent, rotated = _for_all_heads(layer, rest[-1]), key[..., :1, layer.config.qk_head_dim :]
+    payload = torch.cat([latent.unsqueeze(-2), rotated], dim=-1)
+    # Of the queries' size, so that no release pads it.
+    return query, payload, payload.new_zeros((*query.shape[:-2], 1, query.size(-1))), *rest
 
 
 def _for_all_heads(layer: Any, latent: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from mindspeed_cp.layouts import StreamLayout
 from mindspeed_cp.patches.packing import ends_with_padding, layout_of_length
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 from mindspeed_cp.sharding import has_next, restore, shard
 
 _ROLL_TENSOR = "megatron.core.transformer.multi_token_prediction:roll_tensor"
@@ -24,28 +24,11 @@ _ROLL_TENSOR = "megatron.core.transformer.multi_token_prediction:roll_tensor"
 
 def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of Megatron's pipeline schedules and of multi-token prediction."""
-
-    def wrap_calc_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def forward_step_calc_loss(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            if plugin.groups is None:
-                return original(**named)
-            group = plugin.groups.context_parallel
-            if not torch.is_grad_enabled():
-                named["loss_func"] = functools.partial(_report_of_all, named["loss_func"], group)
-            # --calculate-per-token-loss divides at the end, by the tokens of all ranks.
-            if not named["config"].calculate_per_token_loss:
-                named["loss_func"] = functools.partial(_divide_by_all_tokens, named["loss_func"], group)
-            return original(**named)
-
-        return forward_step_calc_loss
-
     return (
         Patch(
             target="megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
-            kind="wrap",
-            function=wrap_calc_loss,
+            kind="around",
+            function=functools.partial(_calculate_loss, plugin),
             parameters=("loss_func", "config"),
             why="It divides a micro-batch's loss by the tokens of each context-parallel rank: with a loss mask the "
             "gradients would not be those of CP = 1. And evaluation with --sft is a mean of each rank's means.",
@@ -54,8 +37,8 @@ def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
         *(
             Patch(
                 target=_ROLL_TENSOR,
-                kind="wrap",
-                function=functools.partial(_wrap_roll_tensor, plugin),
+                kind="around",
+                function=functools.partial(_roll_tensor, plugin),
                 parameters=("tensor", "cp_group", "packed_seq_params"),
                 aliases=aliases,
                 versions=versions,
@@ -67,6 +50,18 @@ def loss_patches(plugin: Plugin) -> tuple[Patch, ...]:
             for versions, aliases in (("<0.17", ("megatron.core.models.gpt.gpt_model:roll_tensor",)), (">=0.17", ()))
         ),
     )
+
+
+def _calculate_loss(plugin: Plugin, call: PatchedCall) -> Any:
+    if plugin.groups is None:
+        return call.proceed()
+    group, loss_func = plugin.groups.context_parallel, call["loss_func"]
+    if not torch.is_grad_enabled():
+        loss_func = functools.partial(_report_of_all, loss_func, group)
+    # --calculate-per-token-loss divides at the end, by the tokens of all ranks.
+    if not call["config"].calculate_per_token_loss:
+        loss_func = functools.partial(_divide_by_all_tokens, loss_func, group)
+    return call.proceed(loss_func=loss_func)
 
 
 def _divide_by_all_tokens(
@@ -113,26 +108,21 @@ def summed_reports(reports: Sequence[dict[str, Tensor]], group: dist.ProcessGrou
     return summed
 
 
-def _wrap_roll_tensor(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def roll_tensor(*args: Any, **kwargs: Any) -> Any:
-        named = bind_by_name(original, args, kwargs)
-        tensor, group, packed = named["tensor"], named["cp_group"], named["packed_seq_params"]
-        if tensor is None or group is None or group.size() == 1:
-            return original(**named)
-        if packed is not None:
-            ends = ends_with_padding(packed)
-            stream = plugin.packing.stream_of(ends, group.rank(), group.size(), tensor.size(-1))
-            return _roll_by(stream.layout, tensor, group)
-        if plugin.length is not None:
-            return _roll_by(layout_of_length(plugin.length, group.size()), tensor, group)
-        rolled, total = original(**named)
-        # Tokens are rolled as well as the loss mask, and it may hold integers: one number too many travels for those.
-        total = total.clone()
-        dist.all_reduce(total, group=group)
-        return rolled, total / group.size()
-
-    return roll_tensor
+def _roll_tensor(plugin: Plugin, call: PatchedCall) -> Any:
+    tensor, group, packed = call["tensor"], call["cp_group"], call["packed_seq_params"]
+    if tensor is None or group is None or group.size() == 1:
+        return call.proceed()
+    if packed is not None:
+        ends = ends_with_padding(packed)
+        stream = plugin.packing.stream_of(ends, group.rank(), group.size(), tensor.size(-1))
+        return _roll_by(stream.layout, tensor, group)
+    if plugin.length is not None:
+        return _roll_by(layout_of_length(plugin.length, group.size()), tensor, group)
+    rolled, total = call.proceed()
+    # Tokens are rolled as well as the loss mask, and it may hold integers: one number too many travels for those.
+    total = total.clone()
+    dist.all_reduce(total, group=group)
+    return rolled, total / group.size()
 
 
 def _roll_by(layout: StreamLayout, tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _WITH_MODEL_TYPE = 5
@@ -22,30 +22,6 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     in every layer.
     """
 
-    def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def forward_step(*args: Any, **kwargs: Any) -> Any:
-            named = bind_by_name(original, args, kwargs)
-            parts = named["config"].virtual_pipeline_model_parallel_size or 1
-            is_first = not named["current_microbatch"]
-            with plugin.one_micro_batch(), _documents(plugin, named["vp_stage"] or 0, parts, is_first):
-                return original(**named)
-
-        return forward_step
-
-    def wrap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
-        takes_model_type = "model_type" in inspect.signature(original).parameters
-
-        @functools.wraps(original)
-        def backward_step(*args: Any, **kwargs: Any) -> Any:
-            if len(args) == _WITH_MODEL_TYPE and not takes_model_type:
-                *tensors, _, config = args
-                args = (*tensors, config)
-            with plugin.one_micro_batch():
-                return original(*args, **kwargs)
-
-        return backward_step
-
     why = (
         "All layers of a stage get the tensors of one micro-batch: ranks compare what they have come with once for all "
         "of them (once more where layers differ among themselves, and for a recomputation)."
@@ -54,8 +30,8 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     return (
         Patch(
             target=f"{_SCHEDULES}:forward_step",
-            kind="wrap",
-            function=wrap_forward,
+            kind="around",
+            function=functools.partial(_forward_step, plugin),
             parameters=("config", "current_microbatch", "vp_stage"),
             why=f"{why} And the documents of a micro-batch are known in the first stage alone.",
             remove_when=remove_when,
@@ -63,12 +39,32 @@ def micro_batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
         Patch(
             target=f"{_SCHEDULES}:backward_step",
             kind="wrap",
-            function=wrap_backward,
+            function=functools.partial(_wrap_backward_step, plugin),
             why=f"{why} And hybrid_context_parallel_forward_backward of 0.17 and 0.18 gives it the type of the model, "
             "which it takes no longer.",
             remove_when=remove_when,
         ),
     )
+
+
+def _forward_step(plugin: Plugin, call: PatchedCall) -> Any:
+    parts = call["config"].virtual_pipeline_model_parallel_size or 1
+    is_first = not call["current_microbatch"]
+    with plugin.one_micro_batch(), _documents(plugin, call["vp_stage"] or 0, parts, is_first):
+        return call.proceed()
+
+
+def _wrap_backward_step(plugin: Plugin, original: Callable[..., Any]) -> Callable[..., Any]:
+    takes_model_type = "model_type" in inspect.signature(original).parameters
+
+    def backward_step(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == _WITH_MODEL_TYPE and not takes_model_type:
+            *tensors, _, config = args
+            args = (*tensors, config)
+        with plugin.one_micro_batch():
+            return original(*args, **kwargs)
+
+    return backward_step
 
 
 def _documents(plugin: Plugin, part: int, num_parts: int, is_first: bool) -> AbstractContextManager[None]:

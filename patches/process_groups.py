@@ -1,13 +1,12 @@
 """Process groups: built when Megatron builds its own, gone when Megatron destroys them."""
 
 import functools
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from mindspeed_cp.config import ConfigurationError
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 PARALLEL_STATE = "megatron.core.parallel_state"
 
@@ -21,50 +20,42 @@ _OF_MEGATRON = {
 
 def process_group_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """Patches of megatron.core.parallel_state."""
-
-    def wrap_initialize(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
-            named = bind_by_name(original, args, kwargs)
-            _check_size(plugin, named["context_parallel_size"])
-            original(*args, **kwargs)
-            # Taken from Megatron, never recomputed: the order of the axes is an argument of its own.
-            from megatron.core import parallel_state
-
-            timeout = timedelta(minutes=named["distributed_timeout_minutes"])
-            plugin.build_groups(parallel_state.get_context_parallel_group(), timeout)
-            if plugin.dynamic is not None:
-                plugin.dynamic.build(parallel_state.get_data_parallel_group(with_context_parallel=True), timeout)
-            plugin.join_pipeline(parallel_state.get_pipeline_model_parallel_group())
-
-        return initialize_model_parallel
-
-    def wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def destroy_model_parallel(*args: Any, **kwargs: Any) -> None:
-            plugin.drop_groups()
-            original(*args, **kwargs)
-
-        return destroy_model_parallel
-
     return (
         Patch(
             target=f"{PARALLEL_STATE}:initialize_model_parallel",
-            kind="wrap",
-            function=wrap_initialize,
+            kind="around",
+            function=functools.partial(_initialize_model_parallel, plugin),
             parameters=("context_parallel_size", "distributed_timeout_minutes"),
             why="The grid's groups have to be built by all ranks at once, over the ranks that Megatron chose.",
             remove_when="Megatron takes a hook that runs after its groups are made.",
         ),
         Patch(
             target=f"{PARALLEL_STATE}:destroy_model_parallel",
-            kind="wrap",
-            function=wrap_destroy,
+            kind="around",
+            function=functools.partial(_destroy_model_parallel, plugin),
             aliases=("megatron.training.training:destroy_model_parallel",),
             why="Groups that outlive Megatron's would be used by the next model that is built.",
             remove_when="initialize_model_parallel needs no patch.",
         ),
     )
+
+
+def _initialize_model_parallel(plugin: Plugin, call: PatchedCall) -> None:
+    _check_size(plugin, call["context_parallel_size"])
+    call.proceed()
+    # Taken from Megatron, never recomputed: the order of the axes is an argument of its own.
+    from megatron.core import parallel_state
+
+    timeout = timedelta(minutes=call["distributed_timeout_minutes"])
+    plugin.build_groups(parallel_state.get_context_parallel_group(), timeout)
+    if plugin.dynamic is not None:
+        plugin.dynamic.build(parallel_state.get_data_parallel_group(with_context_parallel=True), timeout)
+    plugin.join_pipeline(parallel_state.get_pipeline_model_parallel_group())
+
+
+def _destroy_model_parallel(plugin: Plugin, call: PatchedCall) -> None:
+    plugin.drop_groups()
+    call.proceed()
 
 
 def _check_size(plugin: Plugin, context_parallel_size: int) -> None:

@@ -1,7 +1,6 @@
 """Megatron's activation checkpoints: with --context-parallel-keep-outputs they do not run attention again."""
 
 import argparse
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ def recomputation_patches(plugin: Plugin) -> tuple[Patch, ...]:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         kept = plugin.recomputation.around(original)
 
-        @functools.wraps(original)
         def checkpoint(*args: Any, **kwargs: Any) -> Any:
             keeps = plugin.config is not None and plugin.config.context_parallel_keep_outputs
             return (kept if keeps else original)(*args, **kwargs)

@@ -4,14 +4,13 @@ Shapes: t tokens of this rank, T of the whole stream, N heads, D head size, R ro
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from mindspeed_cp.patches.packing import Packing, is_stream
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch, bind_by_name
+from mindspeed_cp.patching import Patch, PatchedCall
 
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
 _ROPE = f"{_EMBEDDINGS}.rope_utils"
@@ -26,8 +25,8 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
     return (
         Patch(
             target=f"{_ROPE}:_apply_rotary_pos_emb_thd",
-            kind="wrap",
-            function=functools.partial(_wrap_rotation, plugin),
+            kind="around",
+            function=functools.partial(_apply_to_stream, plugin),
             aliases=("megatron.core.models.common.embeddings.rotary_pos_embedding:_apply_rotary_pos_emb_thd",),
             parameters=("t", "cu_seqlens", "freqs", "cp_group"),
             why="It takes every document to be cut as a zigzag of its own, in lengths that 2 x CP divides: under "
@@ -36,8 +35,8 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
         ),
         Patch(
             target=f"{_EMBEDDINGS}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
-            kind="wrap",
-            function=functools.partial(_wrap_length, plugin),
+            kind="around",
+            function=functools.partial(_num_positions, plugin),
             parameters=("inference_context", "packed_seq_params"),
             why="It takes the other ranks to have as many tokens as this one, and a program's max_seqlen to count what "
             "pads the documents.",
@@ -46,33 +45,23 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
     )
 
 
-def _wrap_length(plugin: Plugin, original: Callable[..., int]) -> Callable[..., int]:
-    @functools.wraps(original)
-    def get_rotary_seq_len(*args: Any, **kwargs: Any) -> int:
-        named = bind_by_name(original, args, kwargs)
-        packed = named["packed_seq_params"]
-        if named["inference_context"] is not None:
-            return original(*args, **kwargs)
+def _num_positions(plugin: Plugin, call: PatchedCall) -> int:
+    packed, length = call["packed_seq_params"], plugin.length
+    if call["inference_context"] is None:
         if packed is not None and is_stream(packed):
             return plugin.packing.num_positions(packed)
-        if packed is not None or plugin.length is None:
-            return original(*args, **kwargs)
-        return plugin.length
-
-    return get_rotary_seq_len
+        if packed is None and length is not None:
+            return length
+    return int(call.proceed())
 
 
-def _wrap_rotation(plugin: Plugin, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
-    def _apply_rotary_pos_emb_thd(*args: Any, **kwargs: Any) -> Tensor:
-        named = bind_by_name(original, args, kwargs)
-        group = named["cp_group"]
-        if group is None or group.size() == 1:
-            # 0.16 hands on what its batches have, [1, n], and reads one end from it.
-            return original(**{**named, "cu_seqlens": named["cu_seqlens"].flatten()})
-        return _rotated(plugin.packing, named)
-
-    return _apply_rotary_pos_emb_thd
+def _apply_to_stream(plugin: Plugin, call: PatchedCall) -> Tensor:
+    group = call["cp_group"]
+    if group is None or group.size() == 1:
+        # 0.16 hands on what its batches have, [1, n], and reads one end from it.
+        rotated: Tensor = call.proceed(cu_seqlens=call["cu_seqlens"].flatten())
+        return rotated
+    return _rotated(plugin.packing, call.named)
 
 
 def _rotated(packing: Packing, named: dict[str, Any]) -> Tensor:

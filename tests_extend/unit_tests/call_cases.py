@@ -121,7 +121,7 @@ def errors_in_micro_batches(case: Case, micro_batches: Sequence[Sequence[Call]])
         assert attention.agreement is not None
         groups = ContextParallelGroups(None, attention.agreement, None)  # type: ignore[arg-type]
         forward, _ = micro_batch_patches(Plugin(groups=groups))
-        step = forward.function(forward_step)
+        step = forward.in_place_of(forward_step)
         config = SimpleNamespace(virtual_pipeline_model_parallel_size=None)
         errors = [step(calls[rank], config) for calls in micro_batches]
         return [*errors, f"{attention.agreement.communicator.traffic.calls['exchange']} messages"]

@@ -631,3 +631,22 @@ def test_bind_by_name_refuses_what_the_call_would_refuse(args, kwargs):
 def test_bind_by_name_sees_through_a_patched_function(toy):
     with PatchRegistry([patch_of("toy:double")]).applied():
         assert bind_by_name(toy.double, (3,), {}) == {"x": 3, "factor": 2}
+
+
+def test_around_gives_each_call_with_its_arguments_by_name_and_proceeds_with_some_of_them_changed(toy):
+    def tripled(call):
+        assert call.original is before
+        return call.args, call["x"], call["factor"], call.proceed(), call.proceed(factor=3 * call["factor"])
+
+    before = toy.double
+    with PatchRegistry([patch_of("toy:double", tripled, "around")]).applied():
+        assert toy.double(3) == ((3,), 3, 2, 6, 18)
+        assert toy.double(factor=5, x=1) == ((), 1, 5, 5, 15)
+    assert toy.double is before
+
+
+def test_around_proceeds_with_arguments_that_are_not_looked_at_as_they_came(toy):
+    with PatchRegistry([patch_of("toy:double", lambda call: call.proceed(), "around")]).applied():
+        with pytest.raises(TypeError, match="unknown"):
+            toy.double(3, unknown=1)
+        assert toy.double(3) == 6

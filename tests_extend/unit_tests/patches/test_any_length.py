@@ -87,14 +87,14 @@ def test_embeddings_and_stages_are_those_of_this_ranks_tokens(plugin):
         raise AssertionError("cut by equal views")
 
     group = SimpleNamespace(rank=lambda: 1, size=lambda: 4)
-    found = patches["get_pos_emb_on_this_cp_rank"].function(cut)(embeddings, 0, group)
+    found = patches["get_pos_emb_on_this_cp_rank"].in_place_of(cut)(embeddings, 0, group)
     assert torch.equal(found, shard(embeddings, Zigzag(4, ((61,),)), 1, 0))
 
     def schedule(seq_length):
         return seq_length // 4
 
-    assert patches["forward_backward_pipelining_without_interleaving"].function(schedule)(61) == 15
-    assert patches["forward_backward_pipelining_with_interleaving"].function(schedule)(64) == 16
+    assert patches["forward_backward_pipelining_without_interleaving"].in_place_of(schedule)(61) == 15
+    assert patches["forward_backward_pipelining_with_interleaving"].in_place_of(schedule)(64) == 16
 
 
 @pytest.mark.parametrize(("length", "shape"), [(64, (32, 1)), (61, (31, 1))])
@@ -107,4 +107,4 @@ def test_stages_exchange_the_samples_of_packed_data_as_the_one_stream_that_they_
 
     for patch in patches:
         if "forward_backward" in patch.target:
-            assert patch.function(schedule)(length, 2) == shape
+            assert patch.in_place_of(schedule)(length, 2) == shape

@@ -428,7 +428,7 @@ def validation():
         calls.append(("validate_args", args, defaults, plugin.config))
         return "validated"
 
-    patched = patches["megatron.training.arguments:validate_args"].function(validate_args)
+    patched = patches["megatron.training.arguments:validate_args"].in_place_of(validate_args)
     return SimpleNamespace(validate=patched, calls=calls, plugin=plugin)
 
 

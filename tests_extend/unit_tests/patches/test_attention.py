@@ -9,8 +9,9 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches.attention import _window, _wrap_forward
+from mindspeed_cp.patches.attention import _forward, _window
 from mindspeed_cp.patches.layer_attention import LayerAttention
+from mindspeed_cp.patching import around
 from unit_tests.dense import causal_mask, dense_attention
 
 
@@ -42,7 +43,7 @@ class Layer:
         return "Megatron's own"
 
 
-Layer.forward = _wrap_forward(Layer.forward)
+Layer.forward = around(Layer.forward, _forward)
 
 
 def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

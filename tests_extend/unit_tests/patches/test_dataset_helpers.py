@@ -16,7 +16,7 @@ def compiled_with(monkeypatch):
     """The patched function around a stand-in for Megatron's: call it, get the `python3` that make would have found."""
     found = []
     (patch,) = dataset_helper_patches()
-    compile_helpers = patch.function(lambda: found.append(shutil.which("python3")))
+    compile_helpers = patch.in_place_of(lambda: found.append(shutil.which("python3")))
 
     def call(spec):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)

@@ -8,10 +8,11 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
-from mindspeed_cp.patches.attention import _wrap_forward
+from mindspeed_cp.patches.attention import _forward
 from mindspeed_cp.patches.dropout import LayerDropout
 from mindspeed_cp.patches.layer_attention import LayerAttention
 from mindspeed_cp.patches.unsupported import refuse_unwatched_scores
+from mindspeed_cp.patching import around
 
 DROPOUT = LayerDropout(rate=0.5, seed=7, layer=1, data_parallel_rank=0, first_head=0)
 
@@ -61,16 +62,18 @@ def forward(self, query, key, value, attention_mask, attention_bias=None, packed
     """Megatron's signature."""
 
 
+attend = around(forward, _forward)
+
+
 def test_only_training_drops(tracker):
     q, k, v = torch.randn(3, 8, 1, 2, 4, dtype=torch.float64)
-    attend = _wrap_forward(forward)
     outs = [attend(layer(training, dropout=DROPOUT), q, k, v, None) for training in (True, False)]
     assert torch.equal(outs[1], attend(layer(True), q, k, v, None))
     assert not torch.allclose(outs[0], outs[1])
 
 
 def test_the_largest_score_of_each_head_is_kept_over_micro_batches_until_it_is_read():
-    watched, attend = layer(True, watches_scores=True), _wrap_forward(forward)
+    watched = layer(True, watches_scores=True)
     batches = torch.randn(2, 3, 8, 1, 2, 4, dtype=torch.float64)
     for q, k, v in batches:
         attend(watched, q, k, v, None)

@@ -1,6 +1,7 @@
 """Multi-latent attention: the head sizes that its layers give to classes that know one, and what becomes of them."""
 
 import copy
+import functools
 import math
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from mindspeed_cp.patches import attention
 from mindspeed_cp.patches.latent_attention import HeadSizes, take_head_sizes
 from mindspeed_cp.patches.packing import Packing
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patching import around
 
 CAUSAL = SimpleNamespace(name="causal")
 
@@ -54,7 +56,7 @@ def build(kind, **arguments):
     """A layer of the class `kind`, constructed through the wrapper, which leaves the configuration as it was."""
     config = SimpleNamespace(context_parallel_size=1, kv_channels=8)
     layer = kind.__new__(kind)
-    attention._wrap_init(Plugin(), kind.__init__)(layer, config, **arguments)
+    around(kind.__init__, functools.partial(attention._init, Plugin()))(layer, config, **arguments)
     assert layer.config is config
     assert config == SimpleNamespace(context_parallel_size=1, kv_channels=8)
     return layer
@@ -101,9 +103,8 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
         tensor_model_parallel_size=1,
     )
     layer, groups = kind.__new__(kind), SimpleNamespace(cp="ranks")
-    attention._wrap_init(plugin, kind.__init__)(
-        layer, config, pg_collection=groups, k_channels=16, v_channels=12, **given
-    )
+    build_layer = around(kind.__init__, functools.partial(attention._init, plugin))
+    build_layer(layer, config, pg_collection=groups, k_channels=16, v_channels=12, **given)
     expected = attention.LayerAttention(
         *("attention over ranks", None),
         mask_type="causal",

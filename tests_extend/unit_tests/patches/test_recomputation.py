@@ -56,4 +56,4 @@ def test_a_checkpoint_keeps_where_the_flag_says_so(config, keeps):
         assert distributed
         return function()
 
-    assert patch.function(checkpoint)(lambda: plugin.recomputation.is_within, True) is keeps
+    assert patch.in_place_of(checkpoint)(lambda: plugin.recomputation.is_within, True) is keeps

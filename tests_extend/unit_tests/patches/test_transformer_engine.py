@@ -47,7 +47,7 @@ def build(context_parallel_size, **options):
         **options,
     }
     layer, config = TEDotProductAttention.__new__(TEDotProductAttention), SimpleNamespace(**values)
-    wrapped = patches[f"{attention.TE_ATTENTION}.__init__"].function(TEDotProductAttention.__init__)
+    wrapped = patches[f"{attention.TE_ATTENTION}.__init__"].in_place_of(TEDotProductAttention.__init__)
     wrapped(layer, config, pg_collection=SimpleNamespace(cp="ranks"))
     assert layer.config is config and vars(config) == values
     return layer
