@@ -16,7 +16,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches import batches
-from mindspeed_cp.patches.any_length import any_length_patches, if_unequal
+from mindspeed_cp.patches.any_length import any_length_patches, if_unequal, refuse_short
 from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
@@ -98,20 +98,14 @@ def configure(
     if unknown := next((name for name in flags if name not in known), None):
         raise ConfigurationError(f"configure() knows no {unknown}; of the flags it takes {or_list(known)}.")
     config = ContextParallelConfig(**flags)
-    if seq_length is not None and seq_length < config.context_parallel_size:
-        raise ConfigurationError(
-            f"--seq-length {seq_length} is below --context-parallel-size {config.context_parallel_size}; use "
-            f"{config.context_parallel_size} or more."
-        )
+    if seq_length is not None:
+        refuse_short(seq_length, config.context_parallel_size)
     KERNELS.only(config.context_parallel_kernels)
     if asks_for_cpu(distributed_backend):
         use_cpu()
     for sentence in config.ineffective_flags():
         warnings.warn(sentence, stacklevel=2)
-    plugin.config, plugin.dynamic, plugin.seed = config, None, seed
-    plugin.document_rule, plugin.apart_by, plugin.padding = None, None, None
-    plugin.length = if_unequal(seq_length, config)
-    plugin.packing = Packing(packed_sequence_layout)
+    plugin.configure(config, seed=seed, packing=Packing(packed_sequence_layout), length=if_unequal(seq_length, config))
     return config
 
 

@@ -135,13 +135,18 @@ def refuse_length(args: argparse.Namespace, config: ContextParallelConfig) -> No
                 f"--seq-length {length} is not a multiple of {times}--context-parallel-size {size}, which "
                 f"{need.spelled} needs: {need.reason}; use {or_list([*_multiples(length, unit), need.instead])}."
             )
-    if length < size:
-        raise ConfigurationError(f"--seq-length {length} is below --context-parallel-size {size}; use {size} or more.")
+    refuse_short(length, size)
     positions = args.max_position_embeddings
     if length % (2 * size) and positions is not None and positions < length:
         raise ConfigurationError(
             f"--max-position-embeddings {positions} is below --seq-length {length}; use {length} or more."
         )
+
+
+def refuse_short(length: int, size: int) -> None:
+    """Raise ConfigurationError where a sample has fewer tokens than ranks."""
+    if length < size:
+        raise ConfigurationError(f"--seq-length {length} is below --context-parallel-size {size}; use {size} or more.")
 
 
 def _multiples(length: int, unit: int) -> list[int]:

@@ -162,14 +162,17 @@ def _validate_args(
 
 def _configure(plugin: Plugin, args: argparse.Namespace, found: "Settled") -> None:
     """Hand the plugin what the flags say."""
-    plugin.config, plugin.seed = found.config, args.seed
-    plugin.dynamic = None if found.dynamic is None else DynamicRanks(found.dynamic)
-    plugin.document_rule = _document_rule(args)
-    plugin.apart_by = _apart_by(args)
-    plugin.length = length_of(args, found.config)
-    plugin.packing = Packing(args.packed_sequence_layout)
     is_packed = found.dynamic is None and packing_options(args)
-    plugin.padding = PaddingCount(args.log_interval) if is_packed else None
+    plugin.configure(
+        found.config,
+        seed=args.seed,
+        packing=Packing(args.packed_sequence_layout),
+        length=length_of(args, found.config),
+        dynamic=None if found.dynamic is None else DynamicRanks(found.dynamic),
+        document_rule=_document_rule(args),
+        apart_by=_apart_by(args),
+        padding=PaddingCount(args.log_interval) if is_packed else None,
+    )
 
 
 @contextmanager

@@ -252,7 +252,6 @@ def _layer_attention(
         mask_type=named["attn_mask_type"].name,
         # --apply-query-key-layer-scaling divides here and multiplies again in the softmax: on the whole it is nothing.
         scale=default_scale(head_size) if scale is None else scale,
-        size=config.context_parallel_size,
         window=_window(layer_config, named),
         packing=plugin.packing,
         apart_by=plugin.apart_by,
@@ -295,7 +294,6 @@ def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
         by_mask=None,
         mask_type=layer.attn_mask_type.name,
         scale=layer.softmax_scale * (layer.layer_number if layer.config.apply_query_key_layer_scaling else 1),
-        size=1,
         window=_window(layer.config, vars(layer)),
         packing=plugin.packing,
         dropout=_dropout(

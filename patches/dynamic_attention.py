@@ -48,7 +48,7 @@ class DynamicAttention:
 
     def _over(self, members: Members) -> LayerAttention:
         config = self.config.over(len(members))
-        return replace(self.layer, by_plan=self.build(config, self.ranks.part(members)), size=len(members))
+        return replace(self.layer, by_plan=self.build(config, self.ranks.part(members)))
 
 
 def document_length(packed: Any) -> int:

@@ -55,7 +55,6 @@ class LayerAttention:
     mask_type: Megatron's name of who sees whom in this layer where no mask comes; Megatron gives one to the pipeline
         stages that have a batch, which are the first and the last.
     scale: factor on the scores.
-    size: context-parallel ranks.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
     cuts_streams_alone: whether all batches that this rank has cut are packed streams.
@@ -69,7 +68,6 @@ class LayerAttention:
     by_mask: ContextParallelAttention | None
     mask_type: str
     scale: float
-    size: int
     window: WindowSize = CAUSAL_WINDOW
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
@@ -156,6 +154,11 @@ class LayerAttention:
             f"sees whom; give it one, or build it with the mask type causal or no_mask.",
             query,
         )
+
+    @property
+    def size(self) -> int:
+        """Context-parallel ranks."""
+        return self.by_plan.config.context_parallel_size
 
     @property
     def rank(self) -> int:

@@ -21,17 +21,21 @@ from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 class Plugin:
     """State handed to every patch when it is made, so that none of them has to look anything up.
 
-    config: set by the arguments patch, or by `megatron_adaptor.configure`; None before.
-    seed: of the job, for what is drawn at random; set with the configuration.
-    groups: set while Megatron's model-parallel groups exist; None else.
-    dynamic: where each document has ranks of its own; set by the arguments patch.
-    document_rule: how documents are found in the data, where --reset-attention-mask keeps them apart; set by the
-        arguments patch. end_of_document: the token that is the last of its document; set when the tokenizer is made.
-    apart_by: the flag that keeps documents apart, with which no layer may go without them; set by the arguments patch.
+    Set by `configure`, None (seed 0) before:
+
+    config: what the context-parallel flags say. seed: of the job, for what is drawn at random.
     length: tokens of a whole sample where the ranks have unequal shards; None where they have equal ones.
-    stages: the documents of the micro-batch at hand. packing: how packed streams are dealt to ranks. recomputation: of
-        Megatron's checkpoints, where they keep what attention gives.
-    padding: what pads packed streams, where there are some; set by the arguments patch.
+    packing: how packed streams are dealt to ranks. padding: what pads them, where there are some.
+    dynamic: where each document has ranks of its own.
+    document_rule: how documents are found in the data, where --reset-attention-mask keeps them apart.
+    apart_by: the flag that keeps documents apart, with which no layer may go without them.
+
+    Set while a job runs:
+
+    groups: while Megatron's model-parallel groups exist; None else.
+    end_of_document: the token that is the last of its document; set when the tokenizer is made.
+    stages: the documents of the micro-batch at hand.
+    recomputation: of Megatron's checkpoints, where they keep what attention gives.
     kinds_cut: of the batches that were cut since Megatron's groups were made: "streams" where packed, "samples".
     """
 
@@ -49,6 +53,22 @@ class Plugin:
     kinds_cut: set[str] = field(default_factory=set)
     recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
+
+    def configure(
+        self,
+        config: ContextParallelConfig,
+        *,
+        seed: int,
+        packing: Packing,
+        length: int | None,
+        dynamic: DynamicRanks | None = None,
+        document_rule: DocumentRule | None = None,
+        apart_by: str | None = None,
+        padding: PaddingCount | None = None,
+    ) -> None:
+        """Take all that flags, or a program's `configure`, say: nothing is left of an earlier configuration."""
+        self.config, self.seed, self.packing, self.length = config, seed, packing, length
+        self.dynamic, self.document_rule, self.apart_by, self.padding = dynamic, document_rule, apart_by, padding
 
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups of the configured topology over Megatron's context-parallel group."""

@@ -31,7 +31,7 @@ def test_a_tensor_parallel_rank_has_the_slopes_of_its_own_heads():
 
 def test_scores_of_a_layer_fall_by_its_slopes():
     attention = build_attention(ContextParallelConfig(use_alibi=True))
-    layer = LayerAttention(attention, None, "causal", 0.5, 1, slopes=(0.5, 0.25))
+    layer = LayerAttention(attention, None, "causal", 0.5, slopes=(0.5, 0.25))
     query, key, value = torch.randn(3, 8, 2, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     places = torch.arange(8)
     distance = (places[:, None] - places[None, :]).double()

@@ -58,7 +58,7 @@ def layer(*, uses_mask: bool = False) -> Layer:
     causal, general = (
         build_attention(ContextParallelConfig(attention_mask_type=kind)) for kind in ("causal", "general")
     )
-    return Layer(LayerAttention(causal, general if uses_mask else None, mask_type="causal", scale=0.3, size=1))
+    return Layer(LayerAttention(causal, general if uses_mask else None, mask_type="causal", scale=0.3))
 
 
 @pytest.mark.parametrize("uses_mask", [False, True])

@@ -54,7 +54,7 @@ def test_heads_of_tensor_parallel_ranks_and_samples_of_data_parallel_ranks_are_t
 
 def layer(is_training, **changes):
     """A layer of one rank, with Megatron's signature."""
-    attention = LayerAttention(build_attention(ContextParallelConfig()), None, "causal", 0.5, 1, **changes)
+    attention = LayerAttention(build_attention(ContextParallelConfig()), None, "causal", 0.5, **changes)
     return SimpleNamespace(training=is_training, context_parallel_attention=attention, current_max_attn_logits=None)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -42,21 +43,29 @@ def ranks(monkeypatch):
     return DynamicRanks(ContextParallelConfig(context_parallel_size=4, context_parallel_algo="megatron_cp_algo"), made)
 
 
+class Over(NamedTuple):
+    """Stands for an attention: what it was built over."""
+
+    config: ContextParallelConfig
+    part: str
+
+
 @pytest.fixture
 def attention(ranks):
     """Of a causal layer; over several ranks it is said which."""
     alone = LayerAttention(
-        by_plan=build_attention(ContextParallelConfig()), by_mask=None, mask_type="causal", scale=0.5, size=1
+        by_plan=build_attention(ContextParallelConfig()), by_mask=None, mask_type="causal", scale=0.5
     )
-    return DynamicAttention(ranks, alone, lambda config, part: (config.context_parallel_size, part), ranks.config)
+    return DynamicAttention(ranks, alone, Over, ranks.config)
 
 
 def test_document_is_computed_by_the_ranks_that_share_it_and_of_its_own_length(attention):
     shared = attention.of_document(Packed(2, group("two"), max_seqlen_q=9))
-    assert (shared.by_plan, shared.size, shared.length) == ((2, "part (2, 3)"), 2, 9)
+    assert (shared.by_plan.part, shared.size, shared.length) == ("part (2, 3)", 2, 9)
     again = attention.of_document(Packed(2, group("two"), max_seqlen_q=5))
     assert (again.by_plan is shared.by_plan, again.length) == (True, 5)
-    assert attention.of_document(Packed(4, group("all"))).by_plan == (4, "part (0, 1, 2, 3)")
+    everyone = attention.of_document(Packed(4, group("all")))
+    assert (everyone.by_plan.part, everyone.size) == ("part (0, 1, 2, 3)", 4)
 
 
 def test_document_on_one_rank_is_causal_attention_of_its_tokens(attention):

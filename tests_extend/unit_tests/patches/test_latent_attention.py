@@ -109,7 +109,6 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
         *("attention over ranks", None),
         mask_type="causal",
         scale=scale,
-        size=2,
         cuts_streams_alone=plugin.cuts_streams_alone,
     )
     assert layer.context_parallel_attention == expected

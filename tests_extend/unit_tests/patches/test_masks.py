@@ -1,5 +1,6 @@
 """Who sees whom in a layer: what its mask says, what its type says without one, and the masks that some stages lack."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,12 @@ def tensors():
 
 
 def layer(mask_type, size=1):
-    """A layer that reads masks."""
+    """A layer that reads masks; it takes itself for one of so many ranks."""
+    configs = [ContextParallelConfig(attention_mask_type=kind) for kind in ("causal", "general")]
     causal, general = (
-        build_attention(ContextParallelConfig(attention_mask_type=kind)) for kind in ("causal", "general")
+        replace(build_attention(config), config=replace(config, context_parallel_size=size)) for config in configs
     )
-    return LayerAttention(causal, general, mask_type, scale=0.3, size=size)
+    return LayerAttention(causal, general, mask_type, scale=0.3)
 
 
 @pytest.mark.parametrize(

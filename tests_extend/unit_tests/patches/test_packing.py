@@ -38,7 +38,7 @@ def test_documents_that_nothing_marks_are_refused():
 def layer(**changes):
     """A layer of one rank."""
     causal = build_attention(ContextParallelConfig())
-    return LayerAttention(causal, None, **{"mask_type": "causal", "scale": 0.3, "size": 1, **changes})
+    return LayerAttention(causal, None, **{"mask_type": "causal", "scale": 0.3, **changes})
 
 
 def packed(cu_seqlens, padded=None, **changes):

@@ -15,7 +15,7 @@ STREAM = SAMPLE | {"cu_seqlens": torch.tensor([0, 5, 8])}
 
 def layer(plugin):
     attention = build_attention(ContextParallelConfig())
-    return LayerAttention(attention, None, "causal", 0.5, 1, cuts_streams_alone=plugin.cuts_streams_alone)
+    return LayerAttention(attention, None, "causal", 0.5, cuts_streams_alone=plugin.cuts_streams_alone)
 
 
 def test_a_layer_that_is_not_told_the_documents_of_a_stream_refuses(monkeypatch):
