@@ -43,7 +43,7 @@ def main() -> None:
 
 def help_text() -> str:
     """How the program is used, and the flags that it adds to a training script's."""
-    from mindspeed_cp.patches.arguments import add_context_parallel_arguments
+    from mindspeed_cp.patches.flags import add_context_parallel_arguments
 
     parser = argparse.ArgumentParser(prog="mindspeed_cp", usage=USAGE, description=__doc__, add_help=False)
     add_context_parallel_arguments(parser)

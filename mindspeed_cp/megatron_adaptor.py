@@ -17,7 +17,7 @@ from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches import batches
 from mindspeed_cp.patches.any_length import any_length_patches, if_unequal, refuse_short
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
+from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.attention import attention_patches
 from mindspeed_cp.patches.cpu_device import cpu_device_patches
 from mindspeed_cp.patches.dataset_helpers import dataset_helper_patches
@@ -35,6 +35,7 @@ from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.process_groups import process_group_patches
 from mindspeed_cp.patches.recomputation import recomputation_patches
 from mindspeed_cp.patches.rotary import rotary_patches
+from mindspeed_cp.patches.rules import asks_for_cpu
 from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
 from mindspeed_cp.patching import PatchRegistry

@@ -3,7 +3,7 @@
 import argparse
 
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches.arguments import settled
+from mindspeed_cp.patches.rules import settled
 
 
 def config_from_arguments(args: argparse.Namespace) -> ContextParallelConfig:

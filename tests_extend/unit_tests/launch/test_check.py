@@ -262,7 +262,7 @@ def test_launch_that_is_not_read_is_listed_beside_those_that_are(checked):
 
 
 def test_script_for_another_machine_is_not_blocked_by_the_kernels_of_this_one(checked, monkeypatch):
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
+    monkeypatch.setattr("mindspeed_cp.patches.rules.accelerator", lambda: None)
     # The reference kernel, the one of a CPU for such heads, would hold 64 GiB of scores.
     latent = "--multi-latent-attention --seq-length 262144 --max-position-embeddings 262144 --bf16"
     text, is_blocked = checked(f"{RUN} {latent}")

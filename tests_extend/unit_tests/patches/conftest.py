@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_cp.patches import arguments
+from mindspeed_cp.patches import rules
 from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
@@ -54,6 +54,6 @@ def ampere_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an Ampere GPU, one rank, and the environment that Megatron wants."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(rules, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

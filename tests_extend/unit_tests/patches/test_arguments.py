@@ -12,11 +12,12 @@ from packaging.version import Version
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
-from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import argument_patches, asks_for_cpu
+from mindspeed_cp.patches import rules
+from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.kernel_forecast import kernel_notes
 from mindspeed_cp.patches.plugin import Plugin
+from mindspeed_cp.patches.rules import asks_for_cpu
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
 from unit_tests.argument_cases import config_from_arguments
@@ -353,17 +354,17 @@ def test_every_algorithm_is_available(parser, flags, topology):
 @pytest.mark.parametrize("device", ["cuda", "npu"])
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_an_accelerator_is_used_whatever_the_backend(monkeypatch, device, backend):
-    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    monkeypatch.setattr(rules, "accelerator", lambda: device)
     assert asks_for_cpu(backend) is False
 
 
 def test_gloo_without_an_accelerator_asks_for_the_cpu(monkeypatch):
-    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    monkeypatch.setattr(rules, "accelerator", lambda: None)
     assert asks_for_cpu("gloo") is True
 
 
 def test_no_accelerator_and_no_gloo_is_refused(monkeypatch):
-    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    monkeypatch.setattr(rules, "accelerator", lambda: None)
     assert refusal_of(asks_for_cpu, "nccl") == (
         "--distributed-backend nccl needs an accelerator, and neither torch.cuda nor torch.npu finds one; "
         "use --distributed-backend gloo to train on the CPU."
@@ -405,7 +406,7 @@ def test_missing_environment_variable_is_said(parser, monkeypatch, connections, 
 )
 def test_environment_variable_is_not_asked_for_where_megatron_does_not(parser, monkeypatch, flags, device, major):
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    monkeypatch.setattr(rules, "accelerator", lambda: device)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     config_from_arguments(parser.parse_args(flags))
 
@@ -413,7 +414,7 @@ def test_environment_variable_is_not_asked_for_where_megatron_does_not(parser, m
 @pytest.mark.parametrize("device", [None, "npu"])
 def test_environment_variable_is_asked_for_without_a_gpu_too(parser, monkeypatch, device):
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    monkeypatch.setattr(arguments, "accelerator", lambda: device)
+    monkeypatch.setattr(rules, "accelerator", lambda: device)
     message = refusal_of(config_from_arguments, parser.parse_args(CP4))
     assert message.startswith("--context-parallel-size 4: Megatron needs the environment variable")
 
@@ -445,7 +446,7 @@ def test_validation_passes_keywords_on(parser, validation):
 
 
 def test_validation_turns_to_the_cpu_before_megatron_looks_for_a_gpu(parser, validation, monkeypatch):
-    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    monkeypatch.setattr(rules, "accelerator", lambda: None)
     validation.validate(parser.parse_args([*CP4, "--distributed-backend", "gloo"]), {})
     assert [call if call == "use_cpu" else call[0] for call in validation.calls] == ["use_cpu", "validate_args"]
 
@@ -473,7 +474,7 @@ def test_refusal_ends_the_program_with_one_line_and_status_2(parser, validation,
 
 
 def test_missing_accelerator_ends_the_program_with_one_line_and_status_2(parser, validation, monkeypatch, capsys):
-    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    monkeypatch.setattr(rules, "accelerator", lambda: None)
     with pytest.raises(SystemExit) as stop:
         validation.validate(parser.parse_args(CP4), {})
     assert stop.value.code == 2
@@ -497,7 +498,7 @@ def test_flags_of_a_cluster_script_are_harmless_on_one_rank(parser, validation, 
 def test_flags_without_effect_are_said_once_by_the_first_rank(parser, validation, monkeypatch, rank, sentences):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(arguments, "kernel_notes", lambda *given: [])
+    monkeypatch.setattr(rules, "kernel_notes", lambda *given: [])
     ulysses = ["--context-parallel-algo", "ulysses_cp_algo"]
     args = parser.parse_args([*CP4, *ulysses, "--cp-window-size", "2", "--use-cp-send-recv-overlap"])
     with warnings.catch_warnings(record=True) as said:

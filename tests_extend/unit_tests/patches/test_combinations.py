@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import pytest
 
 from mindspeed_cp.config import ConfigurationError
-from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import notes_on_arguments
+from mindspeed_cp.patches import rules
+from mindspeed_cp.patches.rules import notes_on_arguments
 from unit_tests.argument_cases import config_from_arguments
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -23,7 +23,7 @@ CLIP = "--bf16 --qk-clip"
 def environment(monkeypatch):
     """A CPU, and the environment that Megatron wants."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.setattr(arguments, "accelerator", lambda: None)
+    monkeypatch.setattr(rules, "accelerator", lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,10 @@ from importlib.util import find_spec
 import pytest
 
 from mindspeed_cp.config import ConfigurationError
-from mindspeed_cp.patches import arguments
-from mindspeed_cp.patches.arguments import (
-    add_context_parallel_arguments,
-    argument_patches,
-    examine_command_line,
-)
+from mindspeed_cp.patches import arguments, rules
+from mindspeed_cp.patches.arguments import argument_patches, examine_command_line
 from mindspeed_cp.patches.command_line import examine
+from mindspeed_cp.patches.flags import add_context_parallel_arguments
 from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import PatchRegistry
 from unit_tests.argument_cases import config_from_arguments
@@ -86,9 +83,9 @@ FLAG_SETS = [
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine with a GPU that has a kernel for everything, and what Megatron wants of the environment."""
-    monkeypatch.setattr(arguments, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(arguments, "check_kernels", lambda *given: None)
-    monkeypatch.setattr(arguments, "_wants_one_connection", lambda args: False)
+    monkeypatch.setattr(rules, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(rules, "check_kernels", lambda *given: None)
+    monkeypatch.setattr(rules, "_wants_one_connection", lambda args: False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 

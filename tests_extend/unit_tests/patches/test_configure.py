@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-
 @pytest.fixture
 def plugin(adaptor, monkeypatch):
     """The adaptor's state, empty, on a machine with a GPU as far as anybody can tell."""
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: "cuda")
+    monkeypatch.setattr("mindspeed_cp.patches.rules.accelerator", lambda: "cuda")
     monkeypatch.setattr(adaptor.plugin, "config", None)
     return adaptor.plugin
 
@@ -52,7 +52,7 @@ def test_configure_says_what_has_no_effect(adaptor, plugin):
 
 
 def test_configure_without_an_accelerator_needs_gloo(adaptor, plugin, monkeypatch):
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: None)
+    monkeypatch.setattr("mindspeed_cp.patches.rules.accelerator", lambda: None)
     with pytest.raises(ConfigurationError, match="use --distributed-backend gloo to train on the CPU"):
         adaptor.configure(context_parallel_size=4)
 

@@ -127,7 +127,7 @@ def test_losses_of_experts_are_those_of_one_rank(adaptor, monkeypatch):
 @pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 @pytest.mark.parametrize(("seq_length", "unequal"), [(61, 61), (60, 60), (64, None), (None, None)])
 def test_configure_takes_a_length(adaptor, monkeypatch, seq_length, unequal):
-    monkeypatch.setattr("mindspeed_cp.patches.arguments.accelerator", lambda: "cuda")
+    monkeypatch.setattr("mindspeed_cp.patches.rules.accelerator", lambda: "cuda")
     for name in ("config", "length"):
         monkeypatch.setattr(adaptor.plugin, name, None)
     adaptor.configure(context_parallel_size=4, seq_length=seq_length)
