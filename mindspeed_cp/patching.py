@@ -283,7 +283,7 @@ class PatchedCall:
     def __getitem__(self, name: str) -> Any:
         return self.named[name]
 
-    def proceed(self, **changed: Any) -> Any:
+    def proceed(self, /, **changed: Any) -> Any:
         """What the original gives: of the arguments as they came, or with some of them changed."""
         if not changed:
             return self.original(*self.args, **self.kwargs)

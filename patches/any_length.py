@@ -210,15 +210,15 @@ def _cut_positions(call: PatchedCall) -> Tensor:
 
 
 def _run_schedule(plugin: Plugin, call: PatchedCall) -> Any:
-    seq_length, micro_batch_size = call["seq_length"], call["micro_batch_size"]
+    changed = {"seq_length": call["seq_length"]}
     if plugin.packs_streams:
         # The samples of a micro-batch are one stream, and so is what travels between stages.
-        seq_length, micro_batch_size = seq_length * micro_batch_size, 1
+        changed = {"seq_length": call["seq_length"] * call["micro_batch_size"], "micro_batch_size": 1}
     rank, size = plugin.place
-    if seq_length % (2 * size):
+    if changed["seq_length"] % (2 * size):
         # It is divided by the size again, for the shapes of what travels between stages.
-        seq_length = layout_of_length(seq_length, size).num_tokens(rank) * size
-    return call.proceed(seq_length=seq_length, micro_batch_size=micro_batch_size)
+        changed["seq_length"] = layout_of_length(changed["seq_length"], size).num_tokens(rank) * size
+    return call.proceed(**changed)
 
 
 def cut_unequal(plugin: Plugin, batch: dict[str, Any]) -> bool:

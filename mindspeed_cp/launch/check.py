@@ -20,9 +20,6 @@ from mindspeed_cp.patches.mindspeed.record import Disposition
 from mindspeed_cp.patches.mindspeed.table import FLAGS
 from mindspeed_cp.patches.mindspeed.translate import split_flags
 
-USAGE = """python -m mindspeed_cp check FILE [argument of the script ...]
-       python -m mindspeed_cp check --flag ..."""
-
 _WIDTH = 116
 _FLAG = re.compile(r"--[a-z][\w-]*")
 _ENVIRONMENT = "CUDA_DEVICE_MAX_CONNECTIONS"

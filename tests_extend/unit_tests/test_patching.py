@@ -650,3 +650,12 @@ def test_around_proceeds_with_arguments_that_are_not_looked_at_as_they_came(toy)
         with pytest.raises(TypeError, match="unknown"):
             toy.double(3, unknown=1)
         assert toy.double(3) == 6
+
+
+def test_around_a_method_knows_its_object_and_proceeds_with_all_arguments_by_name(toy):
+    def doubled(call):
+        assert call.instance is call["self"]
+        return call.proceed(**{**call.named, "x": 2 * call["x"]})
+
+    with PatchRegistry([patch_of("toy:Child.method", doubled, "around")]).applied():
+        assert toy.Child().method(3) == ("method", 6)
