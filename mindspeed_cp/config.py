@@ -28,8 +28,11 @@ _OF_A_RING = ("cp_window_size", "context_parallel_kv_cache_policy", "context_par
 
 
 OF_ONE_RANK = (
-    *("attention_on_one_rank", "use_alibi", "attention_mask_type"),
-    *("megatron_cp_in_bnsd", "context_parallel_kernels"),
+    "attention_on_one_rank",
+    "use_alibi",
+    "attention_mask_type",
+    "megatron_cp_in_bnsd",
+    "context_parallel_kernels",
 )
 """Fields that mean something where one rank's attention is the plugin's."""
 

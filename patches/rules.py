@@ -170,8 +170,15 @@ def _configured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 _SIZES = (
-    *("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_attention_heads"),
-    *("num_query_groups", "hidden_size", "kv_channels", "seq_length", "encoder_seq_length"),
+    "context_parallel_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "hidden_size",
+    "kv_channels",
+    "seq_length",
+    "encoder_seq_length",
 )
 
 

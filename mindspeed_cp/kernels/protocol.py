@@ -215,35 +215,7 @@ class TileCase(NamedTuple):
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, terms: TileTerms) -> "TileCase":
         """The case of these tensors. Raises ValueError when no kernel takes them, or they do not fit together."""
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
-            raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]; give them so.")
-        if q.size(0) != k.size(0) or q.size(3) != k.size(3) or not k.size(1) or q.size(1) % k.size(1):
-            raise ValueError(
-                f"{shapes}: batch and head size must agree, and K/V heads divide the query heads; give k and v so."
-            )
-        if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(
-                f"q, k and v are of dtypes {_names(x.dtype for x in (q, k, v))}: they must be of one; cast them, "
-                "k.to(q.dtype) and v.to(q.dtype) for instance."
-            )
-        if q.dtype not in DTYPES:
-            raise ValueError(
-                f"q, k and v are of dtype {_names([q.dtype])}: attention is computed in {_names(DTYPES)}; cast them, "
-                "q.to(torch.float32) for instance."
-            )
-        if not q.device == k.device == v.device:
-            raise ValueError(
-                f"q, k and v are on {q.device}, {k.device} and {v.device}: they must be on one device; move them, "
-                "k.to(q.device) and v.to(q.device) for instance."
-            )
-        if terms.visible is not None and not _fits(terms.visible, q, k):
-            batch, num_heads, *pair = *q.shape[:3], k.size(2)
-            pairs = ", ".join(map(str, pair))
-            raise ValueError(
-                f"a mask of {tuple(terms.visible.shape)} does not fit {shapes}: it must be [S, T] = [{pairs}] or "
-                f"[1 or B, 1 or N, S, T] = [1 or {batch}, 1 or {num_heads}, {pairs}]."
-            )
+        _check_tensors(q, k, v, terms.visible)
         return cls(
             device_type=q.device.type,
             dtype=q.dtype,
@@ -257,6 +229,39 @@ class TileCase(NamedTuple):
             compute_capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
             masked=terms.visible is not None,
             packed=terms.segments is not None,
+        )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
+    """Raise ValueError when no kernel takes these tensors, or they do not fit together."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
+        raise ValueError(f"{shapes}: expected [B, N, S, D], [B, G, T, D] and [B, G, T, V]; give them so.")
+    if q.size(0) != k.size(0) or q.size(3) != k.size(3) or not k.size(1) or q.size(1) % k.size(1):
+        raise ValueError(
+            f"{shapes}: batch and head size must agree, and K/V heads divide the query heads; give k and v so."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v are of dtypes {_names(x.dtype for x in (q, k, v))}: they must be of one; cast them, "
+            "k.to(q.dtype) and v.to(q.dtype) for instance."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"q, k and v are of dtype {_names([q.dtype])}: attention is computed in {_names(DTYPES)}; cast them, "
+            "q.to(torch.float32) for instance."
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v are on {q.device}, {k.device} and {v.device}: they must be on one device; move them, "
+            "k.to(q.device) and v.to(q.device) for instance."
+        )
+    if visible is not None and not _fits(visible, q, k):
+        batch, num_heads, *pair = *q.shape[:3], k.size(2)
+        pairs = ", ".join(map(str, pair))
+        raise ValueError(
+            f"a mask of {tuple(visible.shape)} does not fit {shapes}: it must be [S, T] = [{pairs}] or "
+            f"[1 or B, 1 or N, S, T] = [1 or {batch}, 1 or {num_heads}, {pairs}]."
         )
 
 

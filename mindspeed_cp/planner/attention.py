@@ -118,63 +118,77 @@ class AttentionPass:
         """The rank's program, played as attention plays it."""
         ranks = self.topology.ring_ranks(rank)
         program = self.program(ranks.index(rank))
-        token_bytes = self.shape.kv_bytes(1) / self.topology.ulysses
+        return _RingEvents(self, program, ranks, self.shape.kv_bytes(1) / self.topology.ulysses).all()
 
-        def post(exchange: Exchange) -> Iterator[Event]:
-            to: dict[int, int] = {}
-            for message in exchange.sends:
-                share = (1 if message.piece is None else self.pieces) * (1 if message.carries is KV.BOTH else 2)
-                peer = ranks[message.peer]
-                to[peer] = to.get(peer, 0) + round(message.num_tokens * token_bytes / share)
-            sources = tuple(dict.fromkeys(ranks[message.peer] for message in exchange.receives))
-            yield Post(_handle(exchange), to, sources, exchange.axis)
-            if not self.overlap:
-                yield Wait(_handle(exchange))
-
-        coming: list[Exchange] = []
-
-        def arrived(exchanges: list[Exchange]) -> Iterator[Event]:
-            for exchange in exchanges:
-                yield Wait(_handle(exchange))
-                coming.remove(exchange)
-
-        def bringing(owner: int, piece: int | None) -> list[Exchange]:
-            return [exchange for exchange in coming if exchange.brings(owner, piece)]
-
-        def key_values(step: Step, exchanges: tuple[Exchange, ...]) -> Iterator[Event]:
-            for exchange in exchanges:
-                for message in exchange.sends:
-                    yield from arrived(bringing(message.owner, message.piece))
-                yield from arrived([each for each in coming if each.is_before(exchange, step)])
-                yield from post(exchange)
-                coming.append(exchange)
-
-        gradients = [step.gradients for step in program.steps]
-        for step, exchanges, added, leaving in zip(
-            program.steps, program.exchanges, program.added, gradients, strict=True
-        ):
-            if self.overlap:
-                yield from key_values(step, exchanges)
-            if step.tiles:
-                yield from arrived(bringing(step.owner, step.piece))
-                yield Compute(self._seconds(step))
-            for earlier in (gradients[number] for number in added):
-                assert earlier is not None
-                yield Wait(_handle(earlier))
-            if leaving is not None:
-                yield from post(leaving)
-            if not self.overlap:
-                yield from key_values(step, exchanges)
-        under_way = (*coming, *(each for each in gradients if each is not None))
-        yield from (Wait(handle) for handle in dict.fromkeys(map(_handle, under_way)))
-
-    def _seconds(self, step: Step) -> float:
-        """For the tiles of a step: this rank's share of the heads, and a piece of that where the step is of one."""
+    def seconds(self, step: Step) -> float:
+        """What the tiles of a step take, for this rank's share of the heads or, where the step is of one, a piece."""
         share = self.topology.ulysses * (1 if step.piece is None else self.pieces)
         keys = sum(span.stop - span.start for span in union(tile.keys for tile in step.tiles))
         flops = self.shape.flops(sum(tile.area for tile in step.tiles), self.phase)
         flops += self.shape.making_flops(keys, self.phase)
         return flops / share / self.flops_per_s + len(step.tiles) * self.launch_s
+
+
+class _RingEvents:
+    """What a rank does in the course of a program.
+
+    ranks: of the ring, in the numbers of the whole grid. token_bytes: of the K/V of a token in a rank's heads.
+    """
+
+    def __init__(self, settings: AttentionPass, program: Program, ranks: Sequence[int], token_bytes: float) -> None:
+        self._settings, self._program, self._ranks, self._token_bytes = settings, program, ranks, token_bytes
+        self._coming: list[Exchange] = []
+
+    def all(self) -> Iterator[Event]:
+        """In the order in which they happen: that of `KeyValues` and `Gradients` in attention/exchange.py."""
+        program, overlap = self._program, self._settings.overlap
+        gradients = [step.gradients for step in program.steps]
+        for step, exchanges, added, leaving in zip(
+            program.steps, program.exchanges, program.added, gradients, strict=True
+        ):
+            if overlap:
+                yield from self._key_values(step, exchanges)
+            if step.tiles:
+                yield from self._arrived(self._bringing(step.owner, step.piece))
+                yield Compute(self._settings.seconds(step))
+            for earlier in (gradients[number] for number in added):
+                assert earlier is not None
+                yield Wait(_handle(earlier))
+            if leaving is not None:
+                yield from self._post(leaving)
+            if not overlap:
+                yield from self._key_values(step, exchanges)
+        under_way = (*self._coming, *(each for each in gradients if each is not None))
+        yield from (Wait(handle) for handle in dict.fromkeys(map(_handle, under_way)))
+
+    def _key_values(self, step: Step, exchanges: tuple[Exchange, ...]) -> Iterator[Event]:
+        """The K/V that leave and come at a step."""
+        for exchange in exchanges:
+            for message in exchange.sends:
+                yield from self._arrived(self._bringing(message.owner, message.piece))
+            yield from self._arrived([each for each in self._coming if each.is_before(exchange, step)])
+            yield from self._post(exchange)
+            self._coming.append(exchange)
+
+    def _bringing(self, owner: int, piece: int | None) -> list[Exchange]:
+        return [exchange for exchange in self._coming if exchange.brings(owner, piece)]
+
+    def _arrived(self, exchanges: list[Exchange]) -> Iterator[Event]:
+        for exchange in exchanges:
+            yield Wait(_handle(exchange))
+            self._coming.remove(exchange)
+
+    def _post(self, exchange: Exchange) -> Iterator[Event]:
+        """An exchange, which is waited for at once without overlap."""
+        to: dict[int, int] = {}
+        for message in exchange.sends:
+            share = (1 if message.piece is None else self._settings.pieces) * (1 if message.carries is KV.BOTH else 2)
+            peer = self._ranks[message.peer]
+            to[peer] = to.get(peer, 0) + round(message.num_tokens * self._token_bytes / share)
+        sources = tuple(dict.fromkeys(self._ranks[message.peer] for message in exchange.receives))
+        yield Post(_handle(exchange), to, sources, exchange.axis)
+        if not self._settings.overlap:
+            yield Wait(_handle(exchange))
 
 
 def _handle(exchange: Exchange) -> tuple[Axis, int | None, int]:

@@ -20,6 +20,7 @@ Note [Pieces]
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mindspeed_cp.plan import Tile, union
 from mindspeed_cp.program.needs import Needs
@@ -35,6 +36,9 @@ class Rotation:
     rank: int
     backward: bool
     pieces: int
+
+    room: ClassVar[int] = 0
+    """See Program: gradients are waited for one by one."""
 
     def steps(self, own: tuple[Tile, ...], rest: tuple[Tile, ...]) -> Iterator[Step]:
         """All steps. own: what is computed of this rank's own block at the first. rest: what is at the last."""

@@ -22,6 +22,7 @@ Note [Room]
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mindspeed_cp.plan import Tile, union
 from mindspeed_cp.program.steps import Axis, Message, Step, live, message, some
@@ -44,6 +45,9 @@ class Straight:
     backward: bool
     at_once: bool
     ahead: bool
+
+    pieces: ClassVar[int] = 1
+    """All heads travel together."""
 
     @functools.cached_property
     def room(self) -> int:

@@ -56,10 +56,9 @@ def program(
     if transport is Transport.ROTATION:
         maker = Rotation(Needs(plan, schedule), rank, backward, pieces)
     else:
-        maker, pieces = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER, ahead), 1
+        maker = Straight(plan, schedule, rank, backward, transport is Transport.ALL_GATHER, ahead)
     steps = maker.steps(first, last)
-    room = maker.room if isinstance(maker, Straight) else 0
-    return Program(rank, tuple(_without(kept, steps) if backward else steps), pieces, kept, room)
+    return Program(rank, tuple(_without(kept, steps) if backward else steps), maker.pieces, kept, maker.room)
 
 
 def _without(kept: KV, steps: Iterable[Step]) -> Iterator[Step]:
