@@ -9,6 +9,7 @@ import platform
 import runpy
 import sys
 import textwrap
+import types
 import typing
 import warnings
 from pathlib import Path
@@ -133,7 +134,7 @@ def report() -> str:
     from mindspeed_cp.kernels import KERNELS, TileCase
     from mindspeed_cp.kernels.protocol import TRIANGLE
     from mindspeed_cp.kernels.taken import table_of_terms
-    from mindspeed_cp.patching import Patch, PatchError, targets_by_module
+    from mindspeed_cp.patching import PatchError
 
     device, capability = accelerator() or "cpu", None
     if device == "cuda":
@@ -151,24 +152,29 @@ def report() -> str:
         from mindspeed_cp import megatron_adaptor
     except (ImportError, PatchError) as error:
         return "\n".join([*lines, f"patches      none: {error}"])
-    lines.append(f"megatron     {megatron_adaptor.megatron_version()}")
+    return "\n".join([*lines, f"megatron     {megatron_adaptor.megatron_version()}", *_patch_lines(megatron_adaptor)])
+
+
+def _patch_lines(adaptor: types.ModuleType) -> typing.Iterator[str]:
+    """The patches of the adaptor's registries by state and reason."""
+    from mindspeed_cp.patching import Patch, targets_by_module
+
     cpu_note = "only with --distributed-backend gloo on a machine without an accelerator"
     for title, registry in (
-        ("patches", megatron_adaptor.registry),
-        (f"patches for training on a CPU, {cpu_note}", megatron_adaptor.cpu_registry),
+        ("patches", adaptor.registry),
+        (f"patches for training on a CPU, {cpu_note}", adaptor.cpu_registry),
     ):
-        lines += ["", title]
+        yield from ("", title)
         groups: dict[tuple[str, str], list[Patch]] = {}
         for patch, state in registry.status():
             groups.setdefault((state, patch.why), []).append(patch)
         for (state, why), patches in groups.items():
             reason = f"[{state}] {why}"
             # A flag or an all-to-all stays in one piece, so that it can be searched for.
-            lines += textwrap.wrap(reason, 114, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            yield from textwrap.wrap(reason, 114, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             for module, attributes in targets_by_module(patches).items():
                 listed = f"{module}: {', '.join(attributes)}"
-                lines += textwrap.wrap(listed, 114, initial_indent="      ", subsequent_indent="          ")
-    return "\n".join(lines)
+                yield from textwrap.wrap(listed, 114, initial_indent="      ", subsequent_indent="          ")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,23 @@ def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told:
     Raises ValueError within a compiled function for a plan, or an `expand` of a latent, without a handle; and for
     dropout that a kernel draws as it likes.
     """
-    scale, visible, plan, terms = told
+    plan, source = _with_handles(told.plan, source)
+    terms = AttentionTerms() if told.terms is None else told.terms
+    if terms.dropout is not None and terms.dropout.by_kernel:
+        raise ValueError(
+            "Dropout(by_kernel=True) draws from the device's generator, whose state neither a graph nor a selective "
+            "checkpoint replays; leave out by_kernel there."
+        )
+    # Plan and source are held here until the operator has run: their handles stand for them no longer than that.
+    given = _given(attention, wanted, q, source, Told(told.scale, told.visible, plan, terms))
+    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(*given)
+    if wanted == OUTPUT:
+        return (out,)
+    return (out, lse) if wanted == WITH_LSE else (out, largest.detach())
+
+
+def _with_handles(plan: AttentionPlan | None, source: Source) -> tuple[AttentionPlan | None, Source]:
+    """The same, as far as they can be told by handles. Raises ValueError for a plan without one in a graph."""
     if not torch.compiler.is_compiling():
         # No graph outlives the call: what stands for its objects may be drawn here.
         plan = with_handle(plan) if plan is not None and plan.handle is None else plan
@@ -86,17 +102,18 @@ def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told:
             "a compiled function was given an AttentionPlan without a handle; give plan=batch.plan of a PackedBatch, "
             "or mindspeed_cp.handles.with_handle(plan), which is to be done outside of it."
         )
-    terms = AttentionTerms() if terms is None else terms
-    if terms.dropout is not None and terms.dropout.by_kernel:
-        raise ValueError(
-            "Dropout(by_kernel=True) draws from the device's generator, whose state neither a graph nor a selective "
-            "checkpoint replays; leave out by_kernel there."
-        )
+    return plan, source
+
+
+def _given(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told: Told) -> "_Given":
+    """The call as the operator is given it. told: with terms, and a plan, if any, that has a handle."""
+    scale, visible, plan, terms = told
+    assert terms is not None, "where a call has none they are empty here"
     sinks = terms.sinks if isinstance(terms.sinks, Tensor) else None
     expand = source.named() if isinstance(source, Latent) else None
     keys = [source.payload, *source.weights] if isinstance(source, Latent) else list(source)
     of_gradients = q, *keys, sinks, terms.alibi_slopes, terms.bias
-    given = _Given(
+    return _Given(
         attention=attention.handle,
         plan=None if plan is None else cast("Tensor", plan.handle),
         expand=None if expand is None else expand.handle,
@@ -118,10 +135,6 @@ def attend(attention: Runnable, wanted: Wanted, q: Tensor, source: Source, told:
         value_head_size=keys[1].size(-1) if expand is None else expand.value_head_size,
         exchanges_heads=attention.exchanges_heads,
     )
-    out, lse, largest, _ = torch.ops.mindspeed_cp.attention(*given)
-    if wanted == OUTPUT:
-        return (out,)
-    return (out, lse) if wanted == WITH_LSE else (out, largest.detach())
 
 
 _NUMBERS = "seed", "layer", "micro_batch", "data_parallel_rank", "first_head"

@@ -136,21 +136,8 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
             dests = {actions[name].dest for name in without_value if name in actions}
             found = examine_command_line(known, parser, num_ranks=launch.ranks, unknown=dests)
             notes = notes_on_command_line(found, known, parser)
-    program = launch.script.rpartition("/")[2]
-    of_program = [
-        f"{launch.script}: it is MindSpeed-LLM's program for {purpose}, and imports MindSpeed-LLM; use a program of "
-        f"Megatron's, such as pretrain_gpt.py."
-        for name, purpose in PROGRAMS_OF_MINDSPEED.items()
-        if name == program
-    ]
-    of_help = [f"{field.text}: the help is printed, and nothing runs; leave it out." for field in asks_for_help]
-    lost = [
-        f"{each.text} (line {each.line}): {each.why}; end each line above it with a backslash, and put comments "
-        f"before the command."
-        for each in launch.lost
-    ]
     rows = [
-        *(Row(Verdict.BLOCKED, sentence) for sentence in (*of_program, *of_help, *lost)),
+        *(Row(Verdict.BLOCKED, sentence) for sentence in _wrong_with_launch(launch, asks_for_help)),
         *blocked,
         *_rows(found, parser),
         *(Row(Verdict.NOTED, note) for note in notes),
@@ -161,6 +148,23 @@ def examine_launch(launch: Launch, parser: argparse.ArgumentParser) -> Report:
     if variable is not None and variable.unresolved:
         unknown.append(Unknown(variable, f"as {_ENVIRONMENT} it has to be 1 wherever Megatron asks for it"))
     return Report(launch, tuple(rows), tuple(unknown), tuple(_without_blocked(found, actions)))
+
+
+def _wrong_with_launch(launch: Launch, asks_for_help: Sequence[Field]) -> Iterator[str]:
+    """What is wrong whatever the flags mean: with the program, with a flag that starts nothing, with lines cut off."""
+    program = launch.script.rpartition("/")[2]
+    if program in PROGRAMS_OF_MINDSPEED:
+        yield (
+            f"{launch.script}: it is MindSpeed-LLM's program for {PROGRAMS_OF_MINDSPEED[program]}, and imports "
+            f"MindSpeed-LLM; use a program of Megatron's, such as pretrain_gpt.py."
+        )
+    for field in asks_for_help:
+        yield f"{field.text}: the help is printed, and nothing runs; leave it out."
+    for each in launch.lost:
+        yield (
+            f"{each.text} (line {each.line}): {each.why}; end each line above it with a backslash, and put comments "
+            f"before the command."
+        )
 
 
 def _without_blocked(found: Examination, actions: Mapping[str, argparse.Action]) -> Iterator[str]:
