@@ -12,8 +12,8 @@ not known       `$(...)`, patterns (`${X%.sh}`, `*.py` where files match, `{1,2}
 not read        here-documents, `read`, `let`, `((X++))`, another script's file: listed as an `Omission`, and what they
                 set is not known afterwards
 
-Nothing is guessed. shell_syntax.py parses, shell_expansion.py expands, shell_arithmetic.py computes,
-shell_conditions.py decides, and reading.py has what comes out.
+Nothing is guessed. shell_syntax.py parses into what shell_nodes.py has, shell_expansion.py expands,
+shell_arithmetic.py computes, shell_conditions.py decides, and reading.py has what comes out.
 """
 
 import contextlib
@@ -29,18 +29,8 @@ from mindspeed_cp.launch.reading import Command, Field, Omission, Reading, Unres
 from mindspeed_cp.launch.shell_arithmetic import names_assigned
 from mindspeed_cp.launch.shell_conditions import evaluate_conditional, evaluate_test, opposite
 from mindspeed_cp.launch.shell_expansion import POSITIONAL, Expansion, Variable
-from mindspeed_cp.launch.shell_syntax import (
-    DECLARATIONS,
-    Arithmetic,
-    Assignment,
-    Block,
-    Literal,
-    Opaque,
-    Simple,
-    Statement,
-    Word,
-    parse,
-)
+from mindspeed_cp.launch.shell_nodes import Arithmetic, Assignment, Block, Literal, Opaque, Simple, Statement, Word
+from mindspeed_cp.launch.shell_syntax import DECLARATIONS, parse
 
 
 def read_script(text: str, *, arguments: Sequence[str] = (), environment: Mapping[str, str], folder: Path) -> Reading:

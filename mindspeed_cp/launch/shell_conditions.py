@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from mindspeed_cp.launch.reading import Field
-from mindspeed_cp.launch.shell_syntax import Literal, Word
+from mindspeed_cp.launch.shell_nodes import Literal, Word
 
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)")
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {

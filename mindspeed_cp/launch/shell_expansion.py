@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mindspeed_cp.launch.reading import Field, Fragment, Unresolved
 from mindspeed_cp.launch.shell_arithmetic import UnknownNumberError, compute, names_assigned
-from mindspeed_cp.launch.shell_syntax import Arithmetic, Literal, Opaque, Parameter, Word
+from mindspeed_cp.launch.shell_nodes import Arithmetic, Literal, Opaque, Parameter, Word
 
 _WORD_AND_BLANKS = re.compile(r"[ \t\n]+|[^ \t\n]+")
 _PATTERN_OF_FILES = re.compile(r"[*?]|\[[^\]]+\]")
