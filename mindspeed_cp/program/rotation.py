@@ -62,20 +62,20 @@ class Rotation:
         plan, schedule = self.needs.plan, self.needs.schedule
         owner = self._peer(-outer, -inner)
         tiles = plan.tiles(self.rank, owner) if outer or inner else own
-        sends: list[Message] = []
-        receives: list[Message] = []
+        passed_on: list[tuple[Message | None, Message | None]] = []
         if inner == 0 and outer + 1 < schedule.outer:
             crossing = range(self.pieces) if self.pieces > 1 and outer == 0 else (piece,)
-            for each in crossing:
-                self._pass_on(outer, inner, Hop(1, 0), Axis.OUTER, each, sends, receives)
+            passed_on += [self._passed_on(Hop(outer, inner), Hop(1, 0), Axis.OUTER, each) for each in crossing]
         if inner + 1 < schedule.inner:
-            self._pass_on(outer, inner, Hop(0, 1), Axis.INNER, piece, sends, receives)
+            passed_on.append(self._passed_on(Hop(outer, inner), Hop(0, 1), Axis.INNER, piece))
+        receives = tuple(each for receive, _ in passed_on for each in some(receive))
+        sends = tuple(each for _, send in passed_on for each in some(send))
         gives, gets = None, None
         if self.backward and inner:
             gives = message(self._peer(0, -inner), owner, union(tile.keys for tile in tiles), Axis.HOME, piece)
             source, summed_for = self._peer(0, inner), self._peer(-outer, 0)
             gets = message(source, summed_for, plan.needed(source, summed_for), Axis.HOME, piece)
-        return Step(owner, tiles, tuple(receives), tuple(sends), gives, gets, piece)
+        return Step(owner, tiles, receives, sends, gives, gets, piece)
 
     def _crossing(self, outer: int, piece: int | None) -> Step:
         """The sum of this inner ring's gradients goes to its owner, and that of another one comes for this rank."""
@@ -84,23 +84,19 @@ class Rotation:
         gets = message(source, self.rank, self.needs.in_inner_ring(self.rank, outer), Axis.ACROSS, piece)
         return Step(owner, gives=gives, gets=gets, piece=piece)
 
-    def _pass_on(
-        self,
-        outer: int,
-        inner: int,
-        hop: Hop,
-        axis: Axis,
-        piece: int | None,
-        sends: list[Message],
-        receives: list[Message],
-    ) -> None:
-        """The block that is at hand goes on by `hop`, and the one that will be worked on after that hop comes."""
-        then = Hop(outer + hop.outer, inner + hop.inner)
+    def _passed_on(self, now: Hop, hop: Hop, axis: Axis, piece: int | None) -> tuple[Message | None, Message | None]:
+        """What comes and what leaves when blocks go on by `hop`: the one to work on after it, and the one at hand.
+
+        now: by how many inner rings and places the one at hand is away from home.
+        """
+        then = Hop(now.outer + hop.outer, now.inner + hop.inner)
         number = then.outer * self.needs.schedule.inner + then.inner
-        at_hand, arriving = self._peer(-outer, -inner), self._peer(-then.outer, -then.inner)
+        at_hand, arriving = self._peer(-now.outer, -now.inner), self._peer(-then.outer, -then.inner)
         to, source = self._peer(*hop), self._peer(-hop.outer, -hop.inner)
-        sends += some(message(to, at_hand, self.needs.onwards(at_hand, number), axis, piece))
-        receives += some(message(source, arriving, self.needs.onwards(arriving, number), axis, piece))
+        return (
+            message(source, arriving, self.needs.onwards(arriving, number), axis, piece),
+            message(to, at_hand, self.needs.onwards(at_hand, number), axis, piece),
+        )
 
     def _peer(self, outer: int, inner: int) -> int:
         return self.needs.schedule.peer(self.rank, Hop(outer, inner))
