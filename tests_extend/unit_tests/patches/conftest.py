@@ -57,3 +57,17 @@ def ampere_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+
+
+@pytest.fixture
+def validation():
+    """The patched validate_args around a stand-in for Megatron's: call it, then look at what was called."""
+    calls, plugin = [], Plugin()
+    patches = {patch.target: patch for patch in argument_patches(plugin, lambda: calls.append("use_cpu"))}
+
+    def validate_args(args, defaults):
+        calls.append(("validate_args", args, defaults, plugin.config))
+        return "validated"
+
+    patched = patches["megatron.training.arguments:validate_args"].in_place_of(validate_args)
+    return SimpleNamespace(validate=patched, calls=calls, plugin=plugin)

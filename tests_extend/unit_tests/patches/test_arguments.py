@@ -1,6 +1,5 @@
-"""The flags in Megatron's own parser, and every rule about them, checked right after parsing."""
+"""Every rule about parsed arguments, checked right after parsing, and what is said of those that keep them."""
 
-import argparse
 import sys
 import warnings
 from importlib.util import find_spec
@@ -8,119 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packaging.version import Version
 
-from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
-from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches import rules
-from mindspeed_cp.patches.arguments import argument_patches
 from mindspeed_cp.patches.document_rule import DocumentRule
-from mindspeed_cp.patches.kernel_forecast import kernel_notes
-from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.rules import asks_for_cpu
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
-from unit_tests.argument_cases import config_from_arguments
+from unit_tests.argument_cases import CP4, MODEL, config_from_arguments, is_known, option_of, refusal_of
 
 pytestmark = [
     pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
     pytest.mark.usefixtures("ampere_machine"),
 ]
-
-MODEL = ["--num-attention-heads", "8", "--seq-length", "64", "--attention-dropout", "0", "--hidden-dropout", "0"]
-CP4 = [*MODEL, "--context-parallel-size", "4"]
-
-
-def refusal_of(action, *args):
-    """The message of the ConfigurationError that a call raises."""
-    with pytest.raises(ConfigurationError) as refusal:
-        action(*args)
-    return str(refusal.value)
-
-
-def test_flags_have_the_defaults_of_the_configuration(parser):
-    assert config_from_arguments(parser.parse_args([])) == ContextParallelConfig()
-
-
-def test_every_flag_reaches_the_configuration(parser):
-    flags = [
-        *("--context-parallel-size", "1"),
-        *("--context-parallel-algo", "hybrid_cp_algo"),
-        *("--cp-window-size", "1"),
-        *("--attention-mask-type", "general"),
-        "--use-cp-send-recv-overlap",
-        "--megatron-cp-in-bnsd",
-        *("--context-parallel-kernels", "reference", "cpu_flash"),
-    ]
-    assert config_from_arguments(parser.parse_args(flags)) == ContextParallelConfig(
-        context_parallel_algo="hybrid_cp_algo",
-        attention_mask_type="general",
-        use_cp_send_recv_overlap=True,
-        megatron_cp_in_bnsd=True,
-        context_parallel_kernels=("reference", "cpu_flash"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "name", "value"),
-    [
-        (["--context-parallel-algo", "megatron_cp_algo"], "context_parallel_algo", "megatron_cp_algo"),
-        (["--cp-window-size", "4"], "cp_window_size", 4),
-        (["--ulysses-degree-in-cp", "2"], "ulysses_degree_in_cp", 2),
-        (["--use-cp-send-recv-overlap"], "use_cp_send_recv_overlap", True),
-        (["--attention-mask-type", "general"], "attention_mask_type", "general"),
-        (["--megatron-cp-in-bnsd"], "megatron_cp_in_bnsd", True),
-        (
-            ["--context-parallel-kernels", "reference", "cpu_flash"],
-            "context_parallel_kernels",
-            ["reference", "cpu_flash"],
-        ),
-    ],
-)
-def test_flag_parses_in_megatron_s_parser(parser, flags, name, value):
-    assert getattr(parser.parse_args(flags), name) == value
-    assert getattr(parser.parse_args([]), name) != value
-
-
-@pytest.mark.parametrize(
-    ("flag", "answer"),
-    [
-        ("--context-parallel-algo", "unknown is unknown; use ulysses_cp_algo, megatron_cp_algo (the ring"),
-        ("--attention-mask-type", "invalid choice: 'unknown'"),
-        ("--context-parallel-kernels", "invalid choice: 'unknown'"),
-    ],
-)
-def test_unknown_choice_is_refused_by_the_parser(parser, flag, answer, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args([flag, "unknown"])
-    assert stop.value.code == 2
-    assert f"argument {flag}: {answer}" in capsys.readouterr().err
-
-
-def test_flags_have_a_group_of_their_own_in_the_help(parser):
-    group = next(group for group in parser._action_groups if "mindspeed_cp" in (group.title or ""))
-    assert [action.option_strings[0] for action in group._group_actions] == [
-        "--context-parallel-algo",
-        "--cp-window-size",
-        "--ulysses-degree-in-cp",
-        "--use-cp-send-recv-overlap",
-        "--context-parallel-kv-cache-policy",
-        "--context-parallel-cache-interval",
-        "--context-parallel-latent",
-        "--context-parallel-keep-outputs",
-        "--attention-mask-type",
-        "--megatron-cp-in-bnsd",
-        "--context-parallel-kernels",
-        "--use-alibi",
-        "--attention-on-one-rank",
-    ]
-
-
-def test_unpatched_parser_does_not_know_the_flags(megatron_arguments, capsys):
-    parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--context-parallel-algo", "ulysses_cp_algo"])
-    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_arguments_that_keep_the_rules_give_the_configuration(parser):
@@ -208,22 +107,6 @@ REFUSED_FLAGS = [
         "sequence; use rope or learned_absolute.",
     ),
 ]
-
-
-# Options that came with a release later than the oldest supported.
-SINCE = {"dataloader_inter_document_masking": "0.19", "flash_attention_version": "0.19"}
-
-
-def option_of(flags):
-    """Name among Megatron's arguments of the first of these flags."""
-    return flags[0].removeprefix("--").replace("-", "_")
-
-
-def is_known(option):
-    """Whether the installed Megatron has this option."""
-    import megatron.core
-
-    return Version(megatron.core.__version__) >= Version(SINCE.get(option, "0"))
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED_FLAGS, ids=[" ".join(flags) for flags, _ in REFUSED_FLAGS])
@@ -419,20 +302,6 @@ def test_environment_variable_is_asked_for_without_a_gpu_too(parser, monkeypatch
     assert message.startswith("--context-parallel-size 4: Megatron needs the environment variable")
 
 
-@pytest.fixture
-def validation():
-    """The patched validate_args around a stand-in for Megatron's: call it, then look at what was called."""
-    calls, plugin = [], Plugin()
-    patches = {patch.target: patch for patch in argument_patches(plugin, lambda: calls.append("use_cpu"))}
-
-    def validate_args(args, defaults):
-        calls.append(("validate_args", args, defaults, plugin.config))
-        return "validated"
-
-    patched = patches["megatron.training.arguments:validate_args"].in_place_of(validate_args)
-    return SimpleNamespace(validate=patched, calls=calls, plugin=plugin)
-
-
 def test_validation_checks_first_and_configures_the_plugin_last(parser, validation):
     args, defaults = parser.parse_args(CP4), {}
     assert validation.validate(args, defaults) == "validated"
@@ -537,124 +406,3 @@ def test_no_difference_is_said_of_a_model_without_randomness(parser):
     flags = ["--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss"]
     args = parser.parse_args([*CP4, *flags, "--moe-aux-loss-coeff", "0.01", "0.01"])
     assert difference_notes(args, config_from_arguments(args)) == []
-
-
-TWO_LEVELS = ["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "algorithm", "degree", "why"),
-    [
-        ([], "ulysses_cp_algo", None, "because"),
-        (["--num-attention-heads", "6"], "hybrid_cp_algo", 2, "because"),
-        (["--num-attention-heads", "7"], "megatron_cp_algo", None, "because"),
-        (["--group-query-attention", "--num-query-groups", "2"], "hybrid_cp_algo", 2, "because"),
-        (["--cp-comm-type", "p2p"], "megatron_cp_algo", None, "asks for it"),
-        (TWO_LEVELS, "hybrid_cp_algo", 2, "asks for it"),
-        ([*TWO_LEVELS, "--context-parallel-algo", "hybrid_cp_algo"], "hybrid_cp_algo", 2, "asks for it"),
-        (["--cp-comm-type", "p2p", "--context-parallel-algo", "megatron_cp_algo"], "megatron_cp_algo", None, "(named)"),
-        (
-            ["--num-attention-heads", "7", "--context-parallel-algo", "megatron_cp_algo"],
-            "megatron_cp_algo",
-            None,
-            "(named)",
-        ),
-    ],
-)
-def test_a_job_that_names_no_algorithm_gets_one_that_fits_and_says_why(
-    parser, validation, capsys, flags, algorithm, degree, why
-):
-    args = parser.parse_args([*CP4, *flags])
-    validation.validate(args, {})
-    assert (args.context_parallel_algo, args.ulysses_degree_in_cp) == (algorithm, degree)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mindspeed_cp: ")]
-    assert f"context parallel size 4, {algorithm} " in line
-    assert why in line
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--context-parallel-algo", "ulysses_cp_algo", "--cp-comm-type", "p2p"],
-            "--context-parallel-algo ulysses_cp_algo contradicts --cp-comm-type p2p, which is megatron_cp_algo; leave "
-            "out one of them.",
-        ),
-        (["--cp-comm-type", "p2p", "a2a"], "one algorithm is used in all layers"),
-        (["--ulysses-degree-in-cp", "2"], "--ulysses-degree-in-cp 2 without --context-parallel-algo: it belongs to"),
-        (["--cp-window-size", "2"], "--cp-window-size 2 without --context-parallel-algo: it belongs to"),
-        (["--ulysses-degree-in-cp", "-3"], "--ulysses-degree-in-cp -3 without --context-parallel-algo: it belongs to"),
-        (
-            [*TWO_LEVELS, "--ulysses-degree-in-cp", "4"],
-            "--ulysses-degree-in-cp 4 contradicts --cp-comm-type a2a+p2p, which has a Ulysses degree of 2; leave out",
-        ),
-        (
-            ["--cp-comm-type", "p2p", "--ulysses-degree-in-cp", "2"],
-            "--ulysses-degree-in-cp 2 contradicts --cp-comm-type p2p, which has no Ulysses within a ring; leave out",
-        ),
-        (["--context-parallel-size", "0"], "--context-parallel-size 0 is below 1; use 1 or more."),
-        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 is below 1; use 1 or more."),
-        (["--num-attention-heads", "0"], "--num-attention-heads 0 is below 1; use 1 or more."),
-        (["--seq-length", "-3"], "--seq-length -3 is below 1; use 1 or more."),
-    ],
-)
-def test_options_of_another_algorithm_are_refused(parser, validation, capsys, flags, message):
-    with pytest.raises(SystemExit):
-        validation.validate(parser.parse_args([*CP4, *flags]), {})
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--hierarchical-context-parallel-sizes", "2", "2"],
-        ["--attention-backend", "flash"],
-        ["--flash-attention-version", "3"],
-    ],
-)
-def test_choice_among_algorithms_of_transformer_engine_is_said_to_have_no_effect(parser, validation, flags):
-    if not is_known(option_of(flags)):
-        pytest.skip("this Megatron does not have the option yet")
-    with pytest.warns(UserWarning, match=f"^{flags[0]} has no effect: it is TransformerEngine's, and"):
-        validation.validate(parser.parse_args([*CP4, *flags]), {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        validation.validate(parser.parse_args([*MODEL, *flags]), {})
-
-
-LAYER = [*CP4, "--hidden-size", "512", "--bf16"]
-
-
-def test_an_accelerator_without_a_kernel_of_its_own_is_said(parser, monkeypatch):
-    monkeypatch.setattr("mindspeed_cp.patches.kernel_forecast.KERNELS", KERNELS.only(["cpu_flash", "reference"]))
-    args = parser.parse_args([*LAYER, "--context-parallel-algo", "megatron_cp_algo"])
-    for note in (notes := kernel_notes(args, config_from_arguments(args), "cuda")):
-        assert note.startswith(
-            "attention runs the reference kernel, which is exact, but slow, and holds all scores of a block"
-        )
-        assert "not cpu_flash: runs on the CPU, not on cuda" in note
-    assert len(notes) == 2, "a causal block and a full one"
-    assert kernel_notes(args, config_from_arguments(args), "cpu") == []
-
-
-def test_latent_attention_is_asked_about_with_its_own_head_sizes(parser):
-    latent = ["--multi-latent-attention", "--qk-head-dim", "16", "--qk-pos-emb-head-dim", "8", "--v-head-dim", "12"]
-    args = parser.parse_args([*LAYER, *latent, "--context-parallel-kernels", "cpu_flash"])
-    assert " heads of 24 (values 12), bfloat16, cuda 8.0" in refusal_of(config_from_arguments, args)
-
-
-def test_no_note_about_a_kernel_that_the_user_named_or_on_one_rank(parser):
-    args = parser.parse_args([*LAYER, "--context-parallel-kernels", "reference"])
-    assert kernel_notes(args, config_from_arguments(args), "cuda") == []
-    args = parser.parse_args([*MODEL, "--hidden-size", "512"])
-    assert kernel_notes(args, config_from_arguments(args), "cuda") == []
-
-
-def test_named_kernels_that_cannot_compute_the_model_are_refused_with_their_reasons(parser):
-    args = parser.parse_args([*LAYER, "--context-parallel-kernels", "cpu_flash"])
-    refusal = refusal_of(config_from_arguments, args)
-    assert refusal.startswith(
-        "--context-parallel-kernels cpu_flash: no attention kernel can compute causal attention of "
-    )
-    assert "\n  not cpu_flash: runs on the CPU, not on cuda\n" in refusal
-    assert refusal.endswith("Name another kernel as well, or leave the flag out.")
