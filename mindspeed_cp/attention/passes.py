@@ -69,7 +69,7 @@ def backward_pass(
     has drawn dropout for the whole by its own coordinates.
     """
     rank, pieces = forward.program.rank, forward.program.pieces
-    again = functools.partial(
+    program_as_before = functools.partial(
         program, transport=forward.transport, pieces=pieces, kept=forward.program.kept, ahead=forward.ahead
     )
     of_block = {(step.owner, step.piece): (step, done) for step, done in forward.steps() if step.tiles}
@@ -78,10 +78,10 @@ def backward_pass(
         return case if step.piece is None else case.of_piece(pieces)
 
     for in_two in (False,) if Term.KERNEL_DROPOUT in case.terms else (True, False):
-        made = again(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
+        made = program_as_before(plan, schedule, rank, Phase.BACKWARD, in_two=in_two)
         try:
             each = tuple(
-                _again(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
+                _calls_as_before(step, *of_block.get((step.owner, step.piece), (step, ())), share(step), kernels)
                 for step in made.steps
             )
         except NotImplementedError:
@@ -90,7 +90,9 @@ def backward_pass(
     raise AssertionError("the tiles of the forward pass were computed, and are not to be had again")
 
 
-def _again(step: Step, before: Step, done: Sequence[Call], case: TileCase, kernels: KernelRegistry) -> tuple[Call, ...]:
+def _calls_as_before(
+    step: Step, before: Step, done: Sequence[Call], case: TileCase, kernels: KernelRegistry
+) -> tuple[Call, ...]:
     """The calls for a step's tiles by the kernels of the forward pass. Raises NotImplementedError where one refuses."""
     if not step.tiles or step.tiles == before.tiles:
         return tuple(done) if step.tiles else ()
