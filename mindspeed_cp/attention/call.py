@@ -135,37 +135,44 @@ class ContextParallelAttention(Attention):
 
     def prepare(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> PreparedCall:
         """What the algorithm is given, once it is in order and all ranks have agreed on it. Raises as the call does."""
-        words, refusal, factor = "", None, 1.0
+        examined, refusal = None, None
         try:
-            refuse_other_plans(told.plan)
-            if isinstance(source, Latent):
-                self.check_latent()
-                source.check()
-                k, v = source.stand_ins
-            else:
-                q, k, v = in_one_dtype(q, *source)
-                source = k, v
-            self.check(q, k, v, told.plan)
-            self._check_mask(q, told.visible, told.plan)
-            factor = scale_as_number(told.scale, q)
-            check_terms(told.terms, q, k, told.plan, self.layout.size)
-            words = f"{_words(q, k, v, factor, told)}{terms_words(told.terms)}; {self._setup}"
-            words += f"; for the {wanted}" * (wanted != OUTPUT)
-            words += f"; made of {source.words}" if isinstance(source, Latent) else ""
+            examined = self._examined(wanted, q, source, told)
         except Exception as error:
             # Whatever it is, the other ranks would wait for this one.
             way_out = _TYPES_OF_LATENT if isinstance(source, Latent) else _TYPES
             refusal = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}; {way_out}"
         if self.agreement is not None:
             agreement, device = self.agreement, getattr(q, "device", None)
+            words = "" if examined is None else examined.words
             replay(self.recomputation, wanted, lambda: agreement.reach(words, refusal=refusal, device=device))
-        elif refusal is not None:
+        if examined is None:
             raise ValueError(refusal)
+        q, source, v, factor, _ = examined
         terms = with_summed_gradients(told.terms, self.parameters)
         told = Told(abs(factor) or 1.0, told.visible, told.plan, terms)
         if factor <= 0:  # Fused kernels take one above 0 for granted.
             q = -q if factor else q * 0.0
         return PreparedCall(q, source, told, v)
+
+    def _examined(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> "_Examined":
+        """The call in order, by what this rank alone can tell. Raises ValueError where something does not fit."""
+        refuse_other_plans(told.plan)
+        if isinstance(source, Latent):
+            self.check_latent()
+            source.check()
+            k, v = source.stand_ins
+        else:
+            q, k, v = in_one_dtype(q, *source)
+            source = k, v
+        self.check(q, k, v, told.plan)
+        self._check_mask(q, told.visible, told.plan)
+        factor = scale_as_number(told.scale, q)
+        check_terms(told.terms, q, k, told.plan, self.layout.size)
+        words = f"{_words(q, k, v, factor, told)}{terms_words(told.terms)}; {self._setup}"
+        words += f"; for the {wanted}" * (wanted != OUTPUT)
+        words += f"; made of {source.words}" if isinstance(source, Latent) else ""
+        return _Examined(q, source, v, factor, words)
 
     def refuse(self, reason: str, q: Tensor) -> NoReturn:
         """Raise ValueError on every rank: the caller cannot attend with `q` here, and the others would wait for it."""
@@ -194,6 +201,16 @@ class ContextParallelAttention(Attention):
             f"{self.config.attention_mask_type} attention on {self.layout.kind} shards of {self.layout.size} ranks, "
             f"Ulysses {grid.ulysses} x inner ring {grid.inner} x outer ring {grid.outer}{overlap}{transport}"
         )
+
+
+class _Examined(NamedTuple):
+    """A call that fits on this rank. v: see PreparedCall. factor: on the scores. words: what other ranks compare."""
+
+    q: Tensor
+    source: Source
+    v: Tensor
+    factor: float
+    words: str
 
 
 def _words(q: Tensor, k: Tensor, v: Tensor, scale: float, told: Told) -> str:
