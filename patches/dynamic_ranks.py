@@ -42,13 +42,7 @@ class DynamicRanks:
 
     def build(self, ranks: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups over all ranks that may share a document. All ranks of the world call it."""
-        self.groups = ContextParallelGroups.build(
-            self.config.topology,
-            ranks,
-            overlap=self.config.use_cp_send_recv_overlap,
-            host_group=True,
-            timeout=timeout,
-        )
+        self.groups = configured_groups(self.config, ranks, timeout)
 
     def drop(self) -> None:
         """Destroy them."""
@@ -98,6 +92,20 @@ class DynamicRanks:
     def __deepcopy__(self, memo: object) -> "DynamicRanks":
         """The same object: a process has its groups once."""
         return self
+
+
+def configured_groups(
+    config: ContextParallelConfig, ranks: dist.ProcessGroup, timeout: timedelta | None = None
+) -> ContextParallelGroups:
+    """The groups that a configuration needs over these ranks."""
+    return ContextParallelGroups.build(
+        config.topology,
+        ranks,
+        overlap=config.use_cp_send_recv_overlap,
+        # So that ranks agree without waiting for the accelerator.
+        host_group=True,
+        timeout=timeout,
+    )
 
 
 def as_sample(packed: Any) -> Any:

@@ -12,7 +12,7 @@ from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.comm.communicator import carries_cpu_tensors
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches.document_rule import DocumentRule
-from mindspeed_cp.patches.dynamic_ranks import DynamicRanks
+from mindspeed_cp.patches.dynamic_ranks import DynamicRanks, configured_groups
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.stages import Pipeline, StageDocuments
 
@@ -73,7 +73,7 @@ class Plugin:
     def build_groups(self, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         """Build the groups of the configured topology over Megatron's context-parallel group."""
         if self.config is not None and self.config.context_parallel_size > 1:
-            self.groups = self._build(self.config, context_parallel, timeout)
+            self.groups = configured_groups(self.config, context_parallel, timeout)
 
     def drop_groups(self) -> None:
         """Destroy the groups; Megatron is about to forget the ranks that they were built over."""
@@ -144,7 +144,7 @@ class Plugin:
                 "mindspeed_cp.megatron_adaptor.configure(...) before initialize_model_parallel."
             )
         if context_parallel not in self._over_others:
-            self._over_others[context_parallel] = self._build(self.config, context_parallel)
+            self._over_others[context_parallel] = configured_groups(self.config, context_parallel)
         return self._over_others[context_parallel]
 
     @contextmanager
@@ -156,15 +156,3 @@ class Plugin:
             for agreement in agreements:
                 stack.enter_context(agreement.remembering())
             yield
-
-    def _build(
-        self, config: ContextParallelConfig, context_parallel: dist.ProcessGroup, timeout: timedelta | None = None
-    ) -> ContextParallelGroups:
-        return ContextParallelGroups.build(
-            config.topology,
-            context_parallel,
-            overlap=config.use_cp_send_recv_overlap,
-            # So that ranks agree without waiting for the accelerator.
-            host_group=True,
-            timeout=timeout,
-        )
