@@ -1,36 +1,32 @@
 """Megatron's activation checkpoints: with --context-parallel-keep-outputs they do not run attention again."""
 
 import argparse
-from collections.abc import Callable
+import functools
 from typing import Any
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
 from mindspeed_cp.patches.plugin import Plugin
-from mindspeed_cp.patching import Patch
+from mindspeed_cp.patching import Patch, PatchedCall
 
 
 def recomputation_patches(plugin: Plugin) -> tuple[Patch, ...]:
     """The patch of the checkpoint that layers and their attention are recomputed in, fully and selectively."""
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        kept = plugin.recomputation.around(original)
-
-        def checkpoint(*args: Any, **kwargs: Any) -> Any:
-            keeps = plugin.config is not None and plugin.config.context_parallel_keep_outputs
-            return (kept if keeps else original)(*args, **kwargs)
-
-        return checkpoint
-
     return (
         Patch(
             target="megatron.core.tensor_parallel.random:checkpoint",
             aliases=("megatron.core.tensor_parallel:checkpoint",),
-            kind="wrap",
-            function=wrap,
+            kind="around",
+            function=functools.partial(_checkpoint, plugin),
             why="A recomputed layer would send all of its attention again.",
             remove_when="Megatron's checkpoint takes a policy that says what is kept.",
         ),
     )
+
+
+def _checkpoint(plugin: Plugin, call: PatchedCall) -> Any:
+    keeps = plugin.config is not None and plugin.config.context_parallel_keep_outputs
+    checkpoint = plugin.recomputation.around(call.original) if keeps else call.original
+    return checkpoint(*call.args, **call.kwargs)
 
 
 def refuse_kept_outputs(args: argparse.Namespace, config: ContextParallelConfig) -> None:

@@ -389,7 +389,10 @@ MISTAKES = {
         "system_tests/test_blocks.py",
     ),
     "Megatron's checkpoint keeps no output": Mistake(
-        "patches/recomputation.py", "(kept if keeps else original)", "original", "system_tests/test_blocks.py"
+        "patches/recomputation.py",
+        "plugin.recomputation.around(call.original) if keeps else call.original",
+        "call.original",
+        "system_tests/test_blocks.py",
     ),
 }
 
