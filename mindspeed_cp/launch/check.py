@@ -4,14 +4,12 @@ import argparse
 import contextlib
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from mindspeed_cp.launch.launcher import Launch, find_launches, find_unread
 from mindspeed_cp.launch.reading import Field, Reading
+from mindspeed_cp.launch.report import Report, Row, Unknown, Verdict, describe, describe_omissions
 from mindspeed_cp.launch.shell import read_script
 from mindspeed_cp.patches.arguments import examine_command_line, notes_on_command_line
 from mindspeed_cp.patches.command_line import Examination, examine
@@ -20,7 +18,6 @@ from mindspeed_cp.patches.mindspeed.record import Disposition
 from mindspeed_cp.patches.mindspeed.table import FLAGS
 from mindspeed_cp.patches.mindspeed.translate import split_flags
 
-_WIDTH = 116
 _FLAG = re.compile(r"--[a-z][\w-]*")
 _ENVIRONMENT = "CUDA_DEVICE_MAX_CONNECTIONS"
 """The variable that decides whether flags are accepted."""
@@ -28,47 +25,6 @@ _ENVIRONMENT = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 class CheckError(ValueError):
     """There is nothing to check: a line that says why, and what to give instead."""
-
-
-class Verdict(Enum):
-    """What becomes of a flag; the value is the word for it in the table."""
-
-    BLOCKED = "blocked"
-    TRANSLATED = "translated"
-    NOTED = "noted"
-    AS_IT_IS = "as it is"
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    verdict: Verdict
-    text: str
-
-
-class Unknown(NamedTuple):
-    """A word whose value is not known. means: what that leaves open."""
-
-    word: Field
-    means: str
-
-
-class Report(NamedTuple):
-    """What there is to say of one launch.
-
-    flags: those that would run, without MindSpeed's and without what is blocked on its own.
-    unknown: words whose value is not known.
-    """
-
-    launch: Launch
-    rows: tuple[Row, ...]
-    unknown: tuple[Unknown, ...]
-    flags: tuple[str, ...]
-
-    @property
-    def is_blocked(self) -> bool:
-        """Whether anything stands in the way."""
-        return any(row.verdict is Verdict.BLOCKED for row in self.rows)
 
 
 def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> tuple[str, bool]:
@@ -91,11 +47,11 @@ def check(words: Sequence[str], parser: argparse.ArgumentParser, environment: Ma
         omissions = {*reading.omissions, *find_unread(reading.commands)}
         reading = reading._replace(omissions=tuple(sorted(omissions, key=lambda each: each.line)))
         if not launches:
-            raise CheckError("\n".join([_no_launch(words[0]), *_omissions(reading)]))
+            raise CheckError("\n".join([_no_launch(words[0]), *describe_omissions(reading)]))
     reports = [examine_launch(launch, parser) for launch in launches]
-    parts = [_describe(report, words[0]) for report in reports]
+    parts = [describe(report, words[0]) for report in reports]
     if reading.omissions:
-        parts.append("\n".join(_omissions(reading)))
+        parts.append("\n".join(describe_omissions(reading)))
     return "\n\n".join(parts), any(report.is_blocked for report in reports)
 
 
@@ -282,57 +238,6 @@ def _set(value: str | None) -> None:
         os.environ.pop(_ENVIRONMENT, None)
     else:
         os.environ[_ENVIRONMENT] = value
-
-
-def _describe(report: Report, name: str) -> str:
-    launch = report.launch
-    where = f"{name}, line {launch.line}: {launch.script}" if launch.line else "flags"
-    ranks = f" on {launch.ranks} rank{'s' * (launch.ranks > 1)}" if launch.ranks else ", on how many ranks is not known"
-    within = f", within {launch.condition}" if launch.condition else ""
-    lines = [f"{where}{ranks}{within}"]
-    for verdict in Verdict:
-        for row in report.rows:
-            if row.verdict is verdict:
-                lines += _wrap(f"  {verdict.value:<12}", row.text)
-    if report.unknown:
-        lines += ["", "not known"]
-        for each in dict.fromkeys(report.unknown):
-            why = "; ".join(dict.fromkeys(fragment.why for fragment in each.word.unresolved))
-            lines += _wrap("  ", f"{_in_one_line(each.word.text)}: {why}; {each.means}")
-    lines += ["", "would run without what is blocked" if report.is_blocked else "would run"]
-    start = f"-m mindspeed_cp {launch.script}"
-    open_words = {each.word.text for each in report.unknown}
-    flags = [word if word in open_words else _quoted(word) for word in report.flags]
-    lines += _wrap("  ", " ".join([start, *flags]), ending=" \\")
-    return "\n".join(lines)
-
-
-def _wrap(head: str, text: str, *, ending: str = "") -> list[str]:
-    """Lines of a text behind a head, with flags left whole."""
-    lines = textwrap.wrap(
-        text, _WIDTH - len(head) - len(ending), break_on_hyphens=False, break_long_words=False, replace_whitespace=True
-    )
-    return [
-        f"{head if number == 0 else ' ' * len(head)}{line}{ending if number + 1 < len(lines) else ''}"
-        for number, line in enumerate(lines)
-    ]
-
-
-def _quoted(word: str) -> str:
-    """A word as a shell would have to be given it; what is not known keeps its spelling."""
-    plain = word and not any(character in word for character in " \t\n;&|<>()'\"*?[]#~\\")
-    return word if plain or "$" in word else "'" + word.replace("'", "'\\''") + "'"
-
-
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _omissions(reading: Reading) -> list[str]:
-    lines = ["not read"]
-    for omission in reading.omissions:
-        lines += _wrap("  ", f"line {omission.line}: {_in_one_line(omission.text)}: {omission.why}")
-    return lines if reading.omissions else []
 
 
 def _no_launch(name: str) -> str:

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mindspeed_cp.launch.check import Verdict, examine_launch
+from mindspeed_cp.launch.check import examine_launch
 from mindspeed_cp.launch.launcher import Launch
 from mindspeed_cp.launch.reading import Field
+from mindspeed_cp.launch.report import Verdict
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "megatron_options.md").read_text()
 MODEL = (
