@@ -168,7 +168,9 @@ class DocumentZigzag(PackedLayout):
 
     That is the rule of TransformerEngine and Megatron for packed documents (THD), which they pad to multiples of 2P;
     what pads a document is cut with it. Here documents may be of any length: what P does not divide goes to the ranks
-    in turn, from document to document.
+    in turn, from document to document. Who holds each token of 7 and of 5, of 3 ranks:
+
+        0 1 2 2 1 0 0 | 1 2 2 1 0
     """
 
     def __post_init__(self) -> None:
