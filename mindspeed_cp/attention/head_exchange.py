@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place, split_heads
+from mindspeed_cp.attention.profiles import in_profiles
 from mindspeed_cp.comm import Communicator, Sizes
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.heads import Dealt
