@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from mindspeed_cp.messages import divisors, or_list
@@ -26,6 +27,9 @@ _WITH_RING: tuple[Algorithm, ...] = ("megatron_cp_algo", "hybrid_cp_algo")
 _OF_A_RING = ("cp_window_size", "context_parallel_kv_cache_policy", "context_parallel_cache_interval")
 """Those that --cp-window-size says something about."""
 
+
+_NEEDED: dict[object, str] = {bool: "True or False", int: "a whole number", int | None: "a whole number, or None"}
+"""What fields of these types are given, in words."""
 
 OF_ONE_RANK = (
     "attention_on_one_rank",
@@ -151,6 +155,7 @@ class ContextParallelConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         size, inner, degree = self.context_parallel_size, self.cp_window_size, self.ulysses_degree_in_cp
         for name in ("context_parallel_size", "cp_window_size"):
             if getattr(self, name) < 1:
@@ -175,6 +180,14 @@ class ContextParallelConfig:
                 f"--cp-window-size {inner} does not divide the ring of {self._ring_size} ranks; "
                 f"use {or_list(divisors(self._ring_size))}."
             )
+
+    def _check_types(self) -> None:
+        for option in fields(self):
+            value, needed = getattr(self, option.name), _NEEDED.get(option.type)
+            is_number = isinstance(value, Integral) and not isinstance(value, bool)
+            fits = isinstance(value, bool) if option.type is bool else is_number
+            if needed and not fits and value is not option.default:
+                raise ConfigurationError(f"{flag(option.name)} is {value!r}; give {needed}.")
 
     def _check_interval(self) -> None:
         interval = self.context_parallel_cache_interval

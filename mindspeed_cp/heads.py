@@ -4,7 +4,8 @@ Note [Heads]
     Query heads are dealt in order, as many to each rank as to any other, or one more. A rank is sent the K/V heads that
     its query heads read, and no others: below the degree several ranks are sent one head, each once. Query head n reads
     K/V head n // (N / G). Kernels want as many query heads for each K/V head. Where a rank's share starts or ends
-    within the readers of one, its K/V heads are repeated after they have arrived, as often as that takes:
+    within the readers of one, its K/V heads are repeated where they are read, as often as that takes (Note [Repeated
+    heads] in attention/repeated_heads.py):
 
         12 query heads, 3 K/V heads, 2 ranks    0 0 0 0 1 1 | 1 1 2 2 2 2    read
                                                 0 0 1       | 1 2 2          given to kernels
@@ -29,10 +30,9 @@ class Dealt(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether each head is sent to one member, as many to each, and is given to kernels once."""
-        sizes = [part.stop - part.start for part in self.parts]
-        follow = all(part.start == number * sizes[0] for number, part in enumerate(self.parts))
-        return follow and all(given == tuple(range(sizes[0])) for given in self.given)
+        """Whether each head is sent to one member, as many to each."""
+        size = self.parts[0].stop
+        return all(part == slice(number * size, (number + 1) * size) for number, part in enumerate(self.parts))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.in_place import LARGE
+from mindspeed_cp.comm import LARGE
 from mindspeed_cp.kernels.calls import part, place_within
 from mindspeed_cp.program import KV
 

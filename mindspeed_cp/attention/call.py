@@ -24,7 +24,7 @@ from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, Att
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.parameters import with_summed_gradients
 from mindspeed_cp.attention.recomputation import Recomputation, replay
-from mindspeed_cp.attention.terms import check_terms, terms_words
+from mindspeed_cp.attention.terms import AttentionTerms, check_terms, terms_words
 from mindspeed_cp.comm import Agreement, Communicator
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.config import ContextParallelConfig
@@ -60,10 +60,14 @@ class PreparedCall(NamedTuple):
         return not total_tokens(plan.queries)
 
     def of_nothing(self, wanted: Wanted) -> tuple[Tensor, ...]:
-        """What a batch, or a shard, of nothing gives: it has gradients, which are as empty, and nothing is sent."""
+        """What a batch, or a shard, of nothing gives: gradients are as empty, or 0, and nothing is sent."""
         q, dtype = self.q, accumulation_dtype(self.q.dtype)
-        given = (self.source.payload,) if isinstance(self.source, Latent) else self.source
-        out = q.new_zeros((*q.shape[:3], self.v.size(3))) * (q.sum() + sum(x.sum() for x in given))
+        given = (self.source.payload, *self.source.weights) if isinstance(self.source, Latent) else self.source
+        terms = self.told.terms or AttentionTerms()
+        learnt = [x for x in (terms.sinks, terms.alibi_slopes, terms.bias) if isinstance(x, Tensor)]
+        # Weights and parameters have numbers, whatever they are: none of them is read.
+        nothing = sum((x.flatten()[:0].sum() for x in (*given, *learnt)), q.flatten()[:0].sum())
+        out = q.new_zeros((*q.shape[:3], self.v.size(3))) * nothing
         if wanted == WITH_LSE:
             return out, out.sum(dim=-1, dtype=dtype)
         return (out, q.new_full((q.size(1),), -torch.inf, dtype=dtype)) if wanted == WITH_LARGEST else (out,)

@@ -6,15 +6,14 @@ see program/; here it is played: `KeyValues` has what is at hand, `Gradients` ad
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from mindspeed_cp.attention.blocks import Block, BlockFormat, Content, in_one
+from mindspeed_cp.attention.profiles import in_profiles
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
@@ -43,7 +42,7 @@ class Player:
 
     def step(self, owner: int) -> AbstractContextManager[object]:
         """Within it, what runs has the name of the step in a profile."""
-        return record_function(self.name(owner)) if _profiler_is_on() else _NOTHING
+        return in_profiles(lambda: self.name(owner))
 
     def post(
         self,
@@ -61,16 +60,11 @@ class Player:
         come = [Addressed(of.peer, x) for of, content in zip(exchange.receives, arriving, strict=True) for x in content]
         communicator = self.communicators.along(exchange.axis)
         try:
-            with self._leaving(kind, exchange):
+            with in_profiles(lambda: f"{self.name(exchange.owner)}: {kind.leaving}"):
                 transfer = communicator.exchange_all(leave, come)
         except RuntimeError as error:
             raise self.lost(kind, exchange, error) from error
         return _Posted(transfer, exchange, sent, received)
-
-    def _leaving(self, kind: "Kind", exchange: Exchange) -> AbstractContextManager[object]:
-        if not _profiler_is_on():
-            return _NOTHING
-        return record_function(f"{self.name(exchange.owner)}: {kind.leaving}")
 
     def wait(self, kind: "Kind", posted: "_Posted") -> None:
         """Return when all has arrived, and left. Raises RuntimeError that says which step and which peers it was."""
@@ -117,15 +111,6 @@ def _name(schedule: RingSchedule, rank: int, phase: Phase, owner: int) -> str:
     kind = "ring" if schedule.outer == 1 else "double ring"
     number = schedule.number(rank, owner)
     return f"{kind} {phase.value} step {number} of {schedule.size}, block of ring rank {owner}"
-
-
-def in_profiles(name: str) -> AbstractContextManager[object]:
-    """Within it, what runs has this name in a profile. Without a profiler it costs one look."""
-    return record_function(name) if _profiler_is_on() else _NOTHING
-
-
-_profiler_is_on = torch._C._autograd._profiler_enabled
-_NOTHING = nullcontext()
 
 
 class Kind(NamedTuple):

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mindspeed_cp.attention.exchange import in_profiles
 from mindspeed_cp.attention.group_order import GroupOrder
 from mindspeed_cp.attention.in_place import gather_in_place, is_worth_it, scatter_in_place, split_heads
+from mindspeed_cp.attention.profiles import in_profiles
 from mindspeed_cp.comm import Communicator, Sizes
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.heads import Dealt
@@ -36,8 +36,7 @@ def scatter_heads(
     """All tokens of the group, in order, for this rank's part of the heads, from its own tokens of all heads.
 
     shards: tensors [B, H, s, D] of one dtype, whose H and D may differ. heads: how those of each are dealt. Returns
-    [B, h, S, D] for each, h heads as they are given to kernels; views of one buffer but for heads that are given more
-    than once. One all-to-all for all of them, see Note [One message, one copy].
+    [B, h, S, D] for each, views of one buffer. One all-to-all for all of them, see Note [One message, one copy].
     """
     size, rank = communicator.size, communicator.rank
     batch, _, tokens, _ = shards[0].shape
@@ -62,8 +61,7 @@ def scatter_heads(
     sizes = Sizes([tokens * batch * width for width in widths], [count * batch * widths[rank] for count in order.sizes])
     with in_profiles(_THERE):
         received = communicator.all_to_all(send, sizes).view(sum(order.sizes), batch, widths[rank])
-    mine = (x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), sent[rank]))
-    return tuple(_repeated(x, dealt.given[rank]) for x, dealt in zip(mine, heads, strict=True))
+    return tuple(x.permute(1, 2, 0, 3) for x in split_heads(order.sort(received), sent[rank]))
 
 
 def gather_heads(
@@ -72,19 +70,15 @@ def gather_heads(
     """This rank's own tokens of all heads, from all tokens of the group for its part of the heads.
 
     parts: tensors [B, h, S, D] of one dtype. Returns [B, H, s, D] for each, in memory [s, B, H, D] as Megatron wants
-    them; the sum of a head that several members have, or one has repeated. The inverse of `scatter_heads`, likewise
-    with one all-to-all.
+    them; the sum of a head that several members have. The inverse of `scatter_heads`, likewise with one all-to-all.
     """
-    size, rank, tokens = communicator.size, communicator.rank, order.sizes[communicator.rank]
+    size, tokens = communicator.size, order.sizes[communicator.rank]
     if (chunks := _in_place(order, heads, [x.shape for x in parts], parts[0].dtype)) is not None:
         with in_profiles(_BACK):
             return gather_in_place(parts, communicator, chunks)
-    is_even = all(dealt.is_even for dealt in heads)
-    if not is_even:
-        parts = [_added(x, dealt.given[rank]) for x, dealt in zip(parts, heads, strict=True)]
     sequences = [x.permute(2, 0, 1, 3) for x in parts]  # [S, B, h, D]
     send = _by_member(sequences, order)
-    if is_even:
+    if all(dealt.is_even for dealt in heads):
         with in_profiles(_BACK):
             received = communicator.all_to_all(send, Sizes(order.sizes, [tokens] * size)).unflatten(0, (size, tokens))
         del send  # While the heads are joined a pass holds the most.
@@ -125,22 +119,6 @@ def _by_member(sequences: Sequence[Tensor], order: GroupOrder) -> Tensor:
 def _of_member(shards: Sequence[Tensor], heads: Sequence[Dealt], member: int) -> list[Tensor]:
     """What a member is sent of each tensor [B, H, s, D]: [s, B, h, D]."""
     return [x[:, dealt.parts[member]].permute(2, 0, 1, 3) for x, dealt in zip(shards, heads, strict=True)]
-
-
-def _repeated(x: Tensor, given: tuple[int, ...]) -> Tensor:
-    """The heads of x [B, h, S, D] as they are given to kernels."""
-    if given == tuple(range(x.size(1))):
-        return x
-    return x.index_select(1, torch.tensor(given, device=x.device))
-
-
-def _added(x: Tensor, given: tuple[int, ...]) -> Tensor:
-    """The inverse of `_repeated` for gradients: those of one head are added in fp32, and rounded once."""
-    count = given[-1] + 1
-    if count == len(given):
-        return x
-    total = x.new_zeros((x.size(0), count, *x.shape[2:]), dtype=accumulation_dtype(x.dtype))
-    return total.index_add_(1, torch.tensor(given, device=x.device), x.to(total.dtype)).to(x.dtype)
 
 
 class _HeadSum:

@@ -16,11 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mindspeed_cp.comm import Communicator
+from mindspeed_cp.comm import LARGE, Communicator
 from mindspeed_cp.plan import Part
-
-LARGE = 2**16
-"""Bytes of a message from which on it is sent and received by itself."""
 
 
 def is_worth_it(parts: Sequence[Part], shapes: Sequence[torch.Size], dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from mindspeed_cp.attention.latent import Latent
+from mindspeed_cp.attention.repeated_heads import RepeatedHeads
 from mindspeed_cp.attention.terms import AttentionTerms, Terms
 from mindspeed_cp.plan import AttentionPlan
 
@@ -23,6 +24,8 @@ WITH_LARGEST: Wanted = "output and largest scores"
 
 Source = tuple[Tensor, Tensor] | Latent
 """Keys [B, G, S, D] and values [B, G, S, V], or what they are made of."""
+SourceOfPart = Source | RepeatedHeads
+"""The same of a part of the heads, which may be told to be repeated."""
 
 
 class Told(NamedTuple):

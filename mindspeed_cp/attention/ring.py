@@ -36,11 +36,12 @@ from torch import Tensor
 from mindspeed_cp.attention.blocks import Block
 from mindspeed_cp.attention.derivatives import ONCE
 from mindspeed_cp.attention.exchange import Gradients, KeyValues, Partial, Player
-from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, GridAttention, Source, Wanted
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LARGEST, WITH_LSE, GridAttention, SourceOfPart, Wanted
 from mindspeed_cp.attention.latent import Expand, Expansion, Latent
 from mindspeed_cp.attention.lse import with_gradient_of_lse, with_room
 from mindspeed_cp.attention.passes import RingPass, backward_pass, forward_pass
 from mindspeed_cp.attention.recomputation import Recomputation, replay
+from mindspeed_cp.attention.repeated_heads import RepeatedHeads, Repetition
 from mindspeed_cp.attention.sinks import sinks_gradient, with_sinks
 from mindspeed_cp.attention.sums import MergedOutput, TokenSum
 from mindspeed_cp.attention.terms import LargestScores, ParameterGradients, Tensors, Terms, TermsOfTiles
@@ -113,24 +114,32 @@ class RingAttention(GridAttention):
             )
 
     def attend(
-        self, wanted: Wanted, q: Tensor, source: Source, plan: AttentionPlan, terms: Terms
+        self, wanted: Wanted, q: Tensor, source: SourceOfPart, plan: AttentionPlan, terms: Terms
     ) -> tuple[Tensor, ...]:
         """See GridAttention. plan: between the ranks of the ring."""
-        k, v = source.stand_ins if isinstance(source, Latent) else source
-        value_head_size = v.size(3)
-        if wanted == WITH_LSE and self._serves_gradients(q, k, v, *terms.tensors):
+        value_head_size = _given_to_kernels(source)[1].size(3)
+        if wanted == WITH_LSE and self._serves_gradients(q, *_given_to_kernels(source), *terms.tensors):
             assert not isinstance(source, Latent), "values that are made have no room for the gradient of lse"
-            q, k, v = with_room(q, k, v)
+            if isinstance(source, RepeatedHeads):
+                q, k, v = with_room(q, source.k, source.v)
+                source = replace(source, k=k, v=v)
+            else:
+                q, *room = with_room(q, *source)
+                source = room[0], room[1]
         terms = replace(terms, largest=True) if wanted == WITH_LARGEST else terms
-        case = TileCase.of(q, k, v, TileTerms(terms.scale))
+        case = TileCase.of(q, *_given_to_kernels(source), TileTerms(terms.scale))
         case = case._replace(masked=terms.visible is not None, terms=terms.needs(q.dtype, looks_ahead=plan.looks_ahead))
-        expand, weights = None, tuple[Tensor, ...]()
+        expand, weights, given = None, tuple[Tensor, ...](), None
         if isinstance(source, Latent):
             expand, weights, (k, v) = source.expand, source.weights, source.travelling
+        elif isinstance(source, RepeatedHeads):
+            k, v, given = source.k, source.v, source.given
+        else:
+            k, v = source
         tensors, ring = (*terms.tensors, *weights), self
         if self.kept and not self._serves_gradients(q, k, v, *tensors):
             ring = replace(self, kept=KV.NEITHER)
-        out, lse, largest = _Ring.apply(_RingCall(ring, plan, terms, case, expand), q, k, v, *tensors)
+        out, lse, largest = _Ring.apply(_RingCall(ring, plan, terms, case, expand, given), q, k, v, *tensors)
         if wanted == OUTPUT:
             return (out,)
         return (out, largest) if wanted == WITH_LARGEST else (out[..., :value_head_size], lse)
@@ -156,21 +165,26 @@ class RingAttention(GridAttention):
 
 
 class _RingCall(NamedTuple):
-    """One call of a ring, beside its tensors. expand: how keys and values are made; None where they travel."""
+    """One call of a ring, beside its tensors.
+
+    expand: how keys and values are made; None where they travel. given: see RepeatedHeads; None where all are, once.
+    """
 
     ring: RingAttention
     plan: AttentionPlan
     terms: Terms
     case: TileCase
     expand: Expand | None
+    given: tuple[int, ...] | None
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> "_RingCall":
         """The same call. tensors: those of the terms, and weights after them, which autograd saves between passes."""
-        terms = self.terms.with_tensors(tensors[: len(self.terms.tensors)])
-        return _RingCall(self.ring, self.plan, terms, self.case, self.expand)
+        return self._replace(terms=self.terms.with_tensors(tensors[: len(self.terms.tensors)]))
 
-    def expansion(self, tensors: Sequence[Tensor | None], *, backward: bool) -> Expansion | None:
+    def expansion(self, tensors: Sequence[Tensor | None], *, backward: bool) -> Expansion | Repetition | None:
         """How keys and values are made in a pass. tensors: see `with_tensors`."""
+        if self.given is not None:
+            return Repetition(self.given)
         if self.expand is None:
             return None
         weights = [weight for weight in tensors[len(self.terms.tensors) :] if weight is not None]
@@ -240,15 +254,20 @@ class _Ring(torch.autograd.Function):
         return None, *found, *(() if expansion is None else expansion.gradients())
 
 
-def _at_hand(key_values: KeyValues, expansion: Expansion | None, step: Step) -> Block:
+def _given_to_kernels(source: SourceOfPart) -> tuple[Tensor, Tensor]:
+    """Keys and values as kernels are given them, or what they would be like."""
+    return source.stand_ins if isinstance(source, Latent | RepeatedHeads) else source
+
+
+def _at_hand(key_values: KeyValues, expansion: Expansion | Repetition | None, step: Step) -> Block:
     """K/V of a step. Not to be held: the block is gone after it."""
     block = key_values.block(step)
     return block if expansion is None else expansion.block(block, step.tiles)
 
 
-def _forward(ring_call: _RingCall, expansion: Expansion | None, q: Tensor, k: Tensor, v: Tensor) -> _Found:
+def _forward(ring_call: _RingCall, expansion: Expansion | Repetition | None, q: Tensor, k: Tensor, v: Tensor) -> _Found:
     """What a rank finds for its q [B, N, S, D]; k and v are its own, or the payloads that travel in their place."""
-    ring, plan, terms, case, _ = ring_call
+    ring, plan, terms, case, *_ = ring_call
     made = ring.forward_pass(plan, case)
     player = ring.player(made)
     merged, states = MergedOutput.of(q, case.value_head_size, ring.merge_kernels), dict[Call, tuple[Tensor, ...]]()
@@ -286,7 +305,7 @@ def _forward(ring_call: _RingCall, expansion: Expansion | None, q: Tensor, k: Te
 def _backward(
     ring_call: _RingCall,
     played: _Played,
-    expansion: Expansion | None,
+    expansion: Expansion | Repetition | None,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -297,7 +316,7 @@ def _backward(
 
     output: of the forward pass, merged over all keys.
     """
-    ring, plan, terms, case, _ = ring_call
+    ring, plan, terms, case, *_ = ring_call
     again = functools.partial(backward_pass, plan, ring.schedule, played.forward_pass, case, ring.kernels)
     made = plan.once(played.forward_pass, again)
     player = ring.player(made)

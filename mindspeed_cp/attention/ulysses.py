@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.group_order import GroupOrder, group_order
 from mindspeed_cp.attention.head_exchange import gather_heads, scatter_heads
-from mindspeed_cp.attention.interface import OUTPUT, WITH_LSE, GridAttention, Source, Wanted
+from mindspeed_cp.attention.interface import OUTPUT, WITH_LSE, GridAttention, Source, SourceOfPart, Wanted
 from mindspeed_cp.attention.latent import Latent
 from mindspeed_cp.attention.recomputation import Recomputation, replay
+from mindspeed_cp.attention.repeated_heads import RepeatedHeads
 from mindspeed_cp.attention.ring import RingAttention
 from mindspeed_cp.attention.terms import Terms
 from mindspeed_cp.comm import Communicator
@@ -113,10 +114,17 @@ class UlyssesAttention(GridAttention):
         if isinstance(source, Latent):
             (payload,), rank = keys_, communicator.rank
             source = source.of_heads(payload.squeeze(1), heads.keys.parts[rank], heads.keys.given[rank])
-        else:
-            k, v = keys_
-            source = k, v
-        return _Part(q, source, grouped, terms, order, heads)
+            return _Part(q, source, grouped, terms, order, heads)
+        k, v = keys_
+        return _Part(q, self._repeated(k, v, heads.keys.given[communicator.rank]), grouped, terms, order, heads)
+
+    def _repeated(self, k: Tensor, v: Tensor, given: tuple[int, ...]) -> SourceOfPart:
+        """K/V as the ring is given them: told to be repeated where kernels want that. given: see Dealt."""
+        if given == tuple(range(k.size(1))):
+            return k, v
+        source = RepeatedHeads(k, v, given)
+        # Pieces of the heads given are none of those that are sent: one of these may be in two.
+        return source if self.ring.pieces == 1 else source.at_once()
 
     def _exchange(self, order: GroupOrder, *heads: Dealt) -> "_Exchange":
         return _Exchange(self.communicator, order, heads, self.recomputation)
@@ -156,7 +164,7 @@ class _Part(NamedTuple):
     """What a rank attends with: tensors of its heads, and all of its group that goes with them."""
 
     q: Tensor
-    source: Source
+    source: SourceOfPart
     plan: AttentionPlan
     terms: Terms
     order: GroupOrder

@@ -2,6 +2,7 @@
 
 from mindspeed_cp.comm.agreement import Agreement, Subject
 from mindspeed_cp.comm.communicator import (
+    LARGE,
     Addressed,
     AgreeingCommunicator,
     Communicator,
@@ -14,6 +15,7 @@ from mindspeed_cp.comm.traffic import Traffic
 from mindspeed_cp.comm.virtual import VirtualCommunicator, VirtualWorld
 
 __all__ = [
+    "LARGE",
     "Addressed",
     "AgreeingCommunicator",
     "Agreement",

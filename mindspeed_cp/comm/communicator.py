@@ -21,6 +21,10 @@ _AGREEMENT_TAG = 1
 """Of the messages of agreements; tensors have 0."""
 
 
+LARGE = 2**16
+"""Bytes of a message from which on it is worth sending and receiving by itself, from where it lies."""
+
+
 class Transfer(Protocol):
     """An exchange under way."""
 

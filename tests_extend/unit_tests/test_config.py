@@ -29,6 +29,10 @@ BROKEN_RULES = [
     (dict(size=-2), "--context-parallel-size -2 is below 1; use 1 or more."),
     (dict(size=8, inner=0), "--cp-window-size 0 is below 1; use 1 or more."),
     (dict(inner=-1), "--cp-window-size -1 is below 1; use 1 or more."),
+    (dict(size="2"), "--context-parallel-size is '2'; give a whole number."),
+    (dict(size=4, algorithm=RING, inner=2.0), "--cp-window-size is 2.0; give a whole number."),
+    (dict(size=4, algorithm=HYBRID, degree=True), "--ulysses-degree-in-cp is True; give a whole number, or None."),
+    (dict(context_parallel_keep_outputs="no"), "--context-parallel-keep-outputs is 'no'; give True or False."),
     (
         dict(algorithm="ring"),
         "--context-parallel-algo ring is unknown; use ulysses_cp_algo, megatron_cp_algo, hybrid_cp_algo "

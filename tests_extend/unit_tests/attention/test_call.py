@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mindspeed_cp.attention import build_attention
+from mindspeed_cp.attention import AttentionTerms, Latent, LatentHeads, build_attention
 from mindspeed_cp.config import ContextParallelConfig
 from unit_tests import call_cases as cases
 from unit_tests.call_cases import ALGORITHMS, HYBRID, RING, ULYSSES, Call, plain_call, plain_case
@@ -287,6 +287,16 @@ def test_a_batch_of_nothing_gives_an_empty_result_with_gradients(topology, empty
         heads = topology.ulysses * case.heads
         assert shard.out.shape == shard.dv.shape == (case.batch, heads, case.tokens, 12)
         assert shard.dq.shape == shard.dk.shape == (case.batch, heads, case.tokens, 8)
+
+
+def test_weights_and_parameters_of_a_batch_of_nothing_have_gradients_of_0():
+    """Data-parallel reducers wait for the gradient of every parameter."""
+    attention, heads = build_attention(ContextParallelConfig()), LatentHeads(latent=6, unshared=6)
+    up, sinks = (x.requires_grad_() for x in (torch.full((2, 14, 6), torch.inf), torch.zeros(2)))
+    latent = Latent(torch.zeros(0, 4, 8), heads.expand, (up,))
+    out = attention.of_latent(torch.zeros(0, 2, 4, 8), latent, terms=AttentionTerms(sinks=sinks))
+    for parameter, gradient in zip((up, sinks), torch.autograd.grad(out.sum(), (up, sinks)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(parameter))
 
 
 # Programs around it.
