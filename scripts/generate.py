@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar, get_args
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm import Agreement, ProcessGroupCommunicator, Subject
+from mindspeed_cp.comm import Agreement, LostRank, ProcessGroupCommunicator, Subject
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.inference import Coefficients, Progress, Rates, Sampling, Session, Step, measure_rates
 from mindspeed_cp.inference.decode import Method
@@ -239,6 +239,10 @@ def main() -> int:
         if rank == 0:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except LostRank as error:
+        said = " ".join(str(error).split())
+        print(f"{parser.prog}: error: rank {rank} stops: {said}; see what that rank said last.", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -291,10 +295,12 @@ def run(
     if options.demo:
         import text_model
 
-        if rank == 0:
-            text_model.train(folder, options.demo_seconds, lambda said: print(said, flush=True))
-        if communicator is not None:
-            dist.barrier()
+        def train() -> Path:
+            if rank == 0:
+                text_model.train(folder, options.demo_seconds, lambda said: print(said, flush=True))
+            return folder
+
+        on_all_ranks(communicator, train)
         if options.prompt is None and options.prompt_file is None:
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
             options.question = options.question or [text_model.GO_ON]
