@@ -241,7 +241,7 @@ def main() -> int:
         return 2
     except LostRank as error:
         said = " ".join(str(error).split())
-        print(f"{parser.prog}: error: rank {rank} stops: {said}; see what that rank said last.", file=sys.stderr)
+        print(f"\n{parser.prog}: error: rank {rank} stops: {said}; see what that rank said last.", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():

@@ -50,7 +50,7 @@ def test_a_rank_that_is_gone_is_one_line_on_the_others(script, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["generate.py", "--model", "folder", "--prompt", "a"])
     assert script.main() == 1
     said = "generate.py: error: rank 0 stops: no answer from rank 2 of the group: Connection closed; see what that"
-    assert capsys.readouterr().err == f"{said} rank said last.\n"
+    assert capsys.readouterr().err == f"\n{said} rank said last.\n"  # Not behind half a line of text.
 
 
 def test_an_unfinished_character_is_shown_at_the_end(script, capsys):
