@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_SECONDS = 1e6
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
@@ -223,6 +224,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.device not in ("cpu", accelerator()):
         parser.error(f"--device {options.device}: torch finds none here; use --device {accelerator() or 'cpu'}.")
+    for name, seconds in ("--timeout", options.timeout), ("--demo-seconds", options.demo_seconds):
+        if not 0.0 < seconds <= MOST_SECONDS:
+            parser.error(f"{name} {seconds:g}: give seconds above 0, up to {MOST_SECONDS:g}.")
     device = torch.device(options.device)
     if "WORLD_SIZE" in os.environ:
         if device.type != "cpu":

@@ -53,6 +53,25 @@ def test_a_rank_that_is_gone_is_one_line_on_the_others(script, monkeypatch, caps
     assert capsys.readouterr().err == f"\n{said} rank said last.\n"  # Not behind half a line of text.
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("name", ["--timeout", "--demo-seconds"])
+def test_seconds_that_are_none_are_refused(script, monkeypatch, capsys, name, seconds):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--demo", f"{name}={seconds}"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert f"error: {name} {seconds}: give seconds above 0, up to 1e+06." in capsys.readouterr().err
+
+
+def test_demo_is_not_trained_for_a_folder_that_cannot_be_made_or_is_not_its_own(run_script, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for folder, said in (("file/model", "cannot be made"), ("file", "cannot be made"), ("folder", "holds other files")):
+        ended = run_script("generate.py", "--demo", "--demo-folder", tmp_path / folder, "--demo-seconds", 1e5)
+        assert ended.status == 2 and len(ended.err.strip().splitlines()) == 1
+        assert f"error: {tmp_path / folder} {said}" in ended.err
+
+
 def test_an_unfinished_character_is_shown_at_the_end(script, capsys):
     """Three bytes of "aé", of which the last one never comes."""
     tokenizer = types.SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
