@@ -12,7 +12,7 @@ LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 1.0])
 BY_RANK = (1, 3, 4, 0, 2)
 
 
-def drawn(count=4000, **settings):
+def drawn(count=1500, **settings):
     """How often each token is drawn at so many positions."""
     sampling = Sampling(**{"temperature": 1.0} | settings)
     return Counter(sampling.choose(LOGITS, 0, position).token for position in range(count))
@@ -35,7 +35,7 @@ def drawn(count=4000, **settings):
     ids=str,
 )
 def test_tokens_come_as_often_as_their_probability_says(settings, kept):
-    found, count = drawn(**settings), 4000
+    found, count = drawn(**settings), 1500
     among = torch.tensor(BY_RANK[:kept])
     expected = (LOGITS[among].double() / settings.get("temperature", 1.0)).softmax(0)
     assert set(found) <= set(among.tolist())
