@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar, get_args
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm import Agreement, ProcessGroupCommunicator, Subject
+from mindspeed_cp.comm import Agreement, LostRank, ProcessGroupCommunicator, Subject
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.inference import Coefficients, Progress, Rates, Sampling, Session, Step, measure_rates
 from mindspeed_cp.inference.decode import Method
@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_SECONDS = 1e6
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
@@ -223,6 +224,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.device not in ("cpu", accelerator()):
         parser.error(f"--device {options.device}: torch finds none here; use --device {accelerator() or 'cpu'}.")
+    for name, seconds in ("--timeout", options.timeout), ("--demo-seconds", options.demo_seconds):
+        if not 0.0 < seconds <= MOST_SECONDS:
+            parser.error(f"{name} {seconds:g}: give seconds above 0, up to {MOST_SECONDS:g}.")
     device = torch.device(options.device)
     if "WORLD_SIZE" in os.environ:
         if device.type != "cpu":
@@ -239,6 +243,10 @@ def main() -> int:
         if rank == 0:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except LostRank as error:
+        said = " ".join(str(error).split())
+        print(f"\n{parser.prog}: error: rank {rank} stops: {said}; see what that rank said last.", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -291,10 +299,12 @@ def run(
     if options.demo:
         import text_model
 
-        if rank == 0:
-            text_model.train(folder, options.demo_seconds, lambda said: print(said, flush=True))
-        if communicator is not None:
-            dist.barrier()
+        def train() -> Path:
+            if rank == 0:
+                text_model.train(folder, options.demo_seconds, lambda said: print(said, flush=True))
+            return folder
+
+        on_all_ranks(communicator, train)
         if options.prompt is None and options.prompt_file is None:
             options.prompt_file = [text_model.library() / text_model.HELD_OUT]
             options.question = options.question or [text_model.GO_ON]

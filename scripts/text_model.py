@@ -64,9 +64,19 @@ def tokenizer_of(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
 
 
 def train(folder: Path, seconds: float, tell: Callable[[str], None], seed: int = 0) -> None:
-    """Put the model into a folder, trained for so long; nothing is done where there is one."""
+    """Put the model into a folder, trained for so long; nothing is done where there is one.
+
+    It is there as a whole or not at all. Raises ValueError for a folder that cannot be made, or has other files.
+    """
     if (folder / "config.json").is_file():
         return
+    part = folder.with_name(f"{folder.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files than a model; give an empty folder, or a new one.")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error}); give another one.") from error
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # The other ranks wait for this one.
     start = time.monotonic()
@@ -108,8 +118,9 @@ def train(folder: Path, seconds: float, tell: Callable[[str], None], seed: int =
         if time.monotonic() - told > 10.0:
             told = time.monotonic()
             tell(f"{told - start:4.0f} s of {seconds:.0f}, step {step}: loss {loss.item():.3f}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.replace(folder)
     tell(f"loss {loss.item():.3f} after {step} steps; kept in {folder}")
     torch.set_num_threads(threads)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mindspeed_cp.attention.blocks import Block, BlockFormat, Content, in_one
 from mindspeed_cp.attention.profiles import in_profiles
 from mindspeed_cp.attention.sums import TokenSum
-from mindspeed_cp.comm import Addressed, RingCommunicators, Transfer
+from mindspeed_cp.comm import Addressed, LostRank, RingCommunicators, Transfer
 from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
 from mindspeed_cp.program import KV, BlockName, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
@@ -77,9 +77,8 @@ class Player:
     def lost(self, kind: "Kind", exchange: Exchange, error: RuntimeError) -> RuntimeError:
         """What is raised where an exchange fails."""
         to, source = self._peers(exchange.sends), self._peers(exchange.receives)
-        return RuntimeError(
-            f"{self.name(exchange.owner)}: {kind.exchange} failed (from ring rank {source}, to {to}): {error}"
-        )
+        named = LostRank if isinstance(error, LostRank) else RuntimeError
+        return named(f"{self.name(exchange.owner)}: {kind.exchange} failed (from ring rank {source}, to {to}): {error}")
 
     def _peers(self, messages: Iterable[Message]) -> str:
         """The ranks of some messages, in words; this one where there are none."""

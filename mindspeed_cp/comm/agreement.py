@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mindspeed_cp.comm.communicator import Communicator, Transfer
+from mindspeed_cp.comm.communicator import Communicator, LostRank, Transfer
 
 _WORDS_BYTES = 1024
 """Longest words that are sent; what is longer is cut."""
@@ -69,14 +69,14 @@ class Agreement:
         device: of the tensors at hand, used where the group carries none of the CPU.
 
         Raises ValueError on every rank where words differ or a rank refuses: with the refusal itself where all ranks
-        refuse alike, else with what each rank has come with. Raises RuntimeError, which names them, where ranks do
+        refuse alike, else with what each rank has come with. Raises LostRank, which names them, where ranks do
         not answer within the group's timeout, and from then on: the group cannot be used any more.
         """
         self._calls += 1
         if self._agreed is not None and refusal is None and words in self._agreed:
             return
         if self._failure is not None:
-            raise RuntimeError(f"{self._failure}; that was an earlier call, and the group cannot be used any more")
+            raise LostRank(f"{self._failure}; that was an earlier call, and the group cannot be used any more")
         said = f"{words if refusal is None else f'refused: {refusal}'}; call {self._calls}"
         digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
         place = torch.device("cpu") if self._on_host or device is None else device
@@ -140,7 +140,7 @@ class Agreement:
                 f"{_ranks(sorted(silent))} of the group of {size} did not come to this call of {self._subject.call}, "
                 f"which rank {rank} has reached: stopped, gone, or elsewhere in the program ({first})"
             )
-            raise RuntimeError(self._failure) from first
+            raise LostRank(self._failure) from first
         return rows
 
 

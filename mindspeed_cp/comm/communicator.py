@@ -25,13 +25,17 @@ LARGE = 2**16
 """Bytes of a message from which on it is worth sending and receiving by itself, from where it lies."""
 
 
+class LostRank(RuntimeError):
+    """A rank is gone, or does not answer within the group's timeout; which one is said."""
+
+
 class Transfer(Protocol):
     """An exchange under way."""
 
     def wait(self) -> None:
         """Return when what was to be received may be read, and what was sent may be overwritten.
 
-        With gloo the host waits, and RuntimeError says that a peer is gone or does not answer within the group's
+        With gloo the host waits, and LostRank says that a peer is gone or does not answer within the group's
         timeout. With NCCL and HCCL only the current stream waits: their watchdog finds a lost peer later, and ends the
         process. TORCH_NCCL_BLOCKING_WAIT=1 (NPU: TORCH_HCCL_BLOCKING_WAIT=1, older builds HCCL_BLOCKING_WAIT=1), set
         before the groups are made, has the host wait and raise as with gloo, so that no overlap is left.
@@ -311,7 +315,13 @@ class ProcessGroupCommunicator:
         """
         backend: Any = self.group._get_backend(_CPU)
         start = {dist.irecv: backend.recv, dist.isend: backend.send}
-        return [start[each.way]([each.content], self.ranks[each.peer], self._tag) for each in messages]
+        works = []
+        for each in messages:
+            try:
+                works.append(start[each.way]([each.content], self.ranks[each.peer], self._tag))
+            except RuntimeError as error:  # The connection is known to be closed.
+                raise _lost([each.peer], error) from error
+        return works
 
 
 class _ProcessGroupTransfer:
@@ -326,8 +336,12 @@ class _ProcessGroupTransfer:
                 work.wait()
             except RuntimeError as error:
                 peers = self._peers if len(self._works) < len(self._peers) else [self._peers[place]]
-                lost = ", ".join(str(peer) for peer in dict.fromkeys(peers))
-                raise RuntimeError(f"no answer from rank {lost} of the group: {error}") from error
+                raise _lost(peers, error) from error
+
+
+def _lost(peers: Sequence[int], error: RuntimeError) -> LostRank:
+    """What is raised where a message to or from one of these ranks fails."""
+    return LostRank(f"no answer from rank {', '.join(map(str, dict.fromkeys(peers)))} of the group: {error}")
 
 
 def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:

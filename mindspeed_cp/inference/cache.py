@@ -127,6 +127,7 @@ class ShardedKVCache:
         seen = [Span(0 if window is None else max(0, span.start - window + 1), span.stop) for span in new]
         return self.layout(seen, aligned=True)
 
+    @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor, new: Sequence[Span], *, whole: bool = False) -> None:
         """Keep the tokens at the positions `new` of each sample, which follow those that are there.
 

@@ -23,8 +23,11 @@ def chunked_attention(
 ) -> State:
     """Attention over so many keys at a time, exactly that over all at once; the last query sees the last key.
 
-    q: [B, N, S, D]; k: [B, G, T, D]; v: [B, G, T, V]. Returns out in fp32 (fp64 for fp64), and lse.
+    q: [B, N, S, D]; k: [B, G, T, D]; v: [B, G, T, V]. Returns out in fp32 (fp64 for fp64), and lse. No gradients.
+    Raises ValueError for a chunk below 1.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} keys at a time: give 1 or more.")
     parts = [(first, min(first + chunk, k.size(2))) for first in range(0, k.size(2), chunk)] or [(0, 0)]
     plans = (_late_queries(q.size(2), k.size(2), part, causal) for part in parts)
     states = [
@@ -48,7 +51,8 @@ def shared_prefix_attention(
     q: [B, N, S, D]; k: [B, G, T, D]; v: [B, G, T, V], each sequence's own tokens, behind all prefixes; the last query
     sees the last key. shared: from the first level to the last; sequence b reads group b // (B / groups) of each.
 
-    Returns out in fp32 (fp64 for fp64), and lse. Raises ValueError where groups do not divide the sequences.
+    Returns out in fp32 (fp64 for fp64), and lse. No gradients. Raises ValueError where groups do not divide the
+    sequences.
     Source: Hydragen arXiv:2402.05099.
     """
     states = [chunked_attention(q, k, v, chunk=max(k.size(2), 1), causal=causal, scale=scale)]

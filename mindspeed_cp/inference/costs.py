@@ -130,7 +130,7 @@ def choose_pass(
     states = case.missing * case.state_itemsize / case.itemsize if include_all_to_all else 0.0
     if rates is None:
         return "pass_q" if case.missing + states < case.share else "pass_kv"
-    if not min(rates) > 0.0:
+    if not all(rate > 0.0 for rate in rates):
         raise ValueError(f"{rates}: give what kernel and link achieve, above 0, or no rates to compare bytes alone.")
     # What the kernel hides of K/V, in units of the queries of all tokens.
     hidden = 4 * case.new * rates.bytes_per_s / (case.num_ranks * rates.flops_per_s * case.itemsize)
@@ -143,10 +143,13 @@ def fit_coefficients(samples: Sequence[Sample]) -> Coefficients:
     """The coefficients whose h comes closest to log(pass-Q / pass-KV) over samples, by least squares.
 
     Where samples leave a direction open (T + C the same in all, say) the smallest ones. Raises ValueError for fewer
-    than two samples, or times that are not above 0.
+    than two samples, cases without new tokens, or times that are not above 0.
     """
-    if len(samples) < 2 or min(min(sample.pass_kv_s, sample.pass_q_s) for sample in samples) <= 0.0:
-        raise ValueError(f"{len(samples)} samples: give two or more, with the seconds of both ways.")
+    usable = [each for each in samples if each.case.new > 0 and all(0.0 < x < math.inf for x in each[1:])]
+    if len(samples) < 2 or len(usable) < len(samples):
+        raise ValueError(
+            f"{len(usable)} of {len(samples)} samples have new tokens and seconds above 0; give two or more such ones."
+        )
     rows = [[math.log(each.case.new), math.log(each.case.missing), 1.0] for each in samples]
     wanted = [math.log(each.pass_q_s / each.pass_kv_s) for each in samples]
     inverse = torch.linalg.pinv(torch.tensor(rows, dtype=torch.float64), rtol=1e-10)

@@ -13,12 +13,12 @@ from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import AttentionTerms, Terms, TermsOfTiles, default_scale
 from mindspeed_cp.comm import Agreement
 from mindspeed_cp.comm.reduction import accumulation_dtype
-from mindspeed_cp.inference.sequences import everything
+from mindspeed_cp.inference.sequences import Spans, everything
 from mindspeed_cp.inference.states import State
 from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput, TileTerms
 from mindspeed_cp.kernels.calls import ALL, Call, calls
 from mindspeed_cp.kernels.precision import autocast_off
-from mindspeed_cp.plan import AttentionPlan, Tile
+from mindspeed_cp.plan import AttentionPlan, Layout, Tile
 
 _Made = TypeVar("_Made")
 
@@ -127,8 +127,8 @@ def attention_state(
     case = asked.case(q, k, v, looks_ahead=plan is None or plan.looks_ahead)
     if plan is None:
         plan, key_rank = everything(q.size(2), k.size(2)), 0
-    check_tokens("q", q, plan.queries.num_tokens(0))
-    check_tokens("k", k, plan.keys.num_tokens(key_rank))
+    check_tokens("q", q, plan.queries, 0)
+    check_tokens("k", k, plan.keys, key_rank)
     with torch.no_grad(), autocast_off(q.device.type):
         made = plan.once(("state", key_rank, kernels, case), lambda: asked.calls(plan.tiles(0, key_rank), case))
         told = TermsOfTiles(plan, 0, asked.terms, case.terms, q)
@@ -136,10 +136,22 @@ def attention_state(
     return State(out, lse)
 
 
-def check_tokens(name: str, x: Tensor, planned: int) -> None:
-    """Raise ValueError unless x [B, H, S, D] has as many tokens as the plan."""
+def check_tokens(name: str, x: Tensor, layout: Layout, rank: int) -> None:
+    """Raise ValueError unless x [B, H, S, D] has the tokens that a plan has on a rank, of as many sequences."""
+    if not 0 <= rank < layout.num_ranks:
+        raise ValueError(
+            f"the plan deals {name} to {layout.num_ranks} ranks, and has none of rank {rank}; give one of them."
+        )
+    planned = layout.num_tokens(rank)
     if x.dim() != 4 or x.size(2) != planned:
         raise ValueError(
             f"{name} {tuple(x.shape)} has {x.size(2) if x.dim() == 4 else 'no'} tokens in dim 2, and the plan has "
             f"{planned} on this rank; give [batch, heads, tokens, head size], by the plan's own layout."
+        )
+    last = max((run.sample for run in layout.runs(rank) if run.sample is not None), default=-1)
+    known = layout.num_samples if isinstance(layout, Spans) else 1
+    if last >= x.size(0) or known not in (1, x.size(0)):
+        raise ValueError(
+            f"{name} {tuple(x.shape)} has {x.size(0)} sequences, and the plan has {max(known, last + 1)}"
+            f"{'' if known > 1 else ' or more'}; give the batch that it was made for."
         )

@@ -179,13 +179,7 @@ class _Call(RingCall):
                     f"the plan deals {name} to {layout.num_ranks} ranks, and there are {self.size}; make it for "
                     f"{self.size}."
                 )
-            check_tokens(name, x, layout.num_tokens(self.rank))
-            last = max((run.sample for run in layout.runs(self.rank) if run.sample is not None), default=0)
-            if last >= x.size(0):
-                raise ValueError(
-                    f"{name} {tuple(x.shape)} has {x.size(0)} sequences, and the plan has {last + 1} or more; give "
-                    f"the batch that it was made for."
-                )
+            check_tokens(name, x, layout, self.rank)
         check_terms(terms, self.q, self.k, self.plan, self.size)
         self.ring.check_heads(self.k.size(1))
 

@@ -1,6 +1,7 @@
 """Which token comes next: the best one, or one drawn so that the number of ranks does not matter."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,13 +49,14 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: give a probability above 0, up to 1 for all tokens.")
 
     def choose(self, logits: Tensor, sample: int, position: int) -> Choice:
-        """The token for a position of a sample. logits: [vocabulary]."""
+        """The token for a position of a sample. logits: [vocabulary]; where the best is no number, none is drawn."""
         logits = logits.double().cpu()
         best = logits.topk(min(2, logits.numel()))
         highest, margin = best.values[0].item(), (best.values[0] - best.values[-1]).item()
-        if not self.temperature:
+        if not self.temperature or not math.isfinite(highest):
             return Choice(int(best.indices[0]), highest, margin)
-        ordered, tokens = (logits / self.temperature).sort(descending=True, stable=True)
+        # The best is 0, and temperatures close to 0 overflow to -inf alone.
+        ordered, tokens = ((logits - highest) / self.temperature).sort(descending=True, stable=True)
         probabilities = ordered[: self.top_k].softmax(0)
         # Those before which less than p has come: at least one.
         kept = probabilities[probabilities.cumsum(0) - probabilities < self.top_p]

@@ -12,6 +12,7 @@ Sequences of a batch have any lengths: tensors are padded at the end to the long
 padding, so that it is never computed with.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,15 @@ class Spans:
 
     @classmethod
     def of(cls, layout: Layout, num_samples: int) -> "Spans":
-        """The spans of any layout whose documents are the samples of a batch, each sample by itself."""
+        """The spans of any layout whose documents are the samples of a batch, each sample by itself.
+
+        Raises ValueError where the layout has other numbers of samples.
+        """
+        last = max((run.sample or 0 for rank in range(layout.num_ranks) for run in layout.runs(rank)), default=0)
+        # Of other layouts the last samples may have nothing; spans that are one sample are those of all.
+        known = layout.num_samples if isinstance(layout, Spans) and layout.num_samples > 1 else last + 1
+        if known > num_samples or (isinstance(layout, Spans) and 1 < known < num_samples):
+            raise ValueError(f"keys are those of {known} sequences, and new tokens of {num_samples}; give both of all.")
         held = []
         for rank in range(layout.num_ranks):
             spans: list[list[Ends]] = [[] for _ in range(num_samples)]
@@ -100,15 +109,18 @@ def prefill_plan(
 ) -> AttentionPlan:
     """The plan of new tokens behind cached ones.
 
-    new: how many of each sequence of the batch. cached: who holds which positions of the tokens before them, from 0 on
-    without a gap; its documents are the batch's samples. bands: what a query sees of its sequence.
+    new: how many of each sequence of the batch, 0 or more. cached: who holds which positions of the tokens before
+    them, from 0 on without a gap; its documents are the batch's samples. bands: what a query sees of its sequence.
 
     Raises ValueError where cached positions leave a gap or are held twice, or ranks do not agree in number.
     """
+    new = [operator.index(length) for length in new]
+    if not new or min(new) < 0:
+        raise ValueError(f"new={new} tokens of each sequence: give one number or more, 0 or above.")
     before = Spans(((((),) * len(new)),) * num_ranks) if cached is None else Spans.of(cached, len(new))
     if before.num_ranks != num_ranks:
         raise ValueError(f"cached tokens lie on {before.num_ranks} ranks, and there are {num_ranks}; give all of them.")
-    firsts = [_end_of_cached(before, sample) for sample in range(len(new))]
+    firsts = [_end_of_held(before, sample, 0) for sample in range(len(new))]
     dealt = [_zigzag(length, num_ranks, first) for length, first in zip(new, firsts, strict=True)]
     queries = tuple(tuple(each[rank] for each in dealt) for rank in range(num_ranks))
     keys = tuple(
@@ -128,8 +140,15 @@ def decode_plan(new: Sequence[Ends], keys: Layout, *, bands: tuple[Band, ...] = 
 
     new: positions of each sequence's queries. keys: who holds which positions, those of the queries included; its
     documents are the batch's samples. The queries are those of one rank, number 0.
+
+    Raises ValueError where positions leave a gap or are held twice, and where those of queries are not held.
     """
     spans = Spans.of(keys, len(new))
+    for sample, (_, stop) in enumerate(new):
+        held = [ends for each in spans.held for ends in each[sample]]
+        end = _end_of_held(spans, sample, min(held)[0] if held else 0)
+        if stop > end:
+            raise ValueError(f"position {end} of sequence {sample} has queries and is held by no rank; give its keys.")
     return AttentionPlan(Spans((tuple((span,) for span in new),)), spans, bands)
 
 
@@ -139,7 +158,11 @@ def everything(num_queries: int, num_keys: int) -> AttentionPlan:
 
 
 def take(x: Tensor, layout: Layout, rank: int) -> Tensor:
-    """What a rank holds of x [B, H, S, D], whose tokens are at their positions, 0 where it is padded."""
+    """What a rank holds of x [B, H, S, D], whose tokens are at their positions, 0 where it is padded.
+
+    Raises ValueError where x does not reach to all of them.
+    """
+    _check_reach(x, layout, rank)
     held = x.new_zeros(*x.shape[:2], layout.num_tokens(rank), *x.shape[3:])
     for run, samples in _runs(layout, rank):
         held[samples, :, run.start : run.stop] = x[samples, :, run.position : run.position + run.stop - run.start]
@@ -147,7 +170,8 @@ def take(x: Tensor, layout: Layout, rank: int) -> Tensor:
 
 
 def put(held: Tensor, x: Tensor, layout: Layout, rank: int) -> None:
-    """Write what a rank holds [B, H, s, D] to its positions in x [B, H, S, D]."""
+    """Write what a rank holds [B, H, s, D] to its positions in x [B, H, S, D]. Raises ValueError as `take`."""
+    _check_reach(x, layout, rank)
     for run, samples in _runs(layout, rank):
         x[samples, :, run.position : run.position + run.stop - run.start] = held[samples, :, run.start : run.stop]
 
@@ -155,6 +179,17 @@ def put(held: Tensor, x: Tensor, layout: Layout, rank: int) -> None:
 def _runs(layout: Layout, rank: int) -> list[tuple[Run, slice]]:
     every = slice(None)
     return [(run, every if run.sample is None else slice(run.sample, run.sample + 1)) for run in layout.runs(rank)]
+
+
+def _check_reach(x: Tensor, layout: Layout, rank: int) -> None:
+    runs = layout.runs(rank)
+    positions = max((run.position + run.stop - run.start for run in runs), default=0)
+    samples = max((run.sample + 1 for run in runs if run.sample is not None), default=0)
+    if x.size(0) < samples or x.size(2) < positions:
+        raise ValueError(
+            f"{tuple(x.shape)} has {x.size(2)} positions of {x.size(0)} sequences, and the layout {positions} of "
+            f"{samples or x.size(0)}; give the whole tensor [B, H, S, D]."
+        )
 
 
 def _stretch(length: int) -> Spans:
@@ -169,15 +204,14 @@ def _zigzag(length: int, num_ranks: int, first: int) -> list[tuple[Ends, ...]]:
     return [tuple((first + run.position, first + run.position + run.stop - run.start) for run in each) for each in runs]
 
 
-def _end_of_cached(cached: Spans, sample: int) -> int:
-    """Where a sequence's cached tokens end."""
-    end = 0
+def _end_of_held(cached: Spans, sample: int, end: int) -> int:
+    """Where a sequence's tokens end that are held from a position on."""
     held = sorted((span, rank) for rank in range(cached.num_ranks) for span in cached.held[rank][sample])
     for (first, stop), rank in held:
         if first != end:
             what = "is held by no rank" if first > end else f"is held twice, by rank {rank} too"
             raise ValueError(
-                f"position {min(first, end)} of sequence {sample} {what}; cached tokens are those from 0 on, each once."
+                f"position {min(first, end)} of sequence {sample} {what}; give all up to the last one, each once."
             )
         end = stop
     return end

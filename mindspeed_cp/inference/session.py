@@ -5,6 +5,7 @@ over the keys that it keeps. The choice of the rank that keeps a token's positio
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -141,7 +142,7 @@ class Session(OverRanks):
         until its next prompt. progress: told after each chunk of the prompts.
 
         Raises ValueError, on every rank, for prompts that are empty or not one for each sequence, for num_tokens below
-        0, and where ranks were given different ones; RuntimeError where a rank is gone.
+        0, where ranks were given different ones, and for logits that are no numbers; LostRank where a rank is gone.
         """
         new = self._agreed(prompts, num_tokens, sampling, ends)
         logits, holders = self._prefill(new, progress), self._keepers
@@ -271,6 +272,12 @@ class Session(OverRanks):
         else:
             chosen = self.communicator.all_gather(mine.to(self._model.device)).cpu()
         rows = [chosen[rank, sample].tolist() for sample, rank in enumerate(holders)]
+        for sample, (row, going) in enumerate(zip(rows, active, strict=True)):
+            if going and not math.isfinite(row[1]):
+                raise ValueError(
+                    f"the best logit of sequence {sample} at position {cache.lengths[sample]} is {row[1]}: the weights "
+                    f"hold what is no number, or numbers leave the range of their dtype; try another one, as float32."
+                )
         return Step(
             tuple(Choice(int(row[0]), *row[1:]) if going else None for row, going in zip(rows, active, strict=True))
         )

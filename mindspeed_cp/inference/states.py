@@ -21,6 +21,7 @@ Sources: FlashAttention arXiv:2205.14135; FlashInfer, Recursive Attention (its t
 arXiv:2408.04093; Helix arXiv:2507.07120 (the all-to-all).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -58,20 +59,19 @@ def merge_states(
 ) -> State:
     """Attention over the keys of all of them, exact up to rounding; differentiable in both. Note [States].
 
-    outs: [..., V], stacked along `dim`, or one after another in a sequence; lses: likewise [...]. lse_base: of their
-    logarithm, and of the result's: FlashAttention's is "e", FlashInfer's and some latent attention kernels' is "2".
+    outs: [..., V], stacked along `dim` of lses, or one after another in a sequence; lses: likewise [...]. lse_base: of
+    their logarithm, and of the result's: FlashAttention's is "e", FlashInfer's and some latent attention kernels' "2".
 
     Returns out and lse in fp32 (fp64 for fp64): round once, when all has been merged. Raises ValueError where shapes
     do not fit or the base is none.
     """
     _check_choice("lse_base", lse_base, LseBase)
-    if not isinstance(outs, Tensor):
-        outs, lses, dim = torch.stack(tuple(outs)), torch.stack(tuple(lses)), 0
-    assert isinstance(lses, Tensor)
+    if not (isinstance(outs, Tensor) and isinstance(lses, Tensor)):
+        outs, lses, dim = _stacked("outs", outs), _stacked("lses", lses), 0
     _check_state(outs, lses)
     power, logarithm = _POWERS[lse_base]
     dtype = accumulation_dtype(outs.dtype)
-    dim %= lses.dim()
+    dim = _dim_of(lses, dim)
     outs, lses = outs.to(dtype), _seen(lses.to(dtype))
     # A constant: the result does not depend on it. The lowest number does for -inf, as in kernels/merge.py.
     anchor = lses.detach().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(dtype).min)
@@ -85,20 +85,29 @@ def merge_states(
     return State(out, lse.where(seen, -torch.inf))
 
 
+@torch.no_grad()
 def all_reduce_state(
-    out: Tensor, lse: Tensor, communicator: Communicator | None, *, backend: AllReduceBackend = "a2a"
+    out: Tensor,
+    lse: Tensor,
+    communicator: Communicator | None,
+    *,
+    backend: AllReduceBackend = "a2a",
+    lse_base: LseBase = "e",
 ) -> State:
     """Attention over the keys of all ranks, on every rank, with the same bits; Note [States].
 
     out, lse: of the same queries on all ranks, over each rank's keys. communicator: None for a rank that is alone.
-    backend: how it is sent.
+    backend: how it is sent. lse_base: as in `merge_states`.
 
-    Returns fp32 (fp64 for fp64). Raises ValueError where shapes do not fit or there is no such backend.
+    Returns fp32 (fp64 for fp64). No gradients. Raises ValueError where shapes do not fit or there is no such backend.
     """
     _check_choice("backend", backend, AllReduceBackend)
+    _check_choice("lse_base", lse_base, LseBase)
     _check_state(out, lse)
     if communicator is None or communicator.size == 1:
-        return merge_states((out,), (lse,))
+        return merge_states((out,), (lse,), lse_base=lse_base)
+    if lse_base == "2":
+        return _in_base_2(all_reduce_state(*_from_base_2(out, lse), communicator, backend=backend))
     if backend == "all_reduce":
         return _of_sums(_clean(out, lse), communicator)
     rows = _message(out, lse).flatten(0, -2)
@@ -113,6 +122,7 @@ def all_reduce_state(
     return _split(merged.view(*lse.shape, -1))
 
 
+@torch.no_grad()
 def reduce_scatter_state(
     out: Tensor,
     lse: Tensor,
@@ -121,6 +131,7 @@ def reduce_scatter_state(
     dim: int,
     sizes: Sequence[int] | None = None,
     backend: ReduceScatterBackend = "a2a",
+    lse_base: LseBase = "e",
 ) -> State:
     """Attention over the keys of all ranks, for this rank's share of the queries along a dim; Note [States].
 
@@ -128,20 +139,26 @@ def reduce_scatter_state(
     dim: of `lse` along which the queries are shared out, 1 for heads of [B, N, S]. sizes: how many of it each rank
     gets; equal shares by default. backend: the states in one all-to-all, or an all-gather of lse and a reduce-scatter
     of weighted outputs, which sends more and is what a backend without an all-to-all can do; equal shares only.
+    lse_base: as in `merge_states`.
 
-    Returns fp32 (fp64 for fp64). Raises ValueError where shapes or shares do not fit or there is no such backend.
+    Returns fp32 (fp64 for fp64). No gradients. Raises ValueError where shapes or shares do not fit or there is no such
+    backend.
     """
     _check_choice("backend", backend, ReduceScatterBackend)
+    _check_choice("lse_base", lse_base, LseBase)
     _check_state(out, lse)
+    dim = _dim_of(lse, dim)
     if communicator is None or communicator.size == 1:
-        return merge_states((out,), (lse,))
-    dim %= lse.dim()
+        return merge_states((out,), (lse,), lse_base=lse_base)
+    if lse_base == "2":
+        natural = _from_base_2(out, lse)
+        return _in_base_2(reduce_scatter_state(*natural, communicator, dim=dim, sizes=sizes, backend=backend))
     size, whole = communicator.size, lse.size(dim)
     if sizes is None:
         if whole % size:
             raise ValueError(f"dim {dim} of {tuple(lse.shape)} has no {size} equal shares; give sizes, one a rank.")
         sizes = [whole // size] * size
-    if len(sizes) != size or sum(sizes) != whole:
+    if len(sizes) != size or sum(sizes) != whole or min(sizes) < 0:
         raise ValueError(f"sizes {list(sizes)} do not share out {whole} of dim {dim} among {size} ranks; give {size}.")
     if backend == "ag_rs":
         return _weighted_sum(out, lse, communicator, dim, sizes)
@@ -183,6 +200,14 @@ def _clean(out: Tensor, lse: Tensor) -> State:
     return State(out.to(dtype).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0), lse)
 
 
+def _from_base_2(out: Tensor, lse: Tensor) -> State:
+    return State(out, lse.to(accumulation_dtype(out.dtype)) * math.log(2.0))
+
+
+def _in_base_2(state: State) -> State:
+    return State(state.out, state.lse / math.log(2.0))
+
+
 def _seen(lse: Tensor) -> Tensor:
     return lse.where(lse < torch.inf, -torch.inf)  # NaN is below nothing.
 
@@ -213,6 +238,22 @@ def _check_state(out: Tensor, lse: Tensor) -> None:
         raise ValueError(
             f"out {tuple(out.shape)} and lse {tuple(lse.shape)} are no state; lse is as out without its last dim."
         )
+
+
+def _stacked(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
+    """Of a sequence. Raises ValueError for what is none, and for parts of several shapes."""
+    shapes = [] if isinstance(parts, Tensor) else sorted({tuple(part.shape) for part in parts})
+    if len(shapes) != 1:
+        found = "a tensor" if isinstance(parts, Tensor) else f"of shapes {shapes}"
+        raise ValueError(f"{name} are {found}: give outs and lses both stacked, or both as sequences of one shape.")
+    return torch.stack(tuple(parts))
+
+
+def _dim_of(lse: Tensor, dim: int) -> int:
+    """A dim of lse, from 0 on."""
+    if not -lse.dim() <= dim < lse.dim():
+        raise ValueError(f"lse {tuple(lse.shape)} has no dim {dim}; give one from {-lse.dim()} to {lse.dim() - 1}.")
+    return dim % lse.dim()
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

@@ -201,6 +201,7 @@ def adapt(model: Any) -> TransformersModel:
             f"{type(model).__name__} does not call transformers' attention interface; use a model that does, of the "
             f"Llama, Qwen, Mistral, Gemma or gpt-oss families, say."
         )
+    model.config.return_dict = True
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
     kinds: list[tuple[nn.Module, Any]] = [(each, getattr(each, "rope_type", None)) for each in model.modules()]
@@ -236,15 +237,25 @@ def _try(model: Any, windows: tuple[int | None, ...], config: Any) -> None:
         raise ValueError(f"{name} looks ahead (is_causal=False in its config.json); use a model that is causal.")
     # Different ones, or positions would not matter where they only turn keys; a padding token may have its own.
     tokens = [token for token in range(4) if token != getattr(config, "pad_token_id", None)][:3]
-    own, given = (
-        model(
-            input_ids=torch.tensor([tokens], device=model.device),
-            use_cache=False,
-            cached_attention=_Trial(windows, 3, name),
-            **more,
-        ).logits
-        for more in ({}, {"position_ids": torch.arange(3, device=model.device)[None]})
-    )
+    try:
+        own, given = (
+            model(
+                input_ids=torch.tensor([tokens], device=model.device),
+                use_cache=False,
+                cached_attention=_Trial(windows, 3, name),
+                **more,
+            ).logits
+            for more in ({}, {"position_ids": torch.arange(3, device=model.device)[None]})
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # It is a model's own code that fails.
+        raise ValueError(
+            f"{name} fails on three tokens ({type(error).__name__}: {_in_a_line(error)}); look at its config.json, or "
+            f"use another model."
+        ) from error
+    if own.isnan().any():
+        raise ValueError(f"{name} gives logits that are no numbers; its weights are broken: get them anew.")
     # The same operations on the same numbers, bit for bit.
     if not torch.allclose(own, given, rtol=0.0, atol=0.0, equal_nan=True):
         raise ValueError(
@@ -260,6 +271,11 @@ def _words(kind: object) -> set[str]:
     return {kind} if isinstance(kind, str) else set()
 
 
+def _in_a_line(error: Exception) -> str:
+    """What it says, up to so many letters."""
+    return " ".join((str(error) or type(error).__name__).split())[:_LONGEST_REASON].rstrip(".")
+
+
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """The window of each layer, by a PreTrainedConfig.
 
@@ -269,6 +285,8 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window={window} of this {kind} model shows no token; get its config.json anew.")
     types = getattr(config, "layer_types", None)
     if types is None:
         types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
@@ -306,12 +324,20 @@ def load(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device
     model = _weights(folder, dtype).to(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_ONLY_WHAT_IS_THERE)
+        names = getattr(tokenizer, "vocab_files_names", {}).values()
+        # Without one transformers makes an empty tokenizer of the model's kind.
+        if names and not any((folder / name).is_file() for name in ("tokenizer.json", *names)):
+            raise OSError("no vocabulary")
     except Exception as error:  # The parsers of tokenizers raise no class of their own.
-        raise ValueError(f"{folder} holds no tokenizer that can be read; add its tokenizer.json.") from error
+        raise ValueError(
+            f"{folder} holds no tokenizer that can be read ({_in_a_line(error)}); add its tokenizer.json."
+        ) from error
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # The grouped products of others take no fp64.
     ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"{folder}: eos_token_id={ends} of its configuration are no tokens; give their numbers there.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Loaded(adapt(model), tokenizer, frozenset(ends), longest, model.dtype)
 
@@ -320,6 +346,9 @@ _LONGEST_REASON = 300
 """Letters of what a parser says that are passed on."""
 
 _ONLY_WHAT_IS_THERE = {"trust_remote_code": False, "local_files_only": True}
+
+_INDEX = "model.safetensors.index.json"
+"""Which of several files has which weight."""
 
 
 def _weights(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -332,13 +361,13 @@ def _weights(folder: Path, dtype: torch.dtype | None) -> Any:
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # They are in the report.
+            attn_implementation="eager",  # A config.json may name one to be fetched, with its code.
             output_loading_info=True,
             **_ONLY_WHAT_IS_THERE,
         )
     except Exception as error:  # Parsers of several packages, with classes of their own.
-        said = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(
-            f"{folder} cannot be loaded by transformers: {said[:_LONGEST_REASON].rstrip('.')}; get its "
+            f"{folder} cannot be loaded by transformers: {_in_a_line(error)}; get its "
             f"config.json and safetensors anew, or use a model that this transformers knows."
         ) from error
     # transformers fills these with random numbers.
@@ -347,6 +376,13 @@ def _weights(folder: Path, dtype: torch.dtype | None) -> Any:
         raise ValueError(
             f"{folder}: its safetensors lack {unfit[0]}{f' and {len(unfit) - 1} more' * (len(unfit) > 1)}, or "
             f"have it in another shape than config.json says; get the folder anew."
+        )
+    strange = sorted(report["unexpected_keys"])
+    if strange:
+        raise ValueError(
+            f"{folder}: its safetensors hold {strange[0]}{f' and {len(strange) - 1} more' * (len(strange) > 1)}, for "
+            f"which {type(model).__name__} by config.json has no place; get the folder anew, or, where they are not "
+            f"wanted, save the model without them: model.save_pretrained(folder)."
         )
     return model
 
@@ -363,14 +399,67 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {found}, and only safetensors are loaded; get it as safetensors, or convert it "
             f"where you trust it: model.save_pretrained(folder)."
         )
-    try:
-        said = json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder}: its config.json is no JSON ({error}); get it anew.") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{folder}: its config.json is a {type(said).__name__}, no JSON object; get it anew.")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which is not loaded; merge it into the model first: "
+            f"model.merge_and_unload(), then save_pretrained."
+        )
+    said = _object(folder, "config.json")
+    if (folder / "generation_config.json").exists():
+        _object(folder, "generation_config.json")
+    _check_names_of_weights(folder, said.get("transformers_weights"))
+    fetched = sorted(_fetched(said))
+    if fetched:
+        raise ValueError(
+            f"{folder} has code fetched from {fetched[0]!r} (an implementation in config.json), which is not run; take "
+            f"it out of its config.json."
+        )
     if "auto_map" in said:
         raise ValueError(
             f"{folder} comes with code of its own (auto_map in config.json), which is not run; use a model "
             f"whose code is in transformers."
         )
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    """What a JSON file of a folder says. Raises ValueError where it is none, or no object."""
+    try:
+        said = json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: its {name} is no JSON ({error}); get it anew.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{folder}: its {name} is a {type(said).__name__}, no JSON object; get it anew.")
+    return said
+
+
+def _fetched(said: object, *, named: bool = False) -> set[str]:
+    """Places of kernels that a configuration names, at any depth. named: whether what is looked at is one's name."""
+    if isinstance(said, Mapping):
+        return set().union(*(_fetched(x, named=named or "_implementation" in key) for key, x in said.items()))
+    return {said} if named and isinstance(said, str) and "/" in said else set()
+
+
+def _check_names_of_weights(folder: Path, named: object) -> None:
+    """Raise ValueError unless all files that transformers would load are safetensors, and in the folder.
+
+    named: the file that config.json names, where it does. Otherwise it is model.safetensors, or those of an index.
+    """
+    alone = (folder / "model.safetensors").is_file()
+    index = named if named is not None else None if alone or not (folder / _INDEX).exists() else _INDEX
+    if index is None:
+        return
+    names: list[object] = [index]
+    if isinstance(index, str) and index.endswith(".json"):
+        found = _object(folder, index).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"{folder}: its {index} names no weights (weight_map); get it anew.")
+        names = list(dict.fromkeys(found.values()))
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(
+                f"{folder} has its weights in {name!r}, by {'config.json' if names == [named] else index}, and only "
+                f"safetensors of the folder itself are loaded; get it as such, or convert it where you trust it: "
+                f"model.save_pretrained(folder)."
+            )
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}, in which {index} has weights; get the folder anew.")

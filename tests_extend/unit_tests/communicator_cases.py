@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_cp.comm import Addressed, ProcessGroupCommunicator, Traffic
+from mindspeed_cp.comm import Addressed, LostRank, ProcessGroupCommunicator, Traffic
 
 
 class Received(NamedTuple):
@@ -92,6 +92,20 @@ def default_group_place(group: dist.ProcessGroup) -> tuple[int, int]:
     """Rank and size of a communicator that was given no group."""
     communicator = ProcessGroupCommunicator()
     return communicator.rank, communicator.size
+
+
+def lost_at(group: dist.ProcessGroup, place: str) -> str:
+    """What is raised where a backend finds, when a message starts or is waited for, that its peer is gone."""
+    communicator, closed = ProcessGroupCommunicator(group), RuntimeError("closed")
+    work = mock.Mock(**{"wait.side_effect": closed})
+    start = mock.Mock(side_effect=closed) if place == "start" else mock.Mock(return_value=work)
+    communicator.group = mock.Mock(**{"_get_backend.return_value": mock.Mock(recv=start, send=start)})
+    other = 1 - communicator.rank
+    try:
+        communicator.exchange(torch.zeros(1), other, torch.zeros(1), other).wait()
+    except LostRank as error:
+        return str(error)
+    return "nothing"
 
 
 def communication_error(group: dist.ProcessGroup, operation: str, send: Tensor) -> tuple[str, dict[str, int]]:

@@ -53,6 +53,11 @@ def test_communicator_refuses_memory_that_is_not_contiguous(gloo, operation):
     assert gloo.run(2, cases.communication_error, operation, torch.zeros(2, 2).t()) == [refusal] * 2
 
 
+@pytest.mark.parametrize("place", ["start", "wait"])
+def test_a_peer_that_is_gone_is_named_wherever_the_backend_finds_it(gloo, place):
+    assert gloo.run(2, cases.lost_at, place) == [f"no answer from rank {rank} of the group: closed" for rank in (1, 0)]
+
+
 def test_all_to_all_refuses_another_number_of_parts_than_ranks(gloo):
     refusal = ("ValueError: an all-to-all among 2 ranks sends 2 parts, not 3.", {})
     assert gloo.run(2, cases.communication_error, "all_to_all", torch.zeros(3, 2)) == [refusal] * 2

@@ -115,6 +115,13 @@ def test_appending_moves_nothing_and_a_long_prompt_lies_together():
     assert kept <= cache.nbytes < 1.25 * kept
 
 
+def test_what_is_kept_has_no_graph_behind_it():
+    """Of an engine that has not said torch.no_grad()."""
+    cache, k = ShardedKVCache(1, [None], page=4), torch.zeros(1, 2, 3, 3, requires_grad=True)
+    cache.append(0, k * 2.0, k * 2.0, [Span(0, 3)])
+    assert not any(x.requires_grad for x in cache.view(0, cache.keys(0, [Span(2, 3)])))
+
+
 def test_window_keeps_what_it_sees_in_memory_that_does_not_grow():
     cache, sizes = ShardedKVCache(2, [20, None], rank=1, size=2, interleave=2, firsts=(0, 1), page=4), []
     lengths = [0, 3]

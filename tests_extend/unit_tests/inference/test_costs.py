@@ -112,7 +112,9 @@ def test_measured_rates_are_the_same_on_all_ranks():
 
 
 def test_rates_and_samples_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="give what kernel and link achieve"):
-        choose_pass(case(10), Rates(0.0, 1.0))
-    with pytest.raises(ValueError, match="give two or more"):
-        fit_coefficients(SAMPLES[:1])
+    for rates in Rates(0.0, 1.0), Rates(1.0, torch.nan), Rates(torch.nan, 1.0):
+        with pytest.raises(ValueError, match="give what kernel and link achieve"):
+            choose_pass(case(10), rates)
+    for samples in SAMPLES[:1], [*SAMPLES, Sample(case(0), 1.0, 1.0)], [*SAMPLES, Sample(case(9), torch.nan, 1.0)]:
+        with pytest.raises(ValueError, match="give two or more"):
+            fit_coefficients(samples)

@@ -9,6 +9,7 @@ from mindspeed_cp.inference import (
     Rates,
     Spans,
     agreement_of,
+    decode_plan,
     pass_kv_bytes,
     pass_q_bytes,
     prefill_plan,
@@ -189,6 +190,37 @@ def test_cached_positions_that_overlap_or_leave_a_gap_are_refused():
         cached = Spans(((((0, 4),),), ((second,),)))
         with pytest.raises(ValueError, match=f"position . of sequence 0 is {what}"):
             prefill_plan([2], 2, cached=cached)
+        with pytest.raises(ValueError, match=f"position . of sequence 0 is {what}"):
+            decode_plan([(5, 6)], cached)
+
+
+def test_queries_whose_own_keys_nobody_holds_are_refused_but_a_window_may_begin_anywhere():
+    held = Spans(((((7, 9),),), (((9, 12),),)))
+    assert decode_plan([(11, 12)], held).keys == held
+    with pytest.raises(ValueError, match="position 12 of sequence 0 has queries and is held by no rank; give its keys"):
+        decode_plan([(12, 13)], held)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: prefill_plan([], 2), r"new=\[\] tokens of each sequence: give one number or more"),
+        (lambda: prefill_plan([3, -1], 2), r"new=\[3, -1\] tokens of each sequence"),
+        (lambda: prefill_plan([1] * 3, 2, cached=prefill_plan([4, 5], 2).keys), "keys are those of 2 .* tokens of 3"),
+        (lambda: prefill_plan([1], 2, cached=prefill_plan([4, 5], 2).keys), "keys are those of 2 .* tokens of 1"),
+        (lambda: decode_plan([(3, 4)], prefill_plan([4, 5], 2).keys), "keys are those of 2 .* tokens of 1"),
+        (lambda: take(torch.zeros(2, 1, 5, 3), Spans(((((4, 8),),),)), 0), "has 5 positions .* and the layout 8"),
+        (lambda: take(torch.zeros(1, 1, 5, 3), prefill_plan([5, 3], 2).queries, 0), "of 1 sequences, and .* of 2"),
+    ],
+    ids=["nothing", "below 0", "sequences", "fewer", "decode", "positions", "samples"],
+)
+def test_plans_and_parts_of_what_is_not_there_are_refused(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_plans_take_numbers_of_tensors():
+    assert prefill_plan(torch.tensor([5, 3]), 2) == prefill_plan([5, 3], 2)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +229,11 @@ def test_cached_positions_that_overlap_or_leave_a_gap_are_refused():
         ({"size": 3}, "the plan deals q to 3 ranks, and there are 1; make it for 1."),
         ({"tokens": 5}, "has 5 tokens in dim 2, and the plan has 4"),
         ({"batch": 1}, "has 1 sequences, and the plan has 2"),
+        ({"batch": 3}, "has 3 sequences, and the plan has 2; give the batch"),
         ({"strategy": "pass_v"}, "give one of 'auto', 'pass_kv', 'pass_q'."),
         ({"strategy": "pass_q", "pieces": 3}, "pieces=3 do not divide the 2 K/V heads"),
     ],
-    ids=["ranks", "tokens", "sequences", "strategy", "pieces"],
+    ids=["ranks", "tokens", "fewer sequences", "more sequences", "strategy", "pieces"],
 )
 def test_what_does_not_fit_is_refused(changed, sentence):
     settings = dict(changed)

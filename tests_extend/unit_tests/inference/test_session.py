@@ -133,6 +133,26 @@ def test_ranks_that_were_given_different_prompts_all_raise():
     assert "give all ranks the same model, prompts and options" in messages[0]
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_logits_that_are_no_numbers_are_an_error_of_all_ranks(sampling):
+    """Only one of them has the logits that count."""
+
+    class Broken(ToyModel):
+        def __call__(self, tokens, positions, attention, rows):
+            return super().__call__(tokens, positions, attention, rows).fill_(torch.nan)
+
+    def run(ranks):
+        with pytest.raises(ValueError, match="the best logit of sequence 0 at position 37 is nan: the weights hold"):
+            written(Session(Broken(), 1, ranks, **cases.SMALL), PROMPTS[:1], sampling=sampling)
+
+    on_virtual_ranks(3, run)
+
+
+def test_a_temperature_close_to_0_takes_the_best_token():
+    logits = torch.tensor([1.0, 40.0, 39.0])
+    assert Sampling(temperature=1e-310).choose(logits, 0, 5).token == 1
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [([[1], []], "prompt 1 is empty; give one token"), ([[1]], "1 prompts for a session of 2 sequences")],
@@ -153,5 +173,5 @@ def test_processes_write_what_virtual_ranks_do(gloo):
 
 @pytest.mark.slow
 def test_rank_that_is_killed_ends_the_others_with_its_number(gloo):
-    with pytest.raises(RankFailure, match="no answer from rank 1 of the group"):
+    with pytest.raises(RankFailure, match=r"LostRank: (.* failed .*: )?no answer from rank 1 of the group"):
         gloo.run(3, cases.write_until_killed, PROMPTS, 1, timeout_s=60.0)

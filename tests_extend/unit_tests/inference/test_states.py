@@ -125,6 +125,26 @@ def on_ranks(size, function):
     return world.run(lambda rank: function(rank, VirtualCommunicator(world, range(size), rank, "states")))
 
 
+@pytest.mark.parametrize(
+    ("reduced", "backend"),
+    [(all_reduce_state, "a2a"), (all_reduce_state, "all_reduce"), (SCATTERED, "a2a"), (SCATTERED, "ag_rs")],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_reductions_know_both_logarithms_and_have_no_gradients(reduced, backend, size):
+    """What comes from others has none: half of a gradient would be wrong, without a word."""
+    q, k, v = tensors(3, 4 * size)
+
+    def base_2(rank, group):
+        keys = slice(4 * rank, 4 * rank + 4)
+        out, lse = attention_state(q, k[:, :, keys], v[:, :, keys])
+        return reduced(out.requires_grad_(), lse / LN2, group, backend=backend, lse_base="2")
+
+    found = on_ranks(size, base_2)
+    out, lse = found[0] if reduced is all_reduce_state else (torch.cat(each, 1) for each in zip(*found, strict=True))
+    assert_equal((out, lse * LN2), exact(q, k, v))
+    assert not any(x.requires_grad for state in found for x in state)
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 @pytest.mark.parametrize("backend", ["a2a", "all_reduce"])
 def test_all_reduce_gives_every_rank_the_same_bits_of_attention_over_all_keys(size, backend):
@@ -162,6 +182,12 @@ def test_reduce_scatter_gives_each_rank_its_share_of_the_queries(dim, sizes, bac
     [
         (lambda out, lse, group: merge_states((out,), (lse,), lse_base="10"), "lse_base='10' is none; give 'e' or '2'"),
         (lambda out, lse, group: merge_state(out, lse[0], out, lse[0]), "lse is as out without its last dim"),
+        (lambda out, lse, group: merge_states((out, out[:1]), (lse, lse)), r"outs are of shapes .* of one shape"),
+        (lambda out, lse, group: merge_states((), ()), "outs are of shapes .*: give outs and lses"),
+        (lambda out, lse, group: merge_states(out, [lse]), "outs are a tensor: give outs and lses both stacked"),
+        (lambda out, lse, group: merge_states(out, lse, dim=3), "no dim 3; give one from -3 to 2"),
+        (lambda out, lse, group: reduce_scatter_state(out, lse, group, dim=3), "no dim 3; give one from -3 to 2"),
+        (lambda out, lse, group: reduce_scatter_state(out, lse, group, dim=1, sizes=[5, -1]), "do not share out 4"),
         (lambda out, lse, group: all_reduce_state(out, lse, group, backend="tree"), "give 'a2a' or 'all_reduce'"),
         (lambda out, lse, group: reduce_scatter_state(out, lse, group, dim=2), "no 2 equal shares; give sizes"),
         (lambda out, lse, group: reduce_scatter_state(out, lse, group, dim=1, sizes=[1, 1]), "do not share out 4"),
@@ -187,6 +213,13 @@ def test_chunked_attention_is_attention(num_queries, chunk):
     assert_equal(chunked_attention(q, k, v, chunk=chunk, causal=False), exact(q, k, v))
 
 
+def test_chunks_of_no_keys_are_refused():
+    q, k, v = tensors(3, 3)
+    for chunk in 0, -1:
+        with pytest.raises(ValueError, match=f"chunk={chunk} keys at a time: give 1 or more"):
+            chunked_attention(q, k, v, chunk=chunk)
+
+
 def test_shared_prefixes_of_several_levels_are_attention_over_all_of_them():
     q, k, v = tensors(3, 5, batch=4)
     levels = [Shared(normal(groups, 2, 6, 8, seed=7), normal(groups, 2, 6, 8, seed=8)) for groups in (1, 2)]
@@ -196,6 +229,12 @@ def test_shared_prefixes_of_several_levels_are_attention_over_all_of_them():
     assert_equal(shared_prefix_attention(q, k, v, levels), exact(q, *whole, visible))
     with pytest.raises(ValueError, match="3 shared prefixes for 4 sequences"):
         shared_prefix_attention(q, k, v, [Shared(k[:3], v[:3])])
+
+
+def test_shared_prefixes_of_other_values_are_refused():
+    q, k, v = tensors(3, 5)
+    with pytest.raises(ValueError, match="outs are of shapes"):
+        shared_prefix_attention(q, k, v, [Shared(k[:1], v[:1, ..., :4])])
 
 
 def test_queries_before_all_keys_have_no_state():

@@ -1,12 +1,14 @@
 """What scripts/generate.py shows, and how it compares: by steps that are given to it."""
 
 import importlib.util
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from mindspeed_cp.comm import LostRank
 from mindspeed_cp.inference import Choice, Step
 
 pytestmark = [
@@ -38,6 +40,36 @@ def test_a_sequence_that_ends_as_on_one_rank_agrees_beside_one_that_writes_on(sc
     assert script.compared([ours], [one], torch.float32) == 0
     assert "turn 0, sequence 1: all 2 tokens are those of one rank" in capsys.readouterr().out
     assert script.compared([steps((-2, 7), (3, 6))], [one], torch.float32) == 1
+
+
+def test_a_rank_that_is_gone_is_one_line_on_the_others(script, monkeypatch, capsys):
+    def run(*_):
+        raise LostRank("no answer from rank 2 of the group: Connection\n closed")
+
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", "folder", "--prompt", "a"])
+    assert script.main() == 1
+    said = "generate.py: error: rank 0 stops: no answer from rank 2 of the group: Connection closed; see what that"
+    assert capsys.readouterr().err == f"\n{said} rank said last.\n"  # Not behind half a line of text.
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("name", ["--timeout", "--demo-seconds"])
+def test_seconds_that_are_none_are_refused(script, monkeypatch, capsys, name, seconds):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--demo", f"{name}={seconds}"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert f"error: {name} {seconds}: give seconds above 0, up to 1e+06." in capsys.readouterr().err
+
+
+def test_demo_is_not_trained_for_a_folder_that_cannot_be_made_or_is_not_its_own(run_script, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for folder, said in (("file/model", "cannot be made"), ("file", "cannot be made"), ("folder", "holds other files")):
+        ended = run_script("generate.py", "--demo", "--demo-folder", tmp_path / folder, "--demo-seconds", 1e5)
+        assert ended.status == 2 and len(ended.err.strip().splitlines()) == 1
+        assert f"error: {tmp_path / folder} {said}" in ended.err
 
 
 def test_an_unfinished_character_is_shown_at_the_end(script, capsys):
