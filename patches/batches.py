@@ -77,7 +77,7 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> 
     if (cu_seqlens := batch.get("cu_seqlens")) is not None:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch
-    plugin.kinds_cut.add("samples")
+    plugin.note_cut("samples")
     note_documents(plugin, batch)
     rank, size = plugin.place
     if size == 1 or cut_unequal(plugin, batch):
@@ -93,7 +93,7 @@ def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padde
         ends = [plugin.packing.ends(each)[-1] for each in (cu_seqlens, padded) if each is not None]
         plugin.padding.add(ends[-1], ends[-1] - ends[0])
     if size > 1:
-        plugin.kinds_cut.add("streams")
+        plugin.note_cut("streams")
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)
 
 
@@ -131,7 +131,7 @@ def _wrap_sample_cut(plugin: Plugin, original: Callable[..., Any]) -> Callable[.
             # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
             _cut_stream(plugin, batch, batch["cu_seqlens"], batch.get("cu_seqlens_padded"))
             return batch
-        plugin.kinds_cut.add("samples")
+        plugin.note_cut("samples")
         note_documents(plugin, batch)
         return batch if cut_unequal(plugin, batch) else original(*args, **kwargs)
 
