@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mindspeed_cp.patches.any_length import cut_unequal
@@ -89,7 +90,8 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> 
 
 def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padded: Tensor | None) -> None:
     rank, size = plugin.place
-    if plugin.padding is not None:
+    # A line of the log is about training; what is evaluated in between is not.
+    if plugin.padding is not None and torch.is_grad_enabled():
         ends = [plugin.packing.ends(each)[-1] for each in (cu_seqlens, padded) if each is not None]
         plugin.padding.add(ends[-1], ends[-1] - ends[0])
     if size > 1:
