@@ -133,8 +133,8 @@ def _validate_args(
         refuse_lost_documents(args, found.config, installed_release())
         refuse_unloadable_optimizer(args, found.config)
     _configure(plugin, args, found)
-    if plugin.layer_document_rule is not None:
-        # Found in the tokens, and not in a mask.
+    if plugin.layer_document_rule is not None or getattr(args, "sft", False):
+        # Documents are found in the tokens, and not in a mask; the data set of --sft asserts that none is made.
         args.create_attention_mask_in_dataloader = False
     if int(os.environ.get("RANK", "0")) == 0:
         for line in found.start_lines(args):

@@ -256,6 +256,7 @@ def _layer_attention(
         packing=plugin.packing,
         apart_by=plugin.apart_by,
         cuts_streams_alone=plugin.cuts_streams_alone,
+        was_cut_as_samples=plugin.was_cut_as_samples,
         length=plugin.length,
         dropout=_dropout(plugin, layer_config, named, pg_collection),
         watches_scores=_watches_scores(layer_config),

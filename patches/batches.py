@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mindspeed_cp.patches.any_length import cut_unequal
@@ -77,7 +78,7 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> 
     if (cu_seqlens := batch.get("cu_seqlens")) is not None:
         _cut_stream(plugin, batch, cu_seqlens, batch.get("cu_seqlens_padded"))
         return batch
-    plugin.kinds_cut.add("samples")
+    plugin.note_cut("samples")
     note_documents(plugin, batch)
     rank, size = plugin.place
     if size == 1 or cut_unequal(plugin, batch):
@@ -89,11 +90,12 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> 
 
 def _cut_stream(plugin: Plugin, batch: dict[str, Any], cu_seqlens: Tensor, padded: Tensor | None) -> None:
     rank, size = plugin.place
-    if plugin.padding is not None:
+    # A line of the log is about training; what is evaluated in between is not.
+    if plugin.padding is not None and torch.is_grad_enabled():
         ends = [plugin.packing.ends(each)[-1] for each in (cu_seqlens, padded) if each is not None]
         plugin.padding.add(ends[-1], ends[-1] - ends[0])
     if size > 1:
-        plugin.kinds_cut.add("streams")
+        plugin.note_cut("streams")
         plugin.packing.cut(batch, cu_seqlens if padded is None else padded, rank, size)
 
 
@@ -118,6 +120,6 @@ def _cut_sample_batch(plugin: Plugin, call: PatchedCall) -> Any:
     if batch.get("cu_seqlens") is not None:
         # --dataloader-inter-document-masking: a stream, whose documents may be of any length.
         return _cut_stream_batch(plugin, call)
-    plugin.kinds_cut.add("samples")
+    plugin.note_cut("samples")
     note_documents(plugin, batch)
     return batch if cut_unequal(plugin, batch) else call.proceed()

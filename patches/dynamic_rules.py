@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.messages import or_list
 from mindspeed_cp.patches.blockers import Blocker
-from mindspeed_cp.patches.unsupported import PATTERNS, is_recurrent, refused_options
+from mindspeed_cp.patches.unsupported import PATTERNS, conversation_blockers, is_recurrent, refused_options
 
 _ITS_FLAG = "--hybrid-context-parallel"
 
@@ -154,7 +154,8 @@ def dynamic_blockers(args: argparse.Namespace, defaults: Mapping[str, object] = 
     if not getattr(args, "hybrid_context_parallel", None):
         return []
     # Above 1 they are refused already, as beside context parallelism in any form.
-    blockers = refused_options(args, _ITS_FLAG, defaults) if _size(args, "context_parallel_size") == 1 else []
+    alone = _size(args, "context_parallel_size") == 1
+    blockers = [*refused_options(args, _ITS_FLAG, defaults), *conversation_blockers(args, _ITS_FLAG)] if alone else []
     blockers += [
         Blocker(flag(options[0]), f"{_spelled(args, options)} with {_ITS_FLAG}: {reason}; {way_out}.")
         for options, breaks, reason, way_out in _RULES

@@ -57,7 +57,8 @@ class LayerAttention:
     scale: factor on the scores.
     window: what a query of a causal layer sees of its document, (tokens before it, tokens after it), -1 being all.
     packing: how packed streams are dealt to ranks. apart_by: the flag that keeps documents apart; None where none does.
-    cuts_streams_alone: whether all batches that this rank has cut are packed streams.
+    cuts_streams_alone: whether all batches that this rank has cut are packed streams. was_cut_as_samples: whether
+        the one at hand was cut as samples.
     latent: how keys and values are made of a payload, which a key then is; None where they are given.
     length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
@@ -72,6 +73,7 @@ class LayerAttention:
     packing: Packing = field(default_factory=Packing)
     apart_by: str | None = None
     cuts_streams_alone: Callable[[], bool] = lambda: False
+    was_cut_as_samples: Callable[[], bool] = lambda: False
     latent: UpProjection | None = None
     length: int | None = None
     dropout: LayerDropout | None = None
@@ -213,6 +215,16 @@ class LayerAttention:
         return self._plan_of_shards(window) or _plan_of_window(query.size(0), self.size, window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, window: WindowSize) -> AttentionPlan:
+        if (
+            self.size > 1
+            and self.was_cut_as_samples()
+            and not self.packing.is_cut_as_sample(packed, self.rank, self.size)
+        ):
+            raise ValueError(
+                "PackedSeqParams of a batch that was cut as samples: ranks hold other tokens than those of a packed "
+                "stream; cut it by mindspeed_cp.megatron_adaptor.shard_batch with its cu_seqlens, or hand no "
+                "PackedSeqParams to the model and use --reset-attention-mask."
+            )
         return self.packing.plan(packed, query.size(0), self.rank, self.size, window)
 
     def _planned(self, query: Tensor, mask_type: str, plan: Callable[[WindowSize], AttentionPlan]) -> "_Seen":

@@ -53,8 +53,12 @@ class Packing:
     def ends(self, cu_seqlens: Tensor) -> Ends:
         """Where the documents of a stream begin and end, without what fills it up.
 
-        cu_seqlens: [n] or [1, n]. Read once: the host waits for a GPU that holds them.
+        cu_seqlens: [n] or [1, n]. Read once: the host waits for a GPU that holds them. Made in inference mode they are
+        read in every layer.
         """
+        if cu_seqlens.is_inference():
+            # It may have changed since it was read, and does not say so.
+            return _without_empty(cu_seqlens.flatten().tolist())
         known = self._read.get(cu_seqlens)
         if known is None or known[0] != cu_seqlens._version:
             known = cu_seqlens._version, _without_empty(cu_seqlens.flatten().tolist())
@@ -109,6 +113,15 @@ class Packing:
             # What pads a document comes after it, and no token of it sees that causally.
             return _plan(stream, window)
         return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
+
+    def is_cut_as_sample(self, packed: Any, rank: int, num_ranks: int) -> bool:
+        """Whether the rank holds the same tokens of a stream as of a sample of that length: where it is one document.
+
+        packed: Megatron's PackedSeqParams.
+        """
+        layout = self.stream(ends_with_padding(packed), num_ranks).layout
+        held = (places(each, rank) for each in (layout, layout_of_length(layout.length, num_ranks)))
+        return torch.equal(*held)
 
     def longest(self, cu_seqlens: Tensor) -> int:
         """Tokens of the longest document of a stream."""
@@ -211,8 +224,15 @@ def _plan(batch: PackedBatch, window: WindowSize) -> AttentionPlan:
 def _plan_of_padded(batch: PackedBatch, window: WindowSize, cu_seqlens: Ends, padded: Ends) -> AttentionPlan:
     """Under a mask that looks ahead: what pads a document is not seen."""
     band = batch.with_mask(window_size=window).bands[0]
-    both = zip(pairwise(cu_seqlens), pairwise(padded), strict=True)
-    lengths = [stop - start for (start, stop), (begin, end) in both if end > begin]
+    ends = zip(pairwise(cu_seqlens), pairwise(padded), strict=True)
+    both = [(stop - start, end - begin) for (start, stop), (begin, end) in ends]
+    for number, (length, whole) in enumerate(both):
+        if not 0 <= length <= whole:
+            raise ValueError(
+                f"document {number} has {length} tokens by cu_seqlens and {whole} by cu_seqlens_padded, which counts "
+                f"its padding too; give its tokens in the one, and as many or more in the other."
+            )
+    lengths = [length for length, whole in both if whole]
     seen: dict[int, tuple[Band, ...]] = {
         number: (band._replace(keys=(0, length)),) if length else () for number, length in enumerate(lengths)
     }
@@ -247,6 +267,11 @@ def ends_with_padding(packed: Any) -> Tensor:
     if packed.cu_seqlens_q is None:
         raise ValueError("PackedSeqParams without cu_seqlens_q: nothing says where documents end; give it.")
     padded: Tensor | None = packed.cu_seqlens_q_padded
+    if padded is not None and padded.numel() != packed.cu_seqlens_q.numel():
+        raise ValueError(
+            f"PackedSeqParams has {packed.cu_seqlens_q.numel()} numbers in cu_seqlens_q and {padded.numel()} in "
+            f"cu_seqlens_q_padded; give both where each document begins, and where the last ends."
+        )
     cu_seqlens: Tensor = packed.cu_seqlens_q if padded is None else padded
     return cu_seqlens
 

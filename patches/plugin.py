@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -15,6 +16,8 @@ from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.dynamic_ranks import DynamicRanks, configured_groups
 from mindspeed_cp.patches.packing import Packing, PaddingCount
 from mindspeed_cp.patches.stages import Pipeline, StageDocuments
+
+BatchKind = Literal["streams", "samples"]
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Plugin:
     stages: the documents of the micro-batch at hand.
     recomputation: of Megatron's checkpoints, where they keep what attention gives.
     kinds_cut: of the batches that were cut since Megatron's groups were made: "streams" where packed, "samples".
+    last_cut: of the batch that was cut last in this micro-batch; None where none was.
     """
 
     config: ContextParallelConfig | None = None
@@ -50,7 +54,8 @@ class Plugin:
     stages: StageDocuments = field(default_factory=StageDocuments)
     packing: Packing = field(default_factory=Packing)
     padding: PaddingCount | None = None
-    kinds_cut: set[str] = field(default_factory=set)
+    kinds_cut: set[BatchKind] = field(default_factory=set)
+    last_cut: BatchKind | None = None
     recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
 
@@ -86,6 +91,16 @@ class Plugin:
         self._over_others.clear()
         self.stages = StageDocuments()
         self.kinds_cut.clear()
+        self.last_cut = None
+
+    def note_cut(self, kind: BatchKind) -> None:
+        """A batch of this kind has been cut for the ranks."""
+        self.kinds_cut.add(kind)
+        self.last_cut = kind
+
+    def was_cut_as_samples(self) -> bool:
+        """Whether the batch at hand was cut as samples, whatever documents it has."""
+        return self.last_cut == "samples"
 
     def cuts_streams_alone(self) -> bool:
         """Whether each batch that was cut is a packed stream, which no layer may take for one document."""
@@ -152,6 +167,7 @@ class Plugin:
         """Within it, ranks agree once on what all layers of one micro-batch are given; see Note [Agreement]."""
         agreements = [groups.agreement for groups in (self.groups, *self._over_others.values()) if groups is not None]
         agreements += () if self.dynamic is None else self.dynamic.agreements
+        self.last_cut = None
         with ExitStack() as stack:
             for agreement in agreements:
                 stack.enter_context(agreement.remembering())

@@ -177,6 +177,24 @@ def refused_options(options: Any, beside: str, defaults: Mapping[str, object] = 
     ]
 
 
+def conversation_blockers(options: Any, beside: str) -> list[Blocker]:
+    """The options that the data set of --sft asserts are not there, in the midst of the first batch.
+
+    options, beside: see refused_options.
+    """
+    if not getattr(options, "sft", False):
+        return []
+    return [
+        Blocker(
+            flag(option),
+            f"{flag(option)} with --sft and {beside}: its data set says {what} itself, and asserts that nobody else "
+            f"does, at CP = 1 too; leave out {flag(option)}.",
+        )
+        for option, what in (("reset_position_ids", "positions"), ("reset_attention_mask", "where documents end"))
+        if getattr(options, option, False)
+    ]
+
+
 def unsupported(options: Any, size: int, defaults: Mapping[str, object] = MappingProxyType({})) -> list[Blocker]:
     """All options that are set and cannot be honoured with this context-parallel size.
 
@@ -184,8 +202,10 @@ def unsupported(options: Any, size: int, defaults: Mapping[str, object] = Mappin
     """
     if size == 1:
         return []
-    blockers = refused_options(options, f"--context-parallel-size {size}", defaults)
-    if getattr(options, "reset_attention_mask", False) and not getattr(options, _MASK_IS_MADE, True):
+    beside = f"--context-parallel-size {size}"
+    blockers = [*refused_options(options, beside, defaults), *conversation_blockers(options, beside)]
+    makes_no_mask = not getattr(options, _MASK_IS_MADE, True) and not getattr(options, "sft", False)
+    if getattr(options, "reset_attention_mask", False) and makes_no_mask:
         sentence = (
             f"--reset-attention-mask with --context-parallel-size {size} and --no-create-attention-mask-in-dataloader: "
             f"no mask is made, so documents would see each other; leave out one of the two."
@@ -284,6 +304,12 @@ def refuse_unwatched_scores(args: argparse.Namespace, config: ContextParallelCon
             broken.append(
                 "--qk-clip with --use-distributed-optimizer: Megatron's clip_qk takes the fp32 copy of a weight for "
                 "the whole matrix, and that optimizer has a flat part of it, at CP = 1 too; leave out one of the two."
+            )
+        if args.tensor_model_parallel_size > 1 and not args.multi_latent_attention:
+            broken.append(
+                f"--qk-clip with --tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron's clip_qk "
+                f"takes a rank's part of the weights for the whole matrix, and ends in a RuntimeError when it first "
+                f"clips, at CP = 1 too; use --tensor-model-parallel-size 1, or --multi-latent-attention."
             )
         if not 0.0 < args.qk_clip_alpha < 1.0:
             broken.append(f"--qk-clip-alpha {args.qk_clip_alpha} is not between 0 and 1; use 0.5.")

@@ -164,6 +164,12 @@ def test_documents_are_found_in_the_data_and_no_mask_is_made(parser, validation)
     assert alone.create_attention_mask_in_dataloader, "Megatron's own attention reads it"
 
 
+def test_no_mask_is_made_beside_conversations_whose_data_set_asserts_that(parser, validation):
+    args = parser.parse_args([*MODEL, "--sft"])
+    validation.validate(args, {})
+    assert not args.create_attention_mask_in_dataloader
+
+
 def test_all_broken_rules_are_said_at_once(parser):
     broken = ["--use-kitchen-attention", "--cache-mla-latents", "--seq-length", "3", "--cp-window-size", "0"]
     args = parser.parse_args([*CP4, *broken])

@@ -17,6 +17,7 @@ CP2 = "--context-parallel-size 2"
 WINDOW = "--window-size 7,0"
 MLP = "--recompute-granularity selective --recompute-modules core_attn mlp"
 CLIP = "--bf16 --qk-clip"
+LATENT = "--multi-latent-attention"
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,7 @@ def environment(monkeypatch):
         (MLP, "runs the checkpoint again without end", ["--disable-bias-linear", "--num-experts 4"]),
         ("--recompute-activations --recompute-modules mlp", "again without end", ["--recompute-modules core_attn"]),
         (f"{CLIP} --use-distributed-optimizer", "a flat part of it", []),
+        (f"{CLIP} --tensor-model-parallel-size 2", "part of the weights for the whole matrix", [LATENT]),
     ],
 )
 @pytest.mark.parametrize("size", [CP2, "--attention-on-one-rank"])
@@ -43,6 +45,23 @@ def test_what_would_stop_at_the_first_batch_is_refused_when_it_is_parsed(parser,
         config_from_arguments(parser.parse_args(flags))
     for each in go_on:
         config_from_arguments(parser.parse_args([*flags, *shlex.split(each)]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--reset-position-ids", "its data set says positions itself"),
+        ("--reset-attention-mask --no-create-attention-mask-in-dataloader", "its data set says where documents end"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [CP2, "--hybrid-context-parallel --max-seqlen-per-dp-cp-rank 64"])
+def test_what_the_data_set_of_conversations_asserts_is_refused_when_it_is_parsed(parser, flags, message, ranks):
+    per_token = "--calculate-per-token-loss"
+    flags = shlex.split(f"{MODEL} --sft {ranks} {per_token} {flags}")
+    with pytest.raises(ConfigurationError) as refusal:
+        config_from_arguments(parser.parse_args(flags))
+    assert [message in sentence for sentence in refusal.value.sentences].count(True) == 1
+    assert not any("documents would see each other" in sentence for sentence in refusal.value.sentences)
 
 
 def test_clipped_scores_of_megatrons_own_attention_want_whole_weights_too(parser):

@@ -95,5 +95,6 @@ def test_the_largest_score_of_each_head_is_kept_over_micro_batches_until_it_is_r
 )
 def test_what_clip_qk_cannot_take_is_refused(options, message):
     args = {"qk_clip": True, "qk_clip_alpha": 0.5, "qk_clip_threshold": 100, "bf16": True, "fp16": False} | options
+    args |= {"tensor_model_parallel_size": 1}
     with pytest.raises(ConfigurationError, match=message):
         refuse_unwatched_scores(SimpleNamespace(transformer_impl="local", **args), ContextParallelConfig())

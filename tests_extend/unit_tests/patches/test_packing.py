@@ -118,11 +118,17 @@ def test_window_without_documents_is_megatrons():
         (packed([0, 6], local_cp_size=1), "documents with ranks of their own need --hybrid-context-parallel"),
         (packed([0, 6], cu_seqlens_kv=torch.tensor([0, 3, 6])), "has other cu_seqlens_q than cu_seqlens_kv"),
         (packed(None), "PackedSeqParams without cu_seqlens_q"),
+        (packed([0, 2], [0, 3, 6]), "has 2 numbers in cu_seqlens_q and 3 in cu_seqlens_q_padded; give both"),
     ],
 )
 def test_stream_that_says_no_documents_is_refused(params, message):
     with pytest.raises(ValueError, match=message):
         layer()(*(x.squeeze(1) for x in tensors()), None, packed=params)
+
+
+def test_document_of_more_tokens_than_its_padding_leaves_is_refused_where_that_is_seen():
+    with pytest.raises(ValueError, match=r"document 0 has 4 tokens by cu_seqlens and 3 by cu_seqlens_padded"):
+        layer(mask_type="padding")(*(x.squeeze(1) for x in tensors()), None, packed=packed([0, 4, 6], [0, 3, 6]))
 
 
 def test_layer_that_is_not_told_its_documents_refuses():
@@ -142,6 +148,15 @@ def test_changed_ends_are_read_again():
     assert packing.ends(ends) == (0, 3, 6)
     ends[1] = 4
     assert packing.ends(ends) == (0, 4, 6)
+
+
+def test_ends_made_in_inference_mode_are_read_though_they_do_not_say_that_they_changed():
+    packing = Packing()
+    with torch.inference_mode():
+        ends = torch.tensor([0, 3, 6])
+        assert packing.ends(ends) == (0, 3, 6)
+        ends[1] = 4
+        assert packing.ends(ends) == (0, 4, 6)
 
 
 def test_sinks_are_a_score_without_a_value_in_each_head():

@@ -35,6 +35,8 @@ def stream(*ends, padded=None):
 def test_what_pads_the_streams_since_the_last_line_is_said_at_each_line_of_the_log(plugin, log, capsys):
     for batch in (stream(0, 5, 9), stream(0, 3, 10, padded=(0, 4, 12))):
         shard_batch(plugin, batch)
+    with torch.no_grad():
+        shard_batch(plugin, stream(0, 100))
     assert log({"lm loss": 1}, 1) == {"lm loss": 1}
     assert capsys.readouterr().out == ""
     log({}, 2)
