@@ -249,7 +249,7 @@ MISTAKES = {
         "attention/test_terms.py",
     ),
     "a repeated head's gradient counted twice": Mistake(
-        "attention/head_exchange.py",
+        "attention/repeated_heads.py",
         "device=x.device), x.to(total.dtype))",
         "device=x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",

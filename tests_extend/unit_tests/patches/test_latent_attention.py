@@ -90,6 +90,7 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
         packing=Packing(),
         apart_by=None,
         cuts_streams_alone=lambda: False,
+        was_cut_as_samples=lambda: False,
         length=None,
         dynamic=None,
         config=ContextParallelConfig(context_parallel_size=2),
@@ -110,6 +111,7 @@ def test_context_parallel_layer_scales_by_the_keys_too(monkeypatch, kind, given,
         mask_type="causal",
         scale=scale,
         cuts_streams_alone=plugin.cuts_streams_alone,
+        was_cut_as_samples=plugin.was_cut_as_samples,
     )
     assert layer.context_parallel_attention == expected
     assert (layer.config, layer.shown.context_parallel_size, config.context_parallel_size) == (config, 1, 2)

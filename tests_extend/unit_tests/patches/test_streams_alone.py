@@ -1,6 +1,7 @@
 """How a batch was cut, and what comes with it: no layer takes a stream for a document, nor samples for a stream."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -41,8 +42,9 @@ def test_a_layer_that_is_not_told_the_documents_of_a_stream_refuses(plugin):
 
 def plan(plugin, cu_seqlens, layout="zigzag_by_document"):
     """What the first of two ranks computes by."""
-    first = replace(layer(plugin), size=2, packing=Packing(layout))
-    return first._plan_of_stream(torch.empty(4, 2, 4), packed(cu_seqlens), (-1, 0))
+    first = replace(layer(plugin), packing=Packing(layout))
+    with mock.patch.object(LayerAttention, "size", 2):
+        return first._plan_of_stream(torch.empty(4, 2, 4), packed(cu_seqlens), (-1, 0))
 
 
 def test_documents_that_come_with_a_batch_that_was_cut_as_samples_are_refused(plugin):
