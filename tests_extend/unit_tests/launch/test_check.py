@@ -79,7 +79,7 @@ def test_every_flag_has_its_verdict(checked):
     [
         (RUN.replace("4", "3"), "does not divide the 3 ranks"),
         (f"unset CUDA_DEVICE_MAX_CONNECTIONS\n{RUN}", "export CUDA_DEVICE_MAX_CONNECTIONS=1."),
-        (f"{RUN} --qk-clip", "use --bf16 or --fp16"),
+        (f"{RUN} --qk-clip --tensor-model-parallel-size 1", "use --bf16 or --fp16"),
     ],
 )
 def test_rules_are_judged_by_what_the_script_says(checked, script, blocker):
