@@ -77,7 +77,7 @@ class ShardedKVCache:
     that a query sees, itself among them; None for all. interleave, firsts: see interleave.py; a rank for each sample,
     or one for all. page: slots of a page.
 
-    Raises ValueError for sizes below 1, and firsts that are not one for each sample.
+    Raises ValueError for sizes and windows below 1, and firsts that are not one for each sample.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class ShardedKVCache:
                 raise ValueError(f"{name}={number} of a K/V cache is below 1; give 1 or more.")
         if not 0 <= rank < size:
             raise ValueError(f"there is no rank {rank} among {size}; give one from 0 to {size - 1}.")
+        if min((window for window in windows if window is not None), default=1) < 1:
+            raise ValueError(f"windows={tuple(windows)}: a query sees itself; give 1 or more, or None for all.")
         if len(firsts) not in (1, batch):
             raise ValueError(f"firsts={tuple(firsts)} for {batch} samples; give one rank, or one for each sample.")
         self.batch, self.rank, self.size, self.interleave, self.page = batch, rank, size, interleave, page
@@ -145,7 +147,18 @@ class ShardedKVCache:
         self._lengths[layer] = [span.stop for span in new]
 
     def slabs(self, layer: int, seen: Interleaved) -> list[Slab]:
-        """This rank's keys and values of `keys(...)`, as they lie, see Note [Pages]: nothing is copied."""
+        """This rank's keys and values of `keys(...)`, as they lie, see Note [Pages]: nothing is copied.
+
+        Raises ValueError for positions that have not been appended: what is in their place is nobody's.
+        """
+        if len(seen.spans) != self.batch:
+            raise ValueError(f"keys of {len(seen.spans)} samples of a cache of {self.batch}; give spans for all.")
+        for sample, (span, length) in enumerate(zip(seen.spans, self._lengths[layer], strict=True)):
+            if span.stop > length:
+                raise ValueError(
+                    f"sample {sample}: keys up to position {span.stop} are asked for, and layer {layer} of the cache "
+                    f"has {length}; append them first."
+                )
         return self._layers[layer].slabs(self._slots(seen))
 
     def view(self, layer: int, seen: Interleaved) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,21 @@ def test_what_is_kept_has_no_graph_behind_it():
     assert not any(x.requires_grad for x in cache.view(0, cache.keys(0, [Span(2, 3)])))
 
 
+def test_keys_that_are_not_there_yet_are_refused():
+    """A layer that asks before it appends, in pages that have room for more: it would see zeros."""
+    cache = ShardedKVCache(1, [None, None], page=16)
+    for layer in 0, 1:
+        appended(cache, layer, [Span(0, 4)])
+    appended(cache, 0, [Span(4, 5)])
+    assert seen(cache, 0, [Span(4, 5)]) == [[0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"keys up to position 5 are asked for, and layer 1 .* has 4; append them"):
+        cache.view(1, cache.keys(1, [Span(4, 5)]))
+    with pytest.raises(ValueError, match="keys of 2 samples of a cache of 1; give spans for all"):
+        cache.slabs(0, cache.keys(0, [Span(4, 5)] * 2))
+    with pytest.raises(ValueError, match=r"windows=\(None, 0\): a query sees itself"):
+        ShardedKVCache(1, [None, 0])
+
+
 def test_window_keeps_what_it_sees_in_memory_that_does_not_grow():
     cache, sizes = ShardedKVCache(2, [20, None], rank=1, size=2, interleave=2, firsts=(0, 1), page=4), []
     lengths = [0, 3]
