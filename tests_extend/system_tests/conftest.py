@@ -17,6 +17,7 @@ from system_tests import (
     layer_cases,
     mask_cases,
     recomputation_cases,
+    sink_cases,
     stream_cases,
     training_cases,
 )
@@ -56,6 +57,11 @@ class TrainingPool:
         """What dynamic_cases.train_dynamically gives on each rank."""
         function = dynamic_cases.train_dynamically
         return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags)
+
+    def gradients_of_sinks(self, ranks: int, flags: Sequence[str], each_counts: bool) -> list[list[float]]:
+        """What sink_cases.gradients_of_sinks gives on the last of so many ranks."""
+        function = sink_cases.gradients_of_sinks
+        return self._pool.call(range(ranks), LIMIT_S, function, ranks, _free_port(), flags, each_counts)[-1]
 
     def train_on_streams(
         self, ranks: int, kind: str, flags: dict[str, object], sabotage: str | None = None

@@ -96,8 +96,6 @@ SLOW = [
     (f"{STREAM} {MTP} {RECOMPUTE}", 1, 2, RING),
     (f"{STREAM} {YARN}", 1, 2, RING),
     (f"{STREAM} {WINDOW} {TENSOR_PARALLEL} --sequence-parallel", 2, 2, RING),
-    (WINDOW, 1, 4, ULYSSES),
-    (f"{SINKS} {WINDOW} --global-batch-size 4", 2, 2, RING),
     (f"{SINKS} {TENSOR_PARALLEL}", 2, 2, ULYSSES),
     (f"{SINKS} {RECOMPUTE}", 1, 4, hybrid(2)),
     (f"{FEW_KV_HEADS} {TENSOR_PARALLEL} --sequence-parallel", 2, 4, ULYSSES),
