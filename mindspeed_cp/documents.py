@@ -225,8 +225,7 @@ def _bands_of(
                 f"document {number} has window_size={window}; give (left, right), on each side the number of further "
                 f"tokens that are seen, or -1 for all: a causal window of W tokens is (W - 1, 0)."
             )
-        left, right = map(int, window)
-        return (Band(None if left == -1 else left, None if right == -1 else right),)
+        return (band_of(window),)
     if mask == "prefix":
         first = integer(prefix)
         if first is None or not 0 <= first <= length:
@@ -238,6 +237,12 @@ def _bands_of(
     if mask not in (None, "causal", "full"):
         raise ValueError(f"mask_type={mask!r} is unknown; give {or_list(get_args(MaskType))}, or a window_size.")
     return FULL if mask == "full" else CAUSAL
+
+
+def band_of(window: WindowSize) -> Band:
+    """What a query sees under a window: so many tokens before it and behind it, -1 being all."""
+    left, right = map(int, window)
+    return Band(None if left == -1 else left, None if right == -1 else right)
 
 
 def _is_window(window: Any) -> bool:
