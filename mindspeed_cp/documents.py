@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch import Tensor
 
 from mindspeed_cp.layouts import integer
-from mindspeed_cp.messages import or_list
+from mindspeed_cp.messages import or_list, short
 from mindspeed_cp.plan import CAUSAL, FULL, Band
 
 MaskType = Literal["causal", "full", "prefix"]
@@ -87,7 +87,7 @@ def _items(numbers: Any, name: str) -> Sequence[Any]:
     """What a list, an array or a tensor holds, if it may hold integers."""
     listed = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
     if not listed and not (hasattr(numbers, "tolist") and getattr(numbers, "ndim", False)):
-        raise ValueError(f"{name} is {_short(numbers)}; give integers in a list, an array or a tensor on the CPU.")
+        raise ValueError(f"{name} is {short(numbers)}; give integers in a list, an array or a tensor on the CPU.")
     if isinstance(numbers, Tensor) and numbers.device.type != "cpu":
         raise ValueError(
             f"{name} is on {numbers.device}, and who holds what is worked out on the CPU, which would wait for that "
@@ -106,26 +106,18 @@ def _integers(items: Sequence[Any], name: str) -> list[int]:
         # Most are int, and a batch has thousands.
         number = each if type(each) is int else integer(each)
         if _is_row(each):
-            raise ValueError(
-                f"{name} holds lists of {_short(each)}; give one of integers for all samples, or for each."
-            )
+            raise ValueError(f"{name} holds lists of {short(each)}; give one of integers for all samples, or for each.")
         if number is None:
-            raise ValueError(f"{name} holds {_short(each)}; it counts tokens: give integers.")
+            raise ValueError(f"{name} holds {short(each)}; it counts tokens: give integers.")
         numbers.append(number)
     return numbers
-
-
-def _short(value: object) -> str:
-    """What a user has given, in one line."""
-    said = " ".join(repr(value).split())
-    return said if len(said) < 60 else f"a {type(value).__name__}"
 
 
 def ranks_of(num_ranks: Any) -> int:
     """The number of ranks. Raises ValueError for what is no integer."""
     number = integer(num_ranks)
     if number is None:
-        raise ValueError(f"num_ranks={_short(num_ranks)} is no integer; give the size of the context-parallel group.")
+        raise ValueError(f"num_ranks={short(num_ranks)} is no integer; give the size of the context-parallel group.")
     return number
 
 
@@ -225,8 +217,7 @@ def _bands_of(
                 f"document {number} has window_size={window}; give (left, right), on each side the number of further "
                 f"tokens that are seen, or -1 for all: a causal window of W tokens is (W - 1, 0)."
             )
-        left, right = map(int, window)
-        return (Band(None if left == -1 else left, None if right == -1 else right),)
+        return (band_of(window),)
     if mask == "prefix":
         first = integer(prefix)
         if first is None or not 0 <= first <= length:
@@ -238,6 +229,12 @@ def _bands_of(
     if mask not in (None, "causal", "full"):
         raise ValueError(f"mask_type={mask!r} is unknown; give {or_list(get_args(MaskType))}, or a window_size.")
     return FULL if mask == "full" else CAUSAL
+
+
+def band_of(window: WindowSize) -> Band:
+    """What a query sees under a window: so many tokens before it and behind it, -1 being all."""
+    left, right = map(int, window)
+    return Band(None if left == -1 else left, None if right == -1 else right)
 
 
 def _is_window(window: Any) -> bool:
@@ -254,7 +251,7 @@ def _of_each(value: Any, count: int, name: str, for_all: bool) -> list[Any]:
     if for_all:
         return [value] * count
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name}={_short(value)} is for no document; give one for all, or a list with one for each.")
+        raise ValueError(f"{name}={short(value)} is for no document; give one for all, or a list with one for each.")
     if len(value) != count:
         raise ValueError(f"{name} is for {len(value)} documents, and the batch has {count}; give one for each, or one.")
     return list(value)
@@ -265,7 +262,7 @@ def _check_prefixes(prefixes: list[Any], lengths: list[int]) -> None:
     for number, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
         if prefix is not None and not 0 <= (-1 if (first := integer(prefix)) is None else first) <= length:
             raise ValueError(
-                f"document {number} of {length} tokens has a prefix of {_short(prefix)}; give 0 to {length} in "
+                f"document {number} of {length} tokens has a prefix of {short(prefix)}; give 0 to {length} in "
                 f"prefix_lengths, or None where its mask is another."
             )
 

@@ -12,3 +12,9 @@ def or_list(values: Iterable[object]) -> str:
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def short(value: object) -> str:
+    """What a user has given, in one line."""
+    said = " ".join(repr(value).split())
+    return said if len(said) < 60 else f"a {type(value).__name__}"

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm import AgreeingCommunicator, Agreement, Communicator, Sizes, Subject
 from mindspeed_cp.layouts import StreamLayout
-from mindspeed_cp.sharding import CPU, check_dim, check_tensor, order, places, restore
+from mindspeed_cp.sharding import CPU, check_dim, check_layout, check_tensor, order, places, restore
 
 _SUBJECT = Subject(
     "relayout or gather",
@@ -79,6 +79,8 @@ def _agree(
     batch_dim: int,
 ) -> None:
     """Return when all ranks have come to the same call, each with its shard by the first of these layouts."""
+    if not hasattr(communicator, "apart"):
+        raise ValueError(f"communicator is a {type(communicator).__name__}; give ProcessGroupCommunicator(group).")
     words, refusal = "", None
     try:
         _check_layouts(layouts, communicator.size)
@@ -94,6 +96,8 @@ def _agree(
 
 def _check_layouts(layouts: tuple[StreamLayout, ...], num_ranks: int) -> None:
     """Raise ValueError unless these are layouts of one batch over so many ranks."""
+    for layout in layouts:
+        check_layout(layout)
     samples, lengths = _num_samples(*layouts), {sum(each.samples[0]) for each in layouts}
     if (
         len(lengths) == 1

@@ -6,7 +6,7 @@ too where inference mode was on when they were made.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ def shard(tensor: Tensor, layout: StreamLayout, rank: int, dim: int, *, batch_di
     tensor: any shape, whole samples along `dim`. batch_dim: where the samples are; read only if each has documents of
     its own. Raises ValueError where tensor and layout differ in tokens or samples, and for a rank that is none of it.
     """
+    check_layout(layout)
     _check(tensor, layout, dim, batch_dim)
     return _select(tensor, places(layout, _rank_of(rank, layout), tensor.device), dim, batch_dim)
 
@@ -36,6 +37,7 @@ def restore(shards: Tensor | Sequence[Tensor], layout: StreamLayout, dim: int, *
     Raises ValueError where shards have other lengths than the layout gives their ranks, or are not all alike. Shards of
     one length in another order than that of the ranks cannot be told from these.
     """
+    check_layout(layout)
     together = shards if isinstance(shards, Tensor) else _concatenated(shards, layout, dim)
     _check(together, layout, dim, batch_dim)
     return _select(together, _inverse_order(layout, together.device), dim, batch_dim)
@@ -187,6 +189,8 @@ def _select(tensor: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
 
 
 def _concatenated(shards: Sequence[Tensor], layout: StreamLayout, dim: int) -> Tensor:
+    if not isinstance(shards, Iterable):
+        check_tensor(shards)
     given = tuple(shards)
     if len(given) != layout.num_ranks:
         raise ValueError(
@@ -225,6 +229,18 @@ def check_tensor(tensor: object) -> None:
     """Raise ValueError for what is no tensor."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"a {type(tensor).__name__} is given in place of a tensor; give torch.as_tensor(...) of it.")
+
+
+def check_layout(layout: object) -> None:
+    """Raise ValueError for what is no layout of whole streams."""
+    if hasattr(layout, "samples") and hasattr(layout, "num_ranks"):
+        return
+    way_out = "one of mindspeed_cp.layouts"
+    if isinstance(layout, SequenceLayout):
+        way_out = "layout.of(tokens of a rank)"
+    elif hasattr(getattr(layout, "layout", None), "samples"):
+        way_out = "batch.layout"
+    raise ValueError(f"a {type(layout).__name__} is given in place of a layout; give {way_out}.")
 
 
 def check_dim(tensor: Tensor, dim: int, name: str) -> None:

@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig
+from mindspeed_cp.documents import band_of
 from mindspeed_cp.heads import HeadLayout
 from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
@@ -149,9 +150,8 @@ def _kinds_of_layers(args: argparse.Namespace, config: ContextParallelConfig) ->
     """Who sees whom in the layers that there are, and whether a mask tensor says it."""
     causal: list[_Bands] = [CAUSAL]
     if args.window_size is not None:
-        behind, ahead = (None if each == -1 else each for each in args.window_size)
         # Without a frequency all layers have the window.
-        causal = [(Band(behind, ahead),), *causal * (args.window_attn_skip_freq is not None)]
+        causal = [(band_of(args.window_size),), *causal * (args.window_attn_skip_freq is not None)]
     kinds = [(bands, False) for bands in causal]
     if config.attention_mask_type == "general":
         # A layer that is given no mask is what its own type says, also where others are given one.

@@ -23,10 +23,11 @@ from mindspeed_cp.patches.packing import (
     FULL_WINDOW,
     Packing,
     is_documents,
+    layout_of_length,
     plan_of_documents,
-    plan_of_length,
+    plan_of_window,
 )
-from mindspeed_cp.plan import AttentionPlan, Band
+from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.sharding import SequenceLayout
 
 ON_ONE_RANK = ("--attention-on-one-rank", "--use-alibi", "--qk-clip", "--log-max-attention-logit", "packed streams")
@@ -209,10 +210,10 @@ class LayerAttention:
 
     def _plan_of_shards(self, window: WindowSize) -> AttentionPlan | None:
         """Of samples without documents, where the ranks have unequal shards of them."""
-        return None if self.length is None else plan_of_length(self.length, self.size, window)
+        return None if self.length is None else plan_of_window(layout_of_length(self.length, self.size), window)
 
     def _plan_of_window(self, query: Tensor, window: WindowSize) -> AttentionPlan:
-        return self._plan_of_shards(window) or _plan_of_window(query.size(0), self.size, window)
+        return self._plan_of_shards(window) or plan_of_window(SequenceLayout(size=self.size).of(query.size(0)), window)
 
     def _plan_of_stream(self, query: Tensor, packed: Any, window: WindowSize) -> AttentionPlan:
         if (
@@ -279,14 +280,6 @@ def _apart(x: Tensor, is_stream: bool) -> Tensor:
 def _on_device(slopes: tuple[float, ...], device: torch.device) -> Tensor:
     """Made once for all layers."""
     return torch.tensor(slopes, dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _plan_of_window(num_tokens: int, num_ranks: int, window: WindowSize) -> AttentionPlan:
-    """Who sees whom in samples without documents. num_tokens: of a sample on each rank."""
-    shards = SequenceLayout(size=num_ranks).of(num_tokens)
-    behind, ahead = (None if each == -1 else each for each in window)
-    return AttentionPlan(shards, shards, (Band(behind, ahead),))
 
 
 def other_mask_type(mask_type: str) -> str:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mindspeed_cp.attention.planned import plan_of
 from mindspeed_cp.batch import LayoutName, PackedBatch
-from mindspeed_cp.documents import WindowSize
+from mindspeed_cp.documents import WindowSize, band_of
 from mindspeed_cp.layouts import StreamLayout
 from mindspeed_cp.plan import FULL, AttentionPlan, Band
 from mindspeed_cp.sharding import places, positions, shard
@@ -111,7 +112,7 @@ class Packing:
         stream = self.stream_of(cu_seqlens, rank, num_ranks, num_tokens)
         if window[1] == 0 or lengths is cu_seqlens:
             # What pads a document comes after it, and no token of it sees that causally.
-            return _plan(stream, window)
+            return plan_of_window(stream.layout, window)
         return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
 
     def is_cut_as_sample(self, packed: Any, rank: int, num_ranks: int) -> bool:
@@ -176,7 +177,13 @@ def is_documents(mask: Tensor) -> bool:
 
 def plan_of_documents(documents: Tensor, num_ranks: int, window: WindowSize) -> AttentionPlan:
     """Who sees whom in samples that are cut as a zigzag over each. documents: see above."""
-    return _plan(_samples(tuple(map(_without_empty, documents.tolist())), num_ranks), window)
+    samples = _samples(tuple(map(_without_empty, documents.tolist())), num_ranks)
+    return plan_of_window(samples.layout, window)
+
+
+def plan_of_window(layout: StreamLayout, window: WindowSize) -> AttentionPlan:
+    """Who sees whom where all documents have one window."""
+    return plan_of(layout, (band_of(window),))
 
 
 def cut_samples(batch: dict[str, Any], cut: Callable[[Tensor, int], Tensor]) -> None:
@@ -191,11 +198,6 @@ def cut_samples(batch: dict[str, Any], cut: Callable[[Tensor, int], Tensor]) -> 
 def layout_of_length(num_tokens: int, num_ranks: int) -> StreamLayout:
     """How a sample of any length is cut as a zigzag over the ranks."""
     return _samples(((0, num_tokens),), num_ranks).layout
-
-
-def plan_of_length(num_tokens: int, num_ranks: int, window: WindowSize) -> AttentionPlan:
-    """Who sees whom in samples of any length without documents."""
-    return _plan(_samples(((0, num_tokens),), num_ranks), window)
 
 
 @functools.lru_cache(maxsize=32)
@@ -216,14 +218,9 @@ def _positions(layout: StreamLayout, rank: int, device: torch.device, over_strea
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(batch: PackedBatch, window: WindowSize) -> AttentionPlan:
-    return batch.with_mask(window_size=window).plan
-
-
-@functools.lru_cache(maxsize=64)
 def _plan_of_padded(batch: PackedBatch, window: WindowSize, cu_seqlens: Ends, padded: Ends) -> AttentionPlan:
     """Under a mask that looks ahead: what pads a document is not seen."""
-    band = batch.with_mask(window_size=window).bands[0]
+    band = band_of(window)
     ends = zip(pairwise(cu_seqlens), pairwise(padded), strict=True)
     both = [(stop - start, end - begin) for (start, stop), (begin, end) in ends]
     for number, (length, whole) in enumerate(both):

@@ -1,6 +1,7 @@
 """One composed attention for a configuration: what runs inside what."""
 
 from collections.abc import Sequence
+from types import UnionType
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +15,7 @@ from mindspeed_cp.attention.ulysses import UlyssesAttention
 from mindspeed_cp.comm import Communicator, ContextParallelGroups, RingCommunicators, Traffic
 from mindspeed_cp.config import ContextParallelConfig, KVCachePolicy
 from mindspeed_cp.kernels import KERNELS, MERGE_KERNELS, KernelRegistry, MergeKernel
+from mindspeed_cp.messages import short
 from mindspeed_cp.program import KV, Transport
 from mindspeed_cp.schedule import RingSchedule
 from mindspeed_cp.sharding import SequenceLayout
@@ -55,10 +57,11 @@ def build_attention(
     Raises ValueError where the group's size is not `config.context_parallel_size`, a mesh has several dimensions, or
     something is not of the type that is written here.
     """
-    if transport is not None and not isinstance(transport, Transport):
-        raise ValueError(f"transport={transport!r} is none; give {', '.join(map(str, Transport))}, or None.")
-    if recomputation is not None and not isinstance(recomputation, Recomputation):
-        raise ValueError(f"recomputation={recomputation!r} is none; give a Recomputation, or None.")
+    _check("config", config, ContextParallelConfig, "a ContextParallelConfig")
+    _check("layout", layout, SequenceLayout | None, "a SequenceLayout, or None; another one comes with a call's plan")
+    _check("kernels", kernels, KernelRegistry, "a KernelRegistry")
+    _check("transport", transport, Transport | None, f"{', '.join(map(str, Transport))}, or None")
+    _check("recomputation", recomputation, Recomputation | None, "a Recomputation, or None")
     layout = layout or config.layout
     if config.context_parallel_size == 1 and group is None:
         alone = compose_attention(
@@ -85,6 +88,12 @@ def build_attention(
     return ContextParallelAttention(
         attention, config, layout, groups.agreement, transport, pieces, parameters, recomputation
     )
+
+
+def _check(name: str, given: object, kind: type | UnionType, way_out: str) -> None:
+    """Raise ValueError for an argument of another kind."""
+    if not isinstance(given, kind):
+        raise ValueError(f"{name}={short(given)} is none; give {way_out}.")
 
 
 def compose_attention(

@@ -16,7 +16,7 @@ from mindspeed_cp.attention.terms import Terms, default_scale
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS, KernelRegistry
 from mindspeed_cp.layouts import PROVEN
-from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, check_runs
+from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Layout, check_runs
 from mindspeed_cp.sharding import SequenceLayout
 
 
@@ -57,7 +57,9 @@ class PlannedAttention(Attention):
 
     def attend(self, wanted: Wanted, q: Tensor, source: Source, told: Told) -> tuple[Tensor, ...]:
         """See Attention."""
-        plan = plan_of(self.layout, q.size(2), self.causal) if told.plan is None else told.plan
+        plan = told.plan
+        if plan is None:
+            plan = plan_of(self.layout.of(q.size(2)), CAUSAL if self.causal else FULL)
         scale = default_scale(q.size(-1)) if told.scale is None else float(told.scale)
         return self.attention.attend(wanted, q, source, plan, Terms.of(told.terms, scale, told.visible))
 
@@ -77,8 +79,7 @@ def local_attention(*, causal: bool, kernels: KernelRegistry = KERNELS) -> Conte
     return ContextParallelAttention(PlannedAttention(RingAttention(kernels=kernels), layout, causal), config, layout)
 
 
-@functools.lru_cache(maxsize=256)
-def plan_of(layout: SequenceLayout, num_tokens: int, causal: bool) -> AttentionPlan:
-    """The plan of equal shards of so many tokens each, made once for all layers and batches."""
-    shards = layout.of(num_tokens)
-    return AttentionPlan(shards, shards, CAUSAL if causal else FULL)
+@functools.lru_cache(maxsize=64)
+def plan_of(layout: Layout, bands: tuple[Band, ...]) -> AttentionPlan:
+    """The plan of documents that are held so, all under the same bands; made once for all layers and batches."""
+    return AttentionPlan(layout, layout, bands)

@@ -28,6 +28,8 @@ CAUSAL = (Band(None, 0),)
 def check_bands(bands: tuple[Band, ...]) -> None:
     """Raise ValueError for a band in which nothing sees anything, or bands about the same keys."""
     for band in bands:
+        if not isinstance(band, Band):
+            raise ValueError(f"bands hold {band!r}; give Band(behind, ahead), None being without bound.")
         first, last = band.keys
         if (None not in (band.behind, band.ahead) and band.behind + band.ahead < 0) or (  # type: ignore[operator]
             first < 0 or (last is not None and last < first)

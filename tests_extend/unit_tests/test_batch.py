@@ -157,6 +157,14 @@ def test_layers_with_masks_of_their_own_share_who_holds_what():
     assert batch.with_mask(mask_type="full").bands == FULL
 
 
+def test_padding_is_seen_under_no_other_mask_either():
+    ends, padded = [0, 3, 7], [0, 4, 12]
+    batch = PackedBatch.from_cu_seqlens(ends, 2, cu_seqlens_padded=padded, layout="zigzag")
+    for mask in ({"mask_type": "full"}, {"window_size": [(1, 0), (-1, 2)]}):
+        expected = PackedBatch.from_cu_seqlens(ends, 2, cu_seqlens_padded=padded, layout="zigzag", **mask)
+        assert batch.with_mask(**mask) == expected
+
+
 def test_another_layout_has_the_same_documents_and_mask():
     batch = PackedBatch.from_cu_seqlens([0, 3, 7], 2, cu_seqlens_padded=[0, 4, 12], window_size=(1, 0))
     other = batch.with_layout("contiguous")

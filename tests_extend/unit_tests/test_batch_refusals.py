@@ -73,6 +73,18 @@ def test_one_prefix_for_all_may_be_longer_than_a_document_that_has_none():
     assert batch == PackedBatch.from_cu_seqlens([0, 3, 9], 2, mask_type=["causal", "prefix"], prefix_lengths=[None, 5])
 
 
+def test_what_is_no_layout_is_refused_with_the_layout_that_it_has():
+    x = torch.zeros(1, 5)
+    for given, way_out in (
+        (PackedBatch.from_cu_seqlens([0, 5], 2), r"batch\.layout"),
+        (SequenceLayout(size=2), r"layout\.of\(tokens of a rank\)"),
+        (x, r"one of mindspeed_cp\.layouts"),
+    ):
+        message = rf"^a \w+ is given in place of a layout; give {way_out}\.$"
+        assert_refused(message, shard, x, given, 0, 1)
+        assert_refused(message, restore, x, given, 1)
+
+
 def test_what_no_shard_is_cut_from_is_refused():
     batch, own = PackedBatch.from_cu_seqlens([[0, 3, 5], [0, 5]], 2), SequenceLayout(size=2)
     x = torch.zeros(2, 5)
@@ -126,5 +138,6 @@ def test_a_list_of_shards_is_restored_only_where_each_is_as_long_as_its_rank_s()
             r"shards\[1\] is \(1, 4\) torch.float32 .*; give shards that differ in tokens alone\.",
         ),
         ([first, second.expand(2, -1)], r"shards\[1\] is \(2, 4\)"),
+        (None, "a NoneType is given in place of a tensor"),
     ):
         assert_refused(message, restore, given, layout, 1)

@@ -49,3 +49,16 @@ def test_the_choice_weighs_tokens_and_with_overlap_waits_where_steps_are_uneven(
 def test_what_is_no_transport_is_refused_on_one_rank_as_on_many():
     with pytest.raises(ValueError, match=r"transport='direct' is none; give Transport\.ROTATION, Transport\.DIRECT, "):
         build_attention(ContextParallelConfig(), transport="direct")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": None}, "config=None is none; give a ContextParallelConfig"),
+        ({"layout": Balanced(1, ((9,),))}, "layout=a Balanced is none; give a SequenceLayout, or None; another one"),
+        ({"kernels": "reference"}, "kernels='reference' is none; give a KernelRegistry"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_attention(**{"config": ContextParallelConfig(), **options})

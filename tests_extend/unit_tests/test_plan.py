@@ -215,6 +215,7 @@ def test_runs_that_are_no_layout_are_refused_with_rank_and_rule(runs, message):
 @pytest.mark.parametrize(
     ("bands", "message"),
     [
+        (((5, 0),), r"bands hold \(5, 0\); give Band\(behind, ahead\), None being without bound"),
         ((Band(2, -3),), "nothing sees anything"),
         ((Band(0, 0, (4, 2)),), "keys from 0 on"),
         ((Band(None, 0, (0, 5)), Band(None, None, (4, 9))), "about the same keys"),

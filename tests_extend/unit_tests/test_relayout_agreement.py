@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from mindspeed_cp.batch import PackedBatch
 from mindspeed_cp.comm import VirtualCommunicator, VirtualWorld
 from mindspeed_cp.layouts import Contiguous, DocumentZigzag, Zigzag
 from mindspeed_cp.relayout import gather, relayout
+from mindspeed_cp.sharding import SequenceLayout
 from unit_tests.layout_cases import gather_twice
 
 ODD, THIRD = Zigzag(2, ((9,),)), Zigzag(3, ((9,),))
@@ -76,6 +78,18 @@ CASES = {
         lambda c: relayout(of(EVEN, 0), EVEN, Zigzag(3, ((8,),)), c, 1),
         "on 2 ranks and .* on 3 ranks over a group of 2 are no two .*; give those, and the group",
     ),
+    "relayout to a batch": (
+        lambda c: relayout(of(EVEN, 0), EVEN, PackedBatch.from_cu_seqlens([0, 8], 2), c, 1),
+        r"^a PackedBatch is given in place of a layout; give batch\.layout\.$",
+    ),
+    "relayout from shards of no length": (
+        lambda c: relayout(of(EVEN, 0), SequenceLayout(size=2), EVEN, c, 1),
+        r"^a SequenceLayout is given in place of a layout; give layout\.of\(tokens of a rank\)\.$",
+    ),
+    "gather by nothing": (
+        lambda c: gather(of(EVEN, 0), None, c, 1),
+        r"^a NoneType is given in place of a layout; give one of mindspeed_cp\.layouts\.$",
+    ),
     "relayout to other samples": (
         lambda c: relayout(of(TWO, 0, 2), TWO, Zigzag(2, ((8,),) * 3), c, 1),
         "2 samples .* 3 samples .*are no two",
@@ -97,6 +111,12 @@ def test_ranks_that_do_not_go_together_all_get_one_error_before_shards_are_sent(
     first, second = world.run(refusal)
     assert first == second
     assert "\n" not in first
+
+
+def test_what_is_no_communicator_is_refused():
+    for given in (None, object()):
+        with pytest.raises(ValueError, match=r"^communicator is a \w+; give ProcessGroupCommunicator\(group\)"):
+            gather(of(EVEN, 0), EVEN, given, 1)
 
 
 def test_agreement_sends_eight_bytes_to_each_rank_and_is_counted_apart():
