@@ -168,8 +168,8 @@ def test_nothing_is_kept_where_nothing_is_recomputed():
     run = counted([])(recomputation)
     run(x)
     with torch.no_grad():
-        out = recomputation.around(CHECKPOINTS["not reentrant"])(run, x)
-    assert recomputation.nbytes == 0 and out.shape == (3,)
+        within = recomputation.around(CHECKPOINTS["not reentrant"])(lambda x: (run(x), recomputation.is_within), x)
+    assert recomputation.nbytes == 0 and not within[1]
 
 
 def test_what_is_kept_goes_with_a_graph_that_has_no_backward_pass():
@@ -220,6 +220,36 @@ def test_what_was_found_for_another_case_is_not_used():
 
     recomputation.around(CHECKPOINTS["reentrant"])(run, x).sum().backward()
     torch.testing.assert_close(x.grad, 3.0 * torch.cos(x.detach()))
+
+
+def test_after_a_call_that_was_made_for_another_case_nothing_is_used_for_one_that_was_found_before():
+    recomputation, x, runs = Recomputation(), torch.ones(3, requires_grad=True), iter(("ab", "ca"))
+    computed: list[str] = []
+
+    def find(case: str) -> Tensor:
+        computed.append(case)
+        return torch.ones(3)
+
+    def run(x: Tensor) -> Tensor:
+        for case in next(runs):
+            x = torch.sin(x) * recomputation.replay(case, partial(find, case))
+        return x
+
+    recomputation.around(CHECKPOINTS["reentrant"])(run, x).sum().backward()
+    assert computed == ["a", "b", "c", "a"]
+
+
+def test_what_a_recomputation_that_stops_early_has_not_asked_for_is_dropped():
+    recomputation, x = Recomputation(), torch.ones(3, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        # The sum saves nothing: with what the product saves all is there.
+        return torch.sin(x) * replay(recomputation, "first", x.detach) + replay(recomputation, "second", x.detach)
+
+    out = recomputation.around(CHECKPOINTS["not reentrant"])(run, x)
+    assert recomputation.nbytes > 0
+    out.sum().backward(retain_graph=True)
+    assert recomputation.nbytes == 0
 
 
 def test_an_output_that_was_written_to_is_refused():
