@@ -62,6 +62,10 @@ CASES = {
         lambda c: relayout(of(EVEN, 0), EVEN, (EVEN, STRETCH)[c.rank], c, 1),
         r"rank 0: .* to Zigzag .* rank 1: .* to Contiguous",
     ),
+    "relayout, documents differ": (
+        lambda c: relayout(of(EVEN, 0), EVEN, DocumentZigzag(2, (((4, 4), (2, 6))[c.rank],)), c, 1),
+        r"rank 0: .* to DocumentZigzag of 8 tokens .* rank 1: .* to DocumentZigzag of 8 tokens",
+    ),
     "relayout, a gradient on one rank alone": (
         lambda c: relayout(of(EVEN, 0).requires_grad_(bool(c.rank)), EVEN, STRETCH, c, 1),
         r"rank 1: .* with gradients; .* gradients on all or none\.$",
