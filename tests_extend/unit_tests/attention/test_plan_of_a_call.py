@@ -106,8 +106,13 @@ def test_plans_that_differ_between_ranks_are_refused_on_all_of_them():
             lambda x, rank: x[:1],
             "has 1 samples, and the plan has documents for 2; give the batch that it was made for.",
         ),
+        (
+            BATCH,
+            lambda x, rank: torch.cat([x, x[:1]]),
+            "has 3 samples, and the plan has documents for 2; give the batch that it was made for.",
+        ),
     ],
-    ids=["of another world", "of another shard", "of another batch"],
+    ids=["of another world", "of another shard", "of a smaller batch", "of a larger batch"],
 )
 def test_tensors_that_do_not_fit_the_plan_are_refused_on_all_ranks(batch, change, message):
     (said,) = errors(lambda rank: batch, change)
