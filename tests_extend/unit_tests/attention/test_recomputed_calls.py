@@ -1,5 +1,6 @@
-"""A call of attention that a checkpoint runs again: it makes no tensor and runs no kernel, on any algorithm."""
+"""A call of attention that a checkpoint runs again: it makes no tensor and runs no kernel, and is examined as before."""
 
+import math
 from typing import Any
 
 import pytest
@@ -53,3 +54,22 @@ def test_a_recomputed_call_makes_no_tensor(algorithm):
     world = VirtualWorld(case.size, LIMIT_S)
     for first, again in world.run(on_rank):
         assert first > 0 == again
+
+
+def test_a_call_that_is_refused_in_the_recomputation_alone_stops_there():
+    case = case_on(ALGORITHMS["hybrid"], tokens=4, head_size=4, value_head_size=4)
+
+    def on_rank(rank: int) -> tuple[int, bool]:
+        here, scales = Rank(case, world, rank, recomputation := Recomputation()), iter((0.5, math.nan))
+
+        def run(x: Tensor) -> Tensor:
+            return torch.sin(here.attention(x, x, x, scale=next(scales)))
+
+        out = recomputation.around(checkpoint)(run, here.inputs[0], use_reentrant=True)
+        sent = here.sent
+        with pytest.raises(ValueError, match="scale is nan"):
+            out.sum().backward()
+        return here.sent - sent, here.inputs[0].grad is None
+
+    world = VirtualWorld(case.size, LIMIT_S)
+    assert world.run(on_rank) == [(0, True)] * case.size
