@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.comm import LARGE
-from mindspeed_cp.kernels.calls import part, place_within
+from mindspeed_cp.kernels.places import part, place_within
 from mindspeed_cp.program import KV
 
 Content = tuple[Tensor, ...]

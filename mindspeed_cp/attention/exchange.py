@@ -16,7 +16,7 @@ from mindspeed_cp.attention.blocks import Block, BlockFormat, Content, in_one
 from mindspeed_cp.attention.profiles import in_profiles
 from mindspeed_cp.attention.sums import TokenSum
 from mindspeed_cp.comm import Addressed, LostRank, RingCommunicators, Transfer
-from mindspeed_cp.kernels.calls import ALL, Place, in_all_samples, part, place_within
+from mindspeed_cp.kernels.places import ALL, Place, in_all_samples, part, place_within
 from mindspeed_cp.program import KV, BlockName, Exchange, Message, Phase, Program, Step, num_tokens
 from mindspeed_cp.schedule import RingSchedule
 

@@ -57,7 +57,8 @@ from mindspeed_cp.kernels import (
     TileOutput,
     TileTerms,
 )
-from mindspeed_cp.kernels.calls import Call, Views
+from mindspeed_cp.kernels.calls import Call
+from mindspeed_cp.kernels.places import Views
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.plan import AttentionPlan

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import MERGE_KERNELS, MergeKernel, TileOutput, add_, choose_merge_kernel
-from mindspeed_cp.kernels.calls import ALL, Place, Views, part
+from mindspeed_cp.kernels.places import ALL, Place, Views, part
 
 
 def _token_major(like: Tensor, make: Callable[..., Tensor] = torch.zeros) -> Tensor:

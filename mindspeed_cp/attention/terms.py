@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import Dropout, Term, TileTerms, Window
-from mindspeed_cp.kernels.calls import Call, of_sample, part
+from mindspeed_cp.kernels.calls import Call
+from mindspeed_cp.kernels.places import of_sample, part
 from mindspeed_cp.kernels.protocol import EVERYTHING, DropoutTerms, Positions, TermGradients, part_of
 from mindspeed_cp.kernels.reference import largest_scores
 from mindspeed_cp.plan import AttentionPlan, total_tokens

@@ -15,7 +15,7 @@ from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.attention.terms import default_scale
 from mindspeed_cp.comm import Communicator
 from mindspeed_cp.kernels import TileKernel, TileOutput, TileTerms, Window
-from mindspeed_cp.kernels.calls import in_all_samples
+from mindspeed_cp.kernels.places import in_all_samples
 from mindspeed_cp.kernels.tiles import cut
 from mindspeed_cp.layouts import EqualChunks
 from mindspeed_cp.plan import AttentionPlan, Tile

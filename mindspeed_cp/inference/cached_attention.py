@@ -34,7 +34,7 @@ from mindspeed_cp.inference.local import attention_state
 from mindspeed_cp.inference.prefill import Strategy, prefix_attention
 from mindspeed_cp.inference.states import State, all_reduce_state
 from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileOutput
-from mindspeed_cp.kernels.calls import ALL, Place
+from mindspeed_cp.kernels.places import ALL, Place
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band, Run
 
 

@@ -16,7 +16,8 @@ from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.inference.sequences import Spans, everything
 from mindspeed_cp.inference.states import State
 from mindspeed_cp.kernels import KERNELS, KernelRegistry, TileCase, TileOutput, TileTerms
-from mindspeed_cp.kernels.calls import ALL, Call, calls
+from mindspeed_cp.kernels.calls import Call, calls
+from mindspeed_cp.kernels.places import ALL
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.plan import AttentionPlan, Layout, Tile
 

@@ -39,7 +39,8 @@ from mindspeed_cp.inference.local import attention_of
 from mindspeed_cp.inference.ring_call import RingCall
 from mindspeed_cp.inference.states import State
 from mindspeed_cp.kernels import TileOutput
-from mindspeed_cp.kernels.calls import ALL, Call, in_all_samples, of_sample, part, place_within
+from mindspeed_cp.kernels.calls import Call
+from mindspeed_cp.kernels.places import ALL, in_all_samples, of_sample, part, place_within
 from mindspeed_cp.kernels.precision import autocast_off
 from mindspeed_cp.kernels.protocol import part_of
 from mindspeed_cp.program import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.kernels import MergeKernel, TileOutput
-from mindspeed_cp.kernels.calls import in_all_samples
+from mindspeed_cp.kernels.places import in_all_samples
 from mindspeed_cp.kernels.triton_merge import TritonMerge
 
 MARGIN = 3

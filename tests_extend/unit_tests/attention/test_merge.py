@@ -9,7 +9,7 @@ from torch import Tensor
 from mindspeed_cp.attention.sums import MergedOutput
 from mindspeed_cp.comm.reduction import accumulation_dtype
 from mindspeed_cp.kernels import TileOutput
-from mindspeed_cp.kernels.calls import in_all_samples
+from mindspeed_cp.kernels.places import in_all_samples
 
 EVERY_ROW = slice(None)
 HEADS, QUERIES, KEYS, HEAD_SIZE = 2, 5, 12, 4

@@ -1,4 +1,4 @@
-"""A call of attention that a checkpoint runs again: it makes no tensor and runs no kernel, and is examined as before."""
+"""A call of attention that a checkpoint runs again: it makes no tensor, runs no kernel, and is examined as before."""
 
 import math
 from typing import Any
