@@ -30,7 +30,7 @@ def test_rank_killed_in_a_ring_step_ends_the_other_with_step_and_peer(training):
     failure = training.refusal(2, f"--context-parallel-size 2 {RING}", sabotage="killed rank")
     assert "rank 1 died with exit code -9" in failure
     assert "rank 0 raised" in failure, "it did not answer in time"
-    step = r"RuntimeError: ring (forward|backward) step \d of 2, block of ring rank [01]:"
+    step = r"LostRank: ring (forward|backward) step \d of 2, block of ring rank [01]:"
     assert re.search(rf"{step} [dKV/]+ exchange failed \(from ring rank 1, to 1\)", failure)
 
 
