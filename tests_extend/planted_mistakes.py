@@ -250,8 +250,8 @@ MISTAKES = {
     ),
     "a repeated head's gradient counted twice": Mistake(
         "attention/repeated_heads.py",
-        "device=x.device), x.to(total.dtype))",
-        "device=x.device), 2 * x.to(total.dtype))",
+        "x.device), x.to(total.dtype))",
+        "x.device), 2 * x.to(total.dtype))",
         "attention/test_terms.py",
     ),
     "a round by distance": Mistake(

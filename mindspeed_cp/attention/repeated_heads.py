@@ -2,12 +2,15 @@
 
 Note [Repeated heads]
     What is exchanged, sent on, kept and saved has each head once. A step repeats those of its block that its tiles see,
-    in both passes, and drops them; the gradients of a head are added in fp32 as soon as a kernel has given them.
+    in both passes, and drops them; the gradients of a head are added once the kernels of the step have given all of
+    theirs, in fp32 (fp64 for fp64). With `pieces` above 1, heads are repeated before the ring and all at once: a head
+    that is sent once may be in two pieces.
 
 Shapes: B batch, h heads as they are sent, H heads as they are given to kernels, S tokens, D key head size, V value head
 size.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +26,20 @@ from mindspeed_cp.plan import Tile, union
 
 def repeated(x: Tensor, given: Sequence[int]) -> Tensor:
     """[B, H, S, D] of x [B, h, S, D]. given: which of its heads, in order."""
-    return x.index_select(1, torch.tensor(given, device=x.device))
+    return x.index_select(1, _index(tuple(given), x.device))
 
 
 def added(x: Tensor, given: Sequence[int]) -> Tensor:
     """The inverse of `repeated` for gradients [B, H, S, D]: those of a head are added, in the dtype of sums."""
     total = x.new_zeros((x.size(0), max(given) + 1, *x.shape[2:]), dtype=accumulation_dtype(x.dtype))
-    return total.index_add_(1, torch.tensor(given, device=x.device), x.to(total.dtype))
+    return total.index_add_(1, _index(tuple(given), x.device), x.to(total.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _index(given: tuple[int, ...], device: torch.device) -> Tensor:
+    """[H] int64. Made once: each is a copy to the device, which an accelerator's host waits for."""
+    return torch.tensor(given, device=device)
 
 
 @dataclass(frozen=True, eq=False)

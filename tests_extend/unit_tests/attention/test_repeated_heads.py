@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -102,3 +103,13 @@ def test_gradients_of_a_head_are_added_in_fp32():
     assert added(x, (0, 0, 0)).item() == 258.0
     assert torch.equal(repeated(added(x, (0, 1, 1)), (1, 0)).flatten(), torch.tensor([2.0, 256.0]))
     assert Repetition((0, 0)).gradients() == ()
+
+
+def test_which_heads_are_repeated_is_copied_to_the_device_once():
+    with torch.inference_mode():
+        repeated(torch.ones(1, 3, 1, 1), (2, 0, 2, 1))  # What it leaves is for training too.
+    x = torch.ones(1, 3, 1, 1, requires_grad=True)
+    with mock.patch.object(torch, "tensor", side_effect=AssertionError("a copy")):
+        for _ in range(3):
+            added(repeated(x, [2, 0, 2, 1]), (2, 0, 2, 1)).sum().backward()
+    assert x.grad is not None and x.grad.flatten().tolist() == [3.0, 3.0, 6.0]
