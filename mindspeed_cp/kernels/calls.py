@@ -78,10 +78,12 @@ class Call:
     def terms(self, scale: float, like: Tensor) -> TileTerms:
         """What the kernel is told, but for a boolean mask of the user's. like: in the order [B, N, S, ...]."""
 
-        def make() -> TileTerms:
-            return TileTerms(scale, self.case.window, self._visible(like), self._segments(like))
+        def make() -> tuple[Tensor | None, Segments | None]:
+            return self._visible(like), self._segments(like)
 
-        return self._once(("terms", scale, like.device, like.size(0)), make)
+        # Without the scale: it may be another in each call, and they would all be kept.
+        visible, segments = self._once(("terms", like.device, like.size(0)), make)
+        return TileTerms(scale, self.case.window, visible, segments)
 
     def _segments(self, like: Tensor) -> Segments | None:
         """Where tiles begin, in the tensors that a kernel is handed; None where it is not handed them packed."""

@@ -160,6 +160,14 @@ def test_packed_documents_that_follow_each_other_are_handed_over_as_views():
     assert (segments.queries.tolist(), segments.max_queries) == ([0, 8, 16, 32, 48], 16)
 
 
+def test_a_scale_that_changes_from_call_to_call_leaves_nothing_behind():
+    layout = documents((8, 8, 16, 16))
+    (call,) = calls(AttentionPlan(layout, layout).tiles(0, 0), BASE, KernelRegistry((TakesPacked(),)))
+    first, second = (call.terms(scale, torch.randn(1, 2, 48, 16)) for scale in (0.5, 0.25))
+    assert (first.scale, second.scale) == (0.5, 0.25)
+    assert first.segments is not None and second.segments is first.segments
+
+
 def test_the_reference_refuses_a_tile_whose_scores_would_not_fit():
     large = BASE._replace(num_queries=2**16, num_keys=2**16)
     with pytest.raises(NotImplementedError, match="holds all scores, 128 GiB a sample here, and takes 16 at most"):
