@@ -1,7 +1,7 @@
 """What the patches of one plugin share: the configuration in force and the groups built for it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -58,6 +58,7 @@ class Plugin:
     last_cut: BatchKind | None = None
     recomputation: Recomputation = field(default_factory=Recomputation)
     _over_others: dict[dist.ProcessGroup, ContextParallelGroups] = field(default_factory=dict)
+    _of_stages: dist.ProcessGroup | None = None
 
     def configure(
         self,
@@ -90,6 +91,11 @@ class Plugin:
             self.dynamic.drop()
         self._over_others.clear()
         self.stages = StageDocuments()
+        if self._of_stages is not None:
+            # torch raises for a group that is gone with all others already.
+            with suppress(ValueError):
+                dist.destroy_process_group(self._of_stages)
+        self._of_stages = None
         self.kinds_cut.clear()
         self.last_cut = None
 
@@ -135,8 +141,9 @@ class Plugin:
         # Tensors of the CPU: which documents there are is read there, and no message of Megatron's is in the way.
         world = dist.group.WORLD
         assert world is not None, "Megatron has made groups"
-        host = world if carries_cpu_tensors(world) else dist.new_group(backend="gloo")
-        self.stages.pipeline = Pipeline(dist.get_process_group_ranks(stages), host)
+        if not carries_cpu_tensors(world):
+            self._of_stages = dist.new_group(backend="gloo")
+        self.stages.pipeline = Pipeline(dist.get_process_group_ranks(stages), self._of_stages or world)
 
     def reason_to_stay(self) -> str | None:
         """Why the patches must not be undone now: an unpatched layer would attend to this rank's tokens alone."""

@@ -1,11 +1,14 @@
 """What ranks do with a plugin and groups of their own."""
 
 from typing import NamedTuple
+from unittest import mock
 
 import torch.distributed as dist
 
 from mindspeed_cp.comm import ContextParallelGroups
 from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches import plugin as plugin_module
+from mindspeed_cp.patches.document_rule import DocumentRule
 from mindspeed_cp.patches.plugin import Plugin
 
 
@@ -38,3 +41,18 @@ def build_layers(group: dist.ProcessGroup | None) -> Layers:
     plugin.drop_groups()
     assert plugin.reason_to_stay() is None
     return Layers(len(made), len(further), len(set(registered) - before), reason)
+
+
+def join_stages(_: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Process groups made for the pipeline stages of a job whose backend carries no tensors of the CPU, and left."""
+    plugin = Plugin(ContextParallelConfig(attention_on_one_rank=True), document_rule=DocumentRule())
+    registered, stages = dist.distributed_c10d._world.pg_map, dist.group.WORLD
+    assert stages is not None
+    before = set(registered)
+    with mock.patch.object(plugin_module, "carries_cpu_tensors", return_value=False):
+        plugin.join_pipeline(stages)
+    made = set(registered) - before
+    assert plugin.stages.pipeline is not None and plugin.stages.pipeline.group in made
+    dist.barrier()  # Nobody closes a connection that another one is still making.
+    plugin.drop_groups()
+    return len(made), len(set(registered) - before)
