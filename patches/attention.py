@@ -289,8 +289,14 @@ def _slopes(layer_config: Any, pg_collection: Any) -> tuple[float, ...]:
 
 
 def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
-    """The attention of a layer of Megatron's local class without context parallelism, for packed streams."""
-    return LayerAttention(
+    """The attention of a layer of Megatron's local class without context parallelism, for packed streams.
+
+    Made for the first of them, and kept on the layer: a compiled function may make none.
+    """
+    kept: LayerAttention | None = getattr(layer, "attention_of_streams", None)
+    if kept is not None:
+        return kept
+    layer.attention_of_streams = made = LayerAttention(
         by_plan=build_attention(replace(_of_one_rank(plugin.config), attention_mask_type="causal")),
         by_mask=None,
         mask_type=layer.attn_mask_type.name,
@@ -304,6 +310,7 @@ def _attention_alone(plugin: Plugin, layer: Any) -> LayerAttention:
             getattr(layer, "pg_collection", None),
         ),
     )
+    return made
 
 
 def _window(layer_config: Any, named: Mapping[str, Any]) -> WindowSize:

@@ -9,8 +9,9 @@ import torch
 
 from mindspeed_cp.attention import build_attention
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.patches.attention import _forward, _window
+from mindspeed_cp.patches.attention import _attention_alone, _forward, _window
 from mindspeed_cp.patches.layer_attention import LayerAttention
+from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patching import around
 from unit_tests.dense import causal_mask, dense_attention
 
@@ -85,6 +86,14 @@ def test_layer_takes_expanded_keys_and_values_of_another_head_size():
 
 def test_layer_without_context_parallelism_is_megatrons_own():
     assert Layer(None).forward(*tensors(), None) == "Megatron's own"
+
+
+def test_layer_without_context_parallelism_makes_an_attention_of_packed_streams_once():
+    config = SimpleNamespace(apply_query_key_layer_scaling=False, attention_dropout=0.0)
+    alone = SimpleNamespace(config=config, attn_mask_type=MaskType.causal, softmax_scale=0.3, layer_number=1)
+    alone.attention_dropout = SimpleNamespace(p=0.0)
+    first, again = _attention_alone(Plugin(), alone), _attention_alone(Plugin(), alone)
+    assert again is first and (first.size, first.scale) == (1, 0.3)
 
 
 @pytest.mark.parametrize(
