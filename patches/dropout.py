@@ -1,17 +1,16 @@
 """Attention dropout of Megatron's layers, the same on any number of context-parallel ranks.
 
 Note [Draws]
-~~~~~~~~~~~~
-A layer draws for each micro-batch anew, and for its recomputation again what it has drawn. How often it has drawn is
-kept where Megatron keeps the states of its random generators (`get_cuda_rng_tracker`): activation checkpointing takes
-these states with it and puts them back before it recomputes, and a training checkpoint stores them. A state of ours is
-the number of draws of one layer, a tensor on the CPU, which nobody waits for. It is replaced and never changed: a
-checkpoint holds the tensor itself. Every rank that works on a sample has drawn as often as the others, whatever the
-pipeline's schedule, so that nothing has to be said between them.
+    A layer draws for each micro-batch anew, and for its recomputation again what it has drawn. How often it has drawn
+    is kept where Megatron keeps the states of its random generators (`get_cuda_rng_tracker`): activation checkpointing
+    takes these states with it and puts them back before it recomputes, and a training checkpoint stores them. A state
+    of ours is the number of draws of one layer, a tensor on the CPU, which nobody waits for. It is replaced and never
+    changed: a checkpoint holds the tensor itself. Every rank that works on a sample has drawn as often as the others,
+    whatever the pipeline's schedule, so that nothing has to be said between them.
 
-Layers draw apart by their numbers. Megatron numbers those of multi-token prediction anew, from 1 on: here they follow
-the decoder's, as they do in Megatron 0.16. Else such a layer would draw in turn with a decoder layer where both are on
-one pipeline stage, and drop what that layer drops where they are not.
+    Layers draw apart by their numbers. Megatron numbers those of multi-token prediction anew, from 1 on: here they
+    follow the decoder's, as they do in Megatron 0.16. Else such a layer would draw in turn with a decoder layer where
+    both are on one pipeline stage, and drop what that layer drops where they are not.
 """
 
 from dataclasses import dataclass, replace
