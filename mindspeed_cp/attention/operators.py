@@ -298,7 +298,9 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor | None) -> t
     asked = ctx.dims, ctx.sizes, ctx.strides, ctx.dtypes
     found = iter(torch.ops.mindspeed_cp.attention_backward(token, dout, dlse_, of_graph, *asked))
     q, *rest = [next(found) if is_wanted else None for is_wanted in ctx.gradients]
-    return None, None, None, None, q, rest[: ctx.num_keys], *rest[ctx.num_keys :], *[None] * 11
+    sinks, slopes, bias = rest[ctx.num_keys :]
+    gradients = {"q": q, "keys": rest[: ctx.num_keys], "sinks": sinks, "alibi_slopes": slopes, "bias": bias}
+    return tuple(gradients.get(name) for name in _Given._fields)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep_for_gradients)
@@ -352,7 +354,7 @@ _RECORDED = RecordedCalls()
 
 
 def num_kept() -> int:
-    """How many forward passes are kept for a backward one now."""
+    """How many forward passes are kept for a backward one now: for tests, which see by it that none is left."""
     return len(_RECORDED)
 
 
