@@ -51,7 +51,7 @@ class PackedBatch:
         object.__setattr__(self, "plan", with_handle(plan))
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        # A copy, or a batch from another process, has a plan of its own.
+        # A deep copy, or a batch from another process, has a plan of its own.
         self.__dict__.update(state)
         with_handle(self.plan)
 
@@ -64,7 +64,7 @@ class PackedBatch:
         cu_seqlens_padded: Numbers | Sequence[Numbers] | None = None,
         mask_type: MaskType | Sequence[MaskType | None] | None = None,
         window_size: WindowSize | Sequence[WindowSize | None] | None = None,
-        prefix_lengths: int | Sequence[int] | None = None,
+        prefix_lengths: int | Sequence[int | None] | None = None,
         layout: LayoutName = "balanced",
         prefer: Preference | None = None,
         tokens: Numbers | None = None,
@@ -94,7 +94,7 @@ class PackedBatch:
         *,
         mask_type: MaskType | Sequence[MaskType | None] | None = None,
         window_size: WindowSize | Sequence[WindowSize | None] | None = None,
-        prefix_lengths: int | Sequence[int] | None = None,
+        prefix_lengths: int | Sequence[int | None] | None = None,
     ) -> "PackedBatch":
         """The same tokens on the same ranks under another mask, for layers that have windows of their own."""
         samples, padded = self.layout.samples, self.layout.padded
