@@ -4,10 +4,11 @@ Shapes: B batch, H heads, S tokens, D head size, n tiles of a call.
 
 Note [Calls]
     A tile goes to the first kernel, in the order of preference, that takes it as it is, or cut into rectangles and
-    triangles (tiles.py). Many small tiles (documents, the strips of a window) would be many small calls. They share one
-    where no two of them have a query or a key in common: one after another for a kernel that takes packed tiles, else
-    as the batch of a call, padded at the end to one of a few sizes. Where that, or windows, make them differ, a mask
-    says who sees whom. Such a mask is as large as the tiles are, and only small tiles get one.
+    triangles (tiles.py). Many tiles (documents, the strips of a window) would be many calls. They share one where no
+    two of them have a query or a key in common: those of one window one after another, of whatever size, for a kernel
+    that takes packed tiles. Else small ones of about one size are the batch of a call, padded at the end to one of a
+    few sizes. Where that, or windows, make them differ, a mask says who sees whom. Such a mask is as large as the tiles
+    are, so that large tiles, whose calls are worth their start, are never in a batch.
 
     Tiles that share no call stay views of the tensors. Packed ones do where they follow one another and the batch is 1;
     else they are copied.
@@ -38,7 +39,7 @@ from mindspeed_cp.kernels.wrapped import Turned
 from mindspeed_cp.plan import Tile
 
 _SMALL = 2**16
-"""Pairs of query and key in the rectangle of a tile that may share a call."""
+"""At most so many pairs of query and key are in the rectangle of a tile that may be in a batch."""
 _WORTH = 4
 """So many tiles share a call, or none."""
 
