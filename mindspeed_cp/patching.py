@@ -8,7 +8,6 @@ patch lists them.
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,7 @@ class Patch:
     package, versions: module whose `__version__` decides whether the patch is needed, and the versions (PEP 440) that
         need it; every version where `versions` is empty. The module and not a distribution of pip's: a checkout on
         PYTHONPATH may hide a wheel of another version, or have none.
-    needs, unless: modules without which, and with which, there is nothing to patch.
+    needs, unless: modules that cannot, and can, be imported where there is nothing to patch.
     upstream: address of the issue or pull request that is about it, where there is one.
     """
 
@@ -70,11 +69,11 @@ class Patch:
     def skip_reason(self) -> str | None:
         """Why there is nothing to patch on this machine; None where there is."""
         for module in self.needs:
-            if not _is_installed(module):
-                return f"{module} is not installed"
+            if not can_be_imported(module):
+                return f"{module} cannot be imported"
         for module in self.unless:
-            if _is_installed(module):
-                return f"{module} is installed"
+            if can_be_imported(module):
+                return f"{module} can be imported"
         if self.versions:
             version = _version(self.package)
             if version is None:
@@ -387,10 +386,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _is_installed(module: str) -> bool:
-    if module in sys.modules:
-        return sys.modules[module] is not None
+def can_be_imported(module: str) -> bool:
+    """Whether importing a module succeeds: Megatron does without one that is installed, but does not load."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+        importlib.import_module(module)
+    except ImportError:
         return False
+    return True

@@ -7,12 +7,12 @@ A YAML configuration says everything itself and is left alone.
 """
 
 import argparse
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mindspeed_cp.config import ConfigurationError
 from mindspeed_cp.device import accelerator
+from mindspeed_cp.patching import can_be_imported
 
 _TRANSFORMER_ENGINE = "transformer_engine"
 _COMPILED = "torch.compile"
@@ -65,11 +65,7 @@ def is_here(need: str) -> bool:
     """Whether a module can be imported, or torch compiles for this machine's accelerator."""
     if need == _COMPILED:
         return accelerator() in ("cuda", None)
-    try:
-        importlib.import_module(need)
-    except ImportError:
-        return False
-    return True
+    return can_be_imported(need)
 
 
 def _replaced(parser: argparse.ArgumentParser, here: Callable[[str], bool]) -> list[_Default]:
@@ -99,7 +95,7 @@ def note_on_defaults(
 
 
 def check_transformer_impl(args: argparse.Namespace, here: Callable[[str], bool] = is_here) -> None:
-    """Raise ConfigurationError where layers of TransformerEngine are named, and it is not installed."""
+    """Raise ConfigurationError where layers of TransformerEngine are named, and it cannot be imported."""
     if args.transformer_impl in _NEED_TRANSFORMER_ENGINE and not here(_TRANSFORMER_ENGINE):
         raise ConfigurationError(
             f"--transformer-impl {args.transformer_impl} needs TransformerEngine, which cannot be imported; "

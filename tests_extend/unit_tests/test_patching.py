@@ -552,24 +552,26 @@ def test_package_of_unknown_version_raises_a_patch_error(toy):
         PatchRegistry([patch_of("toy:double", package="no_such_package", versions=">=0.19")]).apply()
 
 
-def test_patch_whose_needs_are_not_installed_is_skipped(toy, monkeypatch):
+def test_patch_whose_needs_cannot_be_imported_is_skipped_though_they_are_installed(toy, monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("raise ImportError('a library of it is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "blocked_module", None)
-    for module in ("no_such_module", "no_such_package.inside", "blocked_module"):
+    for module in ("no_such_module", "no_such_package.inside", "blocked_module", "broken_module"):
         patch = patch_of("no_such_target:f", needs=("toy", module))
         registry = PatchRegistry([patch, patch_of("toy:double")])
         with registry.applied():
             assert toy.double(3) == ("patched", 6)
-            assert registry.status()[0] == (patch, f"skipped: {module} is not installed")
+            assert registry.status()[0] == (patch, f"skipped: {module} cannot be imported")
 
 
-def test_patch_whose_needs_are_installed_is_applied(toy):
+def test_patch_whose_needs_can_be_imported_is_applied(toy):
     with PatchRegistry([patch_of("toy:double", needs=("json", "toy"))]).applied():
         assert toy.double(3) == ("patched", 6)
 
 
-def test_patch_that_an_installed_module_makes_needless_is_skipped(toy):
+def test_patch_that_another_module_makes_needless_is_skipped(toy):
     needless, needed = (patch_of("toy:double", unless=unless) for unless in (("no_such_module", "json"), ("no_such",)))
-    assert PatchRegistry([needless]).status() == [(needless, "skipped: json is installed")]
+    assert PatchRegistry([needless]).status() == [(needless, "skipped: json can be imported")]
     with PatchRegistry([needed]).applied():
         assert toy.double(3) == ("patched", 6)
 
@@ -577,7 +579,7 @@ def test_patch_that_an_installed_module_makes_needless_is_skipped(toy):
 def test_status_tells_what_has_become_of_each_patch(toy):
     patch, skipped = patch_of("toy:double"), patch_of("toy:sibling", needs=("no_such_module",))
     registry = PatchRegistry([patch, skipped])
-    reason = "skipped: no_such_module is not installed"
+    reason = "skipped: no_such_module cannot be imported"
     assert registry.status() == [(patch, "not applied"), (skipped, reason)]
     registry.apply()
     assert registry.status() == [(patch, "applied"), (skipped, reason)]

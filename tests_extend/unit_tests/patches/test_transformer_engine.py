@@ -70,7 +70,9 @@ def test_cross_attention_is_refused_beside_the_flag_that_was_given_with_its_own_
     sizes = {"num_attention_heads": 4, "num_query_groups": 4, "tensor_model_parallel_size": 1}
     layer_config = SimpleNamespace(context_parallel_size=1 if is_dynamic else number, **sizes)
     with pytest.raises(ConfigurationError, match=f"^a layer of attention type 'cross' {said}$"):
-        init.in_place_of(TEDotProductAttention.__init__)(None, layer_config, attention_type="cross")
+        init.in_place_of(TEDotProductAttention.__init__)(
+            None, layer_config, attention_type="cross", pg_collection=SimpleNamespace(cp="ranks")
+        )
 
 
 CASES = [
