@@ -286,7 +286,7 @@ class PatchedCall:
         """What the original gives: of the arguments as they came, or with some of them changed."""
         if not changed:
             return self.original(*self.args, **self.kwargs)
-        return self.original(**{**self.named, **changed})
+        return call_by_name(self.original, {**self.named, **changed})
 
 
 def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -302,6 +302,26 @@ def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name)
     return named
+
+
+def call_by_name(function: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """What a function gives of arguments as `bind_by_name` has them: those that have no name in a call by place."""
+    by_place = _by_place(function)
+    if not by_place:
+        return function(**named)
+    *single, last = by_place
+    placed = [named[parameter.name] for parameter in single]
+    placed += named[last.name] if last.kind is inspect.Parameter.VAR_POSITIONAL else [named[last.name]]
+    names = {parameter.name for parameter in by_place}
+    return function(*placed, **{name: value for name, value in named.items() if name not in names})
+
+
+@functools.cache
+def _by_place(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """The parameters of a function up to the last one that cannot be given by its name."""
+    parameters = tuple(_signature(function).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    return parameters[: max((place + 1 for place, each in enumerate(parameters) if each.kind in kinds), default=0)]
 
 
 @functools.cache

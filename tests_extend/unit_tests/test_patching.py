@@ -654,6 +654,22 @@ def test_around_proceeds_with_arguments_that_are_not_looked_at_as_they_came(toy)
         assert toy.double(3) == 6
 
 
+@pytest.mark.parametrize(
+    "source", ["def f(x, *others, key=0, **rest):", "def f(x, /, *others, key=0, **rest):"], ids=["rest", "by place"]
+)
+def test_around_proceeds_with_arguments_that_have_no_name_in_their_places(make_module, source):
+    made = make_module("placed", f"{source}\n    return x, others, key, rest")
+    with PatchRegistry([patch_of("placed:f", lambda call: call.proceed(x=2 * call["x"]), "around")]).applied():
+        assert made.f(1, 5, 6, key=7, new=8) == (2, (5, 6), 7, {"new": 8})
+        assert made.f(1) == (2, (), 0, {})
+
+
+def test_around_a_positional_only_parameter_alone_is_given_in_its_place(make_module):
+    made = make_module("placed", "def f(x, /, key=0):\n    return x, key")
+    with PatchRegistry([patch_of("placed:f", lambda call: call.proceed(key=1), "around")]).applied():
+        assert made.f(4) == (4, 1)
+
+
 def test_around_a_method_knows_its_object_and_proceeds_with_all_arguments_by_name(toy):
     def doubled(call):
         assert call.instance is call["self"]
