@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import sys
 import types
 from importlib.util import find_spec
@@ -159,6 +160,16 @@ def test_every_patch_of_the_adaptor_is_tested_here(adaptor):
     assert [patch.target for patch in (*adaptor.registry.patches, *adaptor.cpu_registry.patches)] == [
         patch.target for patch in PATCHES
     ]
+
+
+def test_every_argument_that_a_patch_reads_by_name_is_one_that_it_refuses_to_do_without():
+    for patch in PATCHES:
+        function = patch.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        if patch.kind == "around":
+            read = set(re.findall(r'\bcall\["(\w+)"\]', inspect.getsource(function)))
+            assert read <= set(patch.parameters), f"{patch.target}: {function.__name__}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
