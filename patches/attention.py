@@ -17,6 +17,7 @@ from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallel
 from mindspeed_cp.documents import WindowSize
 from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.blockers import raise_for
+from mindspeed_cp.patches.defaults import TRANSFORMER_ENGINE
 from mindspeed_cp.patches.dropout import LayerDropout, drawing_number
 from mindspeed_cp.patches.dynamic_attention import DynamicAttention
 from mindspeed_cp.patches.latent_attention import take_head_sizes
@@ -43,7 +44,7 @@ def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
             TE_ATTENTION,
             functools.partial(_init, plugin, is_ours_alone=_asked_for, adjust=_agree_with_environment),
             _forward,
-            needs=("transformer_engine",),
+            needs=(TRANSFORMER_ENGINE,),
         ),
     )
 
