@@ -7,7 +7,7 @@ megatron.core without Megatron's argument parser call `configure` after the impo
 import os
 import warnings
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from packaging.version import Version
 
@@ -98,6 +98,10 @@ def configure(
     known = [field.name for field in fields(ContextParallelConfig)]
     if unknown := next((name for name in flags if name not in known), None):
         raise ConfigurationError(f"configure() knows no {unknown}; of the flags it takes {or_list(known)}.")
+    if packed_sequence_layout not in (layouts := get_args(LayoutName)):
+        raise ConfigurationError(
+            f"packed_sequence_layout={packed_sequence_layout!r} is unknown; give {or_list(layouts)}."
+        )
     config = ContextParallelConfig(**flags)
     if seq_length is not None:
         refuse_short(seq_length, config.context_parallel_size)

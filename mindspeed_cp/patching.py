@@ -8,7 +8,6 @@ patch lists them.
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,7 @@ class Patch:
     package, versions: module whose `__version__` decides whether the patch is needed, and the versions (PEP 440) that
         need it; every version where `versions` is empty. The module and not a distribution of pip's: a checkout on
         PYTHONPATH may hide a wheel of another version, or have none.
-    needs, unless: modules without which, and with which, there is nothing to patch.
+    needs, unless: modules that cannot, and can, be imported where there is nothing to patch.
     upstream: address of the issue or pull request that is about it, where there is one.
     """
 
@@ -70,11 +69,11 @@ class Patch:
     def skip_reason(self) -> str | None:
         """Why there is nothing to patch on this machine; None where there is."""
         for module in self.needs:
-            if not _is_installed(module):
-                return f"{module} is not installed"
+            if not can_be_imported(module):
+                return f"{module} cannot be imported"
         for module in self.unless:
-            if _is_installed(module):
-                return f"{module} is installed"
+            if can_be_imported(module):
+                return f"{module} can be imported"
         if self.versions:
             version = _version(self.package)
             if version is None:
@@ -287,7 +286,7 @@ class PatchedCall:
         """What the original gives: of the arguments as they came, or with some of them changed."""
         if not changed:
             return self.original(*self.args, **self.kwargs)
-        return self.original(**{**self.named, **changed})
+        return call_by_name(self.original, {**self.named, **changed})
 
 
 def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -303,6 +302,26 @@ def bind_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name)
     return named
+
+
+def call_by_name(function: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """What a function gives of arguments as `bind_by_name` has them: those that have no name in a call by place."""
+    by_place = _by_place(function)
+    if not by_place:
+        return function(**named)
+    *single, last = by_place
+    placed = [named[parameter.name] for parameter in single]
+    placed += named[last.name] if last.kind is inspect.Parameter.VAR_POSITIONAL else [named[last.name]]
+    names = {parameter.name for parameter in by_place}
+    return function(*placed, **{name: value for name, value in named.items() if name not in names})
+
+
+@functools.cache
+def _by_place(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """The parameters of a function up to the last one that cannot be given by its name."""
+    parameters = tuple(_signature(function).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    return parameters[: max((place + 1 for place, each in enumerate(parameters) if each.kind in kinds), default=0)]
 
 
 @functools.cache
@@ -387,10 +406,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _is_installed(module: str) -> bool:
-    if module in sys.modules:
-        return sys.modules[module] is not None
+def can_be_imported(module: str) -> bool:
+    """Whether importing a module succeeds: Megatron does without one that is installed, but does not load."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+        importlib.import_module(module)
+    except ImportError:
         return False
+    return True

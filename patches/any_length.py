@@ -101,7 +101,7 @@ _NEEDS = (
 
 def length_of(args: argparse.Namespace, config: ContextParallelConfig) -> int | None:
     """Tokens of a whole sample where the ranks get unequal shards of it; None where equal ones, or nothing is known."""
-    return if_unequal(_length(args), config)
+    return if_unequal(sample_length(args), config)
 
 
 def if_unequal(length: int | None, config: ContextParallelConfig) -> int | None:
@@ -110,7 +110,7 @@ def if_unequal(length: int | None, config: ContextParallelConfig) -> int | None:
     return length if size > 1 and length is not None and length % (2 * size) else None
 
 
-def _length(args: argparse.Namespace) -> int | None:
+def sample_length(args: argparse.Namespace) -> int | None:
     """Tokens of a whole sample, which has two names, of which one is given."""
     length: int | None = args.encoder_seq_length if args.seq_length is None else args.seq_length
     return length
@@ -118,7 +118,7 @@ def _length(args: argparse.Namespace) -> int | None:
 
 def refuse_length(args: argparse.Namespace, config: ContextParallelConfig) -> None:
     """Raise ConfigurationError where the ranks cannot be given such shards."""
-    length = _length(args)
+    length = sample_length(args)
     size, tensor_parallel = config.context_parallel_size, args.tensor_model_parallel_size
     if size == 1 or length is None:
         return

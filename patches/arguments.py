@@ -27,8 +27,8 @@ from mindspeed_cp.patches.plugin import Plugin
 from mindspeed_cp.patches.rules import (
     Settled,
     asks_for_cpu,
-    document_length,
     examine_arguments,
+    fixed_document_length,
     installed_release,
     knows_inner_ring,
     notes_on_arguments,
@@ -258,7 +258,7 @@ def _document_rule(args: argparse.Namespace) -> DocumentRule | None:
     """How documents are found in the data; None where it is nothing to attention."""
     if not args.reset_attention_mask:
         return None
-    return DocumentRule(positions_restart=args.reset_position_ids, length=document_length(args))
+    return DocumentRule(positions_restart=args.reset_position_ids, length=fixed_document_length(args))
 
 
 def _apart_by(args: argparse.Namespace) -> str | None:

@@ -1,8 +1,4 @@
-"""Megatron's attention layers: what `mindspeed_cp.attention` computes, where ranks share tokens or flags ask for it.
-
-Shapes: S tokens of this rank, B batch, N heads of this tensor-parallel rank, G K/V heads of it, D head size,
-V head size of the values (D but in latent attention).
-"""
+"""Megatron's attention layers: what `mindspeed_cp.attention` computes, where ranks share tokens or flags ask for it."""
 
 import copy
 import functools
@@ -21,6 +17,7 @@ from mindspeed_cp.config import OF_ONE_RANK, ConfigurationError, ContextParallel
 from mindspeed_cp.documents import WindowSize
 from mindspeed_cp.kernels.bias import geometric_slopes
 from mindspeed_cp.patches.blockers import raise_for
+from mindspeed_cp.patches.defaults import TRANSFORMER_ENGINE
 from mindspeed_cp.patches.dropout import LayerDropout, drawing_number
 from mindspeed_cp.patches.dynamic_attention import DynamicAttention
 from mindspeed_cp.patches.latent_attention import take_head_sizes
@@ -47,7 +44,7 @@ def attention_patches(plugin: Plugin) -> tuple[Patch, ...]:
             TE_ATTENTION,
             functools.partial(_init, plugin, is_ours_alone=_asked_for, adjust=_agree_with_environment),
             _forward,
-            needs=("transformer_engine",),
+            needs=(TRANSFORMER_ENGINE,),
         ),
     )
 
@@ -153,7 +150,7 @@ def _forward(call: PatchedCall, *, alone: Callable[[Any], LayerAttention] | None
     if call["attention_bias"] is not None:
         attention.refuse(
             f"attention_bias: nothing of Megatron's says which of its rows a rank holds; "
-            f"{way_out(attention.size)}, or call the library's attention, which takes one.",
+            f"{attention.way_out}, or call the library's attention, which takes one.",
             call["query"],
         )
     mask_type = call.named.get("attn_mask_type")
@@ -202,7 +199,7 @@ def _build_layer_attention(plugin: Plugin, named: dict[str, Any]) -> LayerAttent
         config = plugin.config
         refuse_unsupported(layer_config, config, defaults=_field_defaults(layer_config))
         _check_heads(layer_config, config)
-    _check_layer(named, config)
+    _check_layer(named, config, f"--context-parallel-size {config.context_parallel_size}")
     return _layer_attention(plugin, named, _of_layer(config, named), groups)
 
 
@@ -212,13 +209,13 @@ def _build_dynamic_attention(plugin: Plugin, named: dict[str, Any]) -> DynamicAt
     assert ranks is not None, "documents have ranks of their own"
     raise_for(refused_options(named["config"], ranks.spelled, _field_defaults(named["config"])))
     _check_heads(named["config"], ranks.config)
-    _check_layer(named, ranks.config)
+    _check_layer(named, ranks.config, ranks.spelled, is_dynamic=True)
     config = replace(_of_layer(ranks.config, named), attention_mask_type="causal")
     alone = _layer_attention(plugin, named, config.over(1), None)
     return DynamicAttention(
         ranks,
         # A document is a sample here, which is cut as one.
-        replace(alone, apart_by=None, cuts_streams_alone=lambda: False),
+        replace(alone, is_dynamic=True, apart_by=None, cuts_streams_alone=lambda: False),
         functools.partial(build_attention, recomputation=alone.by_plan.recomputation),
         config,
     )
@@ -335,12 +332,17 @@ def _field_defaults(layer_config: Any) -> dict[str, object]:
     return {name: field.default for name, field in getattr(layer_config, "__dataclass_fields__", {}).items()}
 
 
-def _check_layer(named: dict[str, Any], config: ContextParallelConfig) -> None:
-    size = config.context_parallel_size
+def _check_layer(
+    named: dict[str, Any], config: ContextParallelConfig, spelled: str, *, is_dynamic: bool = False
+) -> None:
+    """Raise ConfigurationError for a layer that is not one of self-attention, or has another mask than the flag's.
+
+    spelled: what has several ranks share a sequence, for messages. is_dynamic: see LayerAttention.
+    """
     if named["attention_type"] != "self":
         raise ConfigurationError(
-            f"a layer of attention type {named['attention_type']!r} with --context-parallel-size {size}: only "
-            f"self-attention is available; {way_out(size)}."
+            f"a layer of attention type {named['attention_type']!r} with {spelled}: only self-attention is available; "
+            f"{way_out(config.context_parallel_size, is_dynamic=is_dynamic)}."
         )
     if config.attention_mask_type == "causal" and (mask_type := named["attn_mask_type"].name) != "causal":
         raise ConfigurationError(other_mask_type(mask_type))

@@ -53,11 +53,11 @@ def batch_patches(plugin: Plugin) -> tuple[Patch, ...]:
     ends = ("cu_seqlens", "cu_seqlens_padded", "cp_size", "cp_rank")
     return (
         patch("get_thd_batch_on_this_cp_rank", "<0.18", _cut_stream_with_params, _WITHOUT_ENGINE, *ends),
-        patch("get_batch_on_this_cp_rank", "<0.18", _cut_sample_batch, _DOCUMENTS, aliases=_OLDER_NAMES),
+        patch("get_batch_on_this_cp_rank", "<0.18", _cut_sample_batch, _DOCUMENTS, "cp_group", aliases=_OLDER_NAMES),
         patch("get_sft_batch_on_this_cp_rank", ">=0.18,<0.19", _cut_stream_batch, _WITHOUT_ENGINE),
-        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", _cut_sample_batch, _DOCUMENTS),
+        patch("get_pretrain_batch_on_this_cp_rank", ">=0.18,<0.19", _cut_sample_batch, _DOCUMENTS, "cp_group"),
         patch("_get_batch_on_this_cp_rank_per_document_balancing", ">=0.19", _cut_stream_batch, _WITHOUT_ENGINE),
-        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", _cut_sample_batch, _DOCUMENTS),
+        patch("_get_batch_on_this_cp_rank_per_sequence_balancing", ">=0.19", _cut_sample_batch, _DOCUMENTS, "cp_group"),
     )
 
 
@@ -68,7 +68,7 @@ def shard_batch(plugin: Plugin, batch: dict[str, Any], cp_group: Any = None) -> 
         [B or 1, N or 1, S, S]; packed streams [1, T] have cu_seqlens, and cu_seqlens_padded if documents are padded.
     cp_group: the ranks that share the one document of the batch, with --hybrid-context-parallel; None for one rank.
 
-    Raises ValueError where cu_seqlens do not end at the stream's length, or the ranks do not divide a sample.
+    Raises ValueError where cu_seqlens do not end at the stream's length, or 2 x CP does not divide a sample.
     """
     batch = dict(batch)
     if plugin.dynamic is not None:

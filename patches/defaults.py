@@ -7,14 +7,16 @@ A YAML configuration says everything itself and is left alone.
 """
 
 import argparse
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mindspeed_cp.config import ConfigurationError
 from mindspeed_cp.device import accelerator
+from mindspeed_cp.patching import can_be_imported
 
-_TRANSFORMER_ENGINE = "transformer_engine"
+TRANSFORMER_ENGINE = "transformer_engine.pytorch"
+"""What Megatron imports of it; the package itself can be imported where that part does not load."""
+
 _COMPILED = "torch.compile"
 
 
@@ -33,9 +35,9 @@ class _Default(NamedTuple):
 
 
 _DEFAULTS = (
-    _Default("--transformer-impl local", "transformer_impl", "local", (_TRANSFORMER_ENGINE,)),
+    _Default("--transformer-impl local", "transformer_impl", "local", (TRANSFORMER_ENGINE,)),
     # Torch's norms refuse the persistent kernel; apex's and TransformerEngine's have it or go without.
-    _Default("--no-persist-layer-norm", "no_persist_layer_norm", True, (_TRANSFORMER_ENGINE, "apex")),
+    _Default("--no-persist-layer-norm", "no_persist_layer_norm", True, (TRANSFORMER_ENGINE, "apex")),
     # The output layer is Megatron's own even beside TransformerEngine's layers, and knows apex's extension alone.
     _Default(
         "--no-gradient-accumulation-fusion",
@@ -48,9 +50,9 @@ _DEFAULTS = (
         "--no-masked-softmax-fusion",
         "masked_softmax_fusion",
         False,
-        (_TRANSFORMER_ENGINE, "scaled_upper_triang_masked_softmax_cuda"),
+        (TRANSFORMER_ENGINE, "scaled_upper_triang_masked_softmax_cuda"),
     ),
-    _Default("--no-rope-fusion", "apply_rope_fusion", False, (_TRANSFORMER_ENGINE,)),
+    _Default("--no-rope-fusion", "apply_rope_fusion", False, (TRANSFORMER_ENGINE,)),
     # Compiled by torch. The fused GELU is its tanh approximation, so that an NPU computes another one than a GPU.
     _Default("--no-bias-gelu-fusion", "bias_gelu_fusion", False, (_COMPILED,)),
     _Default("--no-bias-swiglu-fusion", "bias_swiglu_fusion", False, (_COMPILED,)),
@@ -65,11 +67,7 @@ def is_here(need: str) -> bool:
     """Whether a module can be imported, or torch compiles for this machine's accelerator."""
     if need == _COMPILED:
         return accelerator() in ("cuda", None)
-    try:
-        importlib.import_module(need)
-    except ImportError:
-        return False
-    return True
+    return can_be_imported(need)
 
 
 def _replaced(parser: argparse.ArgumentParser, here: Callable[[str], bool]) -> list[_Default]:
@@ -99,8 +97,8 @@ def note_on_defaults(
 
 
 def check_transformer_impl(args: argparse.Namespace, here: Callable[[str], bool] = is_here) -> None:
-    """Raise ConfigurationError where layers of TransformerEngine are named, and it is not installed."""
-    if args.transformer_impl in _NEED_TRANSFORMER_ENGINE and not here(_TRANSFORMER_ENGINE):
+    """Raise ConfigurationError where layers of TransformerEngine are named, and it cannot be imported."""
+    if args.transformer_impl in _NEED_TRANSFORMER_ENGINE and not here(TRANSFORMER_ENGINE):
         raise ConfigurationError(
             f"--transformer-impl {args.transformer_impl} needs TransformerEngine, which cannot be imported; "
             f"use --transformer-impl local, the default without it."

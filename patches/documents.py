@@ -22,7 +22,7 @@ def document_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target="megatron.core.datasets.gpt_dataset:_get_ltor_masks_and_position_ids",
             kind="around",
             function=functools.partial(_make_masks, plugin),
-            parameters=("data", "reset_attention_mask"),
+            parameters=("reset_attention_mask",),
             why="--fix-sub-seq-length makes documents of one length, which Megatron's data sets do not know.",
             remove_when="Documents reach the attention as lengths, and not as a mask, at CP = 1 too.",
         ),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.messages import or_list
+from mindspeed_cp.patches.any_length import sample_length
 from mindspeed_cp.patches.blockers import Blocker
 from mindspeed_cp.patches.unsupported import PATTERNS, conversation_blockers, is_recurrent, refused_options
 
@@ -206,7 +207,7 @@ def _wrong_ranks(args: argparse.Namespace) -> str | None:
 
 def _wrong_length(args: argparse.Namespace) -> str | None:
     tokens, number = getattr(args, "max_seqlen_per_dp_cp_rank", None), num_dynamic_ranks(args)
-    length = args.encoder_seq_length if args.seq_length is None else args.seq_length
+    length = sample_length(args)
     needed = None if number is None or length is None else -(-length // number)
     if tokens is not None and tokens > 0 and (needed is None or tokens >= needed):
         return None

@@ -9,6 +9,7 @@ from mindspeed_cp.documents import band_of
 from mindspeed_cp.heads import HeadLayout
 from mindspeed_cp.kernels import KERNELS, Term, TileCase, Window
 from mindspeed_cp.kernels.calls import Call, calls
+from mindspeed_cp.patches.any_length import sample_length
 from mindspeed_cp.plan import CAUSAL, FULL, AttentionPlan, Band
 from mindspeed_cp.sharding import SequenceLayout
 
@@ -83,8 +84,9 @@ def _calls(
 
     Raises NotImplementedError where none of the kernels that the user allows can compute one.
     """
-    needed = (args.num_attention_heads, args.hidden_size, args.seq_length)
-    if device is None or not config.computes_attention or None in needed:
+    length = sample_length(args)
+    needed = (args.num_attention_heads, args.hidden_size)
+    if device is None or not config.computes_attention or length is None or None in needed:
         return []
     drops = bool(args.attention_dropout) if drops is None else drops
     head_size, value_head_size = _head_sizes(args, config)
@@ -105,7 +107,7 @@ def _calls(
     ]
     kernels = KERNELS.only(config.context_parallel_kernels or KERNELS.names)
     layout = SequenceLayout(size=config.topology.ring_size)
-    num_tokens = args.seq_length // layout.size
+    num_tokens = length // layout.size
     # Of another length the tiles are about the same.
     shards = layout.of(num_tokens - num_tokens % layout.chunks_per_rank)
     pairs = [(0, 0)] if shards.num_ranks == 1 else [(0, 0), (0, 1), (1, 0)]

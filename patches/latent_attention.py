@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_cp.attention.terms import default_scale
+from mindspeed_cp.patches.defaults import TRANSFORMER_ENGINE
 from mindspeed_cp.patches.latent_travel import give_up_projection
 from mindspeed_cp.patching import Patch, PatchedCall
 
@@ -57,7 +58,7 @@ def latent_attention_patches() -> tuple[Patch, ...]:
             target="megatron.core.transformer.multi_latent_attention:TELinear",
             kind="replace",
             function=_NothingOfThatClass,
-            unless=("transformer_engine",),
+            unless=(TRANSFORMER_ENGINE,),
             versions="<0.17",
             why="Without TransformerEngine no class is there, and layers are asked whether they are of it.",
             remove_when="Megatron 0.16 is no longer supported.",

@@ -19,6 +19,7 @@ from mindspeed_cp.attention import ContextParallelAttention, Latent, LatentHeads
 from mindspeed_cp.attention.interface import OUTPUT, Told
 from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, LatentForm, flag
 from mindspeed_cp.patches.blockers import Blocker
+from mindspeed_cp.patches.recomputation import recomputed
 from mindspeed_cp.patches.unsupported import WATCHING
 from mindspeed_cp.patching import Patch, PatchedCall
 
@@ -129,7 +130,8 @@ def latent_blockers(args: argparse.Namespace, config: ContextParallelConfig) -> 
         return []
     spelled = f"--context-parallel-latent {form}"
     reasons = []
-    if "mla_up_proj" in (args.recompute_modules or ()) and args.recompute_granularity == "selective":
+    granularity, modules = recomputed(args)
+    if "mla_up_proj" in modules and granularity == "selective":
         reasons.append("--recompute-modules mla_up_proj: nothing is up-projected there; leave one of the two out")
     if getattr(args, "apply_rope_fusion", False):
         reasons.append("fused rotary embeddings, which split the up projection's output; add --no-rope-fusion")

@@ -30,8 +30,8 @@ from mindspeed_cp.patches.packing import (
 from mindspeed_cp.plan import AttentionPlan
 from mindspeed_cp.sharding import SequenceLayout
 
-ON_ONE_RANK = ("--attention-on-one-rank", "--use-alibi", "--qk-clip", "--log-max-attention-logit", "packed streams")
-"""With which this plugin computes attention without context parallelism too."""
+_ON_ONE_RANK = ("--attention-on-one-rank", "--use-alibi", "--qk-clip", "--log-max-attention-logit", "packed streams")
+"""With which this plugin computes attention without context parallelism too, beside --hybrid-context-parallel."""
 
 WITHOUT_MASK: dict[str, WindowSize] = {"causal": CAUSAL_WINDOW, "no_mask": FULL_WINDOW, "padding": FULL_WINDOW}
 """What a layer's mask type, by Megatron's name, means where no mask comes: what the local spec's own attention computes
@@ -64,6 +64,7 @@ class LayerAttention:
     length: tokens of a whole sample where ranks have unequal shards of it.
     dropout: of the layer in training. watches_scores: whether the largest score of each head is asked for.
     slopes: ALiBi's, of this tensor-parallel rank's heads; None where scores do not fall with the distance.
+    is_dynamic: whether each document has ranks of its own.
     """
 
     by_plan: ContextParallelAttention
@@ -80,6 +81,7 @@ class LayerAttention:
     dropout: LayerDropout | None = None
     watches_scores: bool = False
     slopes: tuple[float, ...] | None = None
+    is_dynamic: bool = False
 
     def __call__(
         self,
@@ -108,7 +110,7 @@ class LayerAttention:
         if query.size(0) != key.size(0):
             self.refuse(
                 f"{query.size(0)} queries over {key.size(0)} keys a rank: inference through Megatron is not available "
-                f"in this attention; {way_out(self.size)}.",
+                f"in this attention; {self.way_out}.",
                 query,
             )
         seen = self._who_sees_whom(query, attention_mask, mask_type or self.mask_type, packed)
@@ -168,6 +170,11 @@ class LayerAttention:
         """This one among the context-parallel ranks."""
         agreement = self.by_plan.agreement
         return 0 if agreement is None else agreement.communicator.rank
+
+    @property
+    def way_out(self) -> str:
+        """What to do to have Megatron's own attention, as an imperative clause."""
+        return way_out(self.size, is_dynamic=self.is_dynamic)
 
     def of_latents(self, up: UpProjection) -> "LayerAttention":
         """The same where keys are payloads, of which keys and values are made."""
@@ -255,11 +262,13 @@ class LayerAttention:
             )
 
 
-def way_out(context_parallel_size: int) -> str:
-    """What to do to have Megatron's own attention, as an imperative clause."""
+def way_out(context_parallel_size: int, *, is_dynamic: bool) -> str:
+    """What to do to have Megatron's own attention, as an imperative clause; see LayerAttention."""
+    if is_dynamic:
+        return "leave out --hybrid-context-parallel"
     if context_parallel_size > 1:
         return "use --context-parallel-size 1"
-    return f"leave out what has this plugin compute attention on one rank: {or_list(ON_ONE_RANK)}"
+    return f"leave out what has this plugin compute attention on one rank: {or_list(_ON_ONE_RANK)}"
 
 
 class _Seen(NamedTuple):

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ _DIMS = {**dict.fromkeys(SEQUENCE_KEYS, 1), "attention_mask": 2}
 """By which dim samples are cut; a mask by the one of its queries."""
 
 
+class _Numbers(NamedTuple):
+    """What cu_seqlens hold. all: every number. ends: without what fills them up."""
+
+    all: Ends
+    ends: Ends
+
+    @classmethod
+    def read(cls, cu_seqlens: Tensor) -> "_Numbers":
+        numbers = cu_seqlens.flatten().tolist()
+        return cls(tuple(numbers), _without_empty(numbers))
+
+
 @dataclass
 class Packing:
     """How this job's packed streams are dealt to the context-parallel ranks, and the plans of those met lately.
@@ -57,15 +69,18 @@ class Packing:
         cu_seqlens: [n] or [1, n]. Read once: the host waits for a GPU that holds them. Made in inference mode they are
         read in every layer.
         """
+        return self._numbers(cu_seqlens).ends
+
+    def _numbers(self, cu_seqlens: Tensor) -> "_Numbers":
         if cu_seqlens.is_inference():
             # It may have changed since it was read, and does not say so.
-            return _without_empty(cu_seqlens.flatten().tolist())
+            return _Numbers.read(cu_seqlens)
         known = self._read.get(cu_seqlens)
         if known is None or known[0] != cu_seqlens._version:
-            known = cu_seqlens._version, _without_empty(cu_seqlens.flatten().tolist())
+            known = cu_seqlens._version, _Numbers.read(cu_seqlens)
             self._read[cu_seqlens] = known
-        ends: Ends = known[1]
-        return ends
+        numbers: _Numbers = known[1]
+        return numbers
 
     def stream(self, cu_seqlens: Tensor, num_ranks: int) -> PackedBatch:
         """The stream of these documents over the ranks. cu_seqlens: with what pads documents, where that is."""
@@ -113,7 +128,7 @@ class Packing:
         if window[1] == 0 or lengths is cu_seqlens:
             # What pads a document comes after it, and no token of it sees that causally.
             return plan_of_window(stream.layout, window)
-        return _plan_of_padded(stream, window, tuple(lengths.flatten().tolist()), tuple(cu_seqlens.flatten().tolist()))
+        return _plan_of_padded(stream, window, self._numbers(lengths).all, self._numbers(cu_seqlens).all)
 
     def is_cut_as_sample(self, packed: Any, rank: int, num_ranks: int) -> bool:
         """Whether the rank holds the same tokens of a stream as of a sample of that length: where it is one document.

@@ -33,7 +33,7 @@ def refuse_kept_outputs(args: argparse.Namespace, config: ContextParallelConfig)
     """Raise ConfigurationError where outputs are to be kept for a recomputation that does not come to attention."""
     if not config.context_parallel_keep_outputs or config.context_parallel_size == 1:
         return
-    granularity, modules = _recomputed(args)
+    granularity, modules = recomputed(args)
     if granularity == "full" or (granularity == "selective" and "core_attn" in modules):
         return
     given = "no --recompute-granularity" if granularity is None else f"--recompute-modules {' '.join(modules)}"
@@ -49,7 +49,7 @@ def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelCo
     The checkpoint gives the bias itself as a result, which makes its gradient that of the checkpoint: the backward pass
     of the MLP that is run again comes to the bias, and so to the checkpoint.
     """
-    granularity, modules = _recomputed(args)
+    granularity, modules = recomputed(args)
     if not config.computes_attention or granularity != "selective" or "mlp" not in modules or not args.add_bias_linear:
         return
     frequency = getattr(args, "moe_layer_freq", 1)
@@ -63,7 +63,7 @@ def refuse_recomputed_biases(args: argparse.Namespace, config: ContextParallelCo
     )
 
 
-def _recomputed(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+def recomputed(args: argparse.Namespace) -> tuple[str | None, list[str]]:
     """Whether layers are recomputed in full or some of their modules, and which; as validate_args will have it."""
     granularity = "selective" if getattr(args, "recompute_activations", False) else args.recompute_granularity
     return granularity, getattr(args, "recompute_modules", None) or ["core_attn"]

@@ -27,7 +27,7 @@ def rotary_patches(plugin: Plugin) -> tuple[Patch, ...]:
             target=f"{_ROPE}:_apply_rotary_pos_emb_thd",
             kind="around",
             function=functools.partial(_apply_to_stream, plugin),
-            aliases=("megatron.core.models.common.embeddings.rotary_pos_embedding:_apply_rotary_pos_emb_thd",),
+            aliases=(f"{_EMBEDDINGS}.rotary_pos_embedding:_apply_rotary_pos_emb_thd",),
             parameters=("t", "cu_seqlens", "freqs", "cp_group"),
             why="It takes every document to be cut as a zigzag of its own, in lengths that 2 x CP divides: under "
             "--dataloader-inter-document-masking positions were silently wrong.",

@@ -15,7 +15,7 @@ from mindspeed_cp.config import ConfigurationError, ContextParallelConfig, flag
 from mindspeed_cp.device import accelerator
 from mindspeed_cp.messages import divisors, or_list
 from mindspeed_cp.patches.algorithm import choose_algorithm, dynamic_start_line, start_line
-from mindspeed_cp.patches.any_length import refuse_length
+from mindspeed_cp.patches.any_length import refuse_length, sample_length
 from mindspeed_cp.patches.blockers import (
     Blocker,
     UnknownValueError,
@@ -82,7 +82,7 @@ def examine_arguments(
 ) -> tuple[Settled | None, list[Blocker]]:
     """The configuration that parsed arguments describe, and all that stands in its way; None where it has no form.
 
-    at_start: whether the job starts on this machine now.
+    defaults: see unsupported. at_start: whether the job starts on this machine now.
     """
     if broken := _broken_sizes(args):
         return None, broken
@@ -147,6 +147,7 @@ def _blockers_of_dynamic(
         lambda: _check_model_over_all(args, dynamic),
         lambda: check_kernels(args, dynamic, _device(args)),
         lambda: refuse_unloadable_optimizer(args, config),
+        lambda: refuse_dropout_rate(args, dynamic),
         lambda: refuse_unwatched_scores(args, dynamic),
         lambda: refuse_recomputed_biases(none_for_unknown(args), dynamic),
         lambda: refuse_kept_outputs(none_for_unknown(args), dynamic),
@@ -309,13 +310,13 @@ def _ineffective_megatron_flags(args: argparse.Namespace, config: ContextParalle
 
 
 def _ineffective_document_flags(args: argparse.Namespace) -> list[str]:
-    if args.fix_sub_seq_length <= 0 or document_length(args) is not None:
+    if args.fix_sub_seq_length <= 0 or fixed_document_length(args) is not None:
         return []
     reason = "it is above --seq-length" if args.reset_attention_mask else "it needs --reset-attention-mask"
     return [f"--fix-sub-seq-length {args.fix_sub_seq_length} has no effect: {reason}."]
 
 
-def document_length(args: argparse.Namespace) -> int | None:
+def fixed_document_length(args: argparse.Namespace) -> int | None:
     """Tokens of each document, where the flags say how many."""
     length: int = args.fix_sub_seq_length
-    return length if args.reset_attention_mask and 0 < length <= (args.seq_length or 0) else None
+    return length if args.reset_attention_mask and 0 < length <= (sample_length(args) or 0) else None

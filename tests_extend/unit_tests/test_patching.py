@@ -552,24 +552,26 @@ def test_package_of_unknown_version_raises_a_patch_error(toy):
         PatchRegistry([patch_of("toy:double", package="no_such_package", versions=">=0.19")]).apply()
 
 
-def test_patch_whose_needs_are_not_installed_is_skipped(toy, monkeypatch):
+def test_patch_whose_needs_cannot_be_imported_is_skipped_though_they_are_installed(toy, monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("raise ImportError('a library of it is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "blocked_module", None)
-    for module in ("no_such_module", "no_such_package.inside", "blocked_module"):
+    for module in ("no_such_module", "no_such_package.inside", "blocked_module", "broken_module"):
         patch = patch_of("no_such_target:f", needs=("toy", module))
         registry = PatchRegistry([patch, patch_of("toy:double")])
         with registry.applied():
             assert toy.double(3) == ("patched", 6)
-            assert registry.status()[0] == (patch, f"skipped: {module} is not installed")
+            assert registry.status()[0] == (patch, f"skipped: {module} cannot be imported")
 
 
-def test_patch_whose_needs_are_installed_is_applied(toy):
+def test_patch_whose_needs_can_be_imported_is_applied(toy):
     with PatchRegistry([patch_of("toy:double", needs=("json", "toy"))]).applied():
         assert toy.double(3) == ("patched", 6)
 
 
-def test_patch_that_an_installed_module_makes_needless_is_skipped(toy):
+def test_patch_that_another_module_makes_needless_is_skipped(toy):
     needless, needed = (patch_of("toy:double", unless=unless) for unless in (("no_such_module", "json"), ("no_such",)))
-    assert PatchRegistry([needless]).status() == [(needless, "skipped: json is installed")]
+    assert PatchRegistry([needless]).status() == [(needless, "skipped: json can be imported")]
     with PatchRegistry([needed]).applied():
         assert toy.double(3) == ("patched", 6)
 
@@ -577,7 +579,7 @@ def test_patch_that_an_installed_module_makes_needless_is_skipped(toy):
 def test_status_tells_what_has_become_of_each_patch(toy):
     patch, skipped = patch_of("toy:double"), patch_of("toy:sibling", needs=("no_such_module",))
     registry = PatchRegistry([patch, skipped])
-    reason = "skipped: no_such_module is not installed"
+    reason = "skipped: no_such_module cannot be imported"
     assert registry.status() == [(patch, "not applied"), (skipped, reason)]
     registry.apply()
     assert registry.status() == [(patch, "applied"), (skipped, reason)]
@@ -650,6 +652,22 @@ def test_around_proceeds_with_arguments_that_are_not_looked_at_as_they_came(toy)
         with pytest.raises(TypeError, match="unknown"):
             toy.double(3, unknown=1)
         assert toy.double(3) == 6
+
+
+@pytest.mark.parametrize(
+    "source", ["def f(x, *others, key=0, **rest):", "def f(x, /, *others, key=0, **rest):"], ids=["rest", "by place"]
+)
+def test_around_proceeds_with_arguments_that_have_no_name_in_their_places(make_module, source):
+    made = make_module("placed", f"{source}\n    return x, others, key, rest")
+    with PatchRegistry([patch_of("placed:f", lambda call: call.proceed(x=2 * call["x"]), "around")]).applied():
+        assert made.f(1, 5, 6, key=7, new=8) == (2, (5, 6), 7, {"new": 8})
+        assert made.f(1) == (2, (), 0, {})
+
+
+def test_around_a_positional_only_parameter_alone_is_given_in_its_place(make_module):
+    made = make_module("placed", "def f(x, /, key=0):\n    return x, key")
+    with PatchRegistry([patch_of("placed:f", lambda call: call.proceed(key=1), "around")]).applied():
+        assert made.f(4) == (4, 1)
 
 
 def test_around_a_method_knows_its_object_and_proceeds_with_all_arguments_by_name(toy):

@@ -44,6 +44,11 @@ def test_number_of_ranks_that_megatron_has_no_groups_for_is_refused(parser):
     assert [sentence.rpartition("; ")[2] for sentence in said.blocked] == ["use 8 or 16 ranks."]
 
 
+def test_share_of_probabilities_that_nothing_can_drop_is_refused(parser):
+    (sentence,) = said_of(parser, f"{WHAT_IT_NEEDS} --attention-dropout -0.1").blocked
+    assert sentence.startswith("--attention-dropout -0.1 is not from 0 on and below 1")
+
+
 def test_what_attention_over_several_ranks_cannot_honour_is_refused_too(parser):
     assert said_of(parser, f"{WHAT_IT_NEEDS} --batch-invariant-mode").blocked == [
         "--batch-invariant-mode with --hybrid-context-parallel: no kernel here makes that promise; leave it out."

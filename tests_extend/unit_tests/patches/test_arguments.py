@@ -11,7 +11,7 @@ import torch
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.patches import rules
 from mindspeed_cp.patches.document_rule import DocumentRule
-from mindspeed_cp.patches.rules import asks_for_cpu
+from mindspeed_cp.patches.rules import asks_for_cpu, fixed_document_length
 from mindspeed_cp.patches.unsupported import difference_notes, refuse_unsupported
 from mindspeed_cp.topology import CPTopology
 from unit_tests.argument_cases import CP4, MODEL, config_from_arguments, is_known, option_of, refusal_of
@@ -212,6 +212,12 @@ def test_documents_of_one_length_reach_the_plugin(parser, validation, flags, len
     documents = validation.plugin.document_rule
     assert (None if documents is None else documents.length) == length
     assert [str(one.message) for one in caught if "--fix-sub" in str(one.message)] == [said] * bool(said)
+
+
+def test_documents_of_one_length_fit_whichever_of_its_two_names_the_sample_s_length_has(parser):
+    flags = [*(word.replace("--seq-length", "--encoder-seq-length") for word in MODEL), "--reset-attention-mask"]
+    for given, length in (("16", 16), ("65", None)):
+        assert fixed_document_length(parser.parse_args([*flags, "--fix-sub-seq-length", given])) == length
 
 
 def test_masked_multi_token_prediction_refuses_to_be_weighed_by_each_rank(parser):

@@ -40,6 +40,12 @@ def test_configure_says_how_streams_are_dealt_and_refuses_what_it_does_not_know(
         adaptor.configure(context_parallel_size=4, fix_sub_seq_length=8)
 
 
+def test_configure_refuses_a_layout_that_is_none_before_there_is_a_stream(adaptor, plugin):
+    with pytest.raises(ConfigurationError, match="packed_sequence_layout='zigzg' is unknown; give contiguous, zigzag"):
+        adaptor.configure(context_parallel_size=4, packed_sequence_layout="zigzg")
+    assert plugin.config is None
+
+
 def test_configure_checks_the_rules(adaptor, plugin):
     with pytest.raises(ConfigurationError, match="--cp-window-size 3 does not divide the ring of 4 ranks"):
         adaptor.configure(context_parallel_size=4, context_parallel_algo="megatron_cp_algo", cp_window_size=3)

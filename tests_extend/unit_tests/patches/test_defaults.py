@@ -22,7 +22,7 @@ OF_PACKAGES = shlex.split(
 )
 EIGHT = [*OF_PACKAGES, "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]
 MODULES = {
-    "transformer_engine",
+    "transformer_engine.pytorch",
     "apex",
     "fused_weight_gradient_mlp_cuda",
     "scaled_upper_triang_masked_softmax_cuda",
@@ -40,7 +40,7 @@ def megatron_parser(megatron_arguments):
     [
         (set(), EIGHT),
         ({"torch.compile"}, OF_PACKAGES),
-        ({"torch.compile", "transformer_engine"}, ["--no-gradient-accumulation-fusion"]),
+        ({"torch.compile", "transformer_engine.pytorch"}, ["--no-gradient-accumulation-fusion"]),
         ({"apex"}, [flag for flag in EIGHT if flag != "--no-persist-layer-norm"]),
         ({"torch.compile", *MODULES}, []),
     ],
@@ -73,7 +73,7 @@ def test_layers_of_a_missing_transformer_engine_are_refused_with_the_flag_to_cha
         f"--transformer-impl {value} needs TransformerEngine, which cannot be imported; "
         f"use --transformer-impl local, the default without it."
     )
-    check_transformer_impl(args, {"transformer_engine"}.__contains__)
+    check_transformer_impl(args, {"transformer_engine.pytorch"}.__contains__)
 
 
 def test_patched_parser_has_them_and_the_named_layers_are_refused(megatron_arguments, monkeypatch, capsys):

@@ -61,6 +61,14 @@ def test_a_kernel_that_cannot_compute_a_window_s_tiles_is_refused_when_the_flags
         asking(large, "--attention-dropout", "0", "--window-size", "3,0")
 
 
+def test_kernels_are_asked_whichever_of_its_two_names_the_length_has(parser, monkeypatch):
+    kernel = Asked()
+    monkeypatch.setattr(kernel_forecast, "KERNELS", type(KERNELS)((kernel,)))
+    named = ["--encoder-seq-length" if word == "--seq-length" else word for word in MODEL]
+    check_kernels(parser.parse_args(named), RING, "cpu")
+    assert kernel.cases != []
+
+
 def test_dropout_is_asked_about_and_the_way_out_is_a_flag(asking):
     dry = Asked(lambda case: Term.DROPOUT in case.terms)
     with pytest.raises(ConfigurationError, match=r"the reference kernel drops alike.*or use --attention-dropout 0"):

@@ -17,6 +17,7 @@ def arguments(**options: object) -> argparse.Namespace:
         multi_latent_attention=True,
         recompute_modules=None,
         recompute_granularity=None,
+        recompute_activations=False,
         apply_rope_fusion=False,
         transformer_impl="local",
     )
@@ -28,6 +29,10 @@ def arguments(**options: object) -> argparse.Namespace:
     [
         (
             dict(recompute_modules=["mla_up_proj"], recompute_granularity="selective"),
+            "--recompute-modules mla_up_proj: nothing is up-projected there; leave one of the two out.",
+        ),
+        (
+            dict(recompute_modules=["mla_up_proj"], recompute_activations=True),
             "--recompute-modules mla_up_proj: nothing is up-projected there; leave one of the two out.",
         ),
         (

@@ -150,6 +150,20 @@ def test_changed_ends_are_read_again():
     assert packing.ends(ends) == (0, 4, 6)
 
 
+@pytest.mark.parametrize("padded", [None, [0, 3, 6]])
+def test_layers_of_any_mask_read_the_ends_of_a_stream_once(monkeypatch, padded):
+    params, packing, read, tolist = (
+        packed([0, 2, 6] if padded is None else [0, 2, 5], padded),
+        Packing(),
+        [],
+        torch.Tensor.tolist,
+    )
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read.append(tensor) or tolist(tensor))
+    for window in ((-1, 0), (-1, -1), (-1, 0), (-1, -1)):
+        packing.plan(params, 6, 0, 1, window)
+    assert len(read) == (1 if padded is None else 2), "each would have the host wait for a GPU"
+
+
 def test_ends_made_in_inference_mode_are_read_though_they_do_not_say_that_they_changed():
     packing = Packing()
     with torch.inference_mode():

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import sys
 import types
 from importlib.util import find_spec
@@ -34,13 +35,14 @@ from mindspeed_cp.patches.recomputation import recomputation_patches
 from mindspeed_cp.patches.rotary import rotary_patches
 from mindspeed_cp.patches.sft_data import sft_data_patches
 from mindspeed_cp.patches.torch_norm import torch_norm_patches
-from mindspeed_cp.patching import PatchError, PatchRegistry
+from mindspeed_cp.patching import PatchError, PatchRegistry, can_be_imported
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 ROOT = Path(__file__).resolve().parents[3]
 TE = "megatron.core.extensions.transformer_engine"
-TE_IS_INSTALLED = find_spec("transformer_engine") is not None
+TE_MODULES = ("transformer_engine", "transformer_engine.pytorch")
+TE_IS_INSTALLED = can_be_imported(TE_MODULES[-1])
 
 # Megatron itself is not imported to collect the tests: which of the patches its release needs is known when they run.
 PATCHES = (
@@ -79,7 +81,8 @@ def patches(adaptor):
     """The adaptor's patches by target that the installed Megatron needs, none of them applied."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if not TE_IS_INSTALLED:
-            monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+            for name in TE_MODULES:
+                monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
             monkeypatch.setitem(sys.modules, TE, transformer_engine_stub())
         records = (*adaptor.registry.patches, *adaptor.cpu_registry.patches)
         needed = [patch for patch in records if patch.skip_reason() is None]
@@ -159,6 +162,16 @@ def test_every_patch_of_the_adaptor_is_tested_here(adaptor):
     assert [patch.target for patch in (*adaptor.registry.patches, *adaptor.cpu_registry.patches)] == [
         patch.target for patch in PATCHES
     ]
+
+
+def test_every_argument_that_a_patch_reads_by_name_is_one_that_it_refuses_to_do_without():
+    for patch in PATCHES:
+        function = patch.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        if patch.kind == "around":
+            read = set(re.findall(r'\bcall\["(\w+)"\]', inspect.getsource(function)))
+            assert read <= set(patch.parameters), f"{patch.target}: {function.__name__}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -283,7 +296,8 @@ def test_import_order_of_megatron_and_adaptor_is_irrelevant(import_orders):
 def without_stand_in(monkeypatch):
     """TransformerEngine as the programs have it: where it is installed."""
     if not TE_IS_INSTALLED:
-        monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+        for name in TE_MODULES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
