@@ -183,6 +183,10 @@ class RankPool:
 
     def _kill(self, ranks: Sequence[int]) -> None:
         for rank in set(ranks) & set(self._processes):
+            # What a rank has started outlives it otherwise, such as a server of multiprocessing's.
+            for child in _children(self._pid(rank)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
             process = self._processes.pop(rank)
             process.kill()
             process.join()
@@ -190,6 +194,14 @@ class RankPool:
         if self._folder is not None and not self._processes:
             self._folder.cleanup()
             self._folder = None
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that the main thread of another has started; none where the system does not tell."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _stack_file(folder: str, rank: int) -> Path:

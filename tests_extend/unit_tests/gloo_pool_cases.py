@@ -1,6 +1,7 @@
 """What the ranks run for test_gloo_pool.py."""
 
 import os
+import subprocess
 import time
 
 import torch
@@ -31,6 +32,11 @@ def fail(group, culprit):
     if dist.get_rank(group) == culprit:
         return 1 / 0
     dist.barrier(group)
+
+
+def start_another(group):
+    """The process that this rank starts, which would go on for minutes."""
+    return subprocess.Popen(["sleep", "600"]).pid
 
 
 def hang(group, culprit):

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 
@@ -30,9 +32,20 @@ def test_a_rank_that_raises_fails_the_test_with_its_traceback_although_others_wa
     assert len(gloo.run(8, cases.pid)) == 8
 
 
-def test_a_rank_that_hangs_fails_the_test_with_the_place_where_it_hangs(gloo):
+def is_running(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_rank_that_hangs_fails_the_test_with_the_place_where_it_hangs_and_ends_with_what_it_has_started(gloo):
+    started = gloo.run(2, cases.start_another)
+    assert all(map(is_running, started))
     with pytest.raises(RankFailure, match=r"(?s)rank 1 had not answered after \d+ s, and was at\n.*in hang"):
         gloo.run(2, cases.hang, 1, timeout_s=5.0)
+    deadline = time.monotonic() + 60.0
+    while any(map(is_running, started)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, started))
     assert len(gloo.run(8, cases.pid)) == 8
 
 
